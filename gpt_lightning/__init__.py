@@ -1,0 +1,45 @@
+"""Training, resuming, examining and sampling GPT models with PyTorch Lightning.
+
+The public names are imported when first used: whoever wants the model does not wait for Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt_lightning.data.datamodule import TextDataModule
+    from gpt_lightning.generation.generate import generate, generate_simple
+    from gpt_lightning.model.config import GPTConfig
+    from gpt_lightning.model.gpt import GPTModel
+    from gpt_lightning.pretrained.source import load_model
+    from gpt_lightning.training.module import GPTLightningModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPTConfig",
+    "GPTLightningModule",
+    "GPTModel",
+    "TextDataModule",
+    "generate",
+    "generate_simple",
+    "load_model",
+]
+
+_HOMES = {
+    "GPTConfig": "model.config",
+    "GPTLightningModule": "training.module",
+    "GPTModel": "model.gpt",
+    "TextDataModule": "data.datamodule",
+    "generate": "generation.generate",
+    "generate_simple": "generation.generate",
+    "load_model": "pretrained.source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,71 @@
+"""The architecture, in the book's words."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT-2 style architecture under the book's configuration keys.
+
+    Args:
+        vocab_size: Number of token ids, V in shapes.
+        context_length: Number of positions, the longest T the model can read.
+        emb_dim: Width of the residual stream, C in shapes.
+        n_heads: Attention heads per block; must divide ``emb_dim``.
+        n_layers: Number of transformer blocks.
+        drop_rate: Dropout after the embeddings, on the attention weights and before each shortcut.
+        qkv_bias: Whether the query, key and value projections have a bias (GPT-2 has, the book not).
+        tied_embeddings: Whether the output head is the token embedding (GPT-2), else it has weights of
+            its own (the book). A tied model starts from GPT-2's initial weights, an untied one from the
+            book's, torch's defaults: with those a tied head would start with logits far too large.
+
+    Raises:
+        ValueError: With the offending values, where no model of this form exists.
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    emb_dim: int = 768
+    n_heads: int = 12
+    n_layers: int = 12
+    drop_rate: float = 0.1
+    qkv_bias: bool = False
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: {value} is no size; give 1 or more")
+        if not 0.0 <= self.drop_rate < 1.0:
+            raise ValueError(f"drop_rate: {self.drop_rate} is outside [0, 1); 0 turns dropout off")
+        if self.emb_dim % self.n_heads:
+            raise ValueError(
+                f"emb_dim: {self.emb_dim} is not divisible by n_heads {self.n_heads}; "
+                "change one of them"
+            )
+
+    def differences(self, other: "GPTConfig") -> dict[str, tuple[Any, Any]]:
+        """Keys that decide the weights' names and shapes, with both values, where they disagree.
+
+        ``drop_rate`` is no such key: old weights may go on under another dropout.
+        """
+        mine, theirs = asdict(self), asdict(other)
+        return {
+            name: (mine[name], theirs[name])
+            for name in mine
+            if name != "drop_rate" and mine[name] != theirs[name]
+        }
+
+
+GPT2_SIZES: dict[str, GPTConfig] = {
+    name: GPTConfig(
+        emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers, qkv_bias=True, tied_embeddings=True
+    )
+    for name, emb_dim, n_heads, n_layers in [
+        ("gpt2-124M", 768, 12, 12),
+        ("gpt2-355M", 1024, 16, 24),
+        ("gpt2-774M", 1280, 20, 36),
+        ("gpt2-1558M", 1600, 25, 48),
+    ]
+}

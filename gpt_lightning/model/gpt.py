@@ -1,0 +1,157 @@
+"""The book's ``GPTModel``: the same function and the same random numbers, on torch's fast kernels.
+
+Shapes: B batch, T tokens, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.kv_cache import KVCache
+
+
+class QKVProjection(nn.Linear):
+    """Query, key and value projections in one matrix: ``(B, T, C)`` → ``(B, T, 3C)``.
+
+    Initial weights are drawn as the book draws them, one projection after the other, weight before
+    bias; so a seed gives the weights that it gives in the book.
+    """
+
+    def __init__(self, emb_dim: int, bias: bool) -> None:
+        super().__init__(emb_dim, 3 * emb_dim, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.in_features)
+        for third in range(3):
+            nn.init.kaiming_uniform_(self.weight.chunk(3)[third], a=math.sqrt(5))
+            if self.bias is not None:
+                nn.init.uniform_(self.bias.chunk(3)[third], -bound, bound)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.drop_rate = config.drop_rate
+        self.qkv = QKVProjection(config.emb_dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """``(B, T, C)`` → ``(B, T, C)``; with a cache the T tokens follow those it holds."""
+        B, T, C = x.shape
+        # (B, T, 3C) → three times (B, H, T, D)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            if cache.length and T > 1:  # a query sees what came before it and itself
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
+                mask = mask.tril(diagonal=cache.length)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.drop_rate if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(config.emb_dim, 4 * config.emb_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.emb_dim, config.emb_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.att = CausalSelfAttention(config, layer)
+        self.ff = FeedForward(config)
+        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.drop_shortcut = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
+        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+
+
+class GPTModel(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.ModuleList(
+            TransformerBlock(config, layer) for layer in range(config.n_layers)
+        )
+        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.out_head = (
+            None
+            if config.tied_embeddings
+            else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        )
+        if config.tied_embeddings:
+            self._initialise_as_gpt2()
+
+    def _initialise_as_gpt2(self) -> None:
+        """Normal(0, 0.02), biases 0, and what feeds a shortcut narrower by √(2·n_layers) (GPT-2, 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("out_proj.weight", "ff.layers.2.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids ``(B, T)`` → the last block's normalised output ``(B, T, C)``.
+
+        With a cache the T tokens take the positions after those it holds, and are added to it.
+
+        Raises:
+            ValueError: More positions than ``context_length``.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + idx.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(
+                f"{end} tokens do not fit a context_length of {self.config.context_length}"
+            )
+        positions = torch.arange(start, end, device=idx.device)
+        x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
+        for block in self.trf_blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length = end
+        return self.final_norm(x)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features ``(..., C)`` → logits ``(..., V)``."""
+        if self.out_head is None:
+            return F.linear(features, self.tok_emb.weight)
+        return self.out_head(features)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids ``(B, T)`` → logits ``(B, T, V)`` of each position's next token."""
+        return self.head(self.features(idx, cache))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats a token: logits ``(B, T, V)``, targets ``(B, T)`` → scalar."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,0 +1,221 @@
+"""The book's chapters 4 and 5, written plainly: the oracle our digits are held against.
+
+Separate query, key and value projections, attention by explicit softmax, hand-written LayerNorm and
+GELU, a dataset that is a list of tensors, torch's own ``DataLoader``, and one global generator for
+initial weights, shuffling and dropout. Nothing here imports ``gpt_lightning``.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+class BookLayerNorm(nn.Module):
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(dim=-1, keepdim=True)
+        variance = x.var(dim=-1, keepdim=True, unbiased=False)
+        return self.scale * (x - mean) / torch.sqrt(variance + self.eps) + self.shift
+
+
+class BookGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
+        return 0.5 * x * (1 + torch.tanh(inner))
+
+
+class BookFeedForward(nn.Module):
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        emb = cfg["emb_dim"]
+        self.layers = nn.Sequential(nn.Linear(emb, 4 * emb), BookGELU(), nn.Linear(4 * emb, emb))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class BookAttention(nn.Module):
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        emb, bias = cfg["emb_dim"], cfg["qkv_bias"]
+        self.n_heads = cfg["n_heads"]
+        self.W_query = nn.Linear(emb, emb, bias=bias)
+        self.W_key = nn.Linear(emb, emb, bias=bias)
+        self.W_value = nn.Linear(emb, emb, bias=bias)
+        self.out_proj = nn.Linear(emb, emb)
+        self.dropout = nn.Dropout(cfg["drop_rate"])
+        length = cfg["context_length"]
+        self.register_buffer("mask", torch.triu(torch.ones(length, length), diagonal=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, emb = x.shape
+
+        def heads(y: Tensor) -> Tensor:
+            return y.view(batch, length, self.n_heads, emb // self.n_heads).transpose(1, 2)
+
+        queries, keys, values = heads(self.W_query(x)), heads(self.W_key(x)), heads(self.W_value(x))
+        scores = queries @ keys.transpose(2, 3)
+        scores.masked_fill_(self.mask.bool()[:length, :length], -torch.inf)
+        weights = self.dropout(torch.softmax(scores / keys.shape[-1] ** 0.5, dim=-1))
+        context = (weights @ values).transpose(1, 2).reshape(batch, length, emb)
+        return self.out_proj(context)
+
+
+class BookBlock(nn.Module):
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.att = BookAttention(cfg)
+        self.ff = BookFeedForward(cfg)
+        self.norm1 = BookLayerNorm(cfg["emb_dim"])
+        self.norm2 = BookLayerNorm(cfg["emb_dim"])
+        self.drop_shortcut = nn.Dropout(cfg["drop_rate"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_shortcut(self.att(self.norm1(x)))
+        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+
+
+class BookGPT(nn.Module):
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.Sequential(*[BookBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.final_norm = BookLayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
+        return self.out_head(self.final_norm(self.trf_blocks(x)))
+
+
+class BookDataset(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, token_ids: list[int], length: int, stride: int) -> None:
+        starts = range(0, len(token_ids) - length, stride)
+        self.inputs = [torch.tensor(token_ids[i : i + length]) for i in starts]
+        self.targets = [torch.tensor(token_ids[i + 1 : i + length + 1]) for i in starts]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[i], self.targets[i]
+
+
+@dataclass
+class BookRun:
+    """What ``train_model_simple`` returns, with the model and the optimizer."""
+
+    model: BookGPT
+    optimizer: torch.optim.Optimizer
+    train_losses: list[float] = field(default_factory=list)
+    val_losses: list[float] = field(default_factory=list)
+    tokens_seen: list[int] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+def loaders(
+    text: str, encode: Any, *, length: int, stride: int, batch_size: int, train_ratio: float
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    split = int(train_ratio * len(text))
+    train = BookDataset(encode(text[:split]), length, stride)
+    val = BookDataset(encode(text[split:]), length, stride)
+    return (
+        DataLoader(train, batch_size=batch_size, shuffle=True, drop_last=True),
+        DataLoader(val, batch_size=batch_size, shuffle=False, drop_last=False),
+    )
+
+
+def batch_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    logits = model(inputs)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def loader_loss(model: nn.Module, loader: DataLoader[Any], num_batches: int | None) -> float:
+    n = len(loader) if num_batches is None else min(num_batches, len(loader))
+    total = 0.0
+    for i, (inputs, targets) in enumerate(loader):
+        if i >= n:
+            break
+        total += batch_loss(model, inputs, targets).item()
+    return total / n
+
+
+def train(
+    run: BookRun,
+    train_loader: DataLoader[Any],
+    val_loader: DataLoader[Any],
+    *,
+    epochs: int,
+    eval_freq: int,
+    eval_iter: int,
+    say: Any = None,
+) -> BookRun:
+    """The book's loop: an update, then, every ``eval_freq`` steps, an evaluation on fresh passes."""
+    tokens_seen, step = 0, -1
+    for epoch in range(epochs):
+        run.model.train()
+        for inputs, targets in train_loader:
+            run.optimizer.zero_grad()
+            batch_loss(run.model, inputs, targets).backward()
+            run.optimizer.step()
+            tokens_seen += inputs.numel()
+            step += 1
+            if step % eval_freq == 0:
+                run.model.eval()
+                with torch.no_grad():
+                    train_loss = loader_loss(run.model, train_loader, eval_iter)
+                    val_loss = loader_loss(run.model, val_loader, eval_iter)
+                run.model.train()
+                run.train_losses.append(train_loss)
+                run.val_losses.append(val_loss)
+                run.tokens_seen.append(tokens_seen)
+                run.lines.append(
+                    f"Ep {epoch + 1} (Step {step:06d}): "
+                    f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+                )
+                if say:
+                    say(run.lines[-1])
+    return run
+
+
+def new_run(cfg: dict[str, Any], *, lr: float, weight_decay: float, seed: int) -> BookRun:
+    torch.manual_seed(seed)
+    model = BookGPT(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    return BookRun(model, optimizer)
+
+
+@torch.no_grad()
+def generate(
+    model: BookGPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    context_size: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+) -> Tensor:
+    """The book's ``generate``: the window is cropped and read again for every token."""
+    model.eval()
+    for _ in range(max_new_tokens):
+        logits = model(idx[:, -context_size:])[:, -1, :]
+        if top_k is not None:
+            top, _ = torch.topk(logits, top_k)
+            logits = torch.where(logits < top[:, -1:], torch.tensor(-torch.inf), logits)
+        if temperature > 0.0:
+            chosen = torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+        else:
+            chosen = torch.argmax(logits, dim=-1, keepdim=True)
+        idx = torch.cat((idx, chosen), dim=1)
+    return idx

@@ -1,0 +1,112 @@
+"""Where text comes from: The Verdict, the sample story, a file or a folder of files."""
+
+import hashlib
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from gpt_lightning.data.tokenizer import END_OF_TEXT
+
+VERDICT_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+    "ch02/01_main-chapter-code/the-verdict.txt"
+)
+VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+
+TEXT_SUFFIXES = (".txt", ".md")
+
+
+def cache_folder() -> Path:
+    """``GPT_LIGHTNING_CACHE`` where it is set, else ``~/.cache/gpt_lightning``."""
+    return Path(os.environ.get("GPT_LIGHTNING_CACHE") or Path.home() / ".cache" / "gpt_lightning")
+
+
+def read_corpus(text: str) -> str:
+    """The text that ``data.text`` names: ``verdict``, ``sample``, a file, or a folder.
+
+    A folder is its ``.txt`` and ``.md`` files in the order of their paths, subfolders included, with
+    ``<|endoftext|>`` between them.
+
+    Raises:
+        ValueError: What was read is empty, or no UTF-8 text.
+        OSError: It cannot be found or read, or The Verdict not fetched.
+    """
+    if text == "verdict":
+        return _read_file(_verdict())
+    if text == "sample":
+        return files("gpt_lightning.data").joinpath("sample.txt").read_text(encoding="utf-8")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"data.text: {text} does not exist; give 'verdict', 'sample', a text file or a folder"
+        )
+    return _read_file(path)
+
+
+def _read_folder(folder: Path) -> str:
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
+    )
+    if not paths:
+        raise FileNotFoundError(
+            f"data.text: {folder} holds no text files; expected {' or '.join(TEXT_SUFFIXES)}"
+        )
+    return END_OF_TEXT.join(_read_file(path) for path in paths)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data.text: {path} is not UTF-8 (byte {error.start}: {error.reason}); convert it"
+        ) from error
+    except OSError as error:
+        raise OSError(f"data.text: {path} cannot be read: {error.strerror}; check it") from error
+    if not text.strip():
+        raise ValueError(f"data.text: {path} is empty; give a file with text in it")
+    return text
+
+
+def _verdict() -> Path:
+    """The Verdict's place in the cache, downloaded there if need be, its sum checked either way."""
+    path = cache_folder() / "the-verdict.txt"
+    if not path.exists():
+        _download_verdict(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != VERDICT_SHA256:
+        raise ValueError(
+            f"data.text: {path} is not The Verdict: SHA-256 {found}, expected {VERDICT_SHA256}; "
+            "remove it and run again"
+        )
+    return path
+
+
+def _download_verdict(path: Path) -> None:
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("ERROR")
+    remedy = f"put the file (from {VERDICT_URL}) at {path}"
+    try:
+        pooch.retrieve(
+            VERDICT_URL,
+            known_hash=f"sha256:{VERDICT_SHA256}",
+            fname=path.name,
+            path=path.parent,
+            downloader=pooch.HTTPDownloader(timeout=30),
+        )
+    except requests.RequestException as error:
+        raise OSError(
+            f"data.text: The Verdict is not cached and cannot be downloaded "
+            f"({type(error).__name__}); {remedy}"
+        ) from error
+    except ValueError as error:  # pooch: the sum is wrong; nothing was kept
+        raise ValueError(
+            f"data.text: {VERDICT_URL} did not answer with The Verdict (its SHA-256 differs, "
+            f"expected {VERDICT_SHA256}); {remedy}"
+        ) from error

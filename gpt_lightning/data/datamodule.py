@@ -1,0 +1,130 @@
+"""A text as Lightning's data: split, tokenised once, cut into windows."""
+
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+
+from gpt_lightning.data.corpus import read_corpus
+from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_corpus
+from gpt_lightning.data.windows import Rng, WindowLoader, windows
+
+
+class TextDataModule(LightningDataModule):
+    """Sliding windows over a text, the first part of it for training, the rest for validation.
+
+    Args:
+        text: 'verdict' (The Verdict, from the cache or downloaded), 'sample' (a story that comes with
+            the package), a text file, or a folder of .txt and .md files.
+        train_ratio: Share of the characters that is for training, from the start of the text.
+        context_length: Tokens in a window; none: the model's context_length.
+        stride: Tokens from one window's start to the next; none: the window's length.
+        batch_size: Windows a step on each device.
+        seed: What the order of the windows depends on.
+        rng: 'step': the order is a function of seed and epoch. 'global': it is drawn on torch's global
+            generator, as the book's is.
+    """
+
+    def __init__(
+        self,
+        text: str = "verdict",
+        train_ratio: float = 0.9,
+        context_length: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 2,
+        seed: int = 123,
+        rng: Rng = "step",
+    ) -> None:
+        super().__init__()
+        for name, value in [
+            ("context_length", context_length),
+            ("stride", stride),
+            ("batch_size", batch_size),
+        ]:
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: {value} is too small; give 1 or more")
+        if not 0.0 < train_ratio < 1.0:
+            raise ValueError(
+                f"data.train_ratio: {train_ratio} leaves a split empty; give a share between 0 and 1"
+            )
+        self.text = text
+        self.train_ratio = train_ratio
+        self.context_length = context_length
+        self.stride = stride
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rng: Rng = rng
+        self._windows: dict[str, NDArray[np.uint16]] = {}
+
+    def prepare_data(self) -> None:
+        read_corpus(self.text)  # one process downloads what is missing
+
+    def setup(self, stage: str) -> None:
+        if self._windows:
+            return
+        length = self.context_length or self._model_config().context_length
+        text = read_corpus(self.text)
+        split = int(self.train_ratio * len(text))
+        for name, part in (("training", text[:split]), ("validation", text[split:])):
+            tokens = encode_corpus(part)
+            self._check_vocabulary(tokens)
+            self._windows[name] = windows(tokens, length, self.stride or length)
+            if not len(self._windows[name]):
+                self._windows.clear()
+                raise ValueError(
+                    f"data.text: the {name} split of {self.text} has {len(tokens)} tokens, one window "
+                    f"needs {length + 1}; give more text, a smaller model.config.context_length or "
+                    "another data.train_ratio"
+                )
+        count = len(self._windows["training"])
+        if stage == "fit" and count < self.batch_size * self._world_size():
+            self._windows.clear()
+            raise ValueError(
+                f"data.batch_size: {self.batch_size} on {self._world_size()} device(s) is more than "
+                f"the {count} training windows; make it smaller"
+            )
+
+    def train_dataloader(self) -> WindowLoader:
+        """A pass in a random order; a last batch that would be short is dropped, as in the book."""
+        return self._loader("training", shuffle=True, drop_last=True)
+
+    def validation_windows(self) -> WindowLoader:
+        return self._loader("validation", shuffle=False, drop_last=False)
+
+    def val_dataloader(self) -> WindowLoader | list[WindowLoader]:
+        """The validation windows; for ``trainer.validate`` a list of them and of all training windows."""
+        if self.trainer is not None and self.trainer.validating:
+            every = self._loader("training", shuffle=False, drop_last=False)
+            return [self.validation_windows(), every]
+        return self.validation_windows()
+
+    def _loader(self, split: str, **settings: Any) -> WindowLoader:
+        return WindowLoader(
+            self._windows[split],
+            self.batch_size,
+            seed=self.seed,
+            rng=self.rng,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self._world_size(),
+            **settings,
+        )
+
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _check_vocabulary(self, tokens: NDArray[np.uint16]) -> None:
+        if self.trainer is None or not len(tokens):
+            return
+        vocab_size = self._model_config().vocab_size
+        if (highest := int(tokens.max())) >= vocab_size:
+            raise ValueError(
+                f"model.config.vocab_size: {vocab_size} has no place for token id {highest} of "
+                f"{self.text}; give the tokenizer's {VOCAB_SIZE}"
+            )
+
+    def _model_config(self) -> Any:
+        """The GPTConfig of the model that the trainer trains on this data."""
+        if self.trainer is None:
+            raise ValueError("data.context_length: needed where no trainer tells the model's")
+        return self.trainer.lightning_module.config

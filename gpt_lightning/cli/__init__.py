@@ -1,0 +1,75 @@
+"""Verbs to functions. The only room that parses arguments and ends a process.
+
+Each verb's module is imported when the verb is used, so that ``generate`` does not wait for Lightning
+and ``--help`` for nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+PROG = "gpt_lightning"
+
+# verb → (module, function, what it does)
+VERBS = {
+    "fit": ("fit", "fit", "train a GPTModel, go on with a run, or start from old weights"),
+    "validate": ("fit", "validate", "loss and perplexity on the training and validation split"),
+    "generate": ("generate", "run", "continue a prompt with a trained model"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _run(arguments)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    match arguments:
+        case [] | ["-h" | "--help", *_]:
+            print(_help())
+        case ["--version", *_]:
+            from gpt_lightning import __version__
+
+            print(f"{PROG} {__version__}")
+        case [verb, *rest]:
+            if verb not in VERBS:
+                from gpt_lightning.cli.parsing import suggest
+
+                raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
+            module, function, _ = VERBS[verb]
+            getattr(import_module(f"{__name__}.{module}"), function)(rest)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND [options]",
+            "",
+            "Train, resume, examine and sample GPT models with PyTorch Lightning.",
+            "",
+            "commands:",
+            *(f"  {verb:<{width}}  {what}" for verb, (_, _, what) in VERBS.items()),
+            "",
+            f"'{PROG} COMMAND --help' lists a command's options; --debug shows where an error arose.",
+        ]
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file'}: {error.strerror}; check the path"
+    return " ".join(str(error).split())

@@ -1,0 +1,269 @@
+"""``fit`` and ``validate``: LightningCLI over our module and our data."""
+
+import json
+import logging
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from gpt_lightning.cli.parsing import parse
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.windows import Rng
+from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
+from gpt_lightning.training.checkpoint import (
+    DurableCheckpointIO,
+    RunCheckpoints,
+    checkpoint_to_resume,
+)
+from gpt_lightning.training.history import RunHistory
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.progress import RunProgress
+
+RUNS = Path("checkpoints")
+
+
+def _quiet_lightning() -> None:
+    """Lightning's tips and the warnings that no user of this command can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # evaluation.eval_freq decides when figures are logged
+    warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")
+
+
+def fit(arguments: list[str]) -> None:
+    """Train. Where old state comes from, first that applies:
+
+    1. ``--ckpt_path``: the same run goes on, with its weights, optimizer, position and random numbers.
+    2. ``--init_from``: a new run with old weights, and old moments with ``--init_optimizer true``.
+    3. Neither: a new run from the seed.
+    In all of them the configuration wins; one that names another architecture is refused.
+    """
+    cli = TrainingCLI("fit", arguments)
+    folder, config = cli.folder, cli.config
+    ckpt_path = None
+    if config.ckpt_path:
+        ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, cli.model.config)
+    elif config.init_from:
+        cli.model.start_from(
+            read_source(config.init_from), with_optimizer=bool(config.init_optimizer)
+        )
+    if _is_rank_zero() and ckpt_path is None and (folder / "config.yaml").exists():
+        raise ValueError(
+            f"run: {folder} holds a run already; go on with it by --ckpt_path last, "
+            "or give this one another name with --run NAME"
+        )
+    _check_data(cli)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+
+def _is_rank_zero() -> bool:
+    """Also before Lightning has set its processes up: the launcher's environment tells."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+
+
+def _check_data(cli: "TrainingCLI") -> None:
+    """Read the text before anything is written: Lightning makes the loggers' files first."""
+    if _is_rank_zero():
+        cli.trainer.strategy.connect(cli.model)
+        cli.datamodule.trainer = cli.trainer
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+
+
+def validate(arguments: list[str]) -> None:
+    """Loss and perplexity of a model on both splits of a text, every token weighing the same."""
+    cli = TrainingCLI("validate", arguments)
+    config = cli.config
+    source = config.init_from or config.ckpt_path
+    if config.ckpt_path in ("last", "best"):
+        source = str(cli.folder / config.ckpt_path)
+    if not source:
+        raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
+    cli.model.start_from(read_source(source))
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
+    if cli.trainer.is_global_zero:
+        _print_validation(metrics, as_json=bool(config.json))
+
+
+def _print_validation(metrics: dict[str, float], *, as_json: bool) -> None:
+    for split in ("train", "val"):
+        metrics[f"{split}_tokens"] = int(metrics[f"{split}_tokens"])
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    for split, name in (("train", "training"), ("val", "validation")):
+        print(
+            f"{name:<10}  loss {metrics[f'{split}_loss']:.6f}  "
+            f"perplexity {metrics[f'{split}_perplexity']:.3f}  "
+            f"tokens {metrics[f'{split}_tokens']:,}"
+        )
+
+
+class ConfigOfRun(SaveConfigCallback):
+    """Keeps a new run's configuration beside its checkpoints; a resumed run keeps the one it has."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        path = self.folder / "config.yaml"
+        if path.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        for act in ("config", "ckpt_path"):
+            config.pop(act, None)
+        self.parser.save(config, path, skip_none=False, skip_check=True)
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's event files in the run's folder, without ``hparams.yaml``: config.yaml says it all."""
+
+    def save(self) -> None:
+        self.experiment.flush()
+
+
+class TrainingCLI(LightningCLI):
+    """The settings of a run, parsed and made into module, data and trainer; it runs nothing itself."""
+
+    def __init__(self, verb: str, arguments: list[str]) -> None:
+        _quiet_lightning()
+        self.verb = verb
+        super().__init__(
+            GPTLightningModule,
+            TextDataModule,
+            args=arguments,
+            run=False,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            load_from_checkpoint_support=False,  # the module saves its hyperparameters itself
+            parser_kwargs={
+                "prog": f"gpt_lightning {verb}",
+                "description": fit.__doc__ if verb == "fit" else validate.__doc__,
+                "exit_on_error": False,
+            },
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=123,
+            help="What initial weights, the order of the windows and dropout depend on.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run", type=str, default="run", help="The run's name, a folder in checkpoints/."
+        )
+        parser.add_argument(
+            "--rng",
+            type=Rng,
+            default="step",
+            help="Where random numbers come from: 'step', functions of seed and step; "
+            "'global', torch's global generator, as in the book.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="Go on with the run: last, best or a checkpoint's path.",
+        )
+        parser.add_argument(
+            "--init_from", type=str | None, help="Weights to begin with: a checkpoint or a run."
+        )
+        parser.add_argument(
+            "--init_optimizer",
+            type=bool,
+            default=False,
+            help="Whether the optimizer's state comes from --init_from too.",
+        )
+        if self.verb == "validate":
+            parser.add_argument(
+                "--json", action="store_true", help="Print one JSON object and nothing else."
+            )
+        parser.add_function_arguments(evaluation_callbacks, "evaluation", skip={"rng"})
+        parser.add_class_arguments(RunCheckpoints, "checkpoint", skip={"folder"}, instantiate=False)
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target)
+        for target in ("model.rng", "data.rng"):
+            parser.link_arguments("rng", target)
+
+    def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
+        self.config = parse(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.config.run):
+            raise ValueError(
+                f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """``checkpoints/RUN`` under ``trainer.default_root_dir``, or under the working directory."""
+        root = Path(self.config.trainer.default_root_dir or ".")
+        return root / RUNS / str(self.config.run)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = {**self.config_init.trainer, **kwargs}
+        callbacks: list[Callback] = list(settings.pop("callbacks", None) or [])
+        if settings.get("enable_progress_bar") is not False:
+            callbacks.append(RunProgress())
+        if self.verb == "fit":
+            callbacks += self._fit_callbacks()
+            if settings.get("limit_val_batches") is None:
+                settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
+        settings["callbacks"] = callbacks
+        settings["logger"] = self._loggers(settings.get("logger"))
+        settings["plugins"] = [*_as_list(settings.get("plugins")), DurableCheckpointIO()]
+        settings["enable_checkpointing"] = self.verb == "fit"
+        settings["enable_model_summary"] = False
+        return Trainer(**settings)
+
+    def _fit_callbacks(self) -> list[Callback]:
+        config = self.config
+        evaluation = evaluation_callbacks(**config.evaluation.as_dict(), rng=config.rng)
+        losses = next(c for c in evaluation if isinstance(c, LossEvaluation))
+        return [
+            ConfigOfRun(self.parser, config, self.folder),
+            *evaluation,
+            RunHistory(self.folder, losses),
+            RunCheckpoints(self.folder, **config.checkpoint.as_dict()),
+        ]
+
+    def _loggers(self, chosen: Any) -> Any:
+        if self.verb != "fit":
+            return False
+        if chosen is None or chosen is True:
+            _keep_tensorflow_out()
+            return RunLogger(
+                save_dir=self.folder.parent,
+                name=self.folder.name,
+                version="",
+                default_hp_metric=False,
+            )
+        return chosen
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _keep_tensorflow_out() -> None:
+    """TensorBoard imports TensorFlow where it is installed, 6 s and 500 MB, unless this module exists."""
+    name = "tensorboard.compat.notf"
+    sys.modules.setdefault(name, types.ModuleType(name))

@@ -1,0 +1,40 @@
+"""jsonargparse's parsers, with a user's mistake as one line that says what to write instead."""
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from jsonargparse import ArgumentParser, Namespace
+
+_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --?(?P<key>[^\s=]+)")
+_UNKNOWN_IN_GROUP = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
+_UNKNOWN_KEY = re.compile(r"[Oo]ption '(?P<key>[^']+)' is not accepted")
+_BAD_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<cause>.*)', re.DOTALL)
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse with a parser made with ``exit_on_error=False``; its errors come as one-line ``ValueError``."""
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from error
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"give one of {', '.join(known)}"
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    known = [action.dest for action in parser._actions if "." in action.dest or action.dest]
+    if match := _UNKNOWN_IN_GROUP.search(message):
+        key = f"{match['group']}.{match['key']}"
+        return f"{key}: is no setting; {suggest(key, known)}"
+    if match := _UNKNOWN_OPTION.search(message) or _UNKNOWN_KEY.search(message):
+        return f"{match['key']}: is no setting; {suggest(match['key'], known)}"
+    if match := _BAD_VALUE.search(message):
+        cause = " ".join(match["cause"].split()).rstrip(".")
+        return f"{match['key']}: {cause}; see --help"
+    return " ".join(message.split()) + "; see --help"

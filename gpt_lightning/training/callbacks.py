@@ -1,0 +1,196 @@
+"""What watches a run: losses as the book prints them, samples of text, the record on disk."""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.tokenizer import decode, encode_prompt
+from gpt_lightning.data.windows import Batch, Rng, WindowLoader
+from gpt_lightning.generation.generate import generate
+from gpt_lightning.training.module import GPTLightningModule
+
+
+def evaluation_callbacks(
+    eval_freq: int = 5,
+    eval_iter: int | None = 5,
+    prompt: str | None = "Every effort moves you",
+    max_new_tokens: int = 50,
+    rng: Rng = "step",
+) -> list[Callback]:
+    """The callbacks behind the settings ``evaluation.*``.
+
+    Args:
+        eval_freq: Updates from one evaluation to the next; the first is after the first update.
+        eval_iter: Batches of each split an evaluation reads; none: all.
+        prompt: What the greedy sample after each epoch begins with; none: no samples.
+        max_new_tokens: Length of that sample.
+        rng: 'step' leaves the run's random numbers alone, 'global' draws on them as the book does.
+    """
+    callbacks: list[Callback] = [LossEvaluation(eval_freq, eval_iter, rng)]
+    if prompt is not None:
+        callbacks.append(TextSamples(prompt, max_new_tokens, rng))
+    return callbacks
+
+
+def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
+    return nullcontext() if rng == "global" else isolate_rng()
+
+
+class LossEvaluation(Callback):
+    """The book's ``evaluate_model``: every ``eval_freq`` updates the losses over some batches of each split.
+
+    It is what ``fit`` validates with, in place of Lightning's validation loop. Prints the book's line, logs
+    to the trainer's loggers under the tags ``TAGS``, and keeps the last figures as ``row``.
+
+    With ``rng="step"`` each evaluation reads the same training windows and weighs every token alike.
+    With ``rng="global"`` it reads a new pass over the shuffled windows and takes the mean of the
+    batches' means, which are the book's figures.
+    """
+
+    TAGS = (
+        "train_loss",
+        "val_loss",
+        "perplexity",
+        "lr",
+        "grad_norm",
+        "tokens_seen",
+        "tokens_per_second",
+    )
+
+    def __init__(self, eval_freq: int = 5, eval_iter: int | None = 5, rng: Rng = "step") -> None:
+        if eval_freq < 1:
+            raise ValueError(f"evaluation.eval_freq: {eval_freq} is too small; give 1 or more")
+        if eval_iter is not None and eval_iter < 1:
+            raise ValueError(f"evaluation.eval_iter: {eval_iter} is too small; give 1 or more")
+        self.eval_freq = eval_freq
+        self.eval_iter = eval_iter
+        self.rng: Rng = rng
+        self.row: dict[str, float] = {}
+        self._last_step = -1
+        self._grad_norm = math.nan
+        self._seconds = 0.0
+        self._tokens = 0
+        self._batch_began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step - 1
+        self._seconds, self._tokens = 0.0, 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._batch_began = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.global_step % self.eval_freq == 0:  # the norm before clipping
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, GPTLightningModule)
+        step = trainer.global_step - 1  # the book counts the first update as step 0
+        due = step != self._last_step and step % self.eval_freq == 0
+        self._last_step = step
+        if due and pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._batch_began
+        self._tokens += batch[0].numel() * trainer.world_size
+        if due:
+            self._evaluate(trainer, pl_module, step)
+            self._seconds, self._tokens = 0.0, 0
+
+    def _evaluate(self, trainer: Trainer, module: GPTLightningModule, step: int) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, TextDataModule), "LossEvaluation needs a TextDataModule"
+        with _random_numbers(self.rng), torch.no_grad():
+            module.eval()
+            train_loss = self._mean_loss(trainer, module, data.train_dataloader())
+            val_loss = self._mean_loss(trainer, module, data.validation_windows())
+            module.train()
+        epoch = trainer.current_epoch + 1
+        figures = [
+            train_loss,
+            val_loss,
+            math.exp(min(val_loss, 700.0)),
+            trainer.optimizers[0].param_groups[0]["lr"],
+            self._grad_norm,
+            module.tokens_seen,
+            self._tokens / self._seconds,
+        ]
+        self.row = {"step": step, "epoch": epoch, **dict(zip(self.TAGS, figures, strict=True))}
+        module.log_dict(
+            {"train_loss": train_loss, "val_loss": val_loss},
+            logger=False,
+            on_step=True,
+            on_epoch=False,
+            sync_dist=False,
+        )
+        if trainer.is_global_zero:
+            print(
+                f"Ep {epoch} (Step {step:06d}): "
+                f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}",
+                flush=True,
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics({tag: self.row[tag] for tag in self.TAGS}, step=step)
+
+    def _mean_loss(
+        self, trainer: Trainer, module: GPTLightningModule, loader: WindowLoader
+    ) -> float:
+        mean = MeanMetric().to(module.device)
+        for i, batch in enumerate(loader):
+            if self.eval_iter is not None and i >= self.eval_iter:
+                break
+            inputs, targets = module.transfer_batch_to_device(batch, module.device, 0)
+            with trainer.precision_plugin.forward_context():
+                loss = module.loss((inputs, targets))
+            mean.update(loss.float(), weight=1 if self.rng == "global" else targets.numel())
+        return float(mean.compute())
+
+
+class TextSamples(Callback):
+    """A greedy continuation of ``prompt`` after each epoch, printed and in TensorBoard."""
+
+    def __init__(self, prompt: str, max_new_tokens: int = 50, rng: Rng = "step") -> None:
+        if not prompt:
+            raise ValueError("evaluation.prompt: is empty; give some text, or null for no samples")
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"evaluation.max_new_tokens: {max_new_tokens} is too small; give 1 or more"
+            )
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.rng: Rng = rng
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, GPTLightningModule)
+        idx = torch.tensor([encode_prompt(self.prompt)], device=pl_module.device)
+        with _random_numbers(self.rng), trainer.precision_plugin.forward_context():
+            ids = generate(pl_module.model, idx, self.max_new_tokens)
+        self._show(trainer, decode(ids[0].tolist()))
+
+    @rank_zero_only
+    def _show(self, trainer: Trainer, text: str) -> None:
+        print(text.replace("\n", " "), flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("sample", text, trainer.global_step - 1)

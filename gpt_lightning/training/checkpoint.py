@@ -1,0 +1,155 @@
+"""A run's checkpoints: ``last`` and ``best`` in its folder, each there whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.pretrained.formats import checkpoint_config, read_checkpoint
+from gpt_lightning.pretrained.source import find_checkpoint
+from gpt_lightning.training.module import describe_differences
+from gpt_lightning.training.progress import total_steps
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Writes beside the target, syncs, renames, syncs the folder; reads tensors and primitives only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunCheckpoints(Checkpoint):
+    """``last.ckpt`` at intervals and at the end; ``best.ckpt`` when an evaluation's loss is the lowest yet.
+
+    Two of Lightning's ``ModelCheckpoint`` would do less: its ``last`` is the last of the best, and it
+    writes the same step twice.
+
+    Args:
+        folder: The run's.
+        every_n_train_steps: Updates from one save of last to the next; none: at the end of each epoch.
+        best: Whether the checkpoint with the lowest val_loss is kept too.
+    """
+
+    def __init__(
+        self, folder: Path, every_n_train_steps: int | None = None, best: bool = True
+    ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ValueError(
+                f"checkpoint.every_n_train_steps: {every_n_train_steps} is too small; give 1 or more"
+            )
+        self.folder = folder
+        self.every_n_train_steps = every_n_train_steps
+        self.best = best
+        self.best_val_loss: float | None = None
+        self._seen_step = -1
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        # Everything is saved from this hook: what Lightning saves in later ones says that the epoch is
+        # over, also where max_steps cut it, and a resumed run would leave out the rest of it.
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        val_loss = trainer.callback_metrics.get("val_loss")
+        if self.best and val_loss is not None and self._is_lowest(float(val_loss)):
+            self.best_val_loss = float(val_loss)
+            trainer.save_checkpoint(self._path("best"))
+        if self._is_due(trainer):
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._saved_step:  # something else ended the run early
+            self._save_last(trainer)
+
+    def _is_lowest(self, val_loss: float) -> bool:
+        return self.best_val_loss is None or val_loss < self.best_val_loss
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.global_step == total_steps(trainer):
+            return True
+        if self.every_n_train_steps is None:
+            return trainer.is_last_batch
+        return trainer.global_step % self.every_n_train_steps == 0
+
+    def _save_last(self, trainer: Trainer) -> None:
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self._path("last"))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_val_loss": self.best_val_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_val_loss = state_dict["best_val_loss"]
+
+
+def checkpoint_to_resume(folder: Path, ckpt_path: str, config: GPTConfig) -> Path:
+    """The file that ``--ckpt_path`` names, after a look into it: ``last`` or ``best`` of the run, or a path.
+
+    Raises:
+        ValueError: It cannot be resumed, or the model there is another than ``config``.
+        OSError: There is none.
+    """
+    if ckpt_path in ("last", "best"):
+        path = folder / f"{ckpt_path}.ckpt"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"ckpt_path: the run has no {path}; leave --ckpt_path out to start it"
+            )
+    else:
+        path = find_checkpoint(ckpt_path)
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.get("optimizer_states") or "loops" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path: {path} has weights but no training state; give it as --init_from"
+        )
+    if differences := checkpoint_config(checkpoint).differences(config):
+        raise ValueError(describe_differences(f"ckpt_path: {path}", differences))
+    return path

@@ -1,0 +1,120 @@
+"""A run's figures on disk: ``metrics.csv``, ``loss.png``, and the run among others in TensorBoard."""
+
+import csv
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gpt_lightning.training.callbacks import LossEvaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, float]
+COUNTS = ("step", "epoch", "tokens_seen")
+COLUMNS = ("step", "epoch", "seen_epochs", *LossEvaluation.TAGS)
+
+
+class RunHistory(Callback):
+    """Writes each evaluation to ``metrics.csv`` as it comes, and at the end the book's figure.
+
+    A resumed run keeps the rows up to where it goes on and drops those after: it will write them again.
+    """
+
+    def __init__(self, folder: Path, evaluation: LossEvaluation) -> None:
+        self.path = folder / "metrics.csv"
+        self.figure_path = folder / "loss.png"
+        self.evaluation = evaluation
+        self.rows: list[Row] = []
+        self._last: Row = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = self.evaluation.row
+        if not trainer.is_global_zero:
+            return
+        if self.path.exists():
+            self.rows = [row for row in read_rows(self.path) if row["step"] < trainer.global_step]
+        write_rows(self.path, self.rows)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not trainer.is_global_zero or self.evaluation.row is self._last:
+            return
+        self._last = self.evaluation.row
+        seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
+        self.rows.append({**self._last, "seen_epochs": seen_epochs})
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.rows:
+            return
+        figure = loss_figure(self.rows)
+        figure.savefig(self.figure_path, dpi=150)
+        final = {f"final/{tag}": self.rows[-1][tag] for tag in ("train_loss", "val_loss")}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("losses", figure, trainer.global_step - 1)
+                logger.log_hyperparams(_flat(dict(pl_module.hparams)), final)
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {key: (int if key in COUNTS else float)(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def loss_figure(rows: list[Row]) -> "Figure":
+    """The book's figure: both losses over epochs, with tokens seen on a second axis."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    epochs = [row["seen_epochs"] for row in rows]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(epochs, [row["train_loss"] for row in rows], "-", color="0.0", label="Training loss")
+    axes.plot(
+        epochs, [row["val_loss"] for row in rows], "-.", color="0.45", label="Validation loss"
+    )
+    axes.set_xlabel("Epochs")
+    axes.set_ylabel("Loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper right")
+    tokens_axis = axes.twiny()  # a second x-axis; the invisible plot gives it its scale
+    tokens_axis.plot(
+        [row["tokens_seen"] for row in rows], [row["val_loss"] for row in rows], alpha=0
+    )
+    tokens_axis.set_xlabel("Tokens seen")
+    tokens_axis.xaxis.set_major_formatter(EngFormatter())
+    return figure
+
+
+def _flat(hparams: dict[str, Any]) -> dict[str, Any]:
+    """``{"config": {"emb_dim": 768}}`` → ``{"config/emb_dim": 768}``, as TensorBoard shows it."""
+    flat: dict[str, Any] = {}
+    for key, value in hparams.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": v for inner, v in value.items()}
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,71 @@
+"""AdamW's parameter groups, its schedule as a function of the step, its state by parameter name."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+
+def build_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    decay_matrices_only: bool,
+) -> AdamW:
+    """Fused AdamW. With ``decay_matrices_only`` biases and norms are a group without decay."""
+    named = list(model.named_parameters())
+    if not decay_matrices_only:
+        groups: list[dict[str, Any]] = [{"params": named, "weight_decay": weight_decay}]
+    else:
+        groups = [
+            {"params": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+        ]
+    return AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def learning_rate(
+    step: int, *, lr: float, warmup_steps: int, decay_steps: int | None, min_lr: float
+) -> float:
+    """The rate of the update after ``step`` others: a linear rise, then constant or a cosine's fall.
+
+    With ``decay_steps`` the cosine goes from ``lr`` at the end of the warmup to ``min_lr`` at
+    ``decay_steps``, and stays there. It knows steps alone, not the run's length: a run that is made
+    longer has the rates of one that was that long from the start.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if decay_steps is None:
+        return lr
+    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def load_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Take over the moments and step counts of ``saved``, by parameter name; keep own lr and decay.
+
+    Raises:
+        ValueError: ``saved`` lacks a parameter that ``optimizer`` has.
+    """
+    by_name = {
+        name: saved["state"].get(index)
+        for group in saved["param_groups"]
+        for index, name in zip(group["params"], group.get("param_names", ()), strict=True)
+    }
+    own = optimizer.state_dict()
+    for group in own["param_groups"]:
+        for index, name in zip(group["params"], group["param_names"], strict=True):
+            if by_name.get(name) is None:
+                raise ValueError(
+                    f"init_optimizer: the source has no optimizer state for {name}; "
+                    "leave --init_optimizer out"
+                )
+            own["state"][index] = {
+                key: value.clone() if isinstance(value, torch.Tensor) else value
+                for key, value in by_name[name].items()
+            }
+    optimizer.load_state_dict(own)

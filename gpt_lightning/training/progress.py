@@ -1,0 +1,132 @@
+"""How far a run is: a bar with an ETA on a terminal, else a plain line at intervals. All on stderr."""
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class RunProgress(ProgressBar):
+    """One bar over the whole run, not one an epoch, so that its ETA is the run's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._total: int | None = None
+        self._began = 0.0
+        self._first = 0
+        self._last_line = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start("training", trainer.global_step, total_steps(trainer))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        loss = trainer.callback_metrics.get("val_loss")
+        self._advance(trainer.global_step, "" if loss is None else f"val_loss {float(loss):.3f}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._start("validating", 0, int(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == "validate":
+            done = sum(trainer.num_val_batches[:dataloader_idx]) + batch_idx + 1
+            self._advance(int(done), "")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _start(self, what: str, done: int, total: int | None) -> None:
+        self._total, self._first = total, done
+        self._began = self._last_line = time.monotonic()
+        console = Console(stderr=True)
+        if not self._enabled or not console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
+        )
+        self._bar.start()
+        self._bar.add_task(what, total=total, completed=done, note="")
+
+    def _advance(self, done: int, note: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES or done == self._first:
+            return
+        self._last_line = now
+        seconds = (now - self._began) / (done - self._first)
+        of = "" if self._total is None else f"/{self._total}"
+        eta = "" if self._total is None else f", eta {(self._total - done) * seconds:.0f} s"
+        print(f"step {done}{of}, {seconds:.2f} s a step{eta}", file=sys.stderr, flush=True)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Updates after which the run ends, by ``max_steps`` or ``max_epochs``; none where neither is set."""
+    batches = trainer.num_training_batches
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and batches != float("inf"):
+        per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
+        limits.append(trainer.max_epochs * per_epoch)
+    return min(limits, default=None)

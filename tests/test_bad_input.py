@@ -1,0 +1,235 @@
+"""A user's mistakes through the real command: exit code 2, one line that helps, nothing written."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, Command, Done
+
+from gpt_lightning.data import corpus
+
+QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
+
+
+def refused(done: Done, *parts: str) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert done.err.startswith("gpt_lightning: error: ")
+    assert done.err.count("\n") == 1
+    assert "Traceback" not in done.err
+    for part in parts:
+        assert part in done.err
+
+
+@pytest.fixture
+def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
+    """``fit`` on a small setting; whatever it was refused for, it left no run behind."""
+
+    def run(*arguments: str) -> Done:
+        return command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1", *arguments)
+
+    yield run
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model.config.emb_dim=15"], ["emb_dim: 15 is not divisible by n_heads 2"]),
+        (["--model.config.n_layers=0"], ["n_layers: 0"]),
+        (["--model.config.context_length=-4"], ["context_length: -4"]),
+        (["--model.config.emb_dim=abc"], ["model.config.emb_dim", "abc"]),
+        (["--model.config.drop_rate=1"], ["drop_rate: 1.0 is outside [0, 1)"]),
+        (["--model.config.vocab_size=300"], ["vocab_size: 300", "50257"]),
+        (["--model.lr=-1"], ["model.lr: -1.0"]),
+        (["--data.batch_size=0"], ["data.batch_size: 0"]),
+        (["--data.batch_size=5000"], ["data.batch_size: 5000", "training windows"]),
+        (["--data.stride=0"], ["data.stride: 0"]),
+        (["--data.train_ratio=1.5"], ["data.train_ratio: 1.5"]),
+        (["--data.train_ratio=1.0"], ["data.train_ratio: 1.0"]),
+        (["--data.train_ratio=0.99999"], ["validation split", "tokens, one window needs 17"]),
+        (["--evaluation.eval_freq=0"], ["evaluation.eval_freq: 0"]),
+        (["--evaluation.eval_iter=0"], ["evaluation.eval_iter: 0"]),
+        (["--evaluation.prompt="], ["evaluation.prompt: is empty"]),
+        (["--checkpoint.every_n_train_steps=0"], ["checkpoint.every_n_train_steps: 0"]),
+        (["--model.lrr=1"], ["model.lrr", "did you mean model.lr?"]),
+        (["--data.tekst=x"], ["did you mean data.text?"]),
+        (["--rng=dice"], ["rng"]),
+        (["--seed_everything=yes"], ["seed_everything"]),
+        (["--run=../elsewhere"], ["run: ../elsewhere"]),
+        (["--run="], ["run: "]),
+        (["--ckpt_path=last"], ["ckpt_path", "last.ckpt"]),
+        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
+        (["--init_from=nowhere"], ["nowhere does not exist"]),
+        (["--config=nowhere.yaml"], ["nowhere.yaml"]),
+        (["--trainer.max_epochs=two"], ["trainer.max_epochs", "two"]),
+        (["--data.text=nowhere.txt"], ["data.text: nowhere.txt does not exist"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) and value[0].startswith("-") else "",
+)
+def test_settings(refused_fit: Command, arguments: list[str], parts: list[str]) -> None:
+    refused(refused_fit(*arguments), *parts)
+
+
+def test_texts(refused_fit: Command, tmp_path: Path) -> None:
+    files = {
+        "empty.txt": b"",
+        "blank.txt": b" \n\n ",
+        "latin.txt": "Übermut tut selten gut. ".encode("latin-1") * 100,
+        "short.txt": b"Only a few words, no window.",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    refused(refused_fit("--data.text=empty.txt"), "data.text: empty.txt is empty")
+    refused(refused_fit("--data.text=blank.txt"), "data.text: blank.txt is empty")
+    refused(refused_fit("--data.text=latin.txt"), "latin.txt is not UTF-8")
+    refused(refused_fit("--data.text=folder"), "folder holds no text files")
+    refused(
+        refused_fit("--data.text=short.txt", "--data.train_ratio=0.9"),
+        "training split of short.txt has 7 tokens, one window needs 17",
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+def test_unreadable_file(refused_fit: Command) -> None:
+    refused(refused_fit("--data.text=/proc/self/mem"), "/proc/self/mem cannot be read")
+
+
+def test_unknown_keys_in_yaml(refused_fit: Command, tmp_path: Path) -> None:
+    for text, near in [
+        ("model:\n  config:\n    emb_dimm: 8\n", "did you mean model.config.emb_dim?"),
+        ("evaluation:\n  eval_frequ: 8\n", "did you mean evaluation.eval_freq?"),
+        ("modell:\n  lr: 8\n", "modell"),
+        ("seed_everythin: 8\n", "did you mean seed_everything?"),
+    ]:
+        (tmp_path / "mine.yaml").write_text(text)
+        refused(refused_fit("--config=mine.yaml"), near)
+
+
+def test_yaml_that_is_none(refused_fit: Command, tmp_path: Path) -> None:
+    for content in (b"{", b"- 1\n- 2\n", b"\xff\xfe\x00", b"just words"):
+        (tmp_path / "mine.yaml").write_bytes(content)
+        refused(refused_fit("--config=mine.yaml"))
+
+
+def test_no_checkpoint(refused_fit: Command, tmp_path: Path) -> None:
+    import torch
+
+    (tmp_path / "words.ckpt").write_text("no checkpoint at all")
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    torch.save({"a": torch.ones(2)}, tmp_path / "other.ckpt")
+    torch.save(torch.ones(2), tmp_path / "tensor.ckpt")
+    torch.save({"state_dict": Path("x"), "hyper_parameters": {}}, tmp_path / "objects.ckpt")
+    for name in ("words", "empty", "other", "tensor", "objects"):
+        for option in ("--ckpt_path", "--init_from"):
+            refused(refused_fit(f"{option}={name}.ckpt"), f"{name}.ckpt is no checkpoint")
+
+
+def test_a_run_in_the_folder_is_not_overwritten(command: Command, tmp_path: Path) -> None:
+    arguments = ("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1")
+    assert command(*arguments).code == 0
+    folder = tmp_path / "checkpoints" / "quickstart"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    refused(command(*arguments), "holds a run already", "--ckpt_path last", "--run NAME")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:10_000])
+    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt is no checkpoint")
+
+
+class NotTheVerdict(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>not the text</title>")
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def wrong_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), NotTheVerdict)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/the-verdict.txt"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_with_a_wrong_sum(
+    refused_fit: Command, wrong_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "VERDICT_URL", wrong_server)
+    done = refused_fit("--data.text=verdict")
+    refused(done, "SHA-256 differs", str(tmp_path / "cache" / "the-verdict.txt"))
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_no_network(refused_fit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "VERDICT_URL", "http://127.0.0.1:9/the-verdict.txt")
+    done = refused_fit("--data.text=verdict")
+    refused(done, "cannot be downloaded", f"at {tmp_path / 'cache' / 'the-verdict.txt'}")
+
+
+def test_another_text_in_the_verdicts_place(refused_fit: Command, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "the-verdict.txt").write_text("Call me Ishmael.")
+    refused(refused_fit("--data.text=verdict"), "is not The Verdict", "remove it")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gpt_lightning.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    root = f"--trainer.default_root_dir={folder}"
+    assert main(["fit", QUICKSTART, *SMALL, "--trainer.max_steps=1", root]) == 0
+    return folder / "checkpoints" / "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prompt="], ["prompt: is empty"]),
+        ([], ["prompt: is empty"]),
+        (["--prompt=x", "--temperature=-1"], ["temperature: -1.0"]),
+        (["--prompt=x", "--temperature=nan"], ["temperature", "nan"]),
+        (["--prompt=x", "--top_k=0"], ["top_k: 0"]),
+        (["--prompt=x", "--top_k=60000"], ["top_k: 60000", "50257"]),
+        (["--prompt=x", "--max_new_tokens=-1"], ["max_new_tokens: -1"]),
+        (["--prompt=x", "--promt=y"], ["did you mean prompt?"]),
+        (["--prompt=x", "--device=warp"], ["device: warp"]),
+    ],
+)
+def test_generate(command: Command, trained: Path, arguments: list[str], parts: list[str]) -> None:
+    refused(command("generate", f"--from={trained}", *arguments), *parts)
+
+
+def test_generate_from_what_is_no_model(command: Command, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "config.yaml", tmp_path / "config.yaml")
+    refused(command("generate", "--from=config.yaml", "--prompt=x"), "is no checkpoint")
+    refused(command("generate", f"--from={tmp_path}", "--prompt=x"), "last.ckpt")
+    refused(command("generate", "--prompt=x"), "--from SOURCE")
+
+
+def test_unknown_command(command: Command) -> None:
+    refused(command("trian"), "trian: is no command")
+    refused(command("fitt"), "did you mean fit?")
+
+
+def test_debug_shows_the_traceback(command: Command) -> None:
+    with pytest.raises(OSError, match="nowhere does not exist"):
+        command("generate", "--from=nowhere", "--prompt=x", "--debug")
+
+
+def test_unwritable_folder(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    done = command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1")
+    refused(done, "checkpoints")
+    assert os.listdir(tmp_path) == ["checkpoints"]

@@ -1,0 +1,237 @@
+"""``fit``, ``validate`` and ``generate`` as commands: what they print, write, resume and refuse."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL, Command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt_lightning import GPTLightningModule, load_model
+from gpt_lightning.training.callbacks import LossEvaluation
+
+
+def same_weights(one: str, other: str) -> bool:
+    a, b = (torch.load(path, weights_only=True) for path in (one, other))
+    return all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"]) and (
+        a["optimizer_states"][0]["state"].keys() == b["optimizer_states"][0]["state"].keys()
+    ) and all(
+        torch.equal(value, b["optimizer_states"][0]["state"][i][key])
+        for i, state in a["optimizer_states"][0]["state"].items()
+        for key, value in state.items()
+    )  # fmt: skip
+
+
+def test_run_folder_and_tensorboard(fit: Command) -> None:
+    done = fit("--trainer.max_epochs=2", "--evaluation.eval_freq=3")
+    folder = Path("checkpoints/quickstart")
+    events = [name for name in os.listdir(folder) if name.startswith("events.out.tfevents")]
+    assert sorted(os.listdir(folder)) == sorted(
+        ["best.ckpt", "config.yaml", "last.ckpt", "loss.png", "metrics.csv", *events]
+    )
+    assert len(events) == 1
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    tags = board.Tags()
+    assert set(LossEvaluation.TAGS) <= set(tags["scalars"])
+    assert "losses" in tags["images"]
+    assert "sample/text_summary" in tags["tensors"]
+    assert "_hparams_/session_start_info" in board.summary_metadata
+    assert {"final/train_loss", "final/val_loss"} <= set(tags["scalars"])
+
+    lines = [line for line in done.out.splitlines() if line.startswith("Ep ")]
+    samples = [line for line in done.out.splitlines() if not line.startswith("Ep ")]
+    assert len(samples) == 2
+    logged = [event.value for event in board.Scalars("val_loss")]
+    assert len(lines) == len(logged) == len((folder / "metrics.csv").read_text().splitlines()) - 1
+    assert [f"{value:.3f}" for value in logged] == [line.split()[-1] for line in lines]
+    assert [event.step for event in board.Scalars("val_loss")][:2] == [0, 3]
+    assert all(event.value > 0 for event in board.Scalars("grad_norm"))
+    assert all(event.value > 0 for event in board.Scalars("tokens_per_second"))
+
+
+def test_checkpoints_hold_tensors_and_primitives_only(fit: Command) -> None:
+    fit("--trainer.max_epochs=1")
+    for name in ("last", "best"):
+        checkpoint = torch.load(f"checkpoints/quickstart/{name}.ckpt", weights_only=True)
+        assert checkpoint["hyper_parameters"]["config"]["emb_dim"] == 16
+    module = GPTLightningModule.load_from_checkpoint("checkpoints/quickstart/last.ckpt")
+    assert module.config.emb_dim == 16
+    assert not list(Path("checkpoints/quickstart").glob(".*"))
+
+
+def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
+    fit(
+        "--trainer.max_steps=12", "--evaluation.eval_freq=2", "--model.lr=0.3"
+    )  # soon goes up again
+    rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    losses = {
+        int(row.split(",")[0]): float(row.split(",")[header.index("val_loss")]) for row in rows[1:]
+    }
+    best_step = min(losses, key=lambda step: losses[step])
+    assert best_step != max(losses)
+    best = torch.load("checkpoints/quickstart/best.ckpt", weights_only=True)
+    assert best["global_step"] == best_step + 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("cut", ["--trainer.max_steps=5", "--trainer.max_epochs=1"])
+def test_resumed_equals_uninterrupted(fit: Command, cut: str, accumulate: int) -> None:
+    """A finished run made longer has the bits of one that was that long from the start."""
+    extra = ("--model.config.drop_rate=0.1", f"--trainer.accumulate_grad_batches={accumulate}")
+    fit("--trainer.max_epochs=2", "--run=straight", *extra)
+    fit(cut, "--run=cut", *extra)
+    fit("--trainer.max_epochs=2", "--run=cut", "--ckpt_path=last", *extra)
+    assert same_weights("checkpoints/straight/last.ckpt", "checkpoints/cut/last.ckpt")
+    kept = ("step", "train_loss", "val_loss", "tokens_seen")
+    tables = []
+    for run in ("straight", "cut"):
+        header, *rows = Path(f"checkpoints/{run}/metrics.csv").read_text().splitlines()
+        places = [header.split(",").index(name) for name in kept]
+        tables.append([[row.split(",")[i] for i in places] for row in rows])
+    assert tables[0] == tables[1]
+
+
+def test_watching_does_not_move_the_run(fit: Command) -> None:
+    common = ("--trainer.max_epochs=1", "--model.config.drop_rate=0.1")
+    fit("--run=watched", "--evaluation.eval_freq=1", *common)
+    fit("--run=alone", "--evaluation.eval_freq=1000", "--evaluation.prompt=null", *common)
+    assert same_weights("checkpoints/watched/last.ckpt", "checkpoints/alone/last.ckpt")
+
+
+def test_resume_keeps_the_configuration_it_has(fit: Command) -> None:
+    fit("--trainer.max_steps=2")
+    before = Path("checkpoints/quickstart/config.yaml").read_text()
+    fit("--trainer.max_steps=4", "--ckpt_path=last")
+    assert Path("checkpoints/quickstart/config.yaml").read_text() == before
+    assert torch.load("checkpoints/quickstart/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_saved_configuration_gives_the_run_again(fit: Command, command: Command) -> None:
+    fit("--trainer.max_steps=3")
+    done = command("fit", "--config=checkpoints/quickstart/config.yaml", "--run=again")
+    assert done.code == 0, done.err
+    assert same_weights("checkpoints/quickstart/last.ckpt", "checkpoints/again/last.ckpt")
+
+
+def test_resume_of_another_architecture_is_refused_with_both_values(
+    fit: Command, command: Command
+) -> None:
+    fit("--trainer.max_steps=2")
+    done = command(
+        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last",
+        "--trainer.max_steps=9", "--model.config.emb_dim=32",
+    )  # fmt: skip
+    assert done.code == 2
+    assert "model.config.emb_dim is 16 there and 32 here" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_configuration_wins_on_resume(fit: Command) -> None:
+    fit("--trainer.max_steps=2", "--model.lr=0.01", "--model.warmup_steps=0")
+    fit("--trainer.max_steps=3", "--ckpt_path=last", "--model.lr=0.5", "--model.weight_decay=0.3",
+        "--model.warmup_steps=0")  # fmt: skip
+    groups = torch.load("checkpoints/quickstart/last.ckpt", weights_only=True)["optimizer_states"][
+        0
+    ]
+    assert groups["param_groups"][0]["lr"] == 0.5
+    assert groups["param_groups"][0]["weight_decay"] == 0.3
+
+
+def test_init_from_is_a_new_run_with_old_weights(fit: Command) -> None:
+    fit("--trainer.max_steps=4")
+    fit("--run=new", "--init_from=checkpoints/quickstart", "--trainer.max_steps=1", "--model.lr=0")
+    old, new = load_model("checkpoints/quickstart"), load_model("checkpoints/new")
+    pairs = zip(old.parameters(), new.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)  # lr 0: the update moved nothing
+    assert torch.load("checkpoints/new/last.ckpt", weights_only=True)["global_step"] == 1
+
+    def first_moment(run: str) -> torch.Tensor:
+        state = torch.load(f"checkpoints/{run}/last.ckpt", weights_only=True)["optimizer_states"][0]
+        return state["state"][0]["step"]
+
+    assert first_moment("new") == 1
+    fit("--run=both", "--init_from=checkpoints/quickstart", "--init_optimizer=true",
+        "--trainer.max_steps=1")  # fmt: skip
+    assert first_moment("both") == 5
+
+
+@pytest.mark.parametrize("decay_matrices_only", ["true", "false"])
+def test_decay_and_schedule(fit: Command, decay_matrices_only: str) -> None:
+    fit(
+        "--trainer.max_steps=6", "--evaluation.eval_freq=1", "--model.lr=0.01",
+        f"--model.decay_matrices_only={decay_matrices_only}",
+        "--model.warmup_steps=2", "--model.decay_steps=4", "--model.min_lr=0.001",
+    )  # fmt: skip
+    header, *rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
+    rates = [float(row.split(",")[header.split(",").index("lr")]) for row in rows]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0055, 0.001, 0.001])
+    groups = torch.load("checkpoints/quickstart/last.ckpt", weights_only=True)["optimizer_states"][
+        0
+    ]
+    decays = [group["weight_decay"] for group in groups["param_groups"]]
+    assert decays == ([0.1, 0.0] if decay_matrices_only == "true" else [0.1])
+    if decay_matrices_only == "true":
+        names = groups["param_groups"][1]["param_names"]
+        assert all("norm" in name or name.endswith("bias") for name in names)
+
+
+def test_no_logger_no_bar(fit: Command) -> None:
+    fit("--trainer.max_steps=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    assert not list(Path("checkpoints/quickstart").glob("events*"))
+
+
+def test_validate(fit: Command, command: Command) -> None:
+    fit("--trainer.max_steps=3")
+    config = "--config=checkpoints/quickstart/config.yaml"
+    results = []
+    for batch_size in (1, 7):
+        done = command(
+            "validate", config, "--init_from=checkpoints/quickstart", "--json",
+            f"--data.batch_size={batch_size}",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        results.append(json.loads(done.out))
+    assert {"train_loss", "val_loss", "train_perplexity", "val_perplexity"} <= set(results[0])
+    assert results[0]["val_tokens"] % 16 == 0
+    for key, value in results[0].items():
+        assert results[1][key] == pytest.approx(value, rel=1e-5)
+    done = command("validate", config, "--ckpt_path=best")
+    assert done.out.startswith("training")
+    assert "validation" in done.out
+
+
+def test_generate(fit: Command, command: Command) -> None:
+    fit("--trainer.max_steps=3")
+    base = ("generate", "--from=checkpoints/quickstart", "--prompt=The clock", "--max_new_tokens=8")
+    greedy = command(*base)
+    assert greedy.code == 0
+    assert greedy.out.startswith("The clock")
+    for seed in ("1", "2", "3"):
+        assert command(*base, f"--seed={seed}").out == greedy.out
+        assert command(*base, f"--seed={seed}", "--temperature=1", "--top_k=1").out == greedy.out
+    done = command(*base, "--temperature=2", "--seed=5", "--json")
+    answer = json.loads(done.out)
+    assert answer["text"] != greedy.out
+    assert len(answer["token_ids"]) == 2 + 8
+    assert answer["settings"]["temperature"] == 2.0
+    assert command(*base, "--temperature=2", "--seed=5", "--json").out == done.out
+
+
+def test_long_prompt_is_cropped_and_said(fit: Command, command: Command) -> None:
+    fit("--trainer.max_steps=1")
+    done = command("generate", "--from=checkpoints/quickstart", "--prompt", "the sea " * 30,
+                   "--max_new_tokens=2")  # fmt: skip
+    assert done.code == 0
+    assert "the model reads 16" in done.err
+
+
+def test_every_config_parses_and_names_its_command(command: Command) -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert f"fit --config configs/{path.name}" in path.read_text(encoding="utf-8")
+        yaml.safe_load(path.read_text(encoding="utf-8"))

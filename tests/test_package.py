@@ -1,0 +1,98 @@
+"""What the package promises about itself: its layers, its imports, its start."""
+
+import ast
+import os
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python
+
+PACKAGE = ROOT / "gpt_lightning"
+
+# a room may import from those below it; model and data know nothing of each other
+LAYERS = {
+    "cli": {"cli", "training", "reports", "generation", "pretrained", "model", "data"},
+    "training": {"training", "generation", "pretrained", "model", "data"},
+    "reports": {"reports", "generation", "pretrained", "model", "data"},
+    "generation": {"generation", "model", "data"},
+    "pretrained": {"pretrained", "model", "data"},
+    "model": {"model"},
+    "data": {"data"},
+}
+MAY_IMPORT_LIGHTNING = ("cli/", "training/", "data/datamodule.py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_run_downwards(path: Path) -> None:
+    place = path.relative_to(PACKAGE).as_posix()
+    names = imported(path)
+    if not place.startswith(MAY_IMPORT_LIGHTNING):
+        assert not {
+            name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")
+        }
+    if "/" in place:
+        rooms = {n.split(".")[1] for n in names if n.startswith("gpt_lightning.")}
+        assert rooms <= LAYERS[place.split("/")[0]]
+
+
+def loaded_by(code: str) -> set[str]:
+    done = python("-c", f"import sys; {code}; sys.stderr.write(' '.join(sys.modules))")
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+def test_package_and_its_model_do_not_import_lightning() -> None:
+    assert not {"lightning", "torch"} & loaded_by("import gpt_lightning")
+    assert "lightning" not in loaded_by("from gpt_lightning import GPTModel, generate, load_model")
+
+
+def test_generate_help_imports_neither_lightning_nor_torch() -> None:
+    code = "from gpt_lightning.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass"
+    done = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
+    assert "--temperature" in done.stdout
+    assert not {"lightning", "torch"} & set(done.stderr.split())
+
+
+def seconds(*arguments: str) -> float:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert python(*arguments).returncode == 0
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_help_costs_little_more_than_lightning() -> None:
+    lightning = seconds("-c", "import lightning")
+    assert seconds("-m", "gpt_lightning", "--help") <= 1.3 * lightning
+    assert seconds("-m", "gpt_lightning", "fit", "--help") <= 1.3 * lightning
+
+
+def test_every_public_name_is_there() -> None:
+    import gpt_lightning
+
+    for name in gpt_lightning.__all__:
+        assert getattr(gpt_lightning, name).__name__ == name
+    with pytest.raises(AttributeError):
+        gpt_lightning.nothing  # noqa: B018
+
+
+def test_module_runs_as_a_command(tmp_path: Path) -> None:
+    done = python("-m", "gpt_lightning", "fit", "--model.lrr=1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpt_lightning: error: model.lrr: is no setting; did you mean model.lr?\n"
+    assert os.listdir(tmp_path) == []

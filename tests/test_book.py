@@ -174,3 +174,19 @@ def verdict_fit_resumed(command: Command) -> list[dict[str, float]]:
     )  # fmt: skip
     assert done.code == 0, done.err
     return read_metrics(Path("checkpoints/cut"))
+
+
+@pytest.mark.slow
+def test_the_124m_run_begins_as_the_books(command: Command) -> None:
+    """The first three rows of the real thing; the whole run's table is in README."""
+    done = command(
+        "fit", f"--config={ROOT}/configs/verdict.yaml", "--trainer.max_steps=11",
+        "--checkpoint.best=false",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = read_metrics(Path("checkpoints/verdict"))
+    expected = reference("verdict_run.json")["rows"][:3]
+    assert [[row["epoch"], row["step"]] for row in rows] == [row[:2] for row in expected]
+    for row, (_, _, train_loss, val_loss) in zip(rows, expected, strict=True):
+        assert f"{row['train_loss']:.3f}" == f"{train_loss:.3f}"
+        assert f"{row['val_loss']:.3f}" == f"{val_loss:.3f}"

@@ -65,6 +65,8 @@ def fit(arguments: list[str]) -> None:
         )
     _check_data(cli)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    if cli.trainer.is_global_zero:
+        print(f"{folder}: done; tensorboard --logdir {folder.parent} shows it", file=sys.stderr)
 
 
 def _is_rank_zero() -> bool:

@@ -38,7 +38,15 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start("training", trainer.global_step, total_steps(trainer))
+        total = total_steps(trainer)
+        if trainer.is_global_zero:
+            parameters = sum(p.numel() for p in pl_module.parameters())
+            print(
+                f"{parameters:,} parameters on {pl_module.device}, {trainer.precision}; "
+                f"step {trainer.global_step} of {'?' if total is None else total}",
+                file=sys.stderr,
+            )
+        self._start("training", trainer.global_step, total)
 
     def on_train_batch_end(
         self,

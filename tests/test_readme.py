@@ -1,0 +1,51 @@
+"""README's commands parse, its tree is the tree, its links into the code exist."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, Command
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(
+    set(re.findall(r"^python -m gpt_lightning (.+)$", README, re.M))
+    | set(re.findall(r"`((?:fit|validate|generate) --(?:config|from) [^`]+)`", README))
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(
+    command: Command, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (words := shlex.split(line)).append("--print_config")
+    from gpt_lightning.cli import main
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    assert ":" in capsys.readouterr().out
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+def test_tree_is_the_tree() -> None:
+    tree = README.split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"^ {4}(\S+\.(?:py|txt))", tree, re.M))
+    there = {
+        path.name
+        for path in (ROOT / "gpt_lightning").rglob("*")
+        if path.suffix in (".py", ".txt")
+        and path.name not in ("__main__.py",)
+        and (path.name != "__init__.py" or path.parent.name == "cli")
+    }
+    assert named == there
+
+
+def test_quickstart_has_one_block_that_runs_and_one_that_tests() -> None:
+    section = README.split("## Quickstart")[1].split("\n## ")[0]
+    run, test = re.findall(r"^```bash\n(.*?)^```", section, re.M | re.S)
+    assert "fit --config configs/quickstart.yaml" in run
+    assert "pytest" in test

@@ -46,6 +46,12 @@ def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
         (["--model.config.drop_rate=1"], ["drop_rate: 1.0 is outside [0, 1)"]),
         (["--model.config.vocab_size=300"], ["vocab_size: 300", "50257"]),
         (["--model.lr=-1"], ["model.lr: -1.0"]),
+        (["--model.betas=[1.5,0.9]"], ["model.betas: (1.5, 0.9)"]),
+        (["--model.warmup_steps=-1"], ["model.warmup_steps: -1"]),
+        (["--model.decay_steps=5"], ["model.decay_steps: 5 is not after the 10 warmup_steps"]),
+        (["--model.min_lr=5"], ["model.min_lr: 5.0 is above model.lr"]),
+        (["--data.context_length=17"], ["data.context_length: 17 is more than the model's 16"]),
+        (["--trainer.accelerator=gpu"], ["trainer: "]),
         (["--data.batch_size=0"], ["data.batch_size: 0"]),
         (["--data.batch_size=5000"], ["data.batch_size: 5000", "training windows"]),
         (["--data.stride=0"], ["data.stride: 0"]),
@@ -63,8 +69,8 @@ def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
         (["--run=../elsewhere"], ["run: ../elsewhere"]),
         (["--run="], ["run: "]),
         (["--ckpt_path=last"], ["ckpt_path", "last.ckpt"]),
-        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt does not exist"]),
-        (["--init_from=nowhere"], ["nowhere does not exist"]),
+        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt: does not exist"]),
+        (["--init_from=nowhere"], ["nowhere: does not exist"]),
         (["--config=nowhere.yaml"], ["nowhere.yaml"]),
         (["--trainer.max_epochs=two"], ["trainer.max_epochs", "two"]),
         (["--data.text=nowhere.txt"], ["data.text: nowhere.txt does not exist"]),
@@ -104,7 +110,7 @@ def test_unknown_keys_in_yaml(refused_fit: Command, tmp_path: Path) -> None:
     for text, near in [
         ("model:\n  config:\n    emb_dimm: 8\n", "did you mean model.config.emb_dim?"),
         ("evaluation:\n  eval_frequ: 8\n", "did you mean evaluation.eval_freq?"),
-        ("modell:\n  lr: 8\n", "modell"),
+        ("modell:\n  lr: 8\n", "did you mean model.lr?"),
         ("seed_everythin: 8\n", "did you mean seed_everything?"),
     ]:
         (tmp_path / "mine.yaml").write_text(text)
@@ -117,6 +123,25 @@ def test_yaml_that_is_none(refused_fit: Command, tmp_path: Path) -> None:
         refused(refused_fit("--config=mine.yaml"))
 
 
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "trainer:\n  callbacks:\n  - class_path: evil.Canary\n",
+        "trainer:\n  logger:\n    class_path: evil.Canary\n",
+        "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.LambdaCallback\n"
+        "    init_args:\n      on_fit_start: os.system\n",
+    ],
+)
+def test_class_paths_from_elsewhere_are_not_imported(
+    refused_fit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, yaml: str
+) -> None:
+    (tmp_path / "evil.py").write_text("open('canary', 'w').close()\nclass Canary: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml)
+    refused(refused_fit("--config=mine.yaml"), "is not imported from a configuration")
+    assert not (tmp_path / "canary").exists()
+
+
 def test_no_checkpoint(refused_fit: Command, tmp_path: Path) -> None:
     import torch
 
@@ -125,9 +150,10 @@ def test_no_checkpoint(refused_fit: Command, tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "other.ckpt")
     torch.save(torch.ones(2), tmp_path / "tensor.ckpt")
     torch.save({"state_dict": Path("x"), "hyper_parameters": {}}, tmp_path / "objects.ckpt")
-    for name in ("words", "empty", "other", "tensor", "objects"):
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, tmp_path / "foreign.ckpt")
+    for name in ("words", "empty", "other", "tensor", "objects", "foreign"):
         for option in ("--ckpt_path", "--init_from"):
-            refused(refused_fit(f"{option}={name}.ckpt"), f"{name}.ckpt is no checkpoint")
+            refused(refused_fit(f"{option}={name}.ckpt"), f"{name}.ckpt: is no checkpoint")
 
 
 def test_a_run_in_the_folder_is_not_overwritten(command: Command, tmp_path: Path) -> None:
@@ -139,7 +165,7 @@ def test_a_run_in_the_folder_is_not_overwritten(command: Command, tmp_path: Path
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:10_000])
-    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt is no checkpoint")
+    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt: is no checkpoint")
 
 
 class NotTheVerdict(BaseHTTPRequestHandler):
@@ -224,7 +250,7 @@ def test_unknown_command(command: Command) -> None:
 
 
 def test_debug_shows_the_traceback(command: Command) -> None:
-    with pytest.raises(OSError, match="nowhere does not exist"):
+    with pytest.raises(OSError, match="nowhere: does not exist"):
         command("generate", "--from=nowhere", "--prompt=x", "--debug")
 
 

@@ -32,6 +32,7 @@ def verdict_fit(command: Command, *arguments: str, **model: Any) -> list[dict[st
         *arguments,
     )
     assert done.code == 0, done.err
+    Path("printed").write_text(done.out, encoding="utf-8")
     run = next(a.split("=")[1] for a in ["--run=tiny", *arguments][::-1] if a.startswith("--run="))
     rows = read_metrics(Path("checkpoints", run))
     printed = re.findall(
@@ -65,6 +66,8 @@ def test_tiny_run_and_exercise_5_4(command: Command) -> None:
     assert column(rows, "val_loss") == pytest.approx(expected["val_losses"], abs=1e-4)
     assert column(rows, "tokens_seen") == expected["tokens_seen"]
 
+    printed = Path("printed").read_text(encoding="utf-8").splitlines()
+    assert printed[-1].startswith(expected["greedy_text"])
     model = load_model("checkpoints/tiny")
     assert sum(p.numel() for p in model.parameters()) == expected["n_params"]
     prompt = torch.tensor([encode_prompt(expected["prompt"])])
@@ -190,3 +193,5 @@ def test_the_124m_run_begins_as_the_books(command: Command) -> None:
     for row, (_, _, train_loss, val_loss) in zip(rows, expected, strict=True):
         assert f"{row['train_loss']:.3f}" == f"{train_loss:.3f}"
         assert f"{row['val_loss']:.3f}" == f"{val_loss:.3f}"
+    samples = [line for line in done.out.splitlines() if line.startswith("Every effort")]
+    assert samples[0] == reference("verdict_run.json")["samples_after_epoch"][0]

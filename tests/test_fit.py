@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,22 +81,146 @@ def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
     assert best["global_step"] == best_step + 1
 
 
+def losses(run: str) -> list[list[str]]:
+    header, *rows = Path(f"checkpoints/{run}/metrics.csv").read_text().splitlines()
+    kept = ("step", "epoch", "train_loss", "val_loss", "tokens_seen")
+    places = [header.split(",").index(name) for name in kept]
+    return [[row.split(",")[i] for i in places] for row in rows]
+
+
+def same_run(one: str, other: str) -> bool:
+    return losses(one) == losses(other) and same_weights(
+        f"checkpoints/{one}/last.ckpt", f"checkpoints/{other}/last.ckpt"
+    )
+
+
+THREE_EPOCHS = (
+    "--trainer.max_epochs=3",
+    "--model.config.drop_rate=0.1",
+    "--evaluation.eval_freq=1",
+)
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("cut", ["--trainer.max_steps=5", "--trainer.max_epochs=1"])
 def test_resumed_equals_uninterrupted(fit: Command, cut: str, accumulate: int) -> None:
     """A finished run made longer has the bits of one that was that long from the start."""
-    extra = ("--model.config.drop_rate=0.1", f"--trainer.accumulate_grad_batches={accumulate}")
-    fit("--trainer.max_epochs=2", "--run=straight", *extra)
-    fit(cut, "--run=cut", *extra)
-    fit("--trainer.max_epochs=2", "--run=cut", "--ckpt_path=last", *extra)
-    assert same_weights("checkpoints/straight/last.ckpt", "checkpoints/cut/last.ckpt")
-    kept = ("step", "train_loss", "val_loss", "tokens_seen")
-    tables = []
-    for run in ("straight", "cut"):
-        header, *rows = Path(f"checkpoints/{run}/metrics.csv").read_text().splitlines()
-        places = [header.split(",").index(name) for name in kept]
-        tables.append([[row.split(",")[i] for i in places] for row in rows])
-    assert tables[0] == tables[1]
+    extra = (*THREE_EPOCHS, f"--trainer.accumulate_grad_batches={accumulate}")
+    fit("--run=straight", *extra)
+    fit("--run=cut", *extra, cut)
+    fit("--run=cut", *extra, "--ckpt_path=last")
+    assert same_run("straight", "cut")
+
+
+def test_epochs_cut_short_by_the_trainer_resume_too(fit: Command) -> None:
+    extra = (*THREE_EPOCHS, "--trainer.limit_train_batches=3")
+    fit("--run=straight", *extra)
+    fit("--run=cut", *extra, "--trainer.max_epochs=1")
+    fit("--run=cut", *extra, "--ckpt_path=last")
+    assert same_run("straight", "cut")
+
+
+@pytest.fixture
+def at_step_5() -> Iterator[Callable[[Callable[[Any], None]], None]]:
+    """Have something happen, once, in the sixth training step."""
+    patch = pytest.MonkeyPatch()
+
+    def set_up(act: Callable[[Any], None]) -> None:
+        step = GPTLightningModule.training_step
+
+        def training_step(self: GPTLightningModule, batch: Any, batch_idx: int) -> Any:
+            if self.trainer.global_step == 5:
+                patch.undo()
+                act(self.trainer)
+            return step(self, batch, batch_idx)
+
+        patch.setattr(GPTLightningModule, "training_step", training_step)
+
+    yield set_up
+    patch.undo()
+
+
+@pytest.mark.parametrize("ckpt_path", ["last", "best", "checkpoints/cut/last.ckpt"])
+def test_interrupted_run_goes_on_from_its_last_interval(
+    fit: Command,
+    command: Command,
+    at_step_5: Callable[[Callable[[Any], None]], None],
+    ckpt_path: str,
+) -> None:
+    def interrupt(trainer: Any) -> None:
+        raise KeyboardInterrupt
+
+    extra = (*THREE_EPOCHS, "--checkpoint.every_n_train_steps=2")
+    fit("--run=straight", *extra)
+    at_step_5(interrupt)
+    config = f"--config={ROOT}/configs/quickstart.yaml"
+    done = command("fit", config, *SMALL, *extra, "--run=cut")
+    assert done.code == 130
+    assert done.err.endswith(
+        "gpt_lightning: interrupted checkpoints/cut: --ckpt_path last goes on\n"
+    )
+    assert len(losses("cut")) == 5
+    assert torch.load("checkpoints/cut/last.ckpt", weights_only=True)["global_step"] == 4
+    fit("--run=cut", *extra, f"--ckpt_path={ckpt_path}")
+    assert same_run("straight", "cut")
+
+
+def test_run_that_stops_itself_in_mid_epoch_goes_on(
+    fit: Command, at_step_5: Callable[[Callable[[Any], None]], None]
+) -> None:
+    fit("--run=straight", *THREE_EPOCHS)
+    at_step_5(lambda trainer: setattr(trainer, "should_stop", True))
+    fit("--run=cut", *THREE_EPOCHS)
+    assert len(losses("cut")) == 6
+    fit("--run=cut", *THREE_EPOCHS, "--ckpt_path=last")
+    assert same_run("straight", "cut")
+
+
+def test_saving_in_the_background_changes_nothing(fit: Command) -> None:
+    fit("--run=waiting", *THREE_EPOCHS)
+    fit("--run=background", *THREE_EPOCHS, "--checkpoint.asynchronous=true")
+    assert same_run("waiting", "background")
+    for name in ("last", "best"):
+        assert same_weights(
+            f"checkpoints/waiting/{name}.ckpt", f"checkpoints/background/{name}.ckpt"
+        )
+
+
+def test_position_of_other_data_is_refused(fit: Command, command: Command) -> None:
+    fit("--trainer.max_steps=5")
+    again = ("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last")
+    done = command(*again, "--data.stride=30")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "the run has seen" in done.err
+    done = command(*again, "--data.batch_size=4")
+    assert "cut after 10 windows of an epoch, which batches of 4 do not meet" in done.err
+    fit("--ckpt_path=last", "--data.batch_size=5", "--trainer.max_steps=7")
+
+
+def test_another_runs_checkpoint_does_not_overwrite_this_one(
+    fit: Command, command: Command
+) -> None:
+    fit("--trainer.max_steps=1")
+    fit("--trainer.max_steps=1", "--run=other")
+    done = command(
+        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+        "--ckpt_path=checkpoints/other/last.ckpt",
+    )  # fmt: skip
+    assert done.code == 2
+    assert "is of another run than checkpoints/quickstart" in done.err
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_in_mixed_precision(fit: Command, algorithm: str) -> None:
+    fit(
+        "--trainer.max_steps=2", "--trainer.precision=bf16-mixed", "--evaluation.eval_freq=1",
+        "--trainer.gradient_clip_val=1e-6", f"--trainer.gradient_clip_algorithm={algorithm}",
+    )  # fmt: skip
+    checkpoint = torch.load("checkpoints/quickstart/last.ckpt", weights_only=True)
+    moments = [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+    assert 0 < max(moment.abs().max() for moment in moments) <= 1e-6
+    header, *rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
+    assert float(rows[0].split(",")[header.split(",").index("grad_norm")]) > 1e-3  # before clipping
 
 
 def test_watching_does_not_move_the_run(fit: Command) -> None:
@@ -151,14 +277,16 @@ def test_init_from_is_a_new_run_with_old_weights(fit: Command) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)  # lr 0: the update moved nothing
     assert torch.load("checkpoints/new/last.ckpt", weights_only=True)["global_step"] == 1
 
-    def first_moment(run: str) -> torch.Tensor:
+    def optimizer(run: str) -> dict[str, torch.Tensor]:
         state = torch.load(f"checkpoints/{run}/last.ckpt", weights_only=True)["optimizer_states"][0]
-        return state["state"][0]["step"]
+        return state["state"][0]
 
-    assert first_moment("new") == 1
+    assert optimizer("new")["step"] == 1
     fit("--run=both", "--init_from=checkpoints/quickstart", "--init_optimizer=true",
-        "--trainer.max_steps=1")  # fmt: skip
-    assert first_moment("both") == 5
+        "--trainer.max_steps=1", "--model.betas=[0.999,0.999]")  # fmt: skip
+    assert optimizer("both")["step"] == 5
+    moved = optimizer("both")["exp_avg"] - 0.999 * optimizer("quickstart")["exp_avg"]
+    assert moved.abs().max() < 0.01 * optimizer("quickstart")["exp_avg"].abs().max() + 1e-4
 
 
 @pytest.mark.parametrize("decay_matrices_only", ["true", "false"])
@@ -201,9 +329,30 @@ def test_validate(fit: Command, command: Command) -> None:
     assert results[0]["val_tokens"] % 16 == 0
     for key, value in results[0].items():
         assert results[1][key] == pytest.approx(value, rel=1e-5)
+    assert command("validate", config).code == 2
     done = command("validate", config, "--ckpt_path=best")
     assert done.out.startswith("training")
     assert "validation" in done.out
+    done = command(
+        "validate", config, "--ckpt_path=last", "--json", "--trainer.precision=bf16-true"
+    )
+    assert json.loads(done.out)["val_tokens"] == results[0]["val_tokens"]
+    assert json.loads(done.out)["val_loss"] == pytest.approx(results[0]["val_loss"], rel=1e-2)
+
+
+def test_validate_measures_the_run_it_is_given(fit: Command, command: Command) -> None:
+    fit("--trainer.max_steps=1")
+    fit("--run=new", "--init_from=checkpoints/quickstart", "--trainer.max_steps=9", "--model.lr=0.1",
+        "--model.warmup_steps=0")  # fmt: skip
+    config = "--config=checkpoints/new/config.yaml"
+    assert Path("checkpoints/new/config.yaml").read_text().startswith("# begun with --init_from")
+
+    def val_loss(*arguments: str) -> float:
+        return float(json.loads(command("validate", config, "--json", *arguments).out)["val_loss"])
+
+    last = val_loss("--ckpt_path=last")
+    assert last == val_loss("--init_from=checkpoints/new")
+    assert last != val_loss("--init_from=checkpoints/quickstart")
 
 
 def test_generate(fit: Command, command: Command) -> None:

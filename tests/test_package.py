@@ -2,11 +2,15 @@
 
 import ast
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, python
+
+import gpt_lightning
 
 PACKAGE = ROOT / "gpt_lightning"
 
@@ -44,6 +48,8 @@ def test_imports_run_downwards(path: Path) -> None:
         assert not {
             name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")
         }
+    if "/" in place and not place.startswith("cli/"):
+        assert "gpt_lightning" not in names, "public names may come from any room"
     if "/" in place:
         rooms = {n.split(".")[1] for n in names if n.startswith("gpt_lightning.")}
         assert rooms <= LAYERS[place.split("/")[0]]
@@ -82,9 +88,13 @@ def test_help_costs_little_more_than_lightning() -> None:
     assert seconds("-m", "gpt_lightning", "fit", "--help") <= 1.3 * lightning
 
 
-def test_every_public_name_is_there() -> None:
-    import gpt_lightning
+def test_script_is_the_same_command() -> None:
+    script = Path(sys.executable).parent / "gpt-lightning"
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"gpt_lightning {gpt_lightning.__version__}\n"
 
+
+def test_every_public_name_is_there() -> None:
     for name in gpt_lightning.__all__:
         assert getattr(gpt_lightning, name).__name__ == name
     with pytest.raises(AttributeError):

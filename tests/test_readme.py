@@ -28,7 +28,7 @@ def test_commands_parse(
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 7
 
 
 def test_tree_is_the_tree() -> None:
@@ -46,6 +46,6 @@ def test_tree_is_the_tree() -> None:
 
 def test_quickstart_has_one_block_that_runs_and_one_that_tests() -> None:
     section = README.split("## Quickstart")[1].split("\n## ")[0]
-    run, test = re.findall(r"^```bash\n(.*?)^```", section, re.M | re.S)
+    run, test = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", section, re.M | re.S)
     assert "fit --config configs/quickstart.yaml" in run
     assert "pytest" in test

@@ -4,6 +4,7 @@ Each verb's module is imported when the verb is used, so that ``generate`` does 
 and ``--help`` for nothing.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{PROG}: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
     return 0
 
@@ -71,5 +72,5 @@ def _help() -> str:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'file'}: {error.strerror}; check the path"
+        return f"{os.fsdecode(error.filename or 'file')}: {error.strerror}; check the path"
     return " ".join(str(error).split())

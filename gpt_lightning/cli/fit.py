@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,13 +19,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.windows import Rng
+from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
-from gpt_lightning.training.checkpoint import (
-    DurableCheckpointIO,
-    RunCheckpoints,
-    checkpoint_to_resume,
-)
+from gpt_lightning.training.checkpoint import checkpoint_to_resume, checkpointing
 from gpt_lightning.training.history import RunHistory
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.progress import RunProgress
@@ -50,21 +48,23 @@ def fit(arguments: list[str]) -> None:
     In all of them the configuration wins; one that names another architecture is refused.
     """
     cli = TrainingCLI("fit", arguments)
-    folder, config = cli.folder, cli.config
-    ckpt_path = None
-    if config.ckpt_path:
-        ckpt_path = checkpoint_to_resume(folder, config.ckpt_path, cli.model.config)
-    elif config.init_from:
+    folder, config, ckpt_path = cli.folder, cli.config, cli.ckpt_path
+    if ckpt_path is None and config.init_from:
         cli.model.start_from(
             read_source(config.init_from), with_optimizer=bool(config.init_optimizer)
         )
-    if _is_rank_zero() and ckpt_path is None and (folder / "config.yaml").exists():
-        raise ValueError(
-            f"run: {folder} holds a run already; go on with it by --ckpt_path last, "
-            "or give this one another name with --run NAME"
+    if _is_rank_zero():
+        if ckpt_path is None:
+            _refuse_a_run_that_is_there(folder)
+        _check_data(cli)
+    try:
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True
         )
-    _check_data(cli)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
     if cli.trainer.is_global_zero:
         print(f"{folder}: done; tensorboard --logdir {folder.parent} shows it", file=sys.stderr)
 
@@ -74,20 +74,33 @@ def _is_rank_zero() -> bool:
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
+def _refuse_a_run_that_is_there(folder: Path) -> None:
+    if not (folder / "config.yaml").exists():
+        return
+    go_on = "go on with it by --ckpt_path last"
+    if not (folder / "last.ckpt").exists():
+        go_on = "it was stopped before its first checkpoint: remove the folder"
+    raise ValueError(
+        f"run: {folder} holds a run already; {go_on}, or give this one another name by --run NAME"
+    )
+
+
 def _check_data(cli: "TrainingCLI") -> None:
     """Read the text before anything is written: Lightning makes the loggers' files first."""
-    if _is_rank_zero():
-        cli.trainer.strategy.connect(cli.model)
-        cli.datamodule.trainer = cli.trainer
-        cli.datamodule.prepare_data()
-        cli.datamodule.setup("fit")
+    cli.trainer.strategy.connect(cli.model)
+    cli.datamodule.trainer = cli.trainer
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
 
 
 def validate(arguments: list[str]) -> None:
-    """Loss and perplexity of a model on both splits of a text, every token weighing the same."""
+    """Loss and perplexity of a model on both splits of a text, every token weighing the same.
+
+    The weights are those of ``--ckpt_path`` (last, best or a path), else of ``--init_from SOURCE``.
+    """
     cli = TrainingCLI("validate", arguments)
     config = cli.config
-    source = config.init_from or config.ckpt_path
+    source = config.ckpt_path or config.init_from
     if config.ckpt_path in ("last", "best"):
         source = str(cli.folder / config.ckpt_path)
     if not source:
@@ -124,11 +137,20 @@ class ConfigOfRun(SaveConfigCallback):
         path = self.folder / "config.yaml"
         if path.exists():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
-        for act in ("config", "ckpt_path"):
+        for act in (
+            "config",
+            "ckpt_path",
+            "init_from",
+            "init_optimizer",
+        ):  # done once, not settings
             config.pop(act, None)
-        self.parser.save(config, path, skip_none=False, skip_check=True)
+        begun = ""
+        if self.config.init_from:
+            with_optimizer = " --init_optimizer true" if self.config.init_optimizer else ""
+            begun = f"# begun with --init_from {self.config.init_from}{with_optimizer}\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(begun + self.parser.dump(config, skip_validation=True), encoding="utf-8")
 
 
 class RunLogger(TensorBoardLogger):
@@ -144,6 +166,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, verb: str, arguments: list[str]) -> None:
         _quiet_lightning()
         self.verb = verb
+        self.ckpt_path: Path | None = None  # what fit goes on from
         super().__init__(
             GPTLightningModule,
             TextDataModule,
@@ -197,7 +220,7 @@ class TrainingCLI(LightningCLI):
                 "--json", action="store_true", help="Print one JSON object and nothing else."
             )
         parser.add_function_arguments(evaluation_callbacks, "evaluation", skip={"rng"})
-        parser.add_class_arguments(RunCheckpoints, "checkpoint", skip={"folder"}, instantiate=False)
+        parser.add_function_arguments(checkpointing, "checkpoint", skip={"folder"})
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
         for target in ("model.rng", "data.rng"):
@@ -219,30 +242,41 @@ class TrainingCLI(LightningCLI):
         return root / RUNS / str(self.config.run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.verb == "fit" and self.config.ckpt_path:
+            self.ckpt_path = checkpoint_to_resume(
+                self.folder, self.config.ckpt_path, self.model.config
+            )
         settings = {**self.config_init.trainer, **kwargs}
-        callbacks: list[Callback] = list(settings.pop("callbacks", None) or [])
+        callbacks: list[Callback] = _as_list(settings.pop("callbacks", None))
         if settings.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress())
+        plugins = _as_list(settings.get("plugins"))
         if self.verb == "fit":
-            callbacks += self._fit_callbacks()
+            checkpoints, checkpoint_io = checkpointing(
+                self.folder, **self.config.checkpoint.as_dict()
+            )
+            callbacks += [*self._watchers(), checkpoints]
+            plugins.append(checkpoint_io)
             if settings.get("limit_val_batches") is None:
                 settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
         settings["callbacks"] = callbacks
         settings["logger"] = self._loggers(settings.get("logger"))
-        settings["plugins"] = [*_as_list(settings.get("plugins")), DurableCheckpointIO()]
+        settings["plugins"] = plugins
         settings["enable_checkpointing"] = self.verb == "fit"
         settings["enable_model_summary"] = False
-        return Trainer(**settings)
+        try:
+            return Trainer(**settings)
+        except MisconfigurationException as error:
+            raise ValueError(f"trainer: {error}") from error
 
-    def _fit_callbacks(self) -> list[Callback]:
+    def _watchers(self) -> list[Callback]:
         config = self.config
         evaluation = evaluation_callbacks(**config.evaluation.as_dict(), rng=config.rng)
         losses = next(c for c in evaluation if isinstance(c, LossEvaluation))
         return [
             ConfigOfRun(self.parser, config, self.folder),
             *evaluation,
-            RunHistory(self.folder, losses),
-            RunCheckpoints(self.folder, **config.checkpoint.as_dict()),
+            RunHistory(self.folder, losses, {"data": config.data.as_dict()}),
         ]
 
     def _loggers(self, chosen: Any) -> Any:
@@ -255,6 +289,8 @@ class TrainingCLI(LightningCLI):
                 name=self.folder.name,
                 version="",
                 default_hp_metric=False,
+                # what a resumed run will log again is taken off the page
+                purge_step=self.ckpt_path and read_checkpoint(self.ckpt_path)["global_step"],
             )
         return chosen
 

@@ -5,16 +5,21 @@ from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+# a class_path in a YAML file is code; from elsewhere it is refused before it is imported
+ALLOWED_IMPORTS = ["gpt_lightning", "lightning", "torch"]
 
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --?(?P<key>[^\s=]+)")
 _UNKNOWN_IN_GROUP = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
 _UNKNOWN_KEY = re.compile(r"[Oo]ption '(?P<key>[^']+)' is not accepted")
+_NOT_ALLOWED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed")
 _BAD_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<cause>.*)', re.DOTALL)
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Parse with a parser made with ``exit_on_error=False``; its errors come as one-line ``ValueError``."""
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_IMPORTS)
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
@@ -24,11 +29,19 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 def suggest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"give one of {', '.join(known)}"
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"give one of {', '.join(known)}" if len(known) <= 12 else "see --help"
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:
-    known = [action.dest for action in parser._actions if "." in action.dest or action.dest]
+    known = {action.dest for action in parser._actions}
+    known |= {dest.split(".")[0] for dest in known}
+    if match := _NOT_ALLOWED.search(message):
+        return (
+            f"{match['path']}: is not imported from a configuration, which may come from anywhere; "
+            f"only from {', '.join(ALLOWED_IMPORTS)}"
+        )
     if match := _UNKNOWN_IN_GROUP.search(message):
         key = f"{match['group']}.{match['key']}"
         return f"{key}: is no setting; {suggest(key, known)}"

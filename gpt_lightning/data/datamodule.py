@@ -64,11 +64,12 @@ class TextDataModule(LightningDataModule):
         if self._windows:
             return
         length = self.context_length or self._model_config().context_length
+        if self.trainer is not None:
+            self._check_model(length)
         text = read_corpus(self.text)
         split = int(self.train_ratio * len(text))
         for name, part in (("training", text[:split]), ("validation", text[split:])):
             tokens = encode_corpus(part)
-            self._check_vocabulary(tokens)
             self._windows[name] = windows(tokens, length, self.stride or length)
             if not len(self._windows[name]):
                 self._windows.clear()
@@ -87,7 +88,12 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> WindowLoader:
         """A pass in a random order; a last batch that would be short is dropped, as in the book."""
-        return self._loader("training", shuffle=True, drop_last=True)
+        loader = self._loader("training", shuffle=True, drop_last=True)
+        limit = self.trainer.limit_train_batches if self.trainer else None
+        if isinstance(limit, float):
+            limit = int(limit * len(loader))
+        loader.max_batches = limit
+        return loader
 
     def validation_windows(self) -> WindowLoader:
         return self._loader("validation", shuffle=False, drop_last=False)
@@ -113,14 +119,17 @@ class TextDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _check_vocabulary(self, tokens: NDArray[np.uint16]) -> None:
-        if self.trainer is None or not len(tokens):
-            return
-        vocab_size = self._model_config().vocab_size
-        if (highest := int(tokens.max())) >= vocab_size:
+    def _check_model(self, length: int) -> None:
+        model = self._model_config()
+        if model.vocab_size < VOCAB_SIZE:
             raise ValueError(
-                f"model.config.vocab_size: {vocab_size} has no place for token id {highest} of "
-                f"{self.text}; give the tokenizer's {VOCAB_SIZE}"
+                f"model.config.vocab_size: {model.vocab_size} is less than the tokenizer's "
+                f"{VOCAB_SIZE}; give that or more"
+            )
+        if length > model.context_length:
+            raise ValueError(
+                f"data.context_length: {length} is more than the model's {model.context_length}; "
+                "leave it out to take the model's"
             )
 
     def _model_config(self) -> Any:

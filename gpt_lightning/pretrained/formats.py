@@ -1,7 +1,7 @@
 """The forms in which weights lie on disk, each read into the same thing: a :class:`Source`."""
 
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: It is no checkpoint of ours, or a damaged one.
         OSError: It cannot be read.
     """
-    not_ours = f"checkpoint: {path} is no checkpoint of gpt_lightning"
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{not_ours}, or damaged ({cause[:120]}); give another") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(
-        checkpoint
+        raise ValueError(
+            f"{path}: is no checkpoint of gpt_lightning, or is damaged; give another"
+        ) from error
+    hyper_parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(hyper_parameters, dict) or not isinstance(
+        hyper_parameters.get("config"), dict
     ):
-        raise ValueError(f"{not_ours}: it has no state_dict with hyper_parameters; give another")
+        raise ValueError(
+            f"{path}: is no checkpoint of gpt_lightning: it names no model; give another"
+        )
     return checkpoint
 
 
 def checkpoint_config(checkpoint: dict[str, Any]) -> GPTConfig:
-    """The architecture a checkpoint of ours was trained with."""
-    stored = dict(checkpoint["hyper_parameters"]["config"])
-    return GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
+    """The architecture a checkpoint of ours was trained with; ``ValueError`` where it is none."""
+    stored = checkpoint["hyper_parameters"]["config"]
+    try:
+        return GPTConfig(**stored)
+    except TypeError as error:
+        raise ValueError(f"checkpoint: its architecture is no GPTConfig ({error})") from error
 
 
 def read_lightning(path: Path) -> Source:

@@ -14,18 +14,16 @@ def find_checkpoint(source: str) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    path = Path(source).expanduser()
+    path = Path(source).expanduser().resolve()
     candidates = [path, path.with_name(path.name + ".ckpt"), path / "last.ckpt", path / "best.ckpt"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     if path.is_dir():
         raise FileNotFoundError(
-            f"source: {source} holds neither last.ckpt nor best.ckpt; give a run's folder or a file"
+            f"{source}: holds neither last.ckpt nor best.ckpt; give a run's folder or a file"
         )
-    raise FileNotFoundError(
-        f"source: {source} does not exist; give a checkpoint file or a run's folder"
-    )
+    raise FileNotFoundError(f"{source}: does not exist; give a checkpoint file or a run's folder")
 
 
 def read_source(source: str) -> Source:
@@ -35,7 +33,9 @@ def read_source(source: str) -> Source:
         ValueError: The file is none of the forms, or damaged.
         OSError: There is no such file, or it cannot be read.
     """
-    return read_lightning(find_checkpoint(source))
+    found = read_lightning(find_checkpoint(source))
+    _build(found, source)  # on the meta device: names and shapes are checked, nothing is copied
+    return found
 
 
 def load_model(
@@ -48,13 +48,17 @@ def load_model(
 
     The weights are taken over from the memory-mapped file, never held twice.
     """
-    found = read_source(source)
+    model = _build(read_lightning(find_checkpoint(source)), source)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def _build(found: Source, source: str) -> GPTModel:
     with torch.device("meta"):
         model = GPTModel(found.config)
     try:
         model.load_state_dict(found.state_dict, assign=True)
     except RuntimeError as error:
         raise ValueError(
-            f"source: {source} has weights that contradict its own architecture; give another"
+            f"{source}: has weights that contradict its own architecture; give another"
         ) from error
-    return model.to(device=device, dtype=dtype).eval()
+    return model

@@ -1,6 +1,7 @@
 """What watches a run: losses as the book prints them, samples of text, the record on disk."""
 
 import math
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,12 +12,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.data.windows import Batch, Rng, WindowLoader
 from gpt_lightning.generation.generate import generate
+from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.module import GPTLightningModule
 
 
@@ -156,15 +157,15 @@ class LossEvaluation(Callback):
     def _mean_loss(
         self, trainer: Trainer, module: GPTLightningModule, loader: WindowLoader
     ) -> float:
-        mean = MeanMetric().to(module.device)
+        mean = TokenMean().to(module.device)
         for i, batch in enumerate(loader):
             if self.eval_iter is not None and i >= self.eval_iter:
                 break
             inputs, targets = module.transfer_batch_to_device(batch, module.device, 0)
             with trainer.precision_plugin.forward_context():
                 loss = module.loss((inputs, targets))
-            mean.update(loss.float(), weight=1 if self.rng == "global" else targets.numel())
-        return float(mean.compute())
+            mean.update(loss, 1 if self.rng == "global" else targets.numel())
+        return float(mean.compute()[0])
 
 
 class TextSamples(Callback):
@@ -180,6 +181,16 @@ class TextSamples(Callback):
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.rng: Rng = rng
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, GPTLightningModule)
+        tokens, context_length = len(encode_prompt(self.prompt)), pl_module.config.context_length
+        if tokens > context_length and trainer.is_global_zero:
+            print(
+                f"evaluation.prompt: {tokens} tokens, the model reads {context_length}; "
+                f"the first {tokens - context_length} are not read",
+                file=sys.stderr,
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)

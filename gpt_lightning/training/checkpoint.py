@@ -1,6 +1,8 @@
 """A run's checkpoints: ``last`` and ``best`` in its folder, each there whole or not at all."""
 
+import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import checkpoint_config, read_checkpoint
@@ -16,24 +20,54 @@ from gpt_lightning.training.module import describe_differences
 from gpt_lightning.training.progress import total_steps
 
 
+def checkpointing(
+    folder: Path,
+    every_n_train_steps: int | None = None,
+    best: bool = True,
+    asynchronous: bool = False,
+) -> tuple["RunCheckpoints", "DurableCheckpointIO"]:
+    """What is behind the settings ``checkpoint.*``.
+
+    Args:
+        folder: The run's.
+        every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
+        best: Whether best.ckpt, the one with the lowest val_loss, is kept too.
+        asynchronous: Whether training goes on while a copy is written; costs a checkpoint's size in memory.
+    """
+    return RunCheckpoints(folder, every_n_train_steps, best), DurableCheckpointIO(asynchronous)
+
+
 class DurableCheckpointIO(CheckpointIO):
-    """Writes beside the target, syncs, renames, syncs the folder; reads tensors and primitives only."""
+    """Writes beside the target, syncs, renames, syncs the folder; reads tensors and primitives only.
+
+    Args:
+        asynchronous: Whether a copy of the checkpoint is written by a thread while training goes on. It
+            costs the checkpoint's size in memory; each file still becomes visible only when it is whole
+            and synced. One save is under way at a time, and an error of one is raised by the next.
+    """
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        self._writer = ThreadPoolExecutor(max_workers=1) if asynchronous else None
+        self._under_way: Future[None] | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        self.finish()
+        if self._writer is None:
+            _write(checkpoint, Path(path))
+        else:
+            copy = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
+            self._under_way = self._writer.submit(_write, copy, Path(path))
+
+    def finish(self) -> None:
+        """Wait for the save that is under way; raises what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def teardown(self) -> None:
+        self.finish()
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -44,8 +78,20 @@ class DurableCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # what a killed save leaves, the next one overwrites
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)  # the rename is durable when the folder is
     try:
         os.fsync(descriptor)
     finally:
@@ -55,8 +101,7 @@ def _sync_folder(folder: Path) -> None:
 class RunCheckpoints(Checkpoint):
     """``last.ckpt`` at intervals and at the end; ``best.ckpt`` when an evaluation's loss is the lowest yet.
 
-    Two of Lightning's ``ModelCheckpoint`` would do less: its ``last`` is the last of the best, and it
-    writes the same step twice.
+    The ``last`` of Lightning's ``ModelCheckpoint`` is the last of its best, and may be steps old.
 
     Args:
         folder: The run's.
@@ -107,10 +152,12 @@ class RunCheckpoints(Checkpoint):
             self._save_last(trainer)
 
     def _is_lowest(self, val_loss: float) -> bool:
-        return self.best_val_loss is None or val_loss < self.best_val_loss
+        if self.best_val_loss is None:
+            return math.isfinite(val_loss)
+        return val_loss < self.best_val_loss
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.global_step == total_steps(trainer):
+        if trainer.should_stop or trainer.global_step == total_steps(trainer):
             return True
         if self.every_n_train_steps is None:
             return trainer.is_last_batch
@@ -141,15 +188,22 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str, config: GPTConfig) -> Pat
         path = folder / f"{ckpt_path}.ckpt"
         if not path.is_file():
             raise FileNotFoundError(
-                f"ckpt_path: the run has no {path}; leave --ckpt_path out to start it"
+                f"ckpt_path: the run has no {path} to go on from; leave --ckpt_path out to begin it"
             )
     else:
         path = find_checkpoint(ckpt_path)
+        if (folder / "config.yaml").exists() and path.parent != folder.resolve():
+            raise ValueError(
+                f"ckpt_path: {path} is of another run than {folder}; name its run with --run NAME, "
+                "or begin a new one with --init_from"
+            )
     checkpoint = read_checkpoint(path)
     if not checkpoint.get("optimizer_states") or "loops" not in checkpoint:
         raise ValueError(
             f"ckpt_path: {path} has weights but no training state; give it as --init_from"
         )
+    if not isinstance(checkpoint.get("tokens_seen"), int):
+        raise ValueError(f"ckpt_path: {path} is of another LightningModule; give another")
     if differences := checkpoint_config(checkpoint).differences(config):
         raise ValueError(describe_differences(f"ckpt_path: {path}", differences))
     return path

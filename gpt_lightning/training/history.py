@@ -22,12 +22,20 @@ class RunHistory(Callback):
     """Writes each evaluation to ``metrics.csv`` as it comes, and at the end the book's figure.
 
     A resumed run keeps the rows up to where it goes on and drops those after: it will write them again.
+
+    Args:
+        folder: The run's.
+        evaluation: Whose rows are written.
+        hparams: Settings to show in TensorBoard beside the module's, by group.
     """
 
-    def __init__(self, folder: Path, evaluation: LossEvaluation) -> None:
+    def __init__(
+        self, folder: Path, evaluation: LossEvaluation, hparams: dict[str, Any] | None = None
+    ) -> None:
         self.path = folder / "metrics.csv"
         self.figure_path = folder / "loss.png"
         self.evaluation = evaluation
+        self.hparams = hparams or {}
         self.rows: list[Row] = []
         self._last: Row = {}
 
@@ -64,7 +72,7 @@ class RunHistory(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("losses", figure, trainer.global_step - 1)
-                logger.log_hyperparams(_flat(dict(pl_module.hparams)), final)
+                logger.log_hyperparams(_flat({**pl_module.hparams, **self.hparams}), final)
 
 
 def read_rows(path: Path) -> list[Row]:

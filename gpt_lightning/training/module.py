@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric, SumMetric
 
 from gpt_lightning.data.windows import Batch, Rng
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel, cross_entropy
 from gpt_lightning.pretrained.formats import Source
+from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments
-from gpt_lightning.training.reproducible import seed_micro_batch
+from gpt_lightning.training.reproducible import global_state, seed_micro_batch, set_global_state
 
 # what TextDataModule.val_dataloader gives to trainer.validate, in its order
 SPLITS = ("val", "train")
@@ -62,6 +62,17 @@ class GPTLightningModule(LightningModule):
         for name, value in [("lr", lr), ("weight_decay", weight_decay), ("min_lr", min_lr)]:
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"model.{name}: {value} is out of range; give 0 or more")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"model.betas: {betas} are not in [0, 1); the book has 0.9 and 0.999")
+        if warmup_steps < 0:
+            raise ValueError(f"model.warmup_steps: {warmup_steps} is negative; give 0 or more")
+        if decay_steps is not None and decay_steps <= warmup_steps:
+            raise ValueError(
+                f"model.decay_steps: {decay_steps} is not after the {warmup_steps} warmup_steps; "
+                "give more, or leave it out for a constant rate"
+            )
+        if min_lr > lr:
+            raise ValueError(f"model.min_lr: {min_lr} is above model.lr {lr}; give less")
         self.config = config
         self.lr = lr
         self.weight_decay = weight_decay
@@ -78,13 +89,10 @@ class GPTLightningModule(LightningModule):
                                    "warmup_steps": warmup_steps, "decay_steps": decay_steps,
                                    "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
         self.tokens_seen = 0
-        self.validation = nn.ModuleDict(
-            {f"{split}_loss": MeanMetric() for split in SPLITS}
-            | {f"{split}_tokens": SumMetric() for split in SPLITS}
-        )
+        self.validation = nn.ModuleDict({f"{split}_loss": TokenMean() for split in SPLITS})
         self._start: Source | None = None
         self._start_with_moments = False
-        self._rng_state: Tensor | None = None
+        self._random_numbers: dict[str, Tensor] | None = None
 
     def start_from(self, source: Source, *, with_optimizer: bool = False) -> None:
         """Begin the run with old weights, and old moments if asked, in place of fresh ones.
@@ -109,7 +117,7 @@ class GPTLightningModule(LightningModule):
         if self._start is not None:
             self.model.load_state_dict(self._start.state_dict)
             torch.manual_seed(self.seed)  # as exercise 5.4 does after loading
-        self._rng_state = torch.get_rng_state()
+        self._random_numbers = global_state()
 
     def configure_optimizers(self) -> Optimizer:
         return build_adamw(
@@ -118,6 +126,8 @@ class GPTLightningModule(LightningModule):
             weight_decay=self.weight_decay,
             betas=self.betas,
             decay_matrices_only=self.decay_matrices_only,
+            # a fused step unscales fp16's gradients itself, out of sight of clipping and logging
+            fused=self.trainer.precision != "16-mixed",
         )
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -138,8 +148,8 @@ class GPTLightningModule(LightningModule):
             self._optimizer().param_groups, self.configure_optimizers().param_groups, strict=True
         ):
             group.update(weight_decay=own["weight_decay"], betas=own["betas"])
-        if self.rng == "global" and self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)  # whatever drew since, the run goes on from here
+        if self.rng == "global" and self._random_numbers is not None:
+            set_global_state(self._random_numbers)  # whatever drew since, the run goes on from here
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.rng == "step":
@@ -151,6 +161,20 @@ class GPTLightningModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.tokens_seen += batch[0].numel() * self.trainer.world_size
         return self.loss(batch)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning clips, but also where it refuses to: mixed precision with a fused AdamW."""
+        if gradient_clip_val is None:
+            return
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         rate = learning_rate(
@@ -164,37 +188,32 @@ class GPTLightningModule(LightningModule):
             group["lr"] = rate
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        split = SPLITS[dataloader_idx]
-        count = batch[1].numel()
-        self._metric(f"{split}_loss").update(self.loss(batch).float(), weight=count)
-        self._metric(f"{split}_tokens").update(count)
+        self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), batch[1].numel())
 
     def on_validation_epoch_end(self) -> None:
         """Log loss (nats a token, every token weighing the same), perplexity and tokens of each split."""
         for split in SPLITS:
-            mean, tokens = self._metric(f"{split}_loss"), self._metric(f"{split}_tokens")
-            if not mean.update_called:
-                continue
-            loss = mean.compute()
-            self.log(f"{split}_loss", loss)
-            self.log(f"{split}_perplexity", loss.exp())
-            self.log(f"{split}_tokens", tokens.compute())
-            mean.reset()
-            tokens.reset()
+            mean = self._mean(split)
+            if mean.update_called:
+                loss, tokens = mean.compute()
+                self.log(f"{split}_loss", loss)
+                self.log(f"{split}_perplexity", loss.exp())
+                self.log(f"{split}_tokens", tokens)
+                mean.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
         if self.rng == "global":
-            checkpoint["rng_state"] = torch.get_rng_state()
+            checkpoint["random_numbers"] = global_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
-        self._rng_state = checkpoint.get("rng_state")
+        self._random_numbers = checkpoint.get("random_numbers")
 
-    def _metric(self, name: str) -> Metric:
-        metric = self.validation[name]
-        assert isinstance(metric, Metric)
-        return metric
+    def _mean(self, split: str) -> TokenMean:
+        mean = self.validation[f"{split}_loss"]
+        assert isinstance(mean, TokenMean)
+        return mean
 
     def _optimizer(self) -> Optimizer:
         optimizer = self.optimizers(use_pl_optimizer=False)

@@ -15,8 +15,9 @@ def build_adamw(
     weight_decay: float,
     betas: tuple[float, float],
     decay_matrices_only: bool,
+    fused: bool = True,
 ) -> AdamW:
-    """Fused AdamW. With ``decay_matrices_only`` biases and norms are a group without decay."""
+    """AdamW over the named parameters. With ``decay_matrices_only`` biases and norms are a group without decay."""
     named = list(model.named_parameters())
     if not decay_matrices_only:
         groups: list[dict[str, Any]] = [{"params": named, "weight_decay": weight_decay}]
@@ -25,7 +26,7 @@ def build_adamw(
             {"params": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
         ]
-    return AdamW(groups, lr=lr, betas=betas, fused=True)
+    return AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 def learning_rate(

@@ -10,8 +10,23 @@ Such a run carries the generator's state in its checkpoints.
 """
 
 import torch
+from torch import Tensor
 
 from gpt_lightning.data.windows import seed_from
+
+
+def global_state() -> dict[str, Tensor]:
+    """The states of torch's global generators: the CPU's and, where there is one, the GPU's."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_global_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:

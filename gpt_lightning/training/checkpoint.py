@@ -31,7 +31,8 @@ def checkpointing(
     Args:
         folder: The run's.
         every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
-        best: Whether best.ckpt, the one with the lowest val_loss, is kept too.
+        best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
+            in memory.
         asynchronous: Whether training goes on while a copy is written; costs a checkpoint's size in memory.
     """
     return RunCheckpoints(folder, every_n_train_steps, best), DurableCheckpointIO(asynchronous)
@@ -57,8 +58,7 @@ class DurableCheckpointIO(CheckpointIO):
         if self._writer is None:
             _write(checkpoint, Path(path))
         else:
-            copy = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
-            self._under_way = self._writer.submit(_write, copy, Path(path))
+            self._under_way = self._writer.submit(_write, _copy(checkpoint), Path(path))
 
     def finish(self) -> None:
         """Wait for the save that is under way; raises what went wrong with it."""
@@ -76,6 +76,13 @@ class DurableCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = tree_map_only(
+        Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint
+    )
+    return copied
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -99,14 +106,16 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 class RunCheckpoints(Checkpoint):
-    """``last.ckpt`` at intervals and at the end; ``best.ckpt`` when an evaluation's loss is the lowest yet.
+    """``last.ckpt`` and ``best.ckpt``, the one with the lowest validation loss so far.
 
-    The ``last`` of Lightning's ``ModelCheckpoint`` is the last of its best, and may be steps old.
+    Both are written at the same intervals and at the end. In between the best is a copy in memory, as a
+    run that has just begun is at its best with every evaluation; a killed run finds it again when it is
+    resumed. The ``last`` of Lightning's ``ModelCheckpoint`` is the last of its best, and may be steps old.
 
     Args:
         folder: The run's.
-        every_n_train_steps: Updates from one save of last to the next; none: at the end of each epoch.
-        best: Whether the checkpoint with the lowest val_loss is kept too.
+        every_n_train_steps: Updates from one save to the next; none: at the end of each epoch.
+        best: Whether the best is kept too.
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class RunCheckpoints(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.best = best
         self.best_val_loss: float | None = None
+        self._best: dict[str, Any] | None = None  # not yet written
         self._seen_step = -1
         self._saved_step = -1
 
@@ -143,7 +153,8 @@ class RunCheckpoints(Checkpoint):
         val_loss = trainer.callback_metrics.get("val_loss")
         if self.best and val_loss is not None and self._is_lowest(float(val_loss)):
             self.best_val_loss = float(val_loss)
-            trainer.save_checkpoint(self._path("best"))
+            self._best = None  # its memory is free before the next copy takes as much
+            self._best = _copy(trainer._checkpoint_connector.dump_checkpoint())
         if self._is_due(trainer):
             self._save_last(trainer)
 
@@ -165,10 +176,10 @@ class RunCheckpoints(Checkpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self._path("last"))
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.ckpt"
+        if self._best is not None:
+            trainer.strategy.save_checkpoint(self._best, self.folder / "best.ckpt")
+            self._best = None
+        trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_val_loss": self.best_val_loss}

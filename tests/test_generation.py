@@ -1,8 +1,13 @@
+import math
+
 import pytest
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple
-from gpt_lightning.generation.sampling import keep_top_k, probabilities, sample
+from gpt_lightning.generation.generate import stream_ids
+from gpt_lightning.generation.sampling import Sampling, keep_top_k, probabilities, sample
+from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.reports.sampling import binomial_interval, draw_counts, draw_counts_one_by_one
 
 CONFIG = GPTConfig(vocab_size=101, context_length=16, emb_dim=32, n_heads=4, n_layers=2)
 
@@ -82,13 +87,13 @@ def test_top_k_keeps_exactly_k_and_the_lower_ids_of_equals() -> None:
 
 def test_top_k_1_agrees_with_greedy_on_ties() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0]]).repeat(50, 1)
-    drawn = sample(logits, temperature=1.0, top_k=1, generator=seeded(0))
-    assert drawn.tolist() == sample(logits).tolist() == [1] * 50
+    drawn = sample(logits, Sampling(temperature=1.0, top_k=1), generator=seeded(0))
+    assert drawn.tolist() == sample(logits, Sampling()).tolist() == [1] * 50
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-8, 1.0, 1e6])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-8, 1.0, 1e6])
 def test_probabilities_are_finite_at_any_temperature(temperature: float) -> None:
-    p = probabilities(torch.tensor([[80.0, -80.0, 79.0]]), temperature)
+    p = probabilities(torch.tensor([[80.0, -80.0, 79.0]]), Sampling(temperature))
     assert torch.isfinite(p).all()
     assert p.sum().item() == pytest.approx(1.0)
 
@@ -107,3 +112,171 @@ def test_impossible_settings_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=what):
         generate(model, idx, 3, **settings)  # type: ignore[arg-type]
+
+
+PROMPTS = [
+    [5],
+    [7, 8, 9, 10, 11],
+    list(range(40, 53)),
+    list(range(20, 60)),
+]  # 40 > the context of 16
+
+
+def streamed(
+    model: GPTModel, prompts: list[list[int]], n: int, **settings: object
+) -> list[list[int]]:
+    steps = list(stream_ids(model, prompts, n, **{"sampling": Sampling(), **settings}))  # type: ignore[arg-type]
+    return torch.stack(steps, dim=1).tolist()
+
+
+def test_padding_changes_no_logit(model: GPTModel) -> None:
+    long, short = torch.randint(101, (1, 12), generator=seeded(1)), torch.tensor([[3, 1, 4]])
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), short], dim=1)
+    both = torch.cat([long, padded])
+    padding = torch.tensor([0, 9])
+    logits = model.head(model.features(both, padding=padding))
+    torch.testing.assert_close(logits[0], model(long)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[1, 9:], model(short)[0], rtol=1e-5, atol=1e-5)
+
+    cache = KVCache.allocate(CONFIG, 2, 16)
+    model.features(both, cache, padding)
+    after = model.head(model.features(torch.tensor([[2], [2]]), cache, padding))
+    alone = model(torch.cat([short, torch.tensor([[2]])], dim=1))
+    torch.testing.assert_close(after[1, 0], alone[0, -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_batched_is_one_at_a_time(model: GPTModel, num_samples: int) -> None:
+    """Prompts of 1, 5, 13 and 40 tokens together, on past the context of 16."""
+    together = streamed(model, PROMPTS, 25, num_samples=num_samples)
+    assert len(together) == 4 * num_samples
+    for i, prompt in enumerate(PROMPTS):
+        expected = generate_simple(model, torch.tensor([prompt]), 25)[0, len(prompt) :].tolist()
+        for sample_row in together[i * num_samples : (i + 1) * num_samples]:
+            assert sample_row == expected
+
+
+def test_samples_of_a_prompt_differ_and_repeat_with_the_seed(model: GPTModel) -> None:
+    def drawn() -> list[list[int]]:
+        return streamed(
+            model, PROMPTS[:2], 12, sampling=Sampling(1.0), num_samples=4, generator=seeded(3)
+        )
+
+    rows = drawn()
+    assert rows == drawn()
+    assert len({tuple(row) for row in rows}) == 8
+
+
+def test_rows_that_ended_yield_no_tokens(model: GPTModel) -> None:
+    free = streamed(model, PROMPTS, 10)
+    eos_id = free[1][3]
+    stopped = streamed(model, PROMPTS, 10, eos_id=eos_id)
+    for row, expected in zip(stopped, free, strict=True):
+        end = expected.index(eos_id) if eos_id in expected else 10
+        assert row == expected[:end] + [-1] * (len(row) - end)
+
+
+PROCESSORS = {
+    "temperature": ({"temperature": 0.7}, "TemperatureLogitsWarper", (0.7,)),
+    "top_k": ({"temperature": 1.0, "top_k": 7}, "TopKLogitsWarper", (7,)),
+    "top_p": ({"temperature": 1.0, "top_p": 0.6}, "TopPLogitsWarper", (0.6,)),
+    "min_p": ({"temperature": 1.0, "min_p": 0.2}, "MinPLogitsWarper", (0.2,)),
+    "repetition_penalty": (
+        {"temperature": 1.0, "repetition_penalty": 1.7},
+        "RepetitionPenaltyLogitsProcessor",
+        (1.7,),
+    ),
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in PROCESSORS] + [list(PROCESSORS)])
+def test_filters_are_those_of_transformers(names: list[str]) -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(6, 101, generator=seeded(9)) * 3
+    ids = torch.randint(101, (6, 12), generator=seeded(10))
+    expected, settings = logits, {}
+    for name in ["repetition_penalty", *(n for n in names if n != "repetition_penalty")]:
+        if name in names:
+            own, class_name, arguments = PROCESSORS[name]
+            settings |= {k: v for k, v in own.items() if k == name or "temperature" not in settings}
+            expected = getattr(processors, class_name)(*arguments)(ids, expected)
+    if "temperature" in names:
+        settings["temperature"] = 0.7
+    p = probabilities(logits, Sampling(**settings), ids)
+    torch.testing.assert_close(p, expected.softmax(dim=-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_distribution_are_refused(bad: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 2] = bad
+    for settings in (Sampling(), Sampling(1.0)):
+        with pytest.raises(ValueError, match="logits: a row has NaN"):
+            sample(logits, settings, generator=seeded(0))
+    with pytest.raises(ValueError, match="only -inf"):
+        sample(torch.full((1, 5), -torch.inf), Sampling(1.0), generator=seeded(0))
+
+
+def test_damaged_model_says_at_which_token() -> None:
+    torch.manual_seed(0)
+    damaged = GPTModel(CONFIG)
+    with torch.no_grad():
+        damaged.final_norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"logits: .*\(new token 0\)"):
+        streamed(damaged, PROMPTS[:1], 3)
+
+
+@pytest.mark.parametrize("name", ["top_p", "min_p"])
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan")])
+def test_shares_outside_their_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: .* is outside \(0, 1\]"):
+        Sampling(1.0, **{name: value})
+
+
+def test_frequencies_lie_in_their_intervals() -> None:
+    """A million draws from random distributions under every filter; 1 in 10⁵ may miss by chance."""
+    generator = seeded(20)
+    checked = missed = 0
+    for i in range(20):
+        logits = torch.randn(1, 30, generator=generator) * 2
+        settings = [
+            Sampling(1.0),
+            Sampling(0.5, top_k=9),
+            Sampling(2.0, top_p=0.8),
+            Sampling(1.0, min_p=0.1),
+        ][i % 4]
+        p = probabilities(logits, settings)[0]
+        counts = draw_counts(p, 1_000_000, seed=i)
+        assert counts.sum() == 1_000_000
+        for token in range(30):
+            low, high = binomial_interval(1_000_000, float(p[token]), share=1 - 1e-5)
+            checked += 1
+            missed += not low <= int(counts[token]) <= high
+    assert checked == 600
+    assert missed <= 1
+
+
+def test_intervals_are_the_binomials() -> None:
+    def coverage(n: int, p: float) -> float:
+        low, high = binomial_interval(n, p)
+        return sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(low, high + 1))
+
+    for n, p in [(10, 0.5), (100, 0.043), (1000, 0.58), (1000, 0.0003), (50, 0.99)]:
+        assert 0.99 <= coverage(n, p) <= 1.0
+        low, high = binomial_interval(n, p)
+        assert low <= n * p <= high + 1
+        assert high - low <= 2 * 2.6 * math.sqrt(n * p * (1 - p)) + 3
+    assert binomial_interval(10, 0.0) == (0, 0)
+    assert binomial_interval(10, 1.0) == (10, 10)
+
+
+@pytest.mark.parametrize("seed", [1, 123])
+@pytest.mark.parametrize("size", [2, 9, 40, 300])
+def test_draws_at_once_are_the_successive_ones(seed: int, size: int) -> None:
+    p = (torch.randn(size, generator=seeded(size)) * 2).softmax(dim=0)
+    assert torch.equal(draw_counts(p, 700, seed), draw_counts_one_by_one(p, 700, seed))
+    torch.manual_seed(seed)
+    theirs = [torch.multinomial(p, num_samples=1).item() for _ in range(700)]
+    assert (
+        draw_counts(p, 700, seed).tolist() == torch.tensor(theirs).bincount(minlength=size).tolist()
+    )

@@ -9,7 +9,11 @@ from conftest import ROOT, Command
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
     set(re.findall(r"^python -m gpt_lightning (.+)$", README, re.M))
-    | set(re.findall(r"`((?:fit|validate|generate) --(?:config|from) [^`]+)`", README))
+    | set(
+        re.findall(
+            r"`((?:fit|validate|generate|report \w+) --(?:config|from|token) [^`]+)`", README
+        )
+    )
 )
 
 

@@ -15,7 +15,8 @@ PROG = "gpt_lightning"
 VERBS = {
     "fit": ("fit", "fit", "train a GPTModel, go on with a run, or start from old weights"),
     "validate": ("fit", "validate", "loss and perplexity on the training and validation split"),
-    "generate": ("generate", "run", "continue a prompt with a trained model"),
+    "generate": ("generate", "run", "continue prompts with a trained model"),
+    "report": ("report", "run", "sampling: next-token frequencies; sweep: temperature × top_k"),
 }
 
 

@@ -1,8 +1,10 @@
-"""``generate``: a prompt goes in, its continuation comes out."""
+"""``generate``: prompts go in, continuations come out."""
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -11,91 +13,91 @@ from gpt_lightning.cli.parsing import parse
 if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel
 
+DType = Literal["float32", "bfloat16", "float16"]
+# what --json says that was used
+_SETTINGS = (
+    "from",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "eos_id",
+    "stop",
+    "seed",
+    "num_samples",
+    "special_tokens",
+    "dtype",
+)
+
 
 def run(arguments: list[str]) -> None:
-    """Continue a prompt with a trained model. The text goes to stdout, remarks to stderr."""
+    """Continue prompts with a trained model. Texts go to stdout, remarks to stderr.
+
+    Prompts come from --prompt (repeatable), --prompt_file, or standard input.
+    """
     settings = parse(_parser(), arguments)
     if not settings["from"]:
         raise ValueError("from: is missing; give the model with --from SOURCE")
-    if not settings.prompt:
-        raise ValueError("prompt: is empty; give some text with --prompt")
+    prompts = _prompts(settings)
+
+    import torch
+
+    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.generation.text import generate_texts
+
+    sampling = Sampling(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+    )
+    device = usable_device(settings.device)
+    model = load(settings["from"], device, settings.dtype)
+    _say_what_is_cropped(prompts, model, special=settings.special_tokens)
+    stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
+    alone = len(prompts) == settings.num_samples == 1 and not settings.json
+    if stream and alone:
+        print(prompts[0], end="", flush=True)
+    samples = generate_texts(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        sampling,
+        num_samples=settings.num_samples,
+        eos_id=settings.eos_id,
+        stop=settings.stop or (),
+        special_tokens=settings.special_tokens,
+        generator=torch.Generator(device=device).manual_seed(settings.seed),
+        on_text=(lambda _, text: print(text, end="", flush=True)) if stream and alone else None,
+    )
+    if settings.json:
+        used = {key: settings[key] for key in _SETTINGS} | {"device": device}
+        entries = [asdict(sample) for sample in samples]
+        # the first sample's fields stand at the top too, for the common case of one
+        print(json.dumps({**entries[0], "samples": entries, "settings": used}))
+    elif stream and alone:
+        print()
+    else:
+        for i, sample in enumerate(samples):
+            if not alone:
+                print(f"--- {i + 1} of {len(samples)}")
+            print(sample.text)
+
+
+def load(source: str, device: str, dtype: str | None) -> "GPTModel":
+    """The model of SOURCE on a device, its weights in ``dtype`` ('float32', 'bfloat16', …)."""
+    import torch
 
     from gpt_lightning.pretrained.source import load_model
 
-    device = _device(settings.device)
-    model = load_model(settings["from"], device=device)
-    sample = _continue(model, settings, device)
-    if settings.json:
-        used = {key: settings[key] for key in _SETTINGS} | {"device": device}
-        print(json.dumps({**sample, "samples": [sample], "settings": used}))
-    else:
-        print(sample["text"])
+    return load_model(source, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
-_SETTINGS = ("from", "max_new_tokens", "temperature", "top_k", "eos_id", "seed", "special_tokens")
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="gpt_lightning generate", description=run.__doc__, exit_on_error=False
-    )
-    add = parser.add_argument
-    add("--config", action="config", help="These settings from a YAML file.")
-    add("--from", type=str | None, help="SOURCE: a checkpoint, or a run's folder.")
-    add("--prompt", type=str | None, help="The text to continue.")
-    add("--max_new_tokens", type=int, default=50, help="Tokens to add at most.")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="0 takes the likeliest token; 1 draws as the model says, more is more adventurous.",
-    )
-    add("--top_k", type=int | None, help="Draw among the k likeliest tokens only.")
-    add("--eos_id", type=int | None, default=50256, help="Stop at this token; null: at none.")
-    add("--seed", type=int, default=123, help="What the draws depend on.")
-    add(
-        "--special_tokens",
-        type=bool,
-        default=False,
-        help="Whether <|endoftext|> in the prompt is the token, not those characters.",
-    )
-    add("--device", type=str | None, help="cpu, cuda, cuda:1, …; none: the GPU if there is one.")
-    add("--json", action="store_true", help="Print one JSON object and nothing else.")
-    return parser
-
-
-def _continue(model: "GPTModel", settings: Namespace, device: str) -> dict[str, Any]:
-    import torch
-
-    from gpt_lightning.data.tokenizer import decode, encode_prompt
-    from gpt_lightning.generation.generate import generate
-
-    ids = encode_prompt(settings.prompt, special=settings.special_tokens)
-    if not ids or max(ids) >= model.config.vocab_size:
-        raise ValueError(
-            f"prompt: its tokens do not fit the model's vocabulary of {model.config.vocab_size}; "
-            "give other text or another model"
-        )
-    if (cropped := len(ids) - model.config.context_length) > 0:
-        print(
-            f"gpt_lightning: prompt: {len(ids)} tokens, the model reads {model.config.context_length}; "
-            f"the first {cropped} are not read",
-            file=sys.stderr,
-        )
-    continued = generate(
-        model,
-        torch.tensor([ids], device=device),
-        settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        eos_id=settings.eos_id,
-        generator=torch.Generator(device=device).manual_seed(settings.seed),
-    )
-    token_ids = continued[0].tolist()
-    return {"prompt": settings.prompt, "text": decode(token_ids), "token_ids": token_ids}
-
-
-def _device(name: str | None) -> str:
+def usable_device(name: str | None) -> str:
+    """``name``, or without one the GPU if there is one; ``ValueError`` where it cannot be used."""
     import torch
 
     if name is None:
@@ -106,3 +108,79 @@ def _device(name: str | None) -> str:
         cause = str(error).splitlines()[0]
         raise ValueError(f"device: {name} cannot be used ({cause[:80]}); try cpu") from error
     return name
+
+
+def _prompts(settings: Namespace) -> list[str]:
+    if settings.prompt and settings.prompt_file:
+        raise ValueError("prompt: both --prompt and --prompt_file are given; give one of them")
+    if settings.prompt:
+        prompts: list[str] = settings.prompt
+    elif settings.prompt_file:
+        path = Path(settings.prompt_file)
+        try:
+            prompts = [path.read_text(encoding="utf-8").removesuffix("\n")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt_file: {path} is not UTF-8; convert it") from error
+    elif sys.stdin is not None and not sys.stdin.isatty():
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    else:
+        prompts = [""]
+    if not all(prompts):
+        raise ValueError(
+            "prompt: is empty; give text with --prompt, --prompt_file or standard input"
+        )
+    return prompts
+
+
+def _say_what_is_cropped(prompts: list[str], model: "GPTModel", *, special: bool) -> None:
+    from gpt_lightning.data.tokenizer import encode_prompt
+
+    read = model.config.context_length
+    for prompt in prompts:
+        if (tokens := len(encode_prompt(prompt, special=special))) > read:
+            print(
+                f"gpt_lightning: prompt: {tokens} tokens, the model reads {read}; "
+                f"the first {tokens - read} are not read",
+                file=sys.stderr,
+            )
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="gpt_lightning generate", description=run.__doc__, exit_on_error=False
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="These settings from a YAML file.")
+    add("--from", type=str | None, help="SOURCE: a checkpoint, or a run's folder.")
+    add("--prompt", type=str, action="append", help="The text to continue; repeatable.")
+    add("--prompt_file", type=str | None, help="A UTF-8 file that is the prompt.")
+    add("--max_new_tokens", type=int, default=50, help="Tokens to add at most.")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token; 1 draws as the model says, more is more adventurous.",
+    )
+    add("--top_k", type=int | None, help="Draw among the k likeliest tokens only.")
+    add("--top_p", type=float | None, help="Draw among the likeliest that reach this probability.")
+    add(
+        "--min_p",
+        type=float | None,
+        help="Draw among tokens this times as likely as the likeliest.",
+    )
+    add("--repetition_penalty", type=float, default=1.0, help="Above 1: fewer repetitions.")
+    add("--num_samples", type=int, default=1, help="Continuations of each prompt.")
+    add("--eos_id", type=int | None, default=50256, help="Stop at this token; null: at none.")
+    add("--stop", type=str, action="append", help="Stop before this string; repeatable.")
+    add("--seed", type=int, default=123, help="What the draws depend on.")
+    add(
+        "--special_tokens",
+        type=bool,
+        default=False,
+        help="Whether <|endoftext|> in the prompt is the token, not those characters.",
+    )
+    add("--stream", type=bool | None, help="Show text as it grows; default: on a terminal.")
+    add("--device", type=str | None, help="cpu, cuda, cuda:1, …; none: the GPU if there is one.")
+    add("--dtype", type=DType | None, help="Of the weights; none: as they are stored.")
+    add("--json", action="store_true", help="Print one JSON object and nothing else.")
+    return parser

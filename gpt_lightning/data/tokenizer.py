@@ -65,5 +65,10 @@ def encode_prompt(text: str, *, special: bool = False) -> list[int]:
 
 def decode(ids: Iterable[int]) -> str:
     """Text of token ids; an id beyond the vocabulary (a padded model may write one) is ``\ufffd``."""
+    return decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def decode_bytes(ids: Iterable[int]) -> bytes:
+    """As :func:`decode`, but a token may hold a part of a character only."""
     known = [i if i < VOCAB_SIZE else _REPLACEMENT_ID for i in ids]
-    return gpt2_encoding().decode(known)
+    return gpt2_encoding().decode_bytes(known)

@@ -1,11 +1,82 @@
-"""Logits to ids: pure functions on ``(B, V)``. The generator is passed in, never global by accident."""
+"""Logits to ids: pure functions on ``(B, V)``. The generator is passed in, never global by accident.
+
+The order, in :func:`probabilities`: repetition penalty, temperature, top-k, top-p, min-p, each on what
+the one before left, then softmax. transformers has the same order.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. By default it is the likeliest.
+
+    Args:
+        temperature: What logits are divided by. 0 is the argmax, whatever the other settings say.
+        top_k: Only the k likeliest tokens can be drawn, exactly k; none: all.
+        top_p: Only the likeliest tokens that together reach this probability can be drawn; none: all.
+        min_p: Only tokens at least this times as probable as the likeliest can be drawn; none: all.
+        repetition_penalty: Above 1, tokens that were read or written before become less likely.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature: {self.temperature} is no temperature; give 0 (greedy) or more"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: {self.top_k} leaves no token; give 1 or more")
+        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if share is not None and not 0.0 < share <= 1.0:
+                raise ValueError(f"{name}: {share} is outside (0, 1]; leave it out to turn it off")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty: {self.repetition_penalty} is not above 0; 1 turns it off"
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ``ValueError`` where ``top_k`` is more than there are tokens."""
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ValueError(
+                f"top_k: {self.top_k} is outside the vocabulary; give 1 to {vocab_size}, or leave it out"
+            )
+
+
+def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Logits ``(B, V)`` with those of the tokens in ``ids`` ``(B, T)`` made smaller by ``penalty``.
+
+    Positive ones are divided, negative ones multiplied by it (Keskar et al. 2019, as transformers has
+    it). An id of -1 is no token.
+    """
+    B, V = logits.shape
+    seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
+    seen = seen.scatter_(1, torch.where(ids < 0, V, ids), True)[:, :V]
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits ``(B, V)`` less their largest, divided by ``temperature``, which is > 0, however small.
+
+    Without taking off the largest first, which no softmax notices, the division could overflow to +inf.
+    """
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+
+
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Logits ``(B, V)`` with all but exactly ``top_k`` a row at -inf; of equal ones the lower id stays.
+    """Logits ``(B, V)`` with all but exactly ``top_k`` a row at -inf; of equal ones the lower ids stay.
 
     A mere threshold would keep every tie, and ``top_k=1`` would then not be greedy.
     """
@@ -17,30 +88,66 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(~kept, -torch.inf)
 
 
-def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Softmax of ``logits / temperature``, ``(B, V)``; ``temperature`` > 0, however small.
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Logits ``(B, V)`` with only the likeliest tokens left that together reach ``top_p``, at least one."""
+    descending, order = logits.sort(dim=-1, descending=True, stable=True)
+    p = descending.softmax(dim=-1)
+    before = p.cumsum(dim=-1) - p  # what the likelier ones reach without this one
+    dropped = before >= top_p
+    dropped[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
 
-    The largest logit is taken off first, so that the division cannot overflow to +inf.
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Logits ``(B, V)`` with tokens less than ``min_p`` times as probable as the likeliest at -inf."""
+    p = logits.softmax(dim=-1)
+    return logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None) -> Tensor:
+    """The distribution ``(B, V)`` a token is drawn from, given logits ``(B, V)`` and the ids before.
+
+    At temperature 0 it is 1 at the argmax, the lowest id of equal ones.
+
+    Args:
+        ids: ``(B, T)``, for the repetition penalty; -1 is no token.
     """
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)
-    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if sampling.repetition_penalty != 1.0 and ids is not None:
+        logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
+    if sampling.temperature == 0.0:
+        likeliest = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(1, likeliest, 1.0)
+    logits = apply_temperature(logits, sampling.temperature)
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits.softmax(dim=-1)
 
 
 def sample(
     logits: Tensor,
+    sampling: Sampling,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
+    ids: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One id a row, ``(B,)``, from logits ``(B, V)``: top-k, then temperature, then a draw.
+    """One id a row, ``(B,)``, from logits ``(B, V)``; temperature 0 draws no random number.
 
-    ``temperature=0`` is the argmax and draws nothing; ``top_k=1`` agrees with it. Without a generator
-    the draw is on torch's global one.
+    Without a generator the draw is on torch's global one.
+
+    Raises:
+        ValueError: A row has a NaN, or no finite logit at all.
     """
-    if temperature == 0.0:
+    if not torch.isfinite(logits.amax(dim=-1)).all():  # a NaN is the largest of all
+        raise ValueError(
+            "logits: a row has NaN, +inf or only -inf; the model's weights are damaged"
+        )
+    if sampling.temperature == 0.0:
+        if sampling.repetition_penalty != 1.0 and ids is not None:
+            logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
         return logits.argmax(dim=-1)
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    drawn = torch.multinomial(probabilities(logits, temperature), 1, generator=generator)
-    return drawn.squeeze(1)
+    p = probabilities(logits, sampling, ids)
+    return torch.multinomial(p, 1, generator=generator).squeeze(1)

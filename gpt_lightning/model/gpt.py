@@ -41,17 +41,19 @@ class CausalSelfAttention(nn.Module):
         self.qkv = QKVProjection(config.emb_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """``(B, T, C)`` → ``(B, T, C)``; with a cache the T tokens follow those it holds."""
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """``(B, T, C)`` → ``(B, T, C)``; with a cache the T tokens follow those it holds.
+
+        ``mask`` says who sees whom, ``(B or 1, 1, T, length + T)``; without it the tokens see what came
+        before them and themselves.
+        """
         B, T, C = x.shape
         # (B, T, 3C) → three times (B, H, T, D)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            if cache.length and T > 1:  # a query sees what came before it and itself
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device)
-                mask = mask.tril(diagonal=cache.length)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -85,8 +87,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.emb_dim)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.drop_shortcut(self.att(self.norm1(x), cache, mask))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -119,10 +123,16 @@ class GPTModel(nn.Module):
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(
+        self, idx: Tensor, cache: KVCache | None = None, padding: Tensor | None = None
+    ) -> Tensor:
         """Token ids ``(B, T)`` → the last block's normalised output ``(B, T, C)``.
 
         With a cache the T tokens take the positions after those it holds, and are added to it.
+
+        Args:
+            padding: ``(B,)``, how many columns at the left of each row, counted from the cache's first,
+                are no tokens. They change nothing: nobody sees them, and positions begin after them.
 
         Raises:
             ValueError: More positions than ``context_length``.
@@ -133,10 +143,19 @@ class GPTModel(nn.Module):
             raise ValueError(
                 f"{end} tokens do not fit a context_length of {self.config.context_length}"
             )
-        positions = torch.arange(start, end, device=idx.device)
+        columns = torch.arange(end, device=idx.device)
+        positions = columns[start:]
+        mask = None
+        if padding is not None:
+            seen = (columns <= positions[:, None]) & (columns >= padding[:, None, None])
+            itself = columns == positions[:, None]  # a padding column sees itself, not nothing
+            mask = (seen | itself)[:, None]  # (B, 1, T, length + T)
+            positions = (positions - padding[:, None]).clamp(min=0)
+        elif start and end - start > 1:
+            mask = columns <= positions[:, None]  # (T, length + T)
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         for block in self.trf_blocks:
-            x = block(x, cache)
+            x = block(x, cache, mask)
         if cache is not None:
             cache.length = end
         return self.final_norm(x)

@@ -44,6 +44,14 @@ class KVCache:
     def max_length(self) -> int:
         return self.keys.shape[3]
 
+    def repeat(self, times: int) -> "KVCache":
+        """A cache with each row of the batch ``times`` times, one after the other."""
+        return KVCache(
+            self.keys.repeat_interleave(times, dim=1),
+            self.values.repeat_interleave(times, dim=1),
+            self.length,
+        )
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one block's ``(B, H, T, D)`` after ``length``; return all its ``(B, H, length + T, D)``.
 

@@ -1,5 +1,6 @@
 """Fixtures: the real command, the book's text and figures, a setting small enough for a test suite."""
 
+import io
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ def command(
     """``gpt_lightning ARGUMENTS`` in this process, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
 
     def run(*arguments: str) -> Done:
         capsys.readouterr()

@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, Command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning import GPTLightningModule, load_model
-from gpt_lightning.training.callbacks import LossEvaluation
+from gpt_lightning.training.callbacks import LossEvaluation, TextSamples
 
 
 def same_weights(one: str, other: str) -> bool:
@@ -28,7 +28,9 @@ def same_weights(one: str, other: str) -> bool:
 
 
 def test_run_folder_and_tensorboard(fit: Command) -> None:
-    done = fit("--trainer.max_epochs=2", "--evaluation.eval_freq=3")
+    done = fit(
+        "--trainer.max_epochs=2", "--evaluation.eval_freq=3", "--evaluation.distribution=true"
+    )
     folder = Path("checkpoints/quickstart")
     events = [name for name in os.listdir(folder) if name.startswith("events.out.tfevents")]
     assert sorted(os.listdir(folder)) == sorted(
@@ -40,6 +42,8 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
     board.Reload()
     tags = board.Tags()
     assert set(LossEvaluation.TAGS) <= set(tags["scalars"])
+    assert set(TextSamples.TAGS) <= set(tags["scalars"])
+    assert [e.step for e in board.Scalars(TextSamples.TAGS[0])] == [0, 3, 6, 9, 12]
     assert "losses" in tags["images"]
     assert "sample/text_summary" in tags["tensors"]
     assert "_hparams_/session_start_info" in board.summary_metadata
@@ -225,7 +229,7 @@ def test_clipping_in_mixed_precision(fit: Command, algorithm: str) -> None:
 
 def test_watching_does_not_move_the_run(fit: Command) -> None:
     common = ("--trainer.max_epochs=1", "--model.config.drop_rate=0.1")
-    fit("--run=watched", "--evaluation.eval_freq=1", *common)
+    fit("--run=watched", "--evaluation.eval_freq=1", "--evaluation.distribution=true", *common)
     fit("--run=alone", "--evaluation.eval_freq=1000", "--evaluation.prompt=null", *common)
     assert same_weights("checkpoints/watched/last.ckpt", "checkpoints/alone/last.ckpt")
 

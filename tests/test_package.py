@@ -1,6 +1,7 @@
 """What the package promises about itself: its layers, its imports, its start."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -106,3 +107,13 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "gpt_lightning: error: model.lrr: is no setting; did you mean model.lr?\n"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["generation"])
+def test_benchmarks_run_and_end_with_json(name: str) -> None:
+    done = python(f"benchmarks/{name}.py", "--tiny", "--repeats", "1", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["bars"]
+    assert all({"name", "value", "holds"} <= set(bar) for bar in result["bars"])
+    assert result["machine"]["versions"]["torch"]

@@ -127,6 +127,12 @@ def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None)
     return logits.softmax(dim=-1)
 
 
+def entropy(p: Tensor) -> Tensor:
+    """Entropy in nats of distributions ``(..., V)``, in double precision; its exp is as many equal tokens."""
+    p = p.double()
+    return -torch.special.xlogy(p, p).sum(dim=-1)
+
+
 def sample(
     logits: Tensor,
     sampling: Sampling,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt_lightning.generation.sampling import Sampling, probabilities
+from gpt_lightning.generation.sampling import Sampling, entropy, probabilities
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,9 +145,8 @@ def frequencies(
         p = probabilities(logits[None], sampling)[0]
         counts = draw_counts(p, num_samples, seed)
         setting = (sampling.temperature, sampling.top_k, sampling.top_p)
-        exact = p.double()
-        entropy = float(-(exact * exact.clamp(min=1e-300).log()).sum())
-        distributions.append(Distribution(*setting, entropy, math.exp(entropy), int((p > 0).sum())))
+        nats = float(entropy(p))
+        distributions.append(Distribution(*setting, nats, math.exp(nats), int((p > 0).sum())))
         for i in range(len(tokens)) if shown is None else shown:
             probability, count = float(p[i]), int(counts[i])
             expected = num_samples * probability

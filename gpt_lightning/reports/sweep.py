@@ -13,7 +13,7 @@ import torch
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
 from gpt_lightning.generation.generate import NO_TOKEN, stream_ids
-from gpt_lightning.generation.sampling import Sampling, probabilities
+from gpt_lightning.generation.sampling import Sampling, entropy, probabilities
 from gpt_lightning.model.gpt import GPTModel
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ def _share(part: int, whole: int) -> float:
 @torch.inference_mode()
 def _next_token_entropy(model: GPTModel, prompt_ids: list[int], sampling: Sampling) -> float:
     idx = torch.tensor([prompt_ids[-model.config.context_length :]], device=_device(model))
-    p = probabilities(model(idx)[:, -1].float(), sampling).double()
-    return float(-(p * p.clamp(min=1e-300).log()).sum())
+    return float(entropy(probabilities(model(idx)[:, -1].float(), sampling))[0])
 
 
 @torch.inference_mode()

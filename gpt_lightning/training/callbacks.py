@@ -17,6 +17,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.data.windows import Batch, Rng, WindowLoader
 from gpt_lightning.generation.generate import generate
+from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -26,6 +27,7 @@ def evaluation_callbacks(
     eval_iter: int | None = 5,
     prompt: str | None = "Every effort moves you",
     max_new_tokens: int = 50,
+    distribution: bool = False,
     rng: Rng = "step",
 ) -> list[Callback]:
     """The callbacks behind the settings ``evaluation.*``.
@@ -35,12 +37,13 @@ def evaluation_callbacks(
         eval_iter: Batches of each split an evaluation reads; none: all.
         prompt: What the greedy sample after each epoch begins with; none: no samples.
         max_new_tokens: Length of that sample.
+        distribution: Whether each evaluation logs how sharp the prompt's next-token distribution is.
         rng: 'step' leaves the run's random numbers alone, 'global' draws on them as the book does.
     """
-    callbacks: list[Callback] = [LossEvaluation(eval_freq, eval_iter, rng)]
-    if prompt is not None:
-        callbacks.append(TextSamples(prompt, max_new_tokens, rng))
-    return callbacks
+    losses = LossEvaluation(eval_freq, eval_iter, rng)
+    if prompt is None:
+        return [losses]
+    return [losses, TextSamples(prompt, max_new_tokens, rng, losses if distribution else None)]
 
 
 def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
@@ -169,9 +172,25 @@ class LossEvaluation(Callback):
 
 
 class TextSamples(Callback):
-    """A greedy continuation of ``prompt`` after each epoch, printed and in TensorBoard."""
+    """A greedy continuation of ``prompt`` after each epoch, printed and in TensorBoard.
 
-    def __init__(self, prompt: str, max_new_tokens: int = 50, rng: Rng = "step") -> None:
+    With ``evaluation``, each time that one has a new row, also the prompt's next-token distribution at
+    temperature 1: its entropy (nats), exp of that (tokens), and the likeliest token's probability.
+    """
+
+    TAGS = (
+        "next_token/entropy",
+        "next_token/effective_vocabulary",
+        "next_token/largest_probability",
+    )
+
+    def __init__(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        rng: Rng = "step",
+        evaluation: LossEvaluation | None = None,
+    ) -> None:
         if not prompt:
             raise ValueError("evaluation.prompt: is empty; give some text, or null for no samples")
         if max_new_tokens < 1:
@@ -181,6 +200,36 @@ class TextSamples(Callback):
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.rng: Rng = rng
+        self.evaluation = evaluation
+        self._last_row: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        row = self.evaluation.row if self.evaluation else self._last_row
+        if row is self._last_row or not row:
+            return
+        self._last_row = row
+        assert isinstance(pl_module, GPTLightningModule)
+        pl_module.eval()
+        with (
+            _random_numbers(self.rng),
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+        ):
+            ids = encode_prompt(self.prompt)[-pl_module.config.context_length :]
+            features = pl_module.model.features(torch.tensor([ids], device=pl_module.device))
+            p = pl_module.model.head(features[:, -1]).float().softmax(dim=-1)[0]
+        pl_module.train()
+        nats = float(entropy(p))
+        figures = dict(zip(self.TAGS, (nats, math.exp(nats), float(p.max())), strict=True))
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=int(row["step"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)

@@ -1,0 +1,63 @@
+"""What every result says about where it was measured, and medians of interleaved repeats."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def description(*packages: str) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("torch", *packages)},
+        "commit": commit,
+    }
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, ``repeats`` times, one after the other in turn; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """The median of the pairwise ratios: what one turn's weather does, it does to both."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def at_least(name: str, value: float, bar: float) -> dict[str, Any]:
+    return {"name": name, "value": round(value, 4), "at_least": bar, "holds": value >= bar}
+
+
+def at_most(name: str, value: float, bar: float) -> dict[str, Any]:
+    return {"name": name, "value": round(value, 4), "at_most": bar, "holds": value <= bar}

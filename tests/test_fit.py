@@ -318,6 +318,16 @@ def test_no_logger_no_bar(fit: Command) -> None:
     assert not list(Path("checkpoints/quickstart").glob("events*"))
 
 
+def test_fast_dev_run_leaves_nothing(fit: Command) -> None:
+    assert fit("--trainer.fast_dev_run=2").out.startswith("Ep 1 (Step 000000)")
+    assert not Path("checkpoints").exists()
+
+
+def test_no_checkpoints_where_none_are_wanted(fit: Command) -> None:
+    fit("--trainer.max_steps=2", "--trainer.enable_checkpointing=false")
+    assert not list(Path("checkpoints/quickstart").glob("*.ckpt"))
+
+
 def test_validate(fit: Command, command: Command) -> None:
     fit("--trainer.max_steps=3")
     config = "--config=checkpoints/quickstart/config.yaml"

@@ -251,31 +251,37 @@ class TrainingCLI(LightningCLI):
         if settings.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress())
         plugins = _as_list(settings.get("plugins"))
+        saves = False
         if self.verb == "fit":
+            leaves_traces = not settings.get("fast_dev_run")
+            saves = leaves_traces and settings.get("enable_checkpointing") is not False
+            callbacks += self._watchers(leaves_traces)
             checkpoints, checkpoint_io = checkpointing(
                 self.folder, **self.config.checkpoint.as_dict()
             )
-            callbacks += [*self._watchers(), checkpoints]
+            callbacks += [checkpoints] if saves else []
             plugins.append(checkpoint_io)
             if settings.get("limit_val_batches") is None:
                 settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
         settings["callbacks"] = callbacks
         settings["logger"] = self._loggers(settings.get("logger"))
         settings["plugins"] = plugins
-        settings["enable_checkpointing"] = self.verb == "fit"
-        settings["enable_model_summary"] = False
+        settings["enable_checkpointing"] = saves
+        settings["enable_model_summary"] = bool(settings.get("enable_model_summary"))
         try:
             return Trainer(**settings)
         except MisconfigurationException as error:
             raise ValueError(f"trainer: {error}") from error
 
-    def _watchers(self) -> list[Callback]:
+    def _watchers(self, leave_traces: bool) -> list[Callback]:
         config = self.config
         evaluation = evaluation_callbacks(**config.evaluation.as_dict(), rng=config.rng)
+        if not leave_traces:
+            return evaluation
         losses = next(c for c in evaluation if isinstance(c, LossEvaluation))
         return [
-            ConfigOfRun(self.parser, config, self.folder),
             *evaluation,
+            ConfigOfRun(self.parser, config, self.folder),
             RunHistory(self.folder, losses, {"data": config.data.as_dict()}),
         ]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL, Command
+from conftest import ROOT, SMALL, Command, python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning import GPTLightningModule, load_model
@@ -398,3 +398,30 @@ def test_every_config_parses_and_names_its_command(command: Command) -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         assert f"fit --config configs/{path.name}" in path.read_text(encoding="utf-8")
         yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(fit: Command, tmp_path: Path) -> None:
+    """DDP on two CPU processes: the losses of one process at the same global batch, also when resumed."""
+    base = ("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL)
+    extra = (
+        "--evaluation.eval_freq=2",
+        "--evaluation.eval_iter=null",
+        "--model.config.drop_rate=0",
+    )
+    ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1", "--run=two")
+
+    def two(*arguments: str) -> None:
+        done = python(*base, *extra, *ddp, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "sync_dist" not in done.stderr
+
+    two("--trainer.max_steps=5")
+    two("--trainer.max_steps=9", "--ckpt_path=last")
+    fit(*extra, "--trainer.max_steps=9", "--run=one")
+    for ours, theirs in zip(losses("one"), losses("two"), strict=True):
+        assert [float(x) for x in theirs] == pytest.approx([float(x) for x in ours], abs=1e-5)
+    validate = ("-m", "gpt_lightning", "validate", "--config=checkpoints/two/config.yaml")
+    done = python(*validate, "--ckpt_path=last", "--json", cwd=tmp_path)
+    alone = python(*validate, "--ckpt_path=last", "--json", "--trainer.devices=1", cwd=tmp_path)
+    assert json.loads(done.stdout) == pytest.approx(json.loads(alone.stdout), abs=1e-5)

@@ -321,4 +321,5 @@ def _print_table(title: str, rows: list[dict[str, str]]) -> None:
         table.add_column(name, justify="left" if text else "right", no_wrap=not text)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=None if rows and "one text" in rows[0] else 120).print(table, markup=False)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 160).print(table, markup=False)

@@ -129,8 +129,7 @@ def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None)
 
 def entropy(p: Tensor) -> Tensor:
     """Entropy in nats of distributions ``(..., V)``, in double precision; its exp is as many equal tokens."""
-    p = p.double()
-    return -torch.special.xlogy(p, p).sum(dim=-1)
+    return torch.special.entr(p.double()).sum(dim=-1)
 
 
 def sample(

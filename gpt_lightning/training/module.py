@@ -196,9 +196,9 @@ class GPTLightningModule(LightningModule):
             mean = self._mean(split)
             if mean.update_called:
                 loss, tokens = mean.compute()
-                self.log(f"{split}_loss", loss)
-                self.log(f"{split}_perplexity", loss.exp())
-                self.log(f"{split}_tokens", tokens)
+                self.log(f"{split}_loss", loss, sync_dist=True)  # equal on all ranks by now
+                self.log(f"{split}_perplexity", loss.exp(), sync_dist=True)
+                self.log(f"{split}_tokens", tokens, sync_dist=True)
                 mean.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, Command
+from conftest import ROOT, Command, reference
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(
@@ -53,3 +53,16 @@ def test_quickstart_has_one_block_that_runs_and_one_that_tests() -> None:
     run, test = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", section, re.M | re.S)
     assert "fit --config configs/quickstart.yaml" in run
     assert "pytest" in test
+
+
+def test_table_of_digits_is_the_books() -> None:
+    table = README.split("## The book's run")[1].split("## ")[0]
+    cells = re.findall(r"(\d+) \| (\d+) \| (\S+) / (\S+) \| (\S+) / (\S+)", table)
+    expected = [
+        (str(e), str(s), f"{t:.3f}", f"{v:.3f}")
+        for e, s, t, v in reference("verdict_run.json")["rows"]
+    ]
+    assert sorted(expected, key=lambda row: int(row[1])) == sorted(
+        (row[:4] for row in cells), key=lambda row: int(row[1])
+    )
+    assert all(row[2:4] == row[4:6] for row in cells)

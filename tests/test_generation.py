@@ -156,6 +156,35 @@ def test_batched_is_one_at_a_time(model: GPTModel, num_samples: int) -> None:
             assert sample_row == expected
 
 
+def test_long_prompts_and_texts_past_1024_positions() -> None:
+    """Prompts of 1, 5, 200, 1,023 and 1,500 tokens: batched = single = the plain loop without a cache."""
+    torch.manual_seed(3)
+    config = GPTConfig(vocab_size=101, context_length=1024, emb_dim=16, n_heads=2, n_layers=2)
+    long_model = GPTModel(config).eval()
+    prompts = [
+        torch.randint(101, (n,), generator=seeded(n)).tolist() for n in (1, 5, 200, 1023, 1500)
+    ]
+    together = streamed(long_model, prompts, 6)
+    for row, prompt in zip(together, prompts, strict=True):
+        expected = generate_simple(long_model, torch.tensor([prompt]), 6)[0, len(prompt) :].tolist()
+        assert row == expected
+        assert streamed(long_model, [prompt], 6) == [expected]
+
+
+def test_top_p_1_keeps_all() -> None:
+    logits = torch.randn(1, 50257, generator=seeded(1)) * 8
+    assert (probabilities(logits, Sampling(1.0, top_p=1.0)) > 0).sum() == (
+        probabilities(logits, Sampling(1.0)) > 0
+    ).sum()
+
+
+def test_filters_do_not_depend_on_the_models_precision() -> None:
+    logits = torch.randn(1, 50257, generator=seeded(1)).bfloat16()
+    settings = Sampling(1.0, top_p=0.9)
+    p = probabilities(logits, settings)
+    torch.testing.assert_close(p, probabilities(logits.float(), settings), rtol=0, atol=0)
+
+
 def test_samples_of_a_prompt_differ_and_repeat_with_the_seed(model: GPTModel) -> None:
     def drawn() -> list[list[int]]:
         return streamed(
@@ -233,26 +262,28 @@ def test_shares_outside_their_range_are_refused(name: str, value: float) -> None
         Sampling(1.0, **{name: value})
 
 
+@pytest.mark.slow
 def test_frequencies_lie_in_their_intervals() -> None:
     """A million draws from random distributions under every filter; 1 in 10⁵ may miss by chance."""
     generator = seeded(20)
     checked = missed = 0
     for i in range(20):
         logits = torch.randn(1, 30, generator=generator) * 2
-        settings = [
+        for settings in (
             Sampling(1.0),
             Sampling(0.5, top_k=9),
             Sampling(2.0, top_p=0.8),
             Sampling(1.0, min_p=0.1),
-        ][i % 4]
-        p = probabilities(logits, settings)[0]
-        counts = draw_counts(p, 1_000_000, seed=i)
-        assert counts.sum() == 1_000_000
-        for token in range(30):
-            low, high = binomial_interval(1_000_000, float(p[token]), share=1 - 1e-5)
-            checked += 1
-            missed += not low <= int(counts[token]) <= high
-    assert checked == 600
+            Sampling(1.5, repetition_penalty=1.5),
+        ):
+            p = probabilities(logits, settings, ids=torch.tensor([[1, 2, 3]]))[0]
+            counts = draw_counts(p, 1_000_000, seed=i)
+            assert counts.sum() == 1_000_000
+            for token in range(30):
+                low, high = binomial_interval(1_000_000, float(p[token]), share=1 - 1e-5)
+                checked += 1
+                missed += not low <= int(counts[token]) <= high
+    assert checked == 3000
     assert missed <= 1
 
 

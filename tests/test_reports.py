@@ -117,6 +117,25 @@ def test_sweep(command: Command, run: str, tmp_path: Path) -> None:
     ).out  # fmt: skip
 
 
+def test_prompts_are_no_markup(command: Command, run: str) -> None:
+    prompt = "[/b] costs $x^^$ :smile:"
+    base = ("report", "sweep", f"--from={run}", f"--prompt={prompt}", "--temperatures=[1]",
+            "--top_k=[5]", "--num_samples=2", "--max_new_tokens=3", "--out=grid")  # fmt: skip
+    assert prompt in command(*base).out
+    done = command("report", "sampling", f"--from={run}", f"--prompt={prompt}", "--out=grid")
+    assert (done.code, prompt in done.out) == (0, True)
+
+
+def test_one_token_of_the_models(command: Command, run: str) -> None:
+    done = command(
+        "report", "sampling", f"--from={run}", "--prompt=The clock", "--token= pizza",
+        "--show=2", "--temperatures=[1]", "--json",
+    )  # fmt: skip
+    result = answer(done)
+    assert [row["token"] for row in result["token"]] == ["' pizza'"]
+    assert len(result["rows"]) == 3
+
+
 def test_page_in_a_browser(command: Command, run: str, tmp_path: Path) -> None:
     """The grid is there, and the page itself asked for nothing (the browser does, of its makers)."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -193,6 +212,18 @@ def test_stop_strings(command: Command, run: str) -> None:
         (["report", "sampling", "--top_k=[10]"], ["top_k: 10 is outside the vocabulary"]),
         (["report", "sampling", "--num_samples=0"], ["num_samples: 0"]),
         (["report", "sampling", "--token=pasta"], ["token: pasta", "pizza"]),
+        (["report", "sampling", "--prompt=x"], ["prompt: is for a model"]),
+        (["report", "sampling", "--temperatures=[]"], ["temperatures: is an empty list"]),
+        (["report", "sampling", "--tokens=[]"], ["logits: 9 for 0 tokens"]),
+        (["report", "sampling", "--from=RUN", "--prompt=x", "--show=0"], ["show: 0"]),
+        (["report", "sampling", "--from=RUN", "--prompt=x", "--token=a b"], ["is 2 tokens"]),
+        (["report", "sweep", "--from=RUN", "--prompt=x", "--top_k=[]"], ["top_k: is an empty"]),
+        (["generate", "--from=RUN", "--prompt=x", "--stream=true", "--json"], ["stream: is for"]),
+        (["generate", "--from=RUN", "--prompt=x", "--device=meta"], ["device: meta"]),
+        (
+            ["generate", "--from=RUN", "--prompt=x", "--repetition_penalty=1e-45"],
+            ["repetition_penalty: 1e-45"],
+        ),
         (["report", "sampling", "--out=/proc/nowhere"], ["out: /proc/nowhere cannot be written"]),
         (["report", "sampling", "--from=RUN"], ["prompt: is empty"]),
         (["report", "sweep", "--prompt=x"], ["--from SOURCE"]),

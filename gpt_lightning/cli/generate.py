@@ -59,6 +59,8 @@ def run(arguments: list[str]) -> None:
     _say_what_is_cropped(prompts, model, special=settings.special_tokens)
     stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
     alone = len(prompts) == settings.num_samples == 1 and not settings.json
+    if settings.stream and not alone:
+        raise ValueError("stream: is for one text on its own; leave out --json or the other texts")
     if stream and alone:
         print(prompts[0], end="", flush=True)
     samples = generate_texts(
@@ -104,6 +106,7 @@ def usable_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
+        torch.Generator(device=name)
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0]
         raise ValueError(f"device: {name} cannot be used ({cause[:80]}); try cpu") from error

@@ -46,18 +46,14 @@ def _sampling(arguments: list[str]) -> None:
     rows, distributions = report.frequencies(
         logits, tokens, combinations, settings.num_samples, settings.seed, shown
     )
-    compared_at = max(s.temperature for s in combinations)
-    methods = report.compare_methods(
-        logits, compared_at or 1.0, min(settings.num_samples, 1000), settings.seed
-    )
-    if settings.token is not None and settings.token not in {row.token for row in rows}:
-        raise ValueError(
-            f"token: {settings.token} is not among the tokens; give one of "
-            + ", ".join(dict.fromkeys(row.token for row in rows))
-        )
+    compared_at = max(s.temperature for s in combinations) or 1.0
+    compared_draws = min(settings.num_samples, 1000)  # the loop is slow
+    methods = report.compare_methods(logits, compared_at, compared_draws, settings.seed)
     answer: dict[str, Any] = report.as_dict(rows, distributions, methods)
     answer["token"] = [asdict(row) for row in rows if row.token == settings.token]
-    answer["settings"] = {"num_samples": settings.num_samples, "seed": settings.seed}
+    answer["settings"] = {
+        key: settings[key] for key in ("from", "prompt", "num_samples", "seed")
+    } | {"methods_num_samples": compared_draws, "methods_temperature": compared_at}
     caption = f"{settings.num_samples:,} draws a setting, seed {settings.seed}"
     if settings["from"]:
         caption += f", {settings['from']} after {settings.prompt!r}"
@@ -102,7 +98,7 @@ def _sampling(arguments: list[str]) -> None:
         ],
     )
     _print_table(
-        "three ways to know it",
+        f"three ways to know it, {compared_draws} draws at temperature {compared_at:g}",
         [
             {
                 "method": m.name,
@@ -141,7 +137,7 @@ def _sweep(arguments: list[str]) -> None:
     cells_to_do = report.grid(
         settings.temperatures,
         [k or None for k in settings.top_k],
-        settings.top_p or [None],
+        [None] if settings.top_p is None else settings.top_p,
     )
     out = _folder(settings.out) if settings.out else None
     model = load(settings["from"], usable_device(settings.device), settings.dtype)
@@ -208,11 +204,19 @@ def _distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int] |
             raise ValueError("from: --tokens and --logits are the model's; leave them out")
         if not settings.prompt:
             raise ValueError("prompt: is empty; give some text with --prompt")
+        if settings.show < 1:
+            raise ValueError(f"show: {settings.show} is too small; give 1 or more")
         return _model_distribution(settings)
-    tokens = settings.tokens or (None if settings.logits else list(BOOK_TOKENS))
-    logits = settings.logits or list(BOOK_LOGITS)
+    for name in ("prompt", "device", "dtype"):
+        if settings[name] is not None:
+            raise ValueError(f"{name}: is for a model; give one with --from SOURCE")
+    logits = list(BOOK_LOGITS) if settings.logits is None else settings.logits
+    tokens = settings.tokens
     if tokens is None:
-        tokens = [str(i) for i in range(len(logits))]
+        own = settings.logits is not None
+        tokens = [str(i) for i in range(len(logits))] if own else list(BOOK_TOKENS)
+    if settings.token is not None and settings.token not in tokens:
+        raise ValueError(f"token: {settings.token} is none of {', '.join(tokens)}")
     return tokens, torch.tensor(logits), None
 
 
@@ -227,6 +231,12 @@ def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[
         idx = torch.tensor([ids], device=model.tok_emb.weight.device)
         logits = model(idx)[0, -1].float().cpu().clone()
     shown = logits.topk(min(settings.show, len(logits))).indices.tolist()
+    if settings.token is not None:
+        token_ids = encode_prompt(settings.token)
+        if len(token_ids) != 1:
+            raise ValueError(f"token: {settings.token!r} is {len(token_ids)} tokens; give one")
+        shown = list(dict.fromkeys([*shown, *token_ids]))
+        settings.token = repr(settings.token)
     return [repr(decode([i])) for i in range(len(logits))], logits, shown
 
 
@@ -234,7 +244,9 @@ def _combinations(settings: Namespace, default: Sequence[float]) -> list["Sampli
     from gpt_lightning.reports.sweep import grid
 
     return grid(
-        settings.temperatures or default, settings.top_k or [None], settings.top_p or [None]
+        default if settings.temperatures is None else settings.temperatures,
+        [None] if settings.top_k is None else settings.top_k,
+        [None] if settings.top_p is None else settings.top_p,
     )
 
 
@@ -314,12 +326,14 @@ def _print_table(title: str, rows: list[dict[str, str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    print(title)
+    table = Table(box=box.SIMPLE_HEAD)
     for name in rows[0]:
         text = name in ("token", "one text", "method")
         table.add_column(name, justify="left" if text else "right", no_wrap=not text)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(Text(value) for value in row.values()))  # a user's text is no markup
     console = Console()
-    Console(width=console.width if console.is_terminal else 160).print(table, markup=False)
+    Console(width=console.width if console.is_terminal else 160).print(table)

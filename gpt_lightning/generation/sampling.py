@@ -41,9 +41,9 @@ class Sampling:
         for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
             if share is not None and not 0.0 < share <= 1.0:
                 raise ValueError(f"{name}: {share} is outside (0, 1]; leave it out to turn it off")
-        if not 0.0 < self.repetition_penalty < float("inf"):
+        if not 0.01 <= self.repetition_penalty <= 100.0:
             raise ValueError(
-                f"repetition_penalty: {self.repetition_penalty} is not above 0; 1 turns it off"
+                f"repetition_penalty: {self.repetition_penalty} is outside [0.01, 100]; 1 turns it off"
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -91,7 +91,7 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """Logits ``(B, V)`` with only the likeliest tokens left that together reach ``top_p``, at least one."""
     descending, order = logits.sort(dim=-1, descending=True, stable=True)
-    p = descending.softmax(dim=-1)
+    p = descending.double().softmax(dim=-1)
     before = p.cumsum(dim=-1) - p  # what the likelier ones reach without this one
     dropped = before >= top_p
     dropped[:, 0] = False
@@ -107,11 +107,13 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None) -> Tensor:
     """The distribution ``(B, V)`` a token is drawn from, given logits ``(B, V)`` and the ids before.
 
-    At temperature 0 it is 1 at the argmax, the lowest id of equal ones.
+    At temperature 0 it is 1 at the argmax, the lowest id of equal ones. It is float32 or wider, whatever
+    the logits are: filters and draws would notice bfloat16.
 
     Args:
         ids: ``(B, T)``, for the repetition penalty; -1 is no token.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.repetition_penalty != 1.0 and ids is not None:
         logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
     if sampling.temperature == 0.0:
@@ -120,7 +122,7 @@ def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None)
     logits = apply_temperature(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1.0:
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         logits = keep_min_p(logits, sampling.min_p)

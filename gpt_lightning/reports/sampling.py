@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -203,7 +204,7 @@ def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -
     axes.set_xlabel("Next token")
     axes.set_ylabel("Probability")
     axes.legend()
-    figure.supxlabel(caption, fontsize=7)
+    figure.supxlabel(shorten(caption, 120), fontsize=7, parse_math=False)
     return figure
 
 

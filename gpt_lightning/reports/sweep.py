@@ -7,6 +7,7 @@ import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +58,10 @@ FIGURES = {
 def grid(
     temperatures: Sequence[float], top_ks: Sequence[int | None], top_ps: Sequence[float | None]
 ) -> list[Sampling]:
-    """All combinations, temperature outermost."""
+    """All combinations, temperature outermost; ``ValueError`` where a list is empty."""
+    for name, values in [("temperatures", temperatures), ("top_k", top_ks), ("top_p", top_ps)]:
+        if not values:
+            raise ValueError(f"{name}: is an empty list; give at least one")
     return [
         Sampling(temperature, top_k, top_p)
         for temperature in temperatures
@@ -209,7 +213,7 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
             axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
             axes.set_xlabel("top_k" if top_p is None else f"top_k (top_p {top_p:g})")
             axes.set_ylabel("temperature")
-    figure.supxlabel(caption, fontsize=8)
+    figure.supxlabel(shorten(caption, 200), fontsize=8, parse_math=False)
     return figure
 
 

@@ -42,6 +42,8 @@ def evaluation_callbacks(
     """
     losses = LossEvaluation(eval_freq, eval_iter, rng)
     if prompt is None:
+        if distribution:
+            raise ValueError("evaluation.distribution: needs evaluation.prompt; give some text")
         return [losses]
     return [losses, TextSamples(prompt, max_new_tokens, rng, losses if distribution else None)]
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, Command, Done
+from conftest import ROOT, SMALL, Command, Done, python
 
 from gpt_lightning.data import corpus
 
@@ -242,6 +242,24 @@ def test_generate_from_what_is_no_model(command: Command, trained: Path, tmp_pat
     refused(command("generate", "--from=config.yaml", "--prompt=x"), "is no checkpoint")
     refused(command("generate", f"--from={tmp_path}", "--prompt=x"), "last.ckpt")
     refused(command("generate", "--prompt=x"), "--from SOURCE")
+
+
+def test_full_disk_leaves_the_checkpoint_before(command: Command, tmp_path: Path) -> None:
+    arguments = ("fit", QUICKSTART, *SMALL)
+    assert command(*arguments, "--trainer.max_steps=1").code == 0
+    last = tmp_path / "checkpoints" / "quickstart" / "last.ckpt"
+    before = last.read_bytes()
+    limited = (
+        "import resource, sys; from gpt_lightning.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    more = ("--trainer.max_steps=2", "--ckpt_path=last")
+    done = python("-c", limited, *arguments, *more, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "last.ckpt: cannot be written" in done.stderr or "best.ckpt: cannot" in done.stderr
+    assert last.read_bytes() == before
+    assert not list(last.parent.glob(".*"))
 
 
 def test_unknown_command(command: Command) -> None:

@@ -87,15 +87,19 @@ def _copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # what a killed save leaves, the next one overwrites
+    # what a killed save leaves, the next one overwrites
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
+        raise OSError(
+            f"{path}: cannot be written, the disk may be full; what was there before is whole, "
+            "so make room and go on with --ckpt_path last"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)  # the rename is durable when the folder is

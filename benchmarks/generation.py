@@ -16,13 +16,17 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.packed import pack_weights
 
 PROMPT, NEW = 64, 64
 
 
 def ours(config: GPTConfig, dtype: torch.dtype) -> GPTModel:
+    """As the generate command has it."""
     torch.manual_seed(0)
-    return GPTModel(config).to(dtype).eval()
+    model = GPTModel(config).to(dtype).eval()
+    pack_weights(model)
+    return model
 
 
 def theirs(config: GPTConfig, dtype: torch.dtype):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning import GPTConfig, GPTModel, generate
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import cross_entropy
 from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.model.packed import pack_weights
 
 TINY = GPTConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, drop_rate=0.0)
 
@@ -126,3 +127,25 @@ def test_too_many_positions_are_refused() -> None:
 def test_impossible_configs_are_refused(changes: dict[str, float], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         GPTConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@torch.inference_mode()
+def test_packed_weights_change_nothing(tied: bool, qkv_bias: bool) -> None:
+    plain = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
+    packed = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
+    assert pack_weights(packed)
+    for shape in [(1, 1), (1, 24), (3, 7), (8, 1)]:
+        idx = torch.randint(97, shape)
+        torch.testing.assert_close(packed(idx), plain(idx), atol=1e-5, rtol=0)
+    prompts = torch.randint(97, (2, 5))
+    # past the context too
+    assert torch.equal(generate(packed, prompts, 30), generate(plain, prompts, 30))
+
+
+def test_weights_that_cannot_be_packed_stay() -> None:
+    model = tiny().to(torch.float64)
+    before = model(torch.tensor([[1, 2]]))
+    assert not pack_weights(model)
+    assert torch.equal(model(torch.tensor([[1, 2]])), before)

@@ -90,12 +90,15 @@ def run(arguments: list[str]) -> None:
 
 
 def load(source: str, device: str, dtype: str | None) -> "GPTModel":
-    """The model of SOURCE on a device, its weights in ``dtype`` ('float32', 'bfloat16', …)."""
+    """The model of SOURCE on a device, its weights in ``dtype`` ('float32', 'bfloat16', …), to infer."""
     import torch
 
+    from gpt_lightning.model.packed import pack_weights
     from gpt_lightning.pretrained.source import load_model
 
-    return load_model(source, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    model = load_model(source, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    pack_weights(model)
+    return model
 
 
 def usable_device(name: str | None) -> str:

@@ -1,0 +1,57 @@
+"""Weights in the order in which a CPU's matrix products read them fastest: for inference only."""
+
+import torch
+from torch import Tensor, nn
+
+from gpt_lightning.model.gpt import GPTModel
+
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` ``(..., K)`` → ``(..., N)`` over weights in oneDNN's blocked layout.
+
+    The operators are those that torch's own compiler packs frozen models with; they take no part in
+    autograd, and the packed weights are no part of a state dict.
+
+    Args:
+        weight: ``(N, K)``.
+        bias: ``(N,)``.
+        gelu: Whether GPT-2's GELU (its tanh form) follows, computed while the result is in the cache.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.bias = None if bias is None else bias.detach()
+        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._after)
+
+
+@torch.no_grad()
+def pack_weights(model: GPTModel) -> bool:
+    """Replace every linear layer by a :class:`PackedLinear`, in place; afterwards the model only infers.
+
+    Decoding reads all weights for each token: on a CPU this is up to twice as fast, for the same logits
+    to rounding (benchmarks/generation.py). A layer's own weights go as its packed ones come; the head of
+    a tied model gets weights of its own, as the embedding stays.
+
+    Returns:
+        Whether it was done: not on a GPU, nor for a dtype for which this CPU has no instructions.
+    """
+    weight = model.tok_emb.weight
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        head = PackedLinear(weight if model.out_head is None else model.out_head.weight, None)
+    except RuntimeError:  # bfloat16 on a CPU without AVX-512
+        return False
+    model.out_head = head
+    for block in model.trf_blocks:
+        attention, (up, _, down) = block.att, block.ff.layers
+        attention.qkv = PackedLinear(attention.qkv.weight, attention.qkv.bias)
+        attention.out_proj = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
+        block.ff.layers = nn.Sequential(
+            PackedLinear(up.weight, up.bias, gelu=True), PackedLinear(down.weight, down.bias)
+        )
+    return True

@@ -17,6 +17,8 @@ VERBS = {
     "validate": ("fit", "validate", "loss and perplexity on the training and validation split"),
     "generate": ("generate", "run", "continue prompts with a trained model"),
     "report": ("report", "run", "sampling: next-token frequencies; sweep: temperature × top_k"),
+    "download": ("download", "run", "fetch GPT-2's public weights"),
+    "convert": ("convert", "run", "weights from one form to another"),
 }
 
 

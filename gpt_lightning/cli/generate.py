@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> None:
         repetition_penalty=settings.repetition_penalty,
     )
     device = usable_device(settings.device)
-    model = load(settings["from"], device, settings.dtype)
+    model = load(settings["from"], device, settings.dtype, settings.n_heads)
     _say_what_is_cropped(prompts, model, special=settings.special_tokens)
     stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
     alone = len(prompts) == settings.num_samples == 1 and not settings.json
@@ -89,14 +89,16 @@ def run(arguments: list[str]) -> None:
             print(sample.text)
 
 
-def load(source: str, device: str, dtype: str | None) -> "GPTModel":
+def load(source: str, device: str, dtype: str | None, n_heads: int | None = None) -> "GPTModel":
     """The model of SOURCE on a device, its weights in ``dtype`` ('float32', 'bfloat16', …), to infer."""
     import torch
 
     from gpt_lightning.model.packed import pack_weights
     from gpt_lightning.pretrained.source import load_model
 
-    model = load_model(source, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    model = load_model(
+        source, device=device, dtype=getattr(torch, dtype) if dtype else None, n_heads=n_heads
+    )
     pack_weights(model)
     return model
 
@@ -157,7 +159,8 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--config", action="config", help="These settings from a YAML file.")
-    add("--from", type=str | None, help="SOURCE: a checkpoint, or a run's folder.")
+    add("--from", type=str | None, help="SOURCE: a run, a checkpoint, GPT-2's files or name.")
+    add("--n_heads", type=int | None, help="Attention heads, which the book's .pth does not tell.")
     add("--prompt", type=str, action="append", help="The text to continue; repeatable.")
     add("--prompt_file", type=str | None, help="A UTF-8 file that is the prompt.")
     add("--max_new_tokens", type=int, default=50, help="Tokens to add at most.")

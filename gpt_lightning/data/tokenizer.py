@@ -10,6 +10,7 @@ from importlib.metadata import files
 
 import numpy as np
 import tiktoken
+import torch
 from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -26,7 +27,7 @@ _SHA256 = {
 }
 
 
-def _vocabulary_file(name: str) -> str:
+def vocabulary_file(name: str) -> str:
     for file in files(_VOCABULARY_PACKAGE) or []:
         if file.name == name:
             return str(file.locate())
@@ -36,8 +37,8 @@ def _vocabulary_file(name: str) -> str:
 @cache
 def gpt2_encoding() -> tiktoken.Encoding:
     ranks = data_gym_to_mergeable_bpe_ranks(
-        vocab_bpe_file=_vocabulary_file("vocab.bpe"),
-        encoder_json_file=_vocabulary_file("encoder.json"),
+        vocab_bpe_file=vocabulary_file("vocab.bpe"),
+        encoder_json_file=vocabulary_file("encoder.json"),
         vocab_bpe_hash=_SHA256["vocab.bpe"],
         encoder_json_hash=_SHA256["encoder.json"],
     )
@@ -50,10 +51,25 @@ def gpt2_encoding() -> tiktoken.Encoding:
     )
 
 
+@cache
+def byte_lengths() -> torch.Tensor:
+    """``(V,)``, how many bytes of text each token is; ``<|endoftext|>`` is a mark and none."""
+    encoding = gpt2_encoding()
+    return torch.tensor(
+        [len(encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT_ID)] + [0]
+    )
+
+
 def encode_corpus(text: str) -> NDArray[np.uint16]:
     """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents."""
     ids = gpt2_encoding().encode_to_numpy(text, allowed_special={END_OF_TEXT})
     return ids.astype(np.uint16)
+
+
+def split_tokens(text: str, train_ratio: float) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Ids of the training and the validation split: the first ``train_ratio`` of the characters, the rest."""
+    split = int(train_ratio * len(text))
+    return encode_corpus(text[:split]), encode_corpus(text[split:])
 
 
 def encode_prompt(text: str, *, special: bool = False) -> list[int]:

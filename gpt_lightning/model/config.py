@@ -1,5 +1,6 @@
 """The architecture, in the book's words."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,16 +46,19 @@ class GPTConfig:
                 "change one of them"
             )
 
-    def differences(self, other: "GPTConfig") -> dict[str, tuple[Any, Any]]:
-        """Keys that decide the weights' names and shapes, with both values, where they disagree.
+    def differences(
+        self, named: Mapping[str, Any], assumed: Collection[str] = ()
+    ) -> dict[str, tuple[Any, Any]]:
+        """Keys that decide the weights' names and shapes, with both values, where ``named`` has another.
 
-        ``drop_rate`` is no such key: old weights may go on under another dropout.
+        ``drop_rate`` is no such key: old weights may go on under another dropout. Nor are those of
+        ``assumed``, which were not known but guessed.
         """
-        mine, theirs = asdict(self), asdict(other)
+        mine = asdict(self)
         return {
-            name: (mine[name], theirs[name])
-            for name in mine
-            if name != "drop_rate" and mine[name] != theirs[name]
+            name: (mine[name], value)
+            for name, value in named.items()
+            if name not in ("drop_rate", *assumed) and mine[name] != value
         }
 
 

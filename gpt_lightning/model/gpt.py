@@ -105,7 +105,7 @@ class GPTModel(nn.Module):
             TransformerBlock(config, layer) for layer in range(config.n_layers)
         )
         self.final_norm = nn.LayerNorm(config.emb_dim)
-        self.out_head = (
+        self.out_head: nn.Module | None = (
             None
             if config.tied_embeddings
             else nn.Linear(config.emb_dim, config.vocab_size, bias=False)

@@ -22,7 +22,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self.bias = None if bias is None else bias.detach()
-        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self._after: tuple[str, list[float], str] = (
+            ("gelu", [], "tanh") if gelu else ("none", [], "")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._after)
@@ -43,15 +45,16 @@ def pack_weights(model: GPTModel) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     try:
-        head = PackedLinear(weight if model.out_head is None else model.out_head.weight, None)
+        head = PackedLinear(weight, None)
     except RuntimeError:  # bfloat16 on a CPU without AVX-512
         return False
-    model.out_head = head
-    for block in model.trf_blocks:
-        attention, (up, _, down) = block.att, block.ff.layers
-        attention.qkv = PackedLinear(attention.qkv.weight, attention.qkv.bias)
-        attention.out_proj = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
-        block.ff.layers = nn.Sequential(
-            PackedLinear(up.weight, up.bias, gelu=True), PackedLinear(down.weight, down.bias)
-        )
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                before_gelu = isinstance(parent, nn.Sequential) and name == "0"
+                setattr(parent, name, PackedLinear(child.weight, child.bias, gelu=before_gelu))
+            elif isinstance(child, nn.GELU):
+                setattr(parent, name, nn.Identity())
+    if model.out_head is None:
+        model.out_head = head
     return True

@@ -1,7 +1,10 @@
 """The forms in which weights lie on disk, each read into the same thing: a :class:`Source`."""
 
 import pickle
-from dataclasses import dataclass
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,97 @@ _MODULE_PREFIX = "model."  # GPTLightningModule holds the GPTModel as ``model``
 class Source:
     """Weights under :class:`GPTModel`'s names and, where the file has it, the optimizer's state.
 
-    ``optimizer_state`` is what ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
+    Attributes:
+        state_dict: Its tensors may be memory-mapped or transposed views, so that nothing is read before
+            :func:`take_weights` does.
+        optimizer_state: What ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
+        assumed: Keys of ``config`` that the file does not tell, so that another value is no contradiction.
     """
 
     config: GPTConfig
     state_dict: dict[str, Tensor]
-    optimizer_state: dict[str, Any] | None
+    optimizer_state: dict[str, Any] | None = None
+    assumed: frozenset[str] = frozenset()
+
+
+def take_weights(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights as they are computed with, contiguous and in ``dtype`` (none: as stored).
+
+    ``source`` is left without weights: each tensor is read, transposed and converted on its own and its
+    file's pages let go, so that memory never holds more than the result and one tensor.
+    """
+    weights = {}
+    for name in list(source.state_dict):
+        weights[name] = source.state_dict.pop(name).to(dtype=dtype).contiguous()
+    return weights
+
+
+def with_head(source: Source, *, tied: bool) -> Source:
+    """The same function of the tokens with a head that is the embedding, or one of its own.
+
+    Raises:
+        ValueError: It cannot be tied: its head holds other weights than its embedding.
+    """
+    if source.config.tied_embeddings == tied:
+        return source
+    weights = dict(source.state_dict)
+    if tied:
+        if not torch.equal(weights.pop("out_head.weight"), weights["tok_emb.weight"]):
+            raise ValueError(
+                "model.config.tied_embeddings: true, but the source's head has weights of its own; "
+                "give false"
+            )
+    else:
+        weights["out_head.weight"] = weights["tok_emb.weight"]
+    config = replace(source.config, tied_embeddings=tied)
+    # an optimizer counts one matrix where there are two, or two where there is one
+    return replace(source, config=config, state_dict=weights, optimizer_state=None)
+
+
+def check_records(path: Path) -> None:
+    """Hold a file of ``torch.save`` against the sums in its zip, which torch itself does not look at.
+
+    Raises:
+        ValueError: It is no such file, or damaged.
+        OSError: It cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: is no file of torch.save, or is damaged; give another"
+        ) from error
+    if damaged:
+        raise ValueError(
+            f"{path}: is damaged: {damaged} does not have its checksum; give a whole copy"
+        )
+
+
+def read_torch(path: Path) -> Any:
+    """What ``torch.save`` wrote, tensors and primitives only; the tensors are memory-mapped.
+
+    Raises:
+        ValueError: It is no such file, is damaged, or holds code.
+        OSError: It cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds more than tensors and numbers, which may be code; it is not loaded"
+        ) from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path}: is no file of torch.save, or is damaged; give another"
+        ) from error
+
+
+def is_lightning(content: Any) -> bool:
+    settings = content.get("hyper_parameters") if isinstance(content, dict) else None
+    return isinstance(settings, dict) and isinstance(settings.get("config"), dict)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -32,18 +120,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: It is no checkpoint of ours, or a damaged one.
         OSError: It cannot be read.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{path}: is no checkpoint of gpt_lightning, or is damaged; give another"
-        ) from error
-    hyper_parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    if not isinstance(hyper_parameters, dict) or not isinstance(
-        hyper_parameters.get("config"), dict
-    ):
+    checkpoint: dict[str, Any] = read_torch(path)
+    if not is_lightning(checkpoint):
         raise ValueError(
             f"{path}: is no checkpoint of gpt_lightning: it names no model; give another"
         )
@@ -59,14 +137,29 @@ def checkpoint_config(checkpoint: dict[str, Any]) -> GPTConfig:
         raise ValueError(f"checkpoint: its architecture is no GPTConfig ({error})") from error
 
 
-def read_lightning(path: Path) -> Source:
-    checkpoint = read_checkpoint(path)
+def read_lightning(checkpoint: dict[str, Any]) -> Source:
+    """A checkpoint of ours as a :class:`Source`; ``ValueError`` where it has no weights."""
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise ValueError("checkpoint: its state_dict is not one of tensors; give another")
     optimizers = checkpoint.get("optimizer_states") or [None]
     return Source(
         config=checkpoint_config(checkpoint),
-        state_dict={
-            name.removeprefix(_MODULE_PREFIX): tensor
-            for name, tensor in checkpoint["state_dict"].items()
-        },
+        state_dict={name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in weights.items()},
         optimizer_state=optimizers[0],
     )
+
+
+def write_lightning(source: Source, path: Path) -> None:
+    """A checkpoint to begin with (``--init_from``), not one to go on from: it has no position."""
+    checkpoint: dict[str, Any] = {
+        "pytorch-lightning_version": version("lightning"),
+        "hyper_parameters": {"config": asdict(source.config)},
+        "state_dict": {
+            _MODULE_PREFIX + name: t.clone(memory_format=torch.contiguous_format)
+            for name, t in source.state_dict.items()
+        },
+    }
+    if source.optimizer_state is not None:
+        checkpoint["optimizer_states"] = [source.optimizer_state]
+    torch.save(checkpoint, path)

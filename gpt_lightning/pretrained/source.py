@@ -4,8 +4,27 @@ from pathlib import Path
 
 import torch
 
+from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.pretrained.formats import Source, read_lightning
+from gpt_lightning.pretrained.book import is_book, read_book
+from gpt_lightning.pretrained.download import find_downloaded
+from gpt_lightning.pretrained.formats import (
+    Source,
+    check_records,
+    is_lightning,
+    read_lightning,
+    read_torch,
+    take_weights,
+)
+from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
+from gpt_lightning.pretrained.manifest import check_manifest
+from gpt_lightning.pretrained.nanogpt import is_nanogpt, read_nanogpt
+from gpt_lightning.pretrained.openai import is_openai, read_openai
+
+_LOOKED_FOR = (
+    "last.ckpt or best.ckpt (a run), config.json with model.safetensors (Hugging Face), "
+    "hparams.json with model.ckpt.index (OpenAI)"
+)
 
 
 def find_checkpoint(source: str) -> Path:
@@ -20,21 +39,35 @@ def find_checkpoint(source: str) -> Path:
         if candidate.is_file():
             return candidate
     if path.is_dir():
-        raise FileNotFoundError(
-            f"{source}: holds neither last.ckpt nor best.ckpt; give a run's folder or a file"
-        )
-    raise FileNotFoundError(f"{source}: does not exist; give a checkpoint file or a run's folder")
+        raise FileNotFoundError(f"{source}: holds none of {_LOOKED_FOR}; give another")
+    raise FileNotFoundError(
+        f"{source}: does not exist; give a file, a folder, or one of {', '.join(GPT2_SIZES)}"
+    )
 
 
-def read_source(source: str) -> Source:
-    """Weights and architecture of what ``source`` names.
+def read_source(source: str, *, n_heads: int | None = None) -> Source:
+    """Weights and architecture of what ``source`` names, whatever its form, checked for being whole.
+
+    The form is told by what is there: a folder by its files, a file by what it holds. A name of
+    :data:`GPT2_SIZES` that is no path is what the download command has fetched.
+
+    Args:
+        n_heads: For the one form that does not tell it, the book's.
 
     Raises:
-        ValueError: The file is none of the forms, or damaged.
+        ValueError: It is none of the forms, damaged, or contradicts itself.
         OSError: There is no such file, or it cannot be read.
     """
-    found = read_lightning(find_checkpoint(source))
-    _build(found, source)  # on the meta device: names and shapes are checked, nothing is copied
+    path = _located(source)
+    if is_huggingface(path):
+        check_manifest(path)
+        found = read_huggingface(path)
+    elif is_openai(path):
+        check_manifest(path)
+        found = read_openai(path)
+    else:
+        found = _read_file(find_checkpoint(str(path)), n_heads)
+    _check(found, source)
     return found
 
 
@@ -43,22 +76,76 @@ def load_model(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    n_heads: int | None = None,
 ) -> GPTModel:
-    """The model that ``source`` names, in eval mode; for errors see :func:`read_source`.
+    """The model that ``source`` names, in eval mode; for arguments and errors see :func:`read_source`."""
+    found = read_source(source, n_heads=n_heads)
+    if n_heads not in (None, found.config.n_heads):
+        raise ValueError(
+            f"n_heads: {source} has {found.config.n_heads}, not {n_heads}; leave it out"
+        )
+    return build_model(found, device=device, dtype=dtype)
 
-    The weights are taken over from the memory-mapped file, never held twice.
-    """
-    model = _build(read_lightning(find_checkpoint(source)), source)
-    return model.to(device=device, dtype=dtype).eval()
 
-
-def _build(found: Source, source: str) -> GPTModel:
+def build_model(
+    found: Source, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> GPTModel:
+    """The model of weights that were read, in eval mode. It takes them over, ``found`` is left without."""
     with torch.device("meta"):
         model = GPTModel(found.config)
-    try:
-        model.load_state_dict(found.state_dict, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source}: has weights that contradict its own architecture; give another"
-        ) from error
-    return model
+    model.load_state_dict(take_weights(found, dtype), assign=True)
+    return model.to(device=device).eval()
+
+
+def weight_files(source: str) -> list[Path]:
+    """The files in which the weights of ``source`` lie; errors as :func:`read_source`."""
+    path = _located(source)
+    if is_huggingface(path):
+        return sorted(path.glob("*.safetensors"))
+    if is_openai(path):
+        return sorted(path.glob("model.ckpt.*"))
+    return [find_checkpoint(str(path))]
+
+
+def _located(source: str) -> Path:
+    """The file or folder; a folder also where one of its files is named."""
+    path = Path(source).expanduser()
+    if source in GPT2_SIZES and not path.exists():
+        path = find_downloaded(source)
+    if path.name in ("config.json", "model.safetensors", "hparams.json", "model.ckpt.index"):
+        return path.parent
+    return path
+
+
+def _read_file(path: Path, n_heads: int | None) -> Source:
+    check_records(path)
+    content = read_torch(path)
+    if is_lightning(content):
+        return read_lightning(content)
+    if is_book(content):
+        return read_book(content, path, n_heads)
+    if is_nanogpt(content):
+        return read_nanogpt(content, path)
+    raise ValueError(
+        f"{path}: is no checkpoint of gpt_lightning, nor the book's model.pth or "
+        "model_and_optimizer.pth, nor nanoGPT's ckpt.pt; give another"
+    )
+
+
+def _check(found: Source, source: str) -> None:
+    """Names and shapes against the architecture, on the meta device: nothing is copied."""
+    with torch.device("meta"):
+        expected = GPTModel(found.config).state_dict()
+    for name, tensor in expected.items():
+        own = found.state_dict.get(name)
+        if own is None:
+            raise ValueError(f"{source}: has no {name}, which its architecture calls for")
+        if own.shape != tensor.shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(own.shape)}, its architecture says "
+                f"{tuple(tensor.shape)}; give a whole copy"
+            )
+        if not own.is_floating_point():
+            raise ValueError(f"{source}: {name} holds {own.dtype}, no weights; give another")
+    if unknown := found.state_dict.keys() - expected.keys():
+        raise ValueError(f"{source}: has {min(unknown)}, which is no part of its architecture")

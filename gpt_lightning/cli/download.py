@@ -1,0 +1,121 @@
+"""``download``: GPT-2's public weights into the cache."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from gpt_lightning.cli.parsing import parse, suggest
+from gpt_lightning.model.config import GPT2_SIZES
+
+SECONDS_BETWEEN_LINES = 10.0
+
+# as Hugging Face calls them
+_HUB_NAMES = {
+    "gpt2": "gpt2-124M",
+    "gpt2-medium": "gpt2-355M",
+    "gpt2-large": "gpt2-774M",
+    "gpt2-xl": "gpt2-1558M",
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Fetch the weights of a GPT-2, to be named in --from and --init_from: gpt2-124M, gpt2-355M,
+    gpt2-774M or gpt2-1558M.
+
+    What is there is checked, what is missing or damaged is fetched; a broken download is gone on with.
+    """
+    settings = parse(_parser(), arguments)
+    if settings.name not in GPT2_SIZES:
+        named = settings.name.removeprefix("openai-community/")
+        near = suggest(_HUB_NAMES.get(named, named), GPT2_SIZES)
+        raise ValueError(f"{settings.name}: is no size of GPT-2; {near}")
+    from gpt_lightning.pretrained.download import download
+
+    with _Shown() as shown:
+        folder = download(
+            settings.name,
+            settings.source,
+            folder=Path(settings.out).expanduser() if settings.out else None,
+            mirror=settings.mirror,
+            on_bytes=shown.advance,
+            on_damage=lambda path: print(f"{path}: is damaged; fetching it anew", file=sys.stderr),
+        )
+    if settings.json:
+        files = {
+            file.name: file.stat().st_size
+            for file in sorted(folder.iterdir())
+            if not file.name.startswith(".")
+        }
+        print(json.dumps({"name": settings.name, "folder": str(folder), "files": files}))
+    else:
+        print(folder)
+
+
+class _Shown:
+    """A bar for each file on a terminal, else a plain line at intervals, on stderr."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "_Shown":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def advance(self, name: str, done: int, size: int | None) -> None:
+        if not self._bars.disable:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name)
+            self._bars.update(self._tasks[name], completed=done, total=size)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            of = f" of {size / 1e6:,.0f}" if size else ""
+            print(f"{name}: {done / 1e6:,.0f}{of} MB", file=sys.stderr)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="gpt_lightning download", description=run.__doc__, exit_on_error=False
+    )
+    add = parser.add_argument
+    add("name", type=str, help="gpt2-124M, gpt2-355M, gpt2-774M or gpt2-1558M.")
+    add(
+        "--source",
+        type=Literal["hub", "openai"],
+        default="hub",
+        help="'hub': safetensors from Hugging Face; 'openai': the original TensorFlow files.",
+    )
+    add(
+        "--out",
+        type=str | None,
+        help="The folder for the files; none: the cache, where --from NAME finds them.",
+    )
+    add("--mirror", type=str | None, help="Another address to try first.")
+    add("--json", action="store_true", help="Print one JSON object and nothing else.")
+    return parser

@@ -1,0 +1,201 @@
+"""The book's ``model.pth`` and ``model_and_optimizer.pth``, as its notebooks save them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.pretrained.formats import Source
+
+_HEAD_DIM = 64  # of every GPT-2 and of the book's models; the file tells the width, not the heads
+_THIRDS = ("W_query", "W_key", "W_value")
+_NORM_PARTS = {"weight": "scale", "bias": "shift"}
+# in an optimizer's state of a parameter, what has the parameter's shape
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def is_book(content: Any) -> bool:
+    return isinstance(content, dict) and (
+        "model_state_dict" in content or "trf_blocks.0.att.W_query.weight" in content
+    )
+
+
+def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -> Source:
+    """The moments of ``model_and_optimizer.pth`` come with its weights, under our names.
+
+    Args:
+        content: What the file holds.
+        n_heads: The heads, which the file does not tell; none: as many as are 64 wide.
+
+    Raises:
+        ValueError: The file lacks a tensor, or the heads are to be given.
+    """
+    theirs = content.get("model_state_dict", content)
+    if not isinstance(theirs, dict) or not all(isinstance(t, Tensor) for t in theirs.values()):
+        raise ValueError(f"{path}: its model_state_dict is not one of tensors; give another")
+    config = _config(theirs, path, n_heads)
+    weights = {name: t for name, t in theirs.items() if not name.endswith(".mask")}
+    optimizer_state = content.get("optimizer_state_dict")
+    if optimizer_state is not None:
+        optimizer_state = _our_optimizer(optimizer_state, list(weights), config, path)
+    elif torch.equal(weights["out_head.weight"], weights["tok_emb.weight"]):
+        # GPT-2's own weights, which the book puts into both
+        config = GPTConfig(**{**vars(config), "tied_embeddings": True})
+        del weights["out_head.weight"]
+    return Source(
+        config, _to_ours(weights, config), optimizer_state, frozenset({"n_heads", "drop_rate"})
+    )
+
+
+def write_book(source: Source, path: Path) -> None:
+    """``model.pth``'s form, or ``model_and_optimizer.pth``'s where there are moments to write.
+
+    A tied head becomes the book's own head with the same weights; its moments are those of one matrix
+    that is two in the book, and so are left out.
+    """
+    config = source.config
+    weights = _to_book(source.state_dict, config)
+    if config.tied_embeddings:
+        weights["out_head.weight"] = _own(source.state_dict["tok_emb.weight"])
+    names = list(weights)
+    length = config.context_length
+    for i in range(config.n_layers):
+        weights[f"trf_blocks.{i}.att.mask"] = torch.triu(torch.ones(length, length), diagonal=1)
+    if source.optimizer_state is None or config.tied_embeddings:
+        torch.save(weights, path)
+        return
+    optimizer_state = _book_optimizer(source.optimizer_state, names, config)
+    torch.save({"model_state_dict": weights, "optimizer_state_dict": optimizer_state}, path)
+
+
+def _names(config: GPTConfig) -> dict[str, tuple[str, ...]]:
+    """Our name of each tensor → the book's, three where ours is query, key and value in one.
+
+    In the order of the book's ``model.parameters()``, by which its optimizer counts.
+    """
+    names: dict[str, tuple[str, ...]] = {
+        "tok_emb.weight": ("tok_emb.weight",),
+        "pos_emb.weight": ("pos_emb.weight",),
+    }
+    for i in range(config.n_layers):
+        block = f"trf_blocks.{i}"
+        for part in ("weight", "bias") if config.qkv_bias else ("weight",):
+            names[f"{block}.att.qkv.{part}"] = tuple(f"{block}.att.{w}.{part}" for w in _THIRDS)
+        for module in ("att.out_proj", "ff.layers.0", "ff.layers.2"):
+            for part in ("weight", "bias"):
+                names[f"{block}.{module}.{part}"] = (f"{block}.{module}.{part}",)
+        for norm in ("norm1", "norm2"):
+            for ours, theirs in _NORM_PARTS.items():
+                names[f"{block}.{norm}.{ours}"] = (f"{block}.{norm}.{theirs}",)
+    for ours, theirs in _NORM_PARTS.items():
+        names[f"final_norm.{ours}"] = (f"final_norm.{theirs}",)
+    if not config.tied_embeddings:
+        names["out_head.weight"] = ("out_head.weight",)
+    return names
+
+
+def _to_ours(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Names that are not the book's are kept, for whoever checks them against the model."""
+    names = _names(config)
+    theirs = {name for group in names.values() for name in group}
+    ours = {name: tensor for name, tensor in tensors.items() if name not in theirs}
+    for name, group in names.items():
+        if all(third in tensors for third in group):
+            parts = [tensors[third] for third in group]
+            ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return ours
+
+
+def _to_book(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    book: dict[str, Tensor] = {}
+    for name, group in _names(config).items():
+        parts = (tensors[name],) if len(group) == 1 else tensors[name].chunk(3)
+        book.update(zip(group, map(_own, parts), strict=True))
+    # the order of the book's modules: query, key and value each with weight and bias
+    return {name: book[name] for name in _book_order(config)}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy in a storage of its own: ``torch.save`` writes the whole storage of a view."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _book_order(config: GPTConfig) -> list[str]:
+    """The names in the order of ``model.parameters()`` of the book's model, by which AdamW counts."""
+    order = [name for group in _names(config).values() for name in group]
+    place = {name: i for i, name in enumerate(order)}
+
+    def key(name: str) -> tuple[int, int]:
+        module = name.rpartition(".")[0]
+        first = min(place[n] for n in order if n.rpartition(".")[0] == module)
+        return first, place[name]
+
+    return sorted(order, key=key)
+
+
+def _config(theirs: dict[str, Tensor], path: Path, n_heads: int | None) -> GPTConfig:
+    for name in ("tok_emb.weight", "pos_emb.weight", "out_head.weight"):
+        if name not in theirs or theirs[name].dim() != 2:
+            raise ValueError(f"{path}: has no {name}, as the book's model has; give another")
+    vocab_size, emb_dim = theirs["tok_emb.weight"].shape
+    if n_heads is None:
+        if emb_dim % _HEAD_DIM:
+            raise ValueError(
+                f"n_heads: {path} does not tell it, and its width of {emb_dim} has no heads of "
+                f"{_HEAD_DIM}; give it"
+            )
+        n_heads = emb_dim // _HEAD_DIM
+    blocks = [name.split(".")[1] for name in theirs if name.startswith("trf_blocks.")]
+    return GPTConfig(
+        vocab_size=vocab_size,
+        context_length=theirs["pos_emb.weight"].shape[0],
+        emb_dim=emb_dim,
+        n_heads=n_heads,
+        n_layers=len(set(blocks)) or 1,
+        qkv_bias="trf_blocks.0.att.W_query.bias" in theirs,
+    )
+
+
+def _our_optimizer(
+    saved: dict[str, Any], names: list[str], config: GPTConfig, path: Path
+) -> dict[str, Any]:
+    """AdamW's state by the book's parameter numbers → by ours. ``names``: the file's, in its order."""
+    try:
+        state = {names[index]: entry for index, entry in saved["state"].items()}
+        group = {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its optimizer_state_dict is not AdamW's of its model") from error
+    ours: dict[int, dict[str, Any]] = {}
+    our_names = list(_names(config))
+    for index, name in enumerate(our_names):
+        entries = [state[part] for part in _names(config)[name] if part in state]
+        if entries:
+            ours[index] = {
+                key: torch.cat([e[key] for e in entries]) if key in _MOMENTS else value
+                for key, value in entries[0].items()
+            }
+    group |= {"params": list(range(len(our_names))), "param_names": our_names}
+    return {"state": ours, "param_groups": [group]}
+
+
+def _book_optimizer(saved: dict[str, Any], names: list[str], config: GPTConfig) -> dict[str, Any]:
+    ours = {
+        name: saved["state"][index]
+        for group in saved["param_groups"]
+        for index, name in zip(group["params"], group["param_names"], strict=True)
+        if index in saved["state"]
+    }
+    state: dict[int, dict[str, Any]] = {}
+    for name, group in _names(config).items():
+        if name not in ours:
+            continue
+        for third, theirs in enumerate(group):
+            state[names.index(theirs)] = {
+                key: _own(value.chunk(len(group))[third]) if key in _MOMENTS else value
+                for key, value in ours[name].items()
+            }
+    first = {k: v for k, v in saved["param_groups"][0].items() if k != "param_names"}
+    return {"state": state, "param_groups": [first | {"params": list(range(len(names)))}]}

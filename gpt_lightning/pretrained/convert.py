@@ -1,0 +1,89 @@
+"""SOURCE in one form to DEST in another."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from gpt_lightning.pretrained.book import write_book
+from gpt_lightning.pretrained.formats import write_lightning
+from gpt_lightning.pretrained.huggingface import write_huggingface
+from gpt_lightning.pretrained.manifest import write_manifest
+from gpt_lightning.pretrained.openai import write_openai
+from gpt_lightning.pretrained.source import read_source
+
+Form = Literal["hf", "openai-tf", "lightning", "book"]
+_WRITERS = {
+    "hf": write_huggingface,
+    "openai-tf": write_openai,
+    "lightning": write_lightning,
+    "book": write_book,
+}
+_SUFFIXES = {"lightning": ".ckpt", "book": ".pth"}  # the forms that are one file
+
+
+def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) -> None:
+    """Write ``dest``, a folder for 'hf' and 'openai-tf' and a file for 'lightning' and 'book'.
+
+    It is written under a hidden name beside it and renamed when it is whole. Optimizer moments go along
+    where both forms have them.
+
+    Raises:
+        ValueError: ``source`` cannot be read, or not be written in that form.
+        OSError: ``dest`` exists, or cannot be written.
+    """
+    if os.path.lexists(dest):
+        raise FileExistsError(f"dest: {dest} exists; give a new name")
+    if not dest.parent.is_dir():
+        raise FileNotFoundError(f"dest: {dest.parent} is no folder; make it first")
+    suffix = _SUFFIXES.get(form)
+    if suffix is not None and dest.suffix != suffix:
+        raise ValueError(f"dest: {dest} is one file in the form {form}; call it {dest}{suffix}")
+    found = read_source(source, n_heads=n_heads)
+    with _whole_or_not_at_all(dest) as hidden:
+        if suffix is None:
+            hidden.mkdir()
+        _WRITERS[form](found, hidden)
+        if suffix is None:
+            write_manifest(hidden, [path.name for path in hidden.iterdir()])
+
+
+@contextmanager
+def _whole_or_not_at_all(dest: Path) -> Iterator[Path]:
+    """A hidden name to write a file or folder under; it becomes ``dest``, synced, when nothing was raised."""
+    hidden = dest.with_name(f".{dest.name}.tmp")
+    _remove(hidden)  # of a conversion that was killed
+    try:
+        yield hidden
+        for path in sorted(hidden.rglob("*")) if hidden.is_dir() else [hidden]:
+            _sync(path)
+        if hidden.is_dir():
+            _sync(hidden)
+        hidden.rename(dest)
+        _sync(dest.parent)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's and Rust's writers hide a full disk in others
+        if isinstance(error, FileExistsError):
+            raise
+        raise OSError(f"dest: {dest} cannot be written ({error}); is there room?") from error
+    finally:
+        _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,436 @@
+"""GPT-2's public files, from Hugging Face's hub or OpenAI's hosts, into the cache."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+
+from gpt_lightning.pretrained.manifest import MANIFEST, damaged_files, write_manifest
+
+Host = Literal["hub", "openai"]
+# called with a file's name, its bytes so far and its bytes in all, where they are known
+OnBytes = Callable[[str, int, int | None], None]
+
+
+class Known(NamedTuple):
+    """What is known of a file beforehand; sums as 'md5:…' or 'sha256:…'."""
+
+    size: int | None = None
+    digest: str | None = None
+
+
+_HUB = {  # repository, revision, what is known of model.safetensors
+    "gpt2-124M": (
+        "openai-community/gpt2",
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        Known(548105171, "sha256:248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    ),
+    "gpt2-355M": (
+        "openai-community/gpt2-medium",
+        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        Known(),
+    ),
+    "gpt2-774M": (
+        "openai-community/gpt2-large",
+        "32b71b12589c2f8d625668d2335a01cac3249519",
+        Known(),
+    ),
+    "gpt2-1558M": (
+        "openai-community/gpt2-xl",
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        Known(None, "sha256:0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+    ),
+}
+HUB_FILES = ("config.json", "model.safetensors")
+
+_OPENAI = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/models",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
+)
+_DATA, _INDEX, _META = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta"
+_SMALL = {
+    "encoder.json": Known(
+        1042301, "sha256:196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+    "vocab.bpe": Known(
+        456318, "sha256:1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+    "checkpoint": Known(77),
+}
+OPENAI_FILES = ("checkpoint", "encoder.json", "hparams.json", _DATA, _INDEX, _META, "vocab.bpe")
+_BY_SIZE = {
+    "gpt2-124M": {
+        "hparams.json": Known(90),
+        _DATA: Known(497759232, "md5:f48b9cf1a525a603be52258f69bf9162"),
+        _INDEX: Known(5215),
+        _META: Known(471155),
+    },
+    "gpt2-355M": {
+        "hparams.json": Known(91),
+        _DATA: Known(1419292672),
+        _INDEX: Known(10399),
+        _META: Known(926519),
+    },
+}
+
+_ATTEMPTS = 3  # at each host, without a byte more than before
+_TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
+_PIECE = 1 << 18  # bytes; of a piece that breaks off nothing is kept
+_NOT_HERE = (401, 403, 404, 410)
+_PAGE = (b"<!doctype", b"<html", b"<?xml")
+
+
+class _NotHere(requests.RequestException):
+    """This host does not have the file; asking it again changes nothing."""
+
+
+def folder_of(name: str, host: Host) -> Path:
+    """Where the files of a size are, or are to be put by hand."""
+    from gpt_lightning.data.corpus import cache_folder  # which imports torch
+
+    return cache_folder() / name / host
+
+
+def find_downloaded(name: str) -> Path:
+    """The folder with the files of a size, from whichever host.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    needed: dict[Host, tuple[str, ...]] = {
+        "hub": HUB_FILES,
+        "openai": ("hparams.json", _DATA, _INDEX),
+    }
+    for host, files in needed.items():
+        folder = folder_of(name, host)
+        if all((folder / file).is_file() for file in files):
+            return folder
+    raise FileNotFoundError(
+        f"{name}: is not there yet; run python -m gpt_lightning download {name}, or put "
+        f"{' and '.join(HUB_FILES)} into {folder_of(name, 'hub')}"
+    )
+
+
+def download(
+    name: str,
+    host: Host = "hub",
+    *,
+    folder: Path | None = None,
+    mirror: str | None = None,
+    on_bytes: OnBytes = lambda name, done, size: None,
+    on_damage: Callable[[Path], None] = lambda path: None,
+    pause: float = 1.0,
+) -> Path:
+    """Fetch what is missing or damaged of a size's files, and return their folder.
+
+    A file appears under its name only when it is whole: its size and sum are checked where they are
+    known or the host tells them, else recorded and checked from then on. OpenAI's files go on where the
+    connection broke, in a later run too; the hub's do so within one run.
+
+    Args:
+        folder: For the files; none: :func:`folder_of`, where a SOURCE's name finds them.
+        mirror: Tried first: for OpenAI's files an address that ``/124M/hparams.json`` and the like
+            complete; for the hub another endpoint.
+        on_damage: Called with a file that is there but not what it should be, before it is fetched.
+        pause: Seconds before a second attempt; twice as long before a third.
+
+    Raises:
+        OSError: A file cannot be fetched; the message names the files and where to put them.
+    """
+    files = HUB_FILES if host == "hub" else OPENAI_FILES
+    folder = folder or folder_of(name, host)
+    folder.mkdir(parents=True, exist_ok=True)
+    damaged = set(damaged_files(folder))
+    recorded = _recorded(folder)
+    whole = set(files) & recorded - damaged
+    for file in files:
+        if file not in whole and (folder / file).is_file():
+            if file not in damaged and _fits(folder / file, _known(name, host, file)):
+                whole.add(file)  # put there by hand
+            else:
+                damaged.add(file)
+                on_damage(folder / file)
+    if host == "hub" and len(whole) < len(files) and find_spec("huggingface_hub") is None:
+        raise OSError(
+            "download: the hub needs huggingface_hub; pip install 'gpt-lightning[hub]', or give "
+            "--source openai"
+        )
+    try:
+        for file in files:
+            if file not in whole:
+                known = _known(name, host, file)
+                if host == "hub":
+                    _fetch_from_hub(name, folder / file, known, mirror, on_bytes, pause)
+                else:
+                    hosts = [mirror.rstrip("/"), *_OPENAI] if mirror else _OPENAI
+                    urls = [f"{at}/{name.removeprefix('gpt2-')}/{file}" for at in hosts]
+                    fetch(urls, folder / file, known, on_bytes, pause)
+                whole.add(file)
+                damaged.discard(file)
+                recorded.discard(file)
+    except OSError as error:
+        raise OSError(
+            f"download: {file} of {name} cannot be fetched ({error}); try again, or put "
+            f"{', '.join(files)} into {folder}"
+        ) from error
+    finally:
+        # a file that is still damaged stays recorded as what it was, so that nobody loads it
+        if whole != recorded and not damaged:
+            write_manifest(folder, whole)
+    return folder
+
+
+def _recorded(folder: Path) -> set[str]:
+    path = folder / MANIFEST
+    return set(json.loads(path.read_text(encoding="utf-8"))["files"]) if path.exists() else set()
+
+
+def fetch(
+    urls: Sequence[str], path: Path, known: Known, on_bytes: OnBytes, pause: float = 1.0
+) -> None:
+    """The first of ``urls`` that gives the file whole. Each is given up after three attempts that brought
+    nothing, with what it gave until then kept for another run.
+
+    Raises:
+        OSError: None does, with the cause for each; or the file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    causes = []
+    for url in urls:
+        furthest, failures = 0, 0
+        while failures < _ATTEMPTS:
+            try:
+                told = _fetch_once(url, part, known, on_bytes)
+                _check(part, known, told)
+                _put(part, path)
+                _origin(part).unlink(missing_ok=True)
+                return
+            except requests.RequestException as error:
+                last = error
+            reached = part.stat().st_size if part.exists() else 0
+            if not reached:
+                _origin(part).unlink(missing_ok=True)
+            failures = 0 if reached > furthest else failures + 1
+            furthest = max(furthest, reached)
+            if isinstance(last, _NotHere):
+                break
+            if failures < _ATTEMPTS:
+                time.sleep(pause * 2 ** max(failures - 1, 0))
+        causes.append(f"{urlsplit(url).netloc}: {_brief(last)}")
+    raise OSError(", ".join(causes)) from last
+
+
+def _origin(part: Path) -> Path:
+    """What says where ``part`` is from: only the rest of the same file may go behind it."""
+    return part.with_suffix(".origin")
+
+
+def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | None:
+    """Go on with ``part``, or begin it; returns the sum that the host says the file has."""
+    begun = _begun(url, part)
+    have = part.stat().st_size if begun else 0
+    headers = {"Accept-Encoding": "identity"}
+    if begun and have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
+        if answer.status_code in _NOT_HERE:
+            raise _NotHere(f"{answer.status_code} {answer.reason}")
+        if answer.status_code == 416:  # nothing after what is here, which may be too much
+            part.unlink()
+            raise requests.ConnectionError(f"has no more bytes than {have:,}")
+        if not answer.ok:
+            raise requests.HTTPError(f"{answer.status_code} {answer.reason}")
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise _NotHere("answers with a web page, not with the file")
+        goes_on = answer.status_code == 206
+        if goes_on and (
+            not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            or answer.headers.get("ETag") != begun.get("etag")
+        ):
+            part.unlink()
+            raise requests.ConnectionError("does not go on with the same file")
+        if not goes_on:
+            have = 0
+            # the sum of the whole file, which an answer with a part of it does not tell
+            begun = {
+                "url": url,
+                "etag": answer.headers.get("ETag"),
+                "md5": answer.headers.get("Content-MD5"),
+            }
+            part.unlink(missing_ok=True)
+            _origin(part).write_text(json.dumps(begun), encoding="utf-8")
+        rest = answer.headers.get("Content-Length", "")
+        if not rest.isdigit() and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
+            raise _NotHere("does not say how long the file is")
+        size = have + int(rest) if rest.isdigit() else known.size
+        if known.size not in (None, size):
+            raise _NotHere(f"has {size:,} bytes of it, not {known.size:,}")
+        if size and size - have > (free := shutil.disk_usage(part.parent).free):
+            raise OSError(f"needs {size - have:,} bytes, the disk has {free:,} left")
+        with part.open("ab") as file:
+            for piece in answer.iter_content(_PIECE):
+                file.write(piece)
+                have += len(piece)
+                on_bytes(part.name[1 : -len(".part")], have, size)
+    if size is not None and have < size:
+        raise requests.ConnectionError(f"broke off after {have:,} of {size:,} bytes")
+    return f"md5:{_hex(begun['md5'])}" if begun.get("md5") else None
+
+
+def _begun(url: str, part: Path) -> dict[str, Any]:
+    """What is known of the file that ``part`` is the beginning of, where it is from ``url``."""
+    try:
+        begun = json.loads(_origin(part).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(begun, dict) or begun.get("url") != url or not part.exists():
+        return {}
+    return begun
+
+
+def _hex(md5: str) -> str:
+    """Of a Content-MD5 header, which is in base64; one that is not equals no sum."""
+    try:
+        return base64.b64decode(md5).hex()
+    except ValueError:
+        return md5
+
+
+def _check(part: Path, known: Known, told: str | None = None) -> None:
+    """Remove a file that is not what it should be, and say so by a ``RequestException``."""
+    with part.open("rb") as file:
+        page = file.read(64).lstrip().lower().startswith(_PAGE)
+    if page:
+        part.unlink()
+        raise _NotHere("answers with a web page, not with the file")
+    size = part.stat().st_size
+    cause = None
+    if known.size not in (None, size):
+        cause = f"gave {size:,} bytes, not {known.size:,}"
+    for digest in (known.digest, told):
+        if cause is None and digest and not _has_digest(part, digest):
+            cause = f"gave a file without the sum {digest}"
+    if cause:
+        part.unlink()
+        raise requests.ConnectionError(cause)
+
+
+def _put(part: Path, path: Path) -> None:
+    """Give a whole file its name, after its bytes are on the disk."""
+    with part.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _fits(path: Path, known: Known) -> bool:
+    if known.size not in (None, path.stat().st_size):
+        return False
+    return known.digest is None or _has_digest(path, known.digest)
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    algorithm, _, expected = digest.partition(":")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() == expected
+
+
+def _known(name: str, host: Host, file: str) -> Known:
+    if host == "hub":
+        return _HUB[name][2] if file == "model.safetensors" else Known()
+    return _SMALL.get(file) or _BY_SIZE.get(name, {}).get(file, Known())
+
+
+def _fetch_from_hub(
+    name: str, path: Path, known: Known, mirror: str | None, on_bytes: OnBytes, pause: float
+) -> None:
+    """With huggingface_hub, which goes on itself where a connection breaks.
+
+    Raises:
+        OSError: As :func:`fetch`.
+    """
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it reports every attempt
+    causes = []
+    for endpoint in [mirror.rstrip("/"), ENDPOINT] if mirror else [ENDPOINT]:
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(pause * 2 ** (attempt - 1))
+            try:
+                _fetch_from_endpoint(name, path, known, endpoint, on_bytes)
+                return
+            except Exception as error:  # those of httpx, httpx2 or requests, by version
+                last = error
+                answer = getattr(error, "response", None)
+                if isinstance(error, _NotHere) or getattr(answer, "status_code", 0) in _NOT_HERE:
+                    break
+        causes.append(f"{urlsplit(endpoint).netloc}: {_brief(last)}")
+    raise OSError(", ".join(causes)) from last
+
+
+def _fetch_from_endpoint(
+    name: str, path: Path, known: Known, endpoint: str, on_bytes: OnBytes
+) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    repository, revision, _ = _HUB[name]
+    # asked first since, without a network, hf_hub_download takes its time to say so
+    url = hf_hub_url(repository, path.name, revision=revision, endpoint=endpoint)
+    asked = get_hf_file_metadata(url, token=False)
+    # of a large file the hub's ETag is its SHA-256
+    etag = asked.etag or ""
+    told = f"sha256:{etag}" if re.fullmatch("[0-9a-f]{64}", etag) else None
+    bar: dict[str, Any] = {}
+    if "tqdm_class" in signature(hf_hub_download).parameters:
+        bar["tqdm_class"] = _bar(path.name, asked.size, on_bytes)
+    unfinished = path.with_name(".unfinished")
+    fetched = Path(
+        hf_hub_download(
+            repository,
+            path.name,
+            revision=revision,
+            local_dir=unfinished,
+            endpoint=endpoint,
+            token=False,
+            **bar,
+        )
+    )
+    _check(fetched, known, told)
+    _put(fetched, path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _bar(name: str, size: int | None, on_bytes: OnBytes) -> type:
+    """huggingface_hub's progress bar, which shows nothing and calls ``on_bytes``."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            self._bytes = settings.get("initial") or 0
+            super().__init__(*args, **(settings | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._bytes += int(n or 0)
+            on_bytes(name, self._bytes, size)
+            return None
+
+    return Bar
+
+
+def _brief(error: BaseException) -> str:
+    """The innermost cause, which says what happened and not who noticed."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return re.sub(" for url.*", "", " ".join(str(error).split()))[:160] or type(error).__name__

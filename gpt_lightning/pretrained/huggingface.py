@@ -1,0 +1,182 @@
+"""Hugging Face's form of GPT-2: a folder with ``config.json`` and ``model.safetensors``."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, vocabulary_file
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.pretrained.formats import Source
+from gpt_lightning.pretrained.gpt2_names import GPT2Name, gpt2_names
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+}
+# settings under which GPT2LMHeadModel computes something else than GPTModel, and what they must be
+_FIXED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+_NEVER_WEIGHTS = (".attn.bias", ".attn.masked_bias")  # causal masks in files of old versions
+
+
+def is_huggingface(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(
+        (folder / name).is_file() for name in (WEIGHTS, INDEX)
+    )
+
+
+def read_huggingface(folder: Path) -> Source:
+    """The tensors are memory-mapped, the matrices transposed views.
+
+    Raises:
+        ValueError: A file is damaged, or the model is no GPT-2 that :class:`GPTModel` can be.
+        OSError: A file is missing or cannot be read.
+    """
+    settings = read_json(folder / "config.json")
+    config = _config(settings, folder / "config.json")
+    homes = _homes(folder)
+    prefix = "transformer." if "transformer.wte.weight" in homes else ""
+    tied = config.tied_embeddings
+    state_dict = {}
+    known = set()
+    for name in gpt2_names(config.n_layers):
+        theirs = prefix + _spelled(name)
+        known.add(theirs)
+        if theirs not in homes:
+            raise ValueError(f"{folder}: has no {theirs}, which its config.json calls for")
+        tensor = read_tensor(homes[theirs], theirs)
+        state_dict[name.ours] = tensor.t() if name.part == "matrix" else tensor
+    if not tied:
+        if "lm_head.weight" not in homes:
+            raise ValueError(f"{folder}: has no lm_head.weight, which its config.json calls for")
+        state_dict["out_head.weight"] = read_tensor(homes["lm_head.weight"], "lm_head.weight")
+    unknown = [
+        name
+        for name in homes.keys() - known - {"lm_head.weight"}
+        if not name.endswith(_NEVER_WEIGHTS)
+    ]
+    if unknown:
+        raise ValueError(f"{folder}: has {min(unknown)}, which no GPT-2 of its config.json has")
+    return Source(config, state_dict)
+
+
+def write_huggingface(source: Source, folder: Path) -> None:
+    """Into an existing folder, so that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` take it."""
+    config, weights = source.config, source.state_dict
+    tensors: dict[str, Tensor] = {}
+    for name in gpt2_names(config.n_layers):
+        if name.ours in weights:
+            tensor = weights[name.ours]
+        else:  # without qkv_bias
+            tensor = torch.zeros(3 * config.emb_dim, dtype=weights["tok_emb.weight"].dtype)
+        tensor = tensor.t() if name.part == "matrix" else tensor
+        tensors[f"transformer.{_spelled(name)}"] = tensor.contiguous()
+    if not config.tied_embeddings:
+        tensors["lm_head.weight"] = weights["out_head.weight"].contiguous()
+    end_of_text = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
+        **{key: values[0] for key, values in _FIXED.items()},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.drop_rate),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text),
+        "n_ctx": config.context_length,
+        "n_inner": None,
+        "tie_word_embeddings": config.tied_embeddings,
+        "torch_dtype": str(weights["tok_emb.weight"].dtype).removeprefix("torch."),
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / "config.json", settings)
+    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        (folder / theirs).write_bytes(Path(vocabulary_file(ours)).read_bytes())
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor, memory-mapped by a mapping of its own: its pages go when it goes."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def tensor_names(path: Path) -> Iterator[str]:
+    """The names in a ``.safetensors`` file; ``ValueError`` where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is no safetensors file, or is damaged ({error})") from error
+
+
+def _homes(folder: Path) -> dict[str, Path]:
+    """Each tensor's file."""
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(tensor_names(folder / WEIGHTS), folder / WEIGHTS)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / INDEX}: has no weight_map; give a whole copy")
+    homes = {}
+    for shard in sorted({str(value) for value in weight_map.values()}):
+        if Path(shard).name != shard:
+            raise ValueError(f"{folder / INDEX}: names {shard}, which is not in its folder")
+        homes.update(dict.fromkeys(tensor_names(folder / shard), folder / shard))
+    for name, shard in weight_map.items():
+        if homes.get(name) != folder / str(shard):
+            raise ValueError(f"{folder / INDEX}: {name} is not in {shard}; give a whole copy")
+    return homes
+
+
+def _spelled(name: GPT2Name) -> str:
+    return f"{name.module}.{'bias' if name.part == 'bias' else 'weight'}"
+
+
+def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
+    for key, allowed in _FIXED.items():
+        if (value := settings.get(key, allowed[0])) not in allowed:
+            raise ValueError(f"{path}: {key} is {value!r}; a GPTModel has {allowed[0]!r}")
+    sizes = {}
+    for ours, theirs in _KEYS.items():
+        value = settings.get(theirs, settings.get("n_ctx") if theirs == "n_positions" else None)
+        if type(value) is not int:
+            raise ValueError(f"{path}: {theirs} is {value!r}, not a whole number")
+        sizes[ours] = value
+    if settings.get("n_inner") not in (None, 4 * sizes["emb_dim"]):
+        raise ValueError(f"{path}: n_inner is {settings['n_inner']}; a GPTModel has 4 times n_embd")
+    try:
+        return GPTConfig(
+            **sizes,
+            drop_rate=settings.get("resid_pdrop", 0.1),
+            qkv_bias=True,
+            tied_embeddings=bool(settings.get("tie_word_embeddings", True)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that is one JSON object; ``ValueError`` where it is not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); give a whole copy") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is no JSON object; give a whole copy")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

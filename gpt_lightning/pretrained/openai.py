@@ -1,0 +1,150 @@
+"""OpenAI's form of GPT-2: a folder with ``hparams.json`` and a TensorFlow checkpoint.
+
+TensorFlow costs 1.3 GB on disk and 6 s to import, so it runs in a process of its own (``openai_tf.py``)
+that turns the checkpoint into a safetensors file under OpenAI's names and back. That file is kept in the
+cache under the checkpoint's sum: the same checkpoint is turned once.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from gpt_lightning.data.corpus import cache_folder
+from gpt_lightning.data.tokenizer import vocabulary_file
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.pretrained.formats import Source
+from gpt_lightning.pretrained.gpt2_names import GPT2Name, gpt2_names
+from gpt_lightning.pretrained.huggingface import read_json, read_tensor, tensor_names, write_json
+
+CHECKPOINT = "model.ckpt"
+INDEX, DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"
+_KEYS = {
+    "vocab_size": "n_vocab",
+    "context_length": "n_ctx",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+}
+_SUFFIX = {"embedding": "", "gain": "/g", "matrix": "/w", "bias": "/b"}
+
+
+def is_openai(folder: Path) -> bool:
+    return (folder / "hparams.json").is_file() and (folder / INDEX).is_file()
+
+
+def read_openai(folder: Path) -> Source:
+    """The tensors are memory-mapped, the matrices transposed views.
+
+    Raises:
+        ValueError: A file is damaged or TensorFlow not installed.
+        OSError: A file is missing or cannot be read.
+    """
+    config = _config(folder / "hparams.json")
+    converted = _as_safetensors(folder)
+    there = set(tensor_names(converted))
+    state_dict = {}
+    for name in gpt2_names(config.n_layers):
+        theirs = _spelled(name)
+        if theirs not in there:
+            raise ValueError(
+                f"{folder}: has no variable {theirs}, which its hparams.json calls for"
+            )
+        tensor = read_tensor(converted, theirs)
+        if name.part == "matrix":  # (1, in, out)
+            tensor = tensor[0].t()
+        state_dict[name.ours] = tensor
+    return Source(config, state_dict)
+
+
+def write_openai(source: Source, folder: Path) -> None:
+    """Into an existing folder, with the vocabulary beside the weights as OpenAI has it.
+
+    Raises:
+        ValueError: The head is not the token embedding: the form has no place for another.
+    """
+    config, weights = source.config, source.state_dict
+    if not config.tied_embeddings:
+        raise ValueError(
+            "format: openai-tf has no place for a head of its own, which this model has; give hf"
+        )
+    tensors = {}
+    for name in gpt2_names(config.n_layers):
+        if name.ours in weights:
+            tensor = weights[name.ours].to(torch.float32)
+        else:  # without qkv_bias
+            tensor = torch.zeros(3 * config.emb_dim)
+        tensors[_spelled(name)] = (
+            tensor.t()[None].contiguous() if name.part == "matrix" else tensor.contiguous()
+        )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openai-") as scratch:
+        file = Path(scratch) / "weights.safetensors"
+        save_file(tensors, file)
+        _run_tensorflow("write", file, folder / CHECKPOINT)
+    (folder / "checkpoint").write_text(
+        f'model_checkpoint_path: "{CHECKPOINT}"\nall_model_checkpoint_paths: "{CHECKPOINT}"\n',
+        encoding="utf-8",
+    )
+    write_json(
+        folder / "hparams.json", {theirs: getattr(config, ours) for ours, theirs in _KEYS.items()}
+    )
+    for vocabulary in ("encoder.json", "vocab.bpe"):
+        (folder / vocabulary).write_bytes(Path(vocabulary_file(vocabulary)).read_bytes())
+
+
+def _spelled(name: GPT2Name) -> str:
+    return f"model/{name.module.replace('h.', 'h').replace('.', '/')}{_SUFFIX[name.part]}"
+
+
+def _config(path: Path) -> GPTConfig:
+    settings = read_json(path)
+    sizes = {ours: settings.get(theirs) for ours, theirs in _KEYS.items()}
+    for ours, value in sizes.items():
+        if type(value) is not int:
+            raise ValueError(f"{path}: {_KEYS[ours]} is {value!r}, not a whole number")
+    try:
+        return GPTConfig(**sizes, qkv_bias=True, tied_embeddings=True)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _as_safetensors(folder: Path) -> Path:
+    key = hashlib.sha256()
+    for name in (INDEX, DATA):
+        with (folder / name).open("rb") as file:
+            key.update(hashlib.file_digest(file, "sha256").digest())
+    kept = cache_folder() / "from-tensorflow" / f"{key.hexdigest()}.safetensors"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as scratch:
+            written = Path(scratch) / kept.name
+            _run_tensorflow("read", folder / CHECKPOINT, written)
+            written.replace(kept)
+    return kept
+
+
+def _run_tensorflow(act: str, source: Path, target: Path) -> None:
+    if find_spec("tensorflow") is None:
+        raise ValueError(
+            f"{source}: OpenAI's form needs TensorFlow, which is not installed; "
+            "python -m pip install 'gpt-lightning[openai]', or take Hugging Face's form"
+        )
+    module = f"{__package__}.openai_tf"
+    done = subprocess.run(
+        [sys.executable, "-m", module, act, str(source), str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        raise ValueError(
+            f"{source}: TensorFlow cannot {act} it: {last[:200]}; give a whole copy, or make room"
+        )

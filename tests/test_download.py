@@ -1,0 +1,561 @@
+"""GPT-2's files from a host that breaks off, lies, answers something else, or is not there."""
+
+import base64
+import hashlib
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import Command, Done, python
+
+from gpt_lightning.data.tokenizer import vocabulary_file
+from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.pretrained import download as module
+from gpt_lightning.pretrained.download import (
+    HUB_FILES,
+    OPENAI_FILES,
+    Known,
+    download,
+    fetch,
+    find_downloaded,
+    folder_of,
+)
+
+DATA = "model.ckpt.data-00000-of-00001"
+POINTER = b'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+
+needs_hub = pytest.mark.skipif(
+    find_spec("huggingface_hub") is None,
+    reason="huggingface_hub is not installed: pip install '.[hub]'",
+)
+
+
+@dataclass
+class Host:
+    """What a test server has, how it misbehaves, and what it was asked."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)  # by path
+    faults: dict[str, list[str]] = field(default_factory=dict)  # by path, one a GET, then none
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
+    watched: Path | None = None  # what must not be there while anything is sent
+    wrong: list[str] = field(default_factory=list)
+
+    def ranges(self, path: str) -> list[str | None]:
+        return [r for method, p, r in self.asked if (method, p) == ("GET", path)]
+
+
+def handler(host: Host) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self.answer("", send=False)
+
+        def do_GET(self) -> None:
+            faults = host.faults.get(self.path, [])
+            self.answer(faults.pop(0) if faults else "", send=True)
+
+        def answer(self, fault: str, send: bool) -> None:
+            host.asked.append((self.command, self.path, self.headers.get("Range")))
+            body = host.files.get(self.path)
+            if body is None or fault in ("404", "503"):
+                self.send_response(503 if fault == "503" else 404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if fault in ("html", "page"):
+                body = b"\n<!DOCTYPE html><title>Sign in to the network</title>"
+            start = 0
+            if (asked := self.headers.get("Range")) and fault != "no range":
+                start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            else:
+                md5 = hashlib.md5(body).digest()
+                self.send_header("Content-MD5", base64.b64encode(md5).decode())
+            if fault == "html":
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+            etag = "another" if fault == "another" else hashlib.sha256(body).hexdigest()
+            self.send_header("ETag", f'"{etag}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            rest = body[start:]
+            length = len(rest)
+            match fault:
+                case "cut":  # half of it, then the line is dead
+                    rest = rest[: length // 2]
+                case "long":  # claims more than there is
+                    length += 1000
+                case "short":  # and less
+                    length -= 10
+                case "flip":
+                    rest = rest[:9] + bytes([rest[9] ^ 1]) + rest[10:]
+            if fault != "no length":
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            if send:
+                self.wfile.write(rest[:length])
+                self.wfile.flush()
+                if host.watched and host.watched.exists():
+                    host.wrong.append(f"{host.watched} is there before it is whole")
+                if fault in ("cut", "long", "no length"):
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+
+    return Handler
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            error = sys.exception()
+            if not isinstance(error, ConnectionError):  # a client may hang up
+                host.wrong.append(repr(error))
+
+    server = Server(("127.0.0.1", 0), handler(host))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    host.url = f"http://127.0.0.1:{server.server_port}"
+    yield host
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    assert host.wrong == []
+
+
+@pytest.fixture
+def nowhere() -> str:
+    """An address that refuses every connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: str) -> Path:
+    """No test here asks a host of the real world."""
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_OPENAI", (nowhere,))
+    if find_spec("huggingface_hub") is not None:
+        import huggingface_hub.constants
+
+        template = nowhere + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return tmp_path / "cache"
+
+
+def noise(size: int) -> bytes:
+    return b"".join(hashlib.sha256(i.to_bytes(4)).digest() for i in range(size // 32 + 1))[:size]
+
+
+def openai_files(size: str) -> dict[str, bytes]:
+    """As small as can be, but with the two files whose sums are known."""
+    files = {
+        name: f"{size} {name} ".encode() * 20
+        for name in ("hparams.json", DATA, "model.ckpt.index", "model.ckpt.meta")
+    }
+    files["checkpoint"] = POINTER
+    for name in ("encoder.json", "vocab.bpe"):
+        files[name] = Path(vocabulary_file(name)).read_bytes()
+    return files
+
+
+def serve_openai(host: Host, name: str) -> dict[str, bytes]:
+    size = name.removeprefix("gpt2-")
+    files = openai_files(size)
+    host.files |= {f"/{size}/{file}": body for file, body in files.items()}
+    return files
+
+
+def serve_hub(host: Host, name: str, weights: bytes) -> tuple[str, str]:
+    """The paths of the two files."""
+    repository, revision, _ = module._HUB[name]
+    config, model = (f"/{repository}/resolve/{revision}/{file}" for file in HUB_FILES)
+    host.files |= {config: b'{"n_layer": 12}', model: weights}
+    return config, model
+
+
+def refused(done: Done, *parts: str) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert done.err.startswith("gpt_lightning: error: ")
+    assert done.err.count("\n") == 1, done.err
+    for part in parts:
+        assert part in done.err
+
+
+def visible(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def quietly(name: str, done: int, size: int | None) -> None: ...
+
+
+# --- one file -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
+    """Fetch ``/a`` from the host, and then from the other ``urls``."""
+    monkeypatch.setattr(module, "_PIECE", 1000)
+    host.files["/a"] = noise(200_000)
+
+    def run(*faults: str, known: Known | None = None, urls: tuple[str, ...] = ()) -> bytes:
+        host.faults["/a"] = list(faults)
+        host.watched = tmp_path / "a"
+        host.watched.unlink(missing_ok=True)
+        fetch([f"{host.url}/a", *urls], tmp_path / "a", known or Known(), quietly, pause=0.0)
+        assert {path.name for path in tmp_path.iterdir()} == {"a"}
+        return (tmp_path / "a").read_bytes()
+
+    return run
+
+
+def test_goes_on_where_the_connection_broke(one: Callable[..., bytes], host: Host) -> None:
+    assert one("cut", "cut", "cut", "cut", "cut") == host.files["/a"]
+    first, *rest = host.ranges("/a")
+    assert first is None
+    starts = [int(r.removeprefix("bytes=").removesuffix("-")) for r in rest if r]
+    assert len(starts) == 5
+    assert starts == sorted(set(starts))  # five breaks, more than the attempts without a byte
+    assert starts[0] >= 100_000
+
+
+def test_goes_on_in_a_later_run(one: Callable[..., bytes], host: Host, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:\d+: 503 Service Unavailable"):
+        one("cut", "503", "503", "503")
+    assert not visible(tmp_path)
+    assert (tmp_path / ".a.part").stat().st_size > 0
+    host.asked.clear()
+    assert one() == host.files["/a"]
+    (asked,) = host.ranges("/a")
+    assert asked is not None
+    assert asked.startswith("bytes=")
+
+
+def test_starts_again_where_the_host_cannot_go_on(one: Callable[..., bytes], host: Host) -> None:
+    assert one("cut", "no range") == host.files["/a"]
+    assert len(host.ranges("/a")) == 2
+
+
+def test_another_file_is_not_put_behind_the_first_half(
+    one: Callable[..., bytes], host: Host
+) -> None:
+    assert one("cut", "another") == host.files["/a"]
+    assert host.ranges("/a")[2] is None
+
+
+def test_the_other_hosts_file_is_not_put_behind_the_first_half(
+    one: Callable[..., bytes], host: Host
+) -> None:
+    host.files["/b"] = noise(100_000)[::-1]
+    found = one("cut", "404", urls=(f"{host.url}/b",))
+    assert found == host.files["/b"]
+    assert host.ranges("/b") == [None]
+
+
+@pytest.mark.parametrize("fault", ["404", "503", "html", "page", "flip", "long", "no length"])
+def test_next_host(one: Callable[..., bytes], host: Host, fault: str) -> None:
+    host.files["/b"] = host.files["/a"]
+    assert one(*[fault] * 9, urls=(f"{host.url}/b",)) == host.files["/b"]
+    assert len(host.ranges("/a")) <= 5
+
+
+def test_a_503_goes_by(one: Callable[..., bytes], host: Host) -> None:
+    assert one("503", "503") == host.files["/a"]
+
+
+def test_a_sum_that_is_wrong_once(one: Callable[..., bytes], host: Host) -> None:
+    assert one("flip", "short") == host.files["/a"]  # Content-MD5 told
+
+
+@pytest.mark.parametrize(
+    ("faults", "known", "cause"),
+    [
+        (["404"], Known(), "404 Not Found"),
+        (["503"] * 3, Known(), "503 Service Unavailable"),
+        (["html"], Known(), "answers with a web page"),
+        (["page"], Known(), "answers with a web page"),
+        (["flip"] * 3, Known(), "without the sum md5:"),
+        (["short"] * 9, Known(), "without the sum md5:"),
+        (["long"] * 9, Known(), "no more bytes|IncompleteRead|broke off"),
+        (["no length"], Known(), "does not say how long"),
+        ([], Known(199_999), "has 200,000 bytes of it, not 199,999"),
+        ([], Known(None, "sha256:" + "0" * 64), "without the sum sha256:0000"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value else "",
+)
+def test_refused(
+    one: Callable[..., bytes], tmp_path: Path, faults: list[str], known: Known, cause: str
+) -> None:
+    with pytest.raises(OSError, match=cause):
+        one(*faults, known=known)
+    assert not visible(tmp_path)
+
+
+def test_no_room(
+    one: Callable[..., bytes], host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(OSError, match="needs 200,000 bytes, the disk has 100,000 left"):
+        one()
+    assert len(host.ranges("/a")) == 1
+
+
+def test_disk_that_fills_up(
+    one: Callable[..., bytes], host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        one()
+    assert not visible(tmp_path)
+    assert len(host.ranges("/a")) == 1  # a full disk is not asked for again over the network
+
+
+# --- a size's files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2-774M", "gpt2-1558M"])
+def test_openai(command: Command, host: Host, name: str) -> None:
+    files = serve_openai(host, name)
+    done = command("download", name, "--source=openai", f"--mirror={host.url}/", "--json")
+    assert done.code == 0, done.err
+    folder = folder_of(name, "openai")
+    assert json.loads(done.out) == {
+        "name": name,
+        "folder": str(folder),
+        "files": {n: (folder / n).stat().st_size for n in [*OPENAI_FILES, "manifest.json"]},
+    }
+    assert {n: (folder / n).read_bytes() for n in OPENAI_FILES} == files
+    assert find_downloaded(name) == folder
+
+
+@pytest.mark.parametrize("name", ["gpt2-124M", "gpt2-355M"])
+def test_openai_sizes_that_are_known(
+    command: Command, host: Host, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a host has instead of the real files is refused by its size, before it is fetched."""
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    serve_openai(host, name)
+    done = command("download", name, "--source=openai", f"--mirror={host.url}")
+    refused(done, "hparams.json of", "bytes of it, not 9", str(folder_of(name, "openai")))
+    assert "hparams.json" not in visible(folder_of(name, "openai"))
+
+
+def test_known_sum(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = serve_openai(host, "gpt2-124M")
+    monkeypatch.setattr(module, "_BY_SIZE", {})
+    sums = {DATA: Known(len(files[DATA]), "md5:" + hashlib.md5(files[DATA]).hexdigest())}
+    monkeypatch.setattr(module, "_BY_SIZE", {"gpt2-124M": sums})
+    download("gpt2-124M", "openai", mirror=host.url, pause=0.0)
+    host.asked.clear()
+    # a file put there by hand is held against what is known, without a manifest
+    folder = folder_of("gpt2-124M", "openai")
+    (folder / "manifest.json").unlink()
+    (folder / DATA).write_bytes(files[DATA][:-1] + b"?")
+    download("gpt2-124M", "openai", mirror=host.url, pause=0.0)
+    assert host.asked == [("GET", f"/124M/{DATA}", None)]
+    assert (folder / DATA).read_bytes() == files[DATA]
+
+
+def test_second_run_checks_and_fetches_what_is_damaged(command: Command, host: Host) -> None:
+    files = serve_openai(host, "gpt2-774M")
+    arguments = ("download", "gpt2-774M", "--source=openai", f"--mirror={host.url}")
+    assert command(*arguments).code == 0
+    folder = folder_of("gpt2-774M", "openai")
+    manifest = (folder / "manifest.json").read_bytes()
+    host.asked.clear()
+    done = command(*arguments)
+    assert (done.code, done.out, done.err) == (0, f"{folder}\n", "")
+    assert host.asked == []
+
+    flipped = bytearray(files["model.ckpt.meta"])
+    flipped[5] ^= 1
+    (folder / "model.ckpt.meta").write_bytes(flipped)
+    (folder / "hparams.json").unlink()
+    done = command(*arguments)
+    assert done.code == 0, done.err
+    assert done.err == f"{folder / 'model.ckpt.meta'}: is damaged; fetching it anew\n"
+    assert [path for _, path, _ in host.asked] == ["/774M/hparams.json", "/774M/model.ckpt.meta"]
+    assert {n: (folder / n).read_bytes() for n in OPENAI_FILES} == files
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_a_damaged_file_stays_known_as_damaged(host: Host, nowhere: str) -> None:
+    serve_openai(host, "gpt2-774M")
+    folder = download("gpt2-774M", "openai", mirror=host.url)
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / DATA).write_bytes(b"x")
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"{DATA} of gpt2-774M cannot be fetched"):
+            download("gpt2-774M", "openai", mirror=nowhere, pause=0.0)
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_files_before_the_one_that_fails_are_recorded(host: Host) -> None:
+    serve_openai(host, "gpt2-774M")
+    del host.files[f"/774M/{DATA}"]
+    with pytest.raises(OSError, match="404 Not Found"):
+        download("gpt2-774M", "openai", mirror=host.url, pause=0.0)
+    folder = folder_of("gpt2-774M", "openai")
+    recorded = json.loads((folder / "manifest.json").read_text())["files"].keys()
+    assert recorded == {"checkpoint", "encoder.json", "hparams.json"}
+    with pytest.raises(FileNotFoundError, match="download gpt2-774M"):
+        find_downloaded("gpt2-774M")
+
+
+@needs_hub
+def test_hub(command: Command, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = noise(100_000)
+    config, model = serve_hub(host, "gpt2-355M", weights)
+    host.faults[model] = ["cut"]
+    folder = folder_of("gpt2-355M", "hub")
+    host.watched = folder / "model.safetensors"
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    done = command("download", "gpt2-355M", f"--mirror={host.url}")
+    assert (done.code, done.out, done.err) == (0, f"{folder}\n", "")
+    assert {path.name for path in folder.iterdir()} == {*HUB_FILES, "manifest.json"}
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert (folder / "config.json").read_bytes() == host.files[config]
+    assert host.ranges(model) == [None, "bytes=50000-"]
+    assert find_downloaded("gpt2-355M") == folder
+
+    host.asked.clear()
+    assert command("download", "gpt2-355M").code == 0
+    assert host.asked == []
+
+
+@needs_hub
+def test_hub_tells_how_far_it_is(host: Host) -> None:
+    _, model = serve_hub(host, "gpt2-774M", noise(100_000))
+    host.faults[model] = ["503", "flip"]  # the sum is the ETag
+    told: list[tuple[str, int, int | None]] = []
+    folder = download(
+        "gpt2-774M", mirror=host.url, on_bytes=lambda *what: told.append(what), pause=0.0
+    )
+    assert told[-1] == ("model.safetensors", 100_000, 100_000)
+    assert (folder / "model.safetensors").read_bytes() == noise(100_000)
+
+
+@needs_hub
+@pytest.mark.parametrize(
+    ("faults", "cause"),
+    [
+        (["404"], "404"),
+        (["503"] * 9, "503"),
+        (["html"] * 9, "should be of size"),
+        (["flip"] * 9, "without the sum sha256:"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_hub_refused(host: Host, faults: list[str], cause: str, nowhere: str) -> None:
+    _, model = serve_hub(host, "gpt2-774M", noise(10_000))
+    host.faults[model] = faults
+    with pytest.raises(OSError, match=cause) as caught:
+        download("gpt2-774M", mirror=host.url, pause=0.0)
+    assert nowhere.removeprefix("http://") in str(caught.value)  # the hub itself was tried next
+    assert visible(folder_of("gpt2-774M", "hub")) == {"config.json", "manifest.json"}
+
+
+@needs_hub
+@pytest.mark.parametrize("name", ["gpt2-124M", "gpt2-1558M"])
+def test_hub_sums_that_are_known(host: Host, name: str) -> None:
+    serve_hub(host, name, noise(10_000))
+    with pytest.raises(OSError, match=r"548,105,171|without the sum sha256:0f8b28eb"):
+        download(name, mirror=host.url, pause=0.0)
+    assert "model.safetensors" not in visible(folder_of(name, "hub"))
+
+
+@needs_hub
+def test_a_web_page_is_no_config(host: Host) -> None:
+    config, _ = serve_hub(host, "gpt2-774M", noise(100))
+    host.files[config] = b"<html>sign in</html>"
+    with pytest.raises(OSError, match=r"config\.json of gpt2-774M .* a web page"):
+        download("gpt2-774M", mirror=host.url, pause=0.0)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["openai", pytest.param("hub", marks=needs_hub)])
+@pytest.mark.parametrize("name", GPT2_SIZES)
+def test_no_network(
+    command: Command, name: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    files = HUB_FILES if source == "hub" else OPENAI_FILES
+    done = command("download", name, f"--source={source}")
+    folder = folder_of(name, "hub" if source == "hub" else "openai")
+    refused(
+        done, f"of {name} cannot be fetched", "refused", f"put {', '.join(files)} into {folder}"
+    )
+    assert not any(folder.iterdir())
+
+
+def test_without_huggingface_hub(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    refused(command("download", "gpt2-124M"), "gpt-lightning[hub]", "--source openai")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("124M", "did you mean gpt2-124M?"),
+        ("gpt2-1.5B", "did you mean gpt2-1558M?"),
+        ("gpt2-medium", "did you mean gpt2-355M?"),
+        ("openai-community/gpt2", "did you mean gpt2-124M?"),
+        ("llama", "give one of gpt2-124M, gpt2-355M, gpt2-774M, gpt2-1558M"),
+    ],
+)
+def test_unknown_size(command: Command, tmp_path: Path, name: str, near: str) -> None:
+    refused(command("download", name), f"{name}: is no size of GPT-2", near)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_source(command: Command) -> None:
+    refused(command("download", "gpt2-124M", "--source=torrent"), "source", "torrent")
+
+
+def test_out(command: Command, host: Host, tmp_path: Path) -> None:
+    files = serve_openai(host, "gpt2-774M")
+    done = command("download", "gpt2-774M", "--source=openai", f"--mirror={host.url}", "--out=x")
+    assert (done.code, done.out) == (0, "x\n"), done.err
+    assert visible(tmp_path / "x") == {*files, "manifest.json"}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_size_that_is_not_there_as_source(command: Command) -> None:
+    done = command("generate", "--from=gpt2-355M", "--prompt=a")
+    refused(done, "gpt_lightning download gpt2-355M", str(folder_of("gpt2-355M", "hub")))
+    assert "config.json and model.safetensors" in done.err
+
+
+def test_help_imports_neither_torch_nor_lightning() -> None:
+    code = "from gpt_lightning.cli import main\ntry: main(['download', '--help'])\nexcept SystemExit: pass"
+    done = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
+    assert "--mirror" in done.stdout
+    loaded = set(done.stderr.split())
+    assert not {"torch", "lightning", "tensorflow", "requests", "huggingface_hub"} & loaded
+    done = python(
+        "-c",
+        "import sys, gpt_lightning.pretrained.download; sys.stderr.write(' '.join(sys.modules))",
+    )
+    assert not {"torch", "lightning", "tensorflow"} & set(done.stderr.split())

@@ -151,9 +151,16 @@ def test_no_checkpoint(refused_fit: Command, tmp_path: Path) -> None:
     torch.save(torch.ones(2), tmp_path / "tensor.ckpt")
     torch.save({"state_dict": Path("x"), "hyper_parameters": {}}, tmp_path / "objects.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, tmp_path / "foreign.ckpt")
-    for name in ("words", "empty", "other", "tensor", "objects", "foreign"):
+    for name, cause in {
+        "words": "is no file of torch.save",
+        "empty": "is no file of torch.save",
+        "other": "is no checkpoint",
+        "tensor": "is no checkpoint",
+        "objects": "may be code; it is not loaded",
+        "foreign": "is no checkpoint",
+    }.items():
         for option in ("--ckpt_path", "--init_from"):
-            refused(refused_fit(f"{option}={name}.ckpt"), f"{name}.ckpt: is no checkpoint")
+            refused(refused_fit(f"{option}={name}.ckpt"), f"{name}.ckpt: ", cause)
 
 
 def test_a_run_in_the_folder_is_not_overwritten(command: Command, tmp_path: Path) -> None:
@@ -165,7 +172,7 @@ def test_a_run_in_the_folder_is_not_overwritten(command: Command, tmp_path: Path
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:10_000])
-    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt: is no checkpoint")
+    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt: ", "is damaged")
 
 
 class NotTheVerdict(BaseHTTPRequestHandler):
@@ -239,7 +246,7 @@ def test_generate(command: Command, trained: Path, arguments: list[str], parts: 
 
 def test_generate_from_what_is_no_model(command: Command, trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "config.yaml", tmp_path / "config.yaml")
-    refused(command("generate", "--from=config.yaml", "--prompt=x"), "is no checkpoint")
+    refused(command("generate", "--from=config.yaml", "--prompt=x"), "is no file of torch.save")
     refused(command("generate", f"--from={tmp_path}", "--prompt=x"), "last.ckpt")
     refused(command("generate", "--prompt=x"), "--from SOURCE")
 

@@ -6,6 +6,7 @@ import re
 import sys
 import types
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.windows import Rng
-from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
 from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import checkpoint_to_resume, checkpointing
 from gpt_lightning.training.history import RunHistory
-from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.progress import RunProgress
 
 RUNS = Path("checkpoints")
@@ -45,14 +46,13 @@ def fit(arguments: list[str]) -> None:
     1. ``--ckpt_path``: the same run goes on, with its weights, optimizer, position and random numbers.
     2. ``--init_from``: a new run with old weights, and old moments with ``--init_optimizer true``.
     3. Neither: a new run from the seed.
-    In all of them the configuration wins; one that names another architecture is refused.
+    In the first two the architecture is that of the old weights, and a configuration that names another
+    is refused; for the rest the configuration wins.
     """
     cli = TrainingCLI("fit", arguments)
     folder, config, ckpt_path = cli.folder, cli.config, cli.ckpt_path
-    if ckpt_path is None and config.init_from:
-        cli.model.start_from(
-            read_source(config.init_from), with_optimizer=bool(config.init_optimizer)
-        )
+    if cli.source is not None:
+        cli.model.start_from(cli.source, with_optimizer=bool(config.init_optimizer))
     if _is_rank_zero():
         if ckpt_path is None:
             _refuse_a_run_that_is_there(folder)
@@ -99,17 +99,12 @@ def validate(arguments: list[str]) -> None:
     The weights are those of ``--ckpt_path`` (last, best or a path), else of ``--init_from SOURCE``.
     """
     cli = TrainingCLI("validate", arguments)
-    config = cli.config
-    source = config.ckpt_path or config.init_from
-    if config.ckpt_path in ("last", "best"):
-        source = str(cli.folder / config.ckpt_path)
-    if not source:
-        raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
-    cli.model.start_from(read_source(source))
+    assert cli.source is not None
+    cli.model.start_from(cli.source)
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
-        _print_validation(metrics, as_json=bool(config.json))
+        _print_validation(metrics, as_json=bool(cli.config.json))
 
 
 def _print_validation(metrics: dict[str, float], *, as_json: bool) -> None:
@@ -122,6 +117,7 @@ def _print_validation(metrics: dict[str, float], *, as_json: bool) -> None:
         print(
             f"{name:<10}  loss {metrics[f'{split}_loss']:.6f}  "
             f"perplexity {metrics[f'{split}_perplexity']:.3f}  "
+            f"bits/byte {metrics[f'{split}_bits_per_byte']:.4f}  "
             f"tokens {metrics[f'{split}_tokens']:,}"
         )
 
@@ -166,7 +162,9 @@ class TrainingCLI(LightningCLI):
     def __init__(self, verb: str, arguments: list[str]) -> None:
         _quiet_lightning()
         self.verb = verb
+        self.arguments = arguments
         self.ckpt_path: Path | None = None  # what fit goes on from
+        self.source: Source | None = None  # what it begins with, or validate looks at
         super().__init__(
             GPTLightningModule,
             TextDataModule,
@@ -207,7 +205,9 @@ class TrainingCLI(LightningCLI):
             help="Go on with the run: last, best or a checkpoint's path.",
         )
         parser.add_argument(
-            "--init_from", type=str | None, help="Weights to begin with: a checkpoint or a run."
+            "--init_from",
+            type=str | None,
+            help="SOURCE of the weights to begin with: a run, a checkpoint, GPT-2's files or its name.",
         )
         parser.add_argument(
             "--init_optimizer",
@@ -234,6 +234,38 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
             )
+        self._adopt_architecture()
+
+    def _adopt_architecture(self) -> None:
+        """With old weights the architecture is theirs; what the configuration names must agree."""
+        config = self.config
+        named: dict[str, Any] = {}
+        if config.ckpt_path or config.init_from:
+            # without defaults; what is linked to other keys has to be there all the same
+            linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
+            given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
+            named = given.get("model", {}).get("config") or {}
+        if self.verb == "fit" and config.ckpt_path:
+            self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
+        elif source := self._source_name():
+            self.source = read_source(source, n_heads=named.get("n_heads"))
+            if "tied_embeddings" in named:
+                self.source = with_head(self.source, tied=named["tied_embeddings"])
+            adopted = agreed_architecture(
+                f"init_from: {source}", self.source.config, named, self.source.assumed
+            )
+        elif self.verb == "validate":
+            raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
+        else:
+            return
+        config.model.config = Namespace(**asdict(adopted))
+
+    def _source_name(self) -> str | None:
+        config = self.config
+        if config.ckpt_path in ("last", "best"):
+            return str(self.folder / config.ckpt_path)
+        name: str | None = config.ckpt_path or config.init_from
+        return name
 
     @property
     def folder(self) -> Path:
@@ -242,10 +274,6 @@ class TrainingCLI(LightningCLI):
         return root / RUNS / str(self.config.run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self.verb == "fit" and self.config.ckpt_path:
-            self.ckpt_path = checkpoint_to_resume(
-                self.folder, self.config.ckpt_path, self.model.config
-            )
         settings = {**self.config_init.trainer, **kwargs}
         callbacks: list[Callback] = _as_list(settings.pop("callbacks", None))
         if settings.get("enable_progress_bar") is not False:

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_corpus
+from gpt_lightning.data.tokenizer import VOCAB_SIZE, split_tokens
 from gpt_lightning.data.windows import Rng, WindowLoader, windows
 
 
@@ -67,24 +67,24 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None:
             self._check_model(length)
         text = read_corpus(self.text)
-        split = int(self.train_ratio * len(text))
-        for name, part in (("training", text[:split]), ("validation", text[split:])):
-            tokens = encode_corpus(part)
-            self._windows[name] = windows(tokens, length, self.stride or length)
-            if not len(self._windows[name]):
-                self._windows.clear()
+        found: dict[str, NDArray[np.uint16]] = {}
+        for name, tokens in zip(
+            ("training", "validation"), split_tokens(text, self.train_ratio), strict=True
+        ):
+            found[name] = windows(tokens, length, self.stride or length)
+            if not len(found[name]):
                 raise ValueError(
                     f"data.text: the {name} split of {self.text} has {len(tokens)} tokens, one window "
                     f"needs {length + 1}; give more text, a smaller model.config.context_length or "
                     "another data.train_ratio"
                 )
-        count = len(self._windows["training"])
+        count = len(found["training"])
         if stage == "fit" and count < self.batch_size * self._world_size():
-            self._windows.clear()
             raise ValueError(
                 f"data.batch_size: {self.batch_size} on {self._world_size()} device(s) is more than "
                 f"the {count} training windows; make it smaller"
             )
+        self._windows = found
 
     def train_dataloader(self) -> WindowLoader:
         """A pass in a random order; a last batch that would be short is dropped, as in the book."""

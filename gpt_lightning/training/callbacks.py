@@ -170,7 +170,7 @@ class LossEvaluation(Callback):
             with trainer.precision_plugin.forward_context():
                 loss = module.loss((inputs, targets))
             mean.update(loss, 1 if self.rng == "global" else targets.numel())
-        return float(mean.compute()[0])
+        return float(mean.compute()["loss"])
 
 
 class TextSamples(Callback):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import checkpoint_config, read_checkpoint
 from gpt_lightning.pretrained.source import find_checkpoint
-from gpt_lightning.training.module import describe_differences
+from gpt_lightning.training.module import agreed_architecture
 from gpt_lightning.training.progress import total_steps
 
 
@@ -192,11 +193,16 @@ class RunCheckpoints(Checkpoint):
         self.best_val_loss = state_dict["best_val_loss"]
 
 
-def checkpoint_to_resume(folder: Path, ckpt_path: str, config: GPTConfig) -> Path:
-    """The file that ``--ckpt_path`` names, after a look into it: ``last`` or ``best`` of the run, or a path.
+def checkpoint_to_resume(
+    folder: Path, ckpt_path: str, named: Mapping[str, Any]
+) -> tuple[Path, GPTConfig]:
+    """The file that ``--ckpt_path`` names, ``last`` or ``best`` of the run or a path, and its architecture.
+
+    Args:
+        named: The keys of the architecture that the configuration names.
 
     Raises:
-        ValueError: It cannot be resumed, or the model there is another than ``config``.
+        ValueError: It cannot be resumed, or the model there is another than ``named`` says.
         OSError: There is none.
     """
     if ckpt_path in ("last", "best"):
@@ -219,6 +225,4 @@ def checkpoint_to_resume(folder: Path, ckpt_path: str, config: GPTConfig) -> Pat
         )
     if not isinstance(checkpoint.get("tokens_seen"), int):
         raise ValueError(f"ckpt_path: {path} is of another LightningModule; give another")
-    if differences := checkpoint_config(checkpoint).differences(config):
-        raise ValueError(describe_differences(f"ckpt_path: {path}", differences))
-    return path
+    return path, agreed_architecture(f"ckpt_path: {path}", checkpoint_config(checkpoint), named)

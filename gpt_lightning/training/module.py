@@ -1,7 +1,8 @@
 """``GPTModel`` under Lightning: the step, the optimizer, and what a run must remember."""
 
 import math
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt_lightning.data.tokenizer import byte_lengths
 from gpt_lightning.data.windows import Batch, Rng
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel, cross_entropy
-from gpt_lightning.pretrained.formats import Source
+from gpt_lightning.pretrained.formats import Source, take_weights
 from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments
 from gpt_lightning.training.reproducible import global_state, seed_micro_batch, set_global_state
@@ -100,8 +102,7 @@ class GPTLightningModule(LightningModule):
         Raises:
             ValueError: ``source`` has another architecture, or no optimizer state to begin with.
         """
-        if differences := source.config.differences(self.config):
-            raise ValueError(describe_differences("init_from", differences))
+        agreed_architecture("init_from", source.config, asdict(self.config), source.assumed)
         if with_optimizer and source.optimizer_state is None:
             raise ValueError(
                 "init_optimizer: the source has no optimizer state; leave --init_optimizer out"
@@ -113,10 +114,15 @@ class GPTLightningModule(LightningModule):
         if hasattr(self, "model"):
             return
         torch.manual_seed(self.seed)
-        self.model = GPTModel(self.config)
-        if self._start is not None:
-            self.model.load_state_dict(self._start.state_dict)
-            torch.manual_seed(self.seed)  # as exercise 5.4 does after loading
+        if self._start is None:
+            self.model = GPTModel(self.config)
+        else:  # no draws: exercise 5.4 seeds after loading
+            with torch.device("meta"):
+                self.model = GPTModel(self.config)
+            weights = take_weights(self._start, torch.float32)
+            if self.trainer.training:  # which writes into them
+                self.model.to_empty(device="cpu")
+            self.model.load_state_dict(weights, assign=not self.trainer.training)
         self._random_numbers = global_state()
 
     def configure_optimizers(self) -> Optimizer:
@@ -188,17 +194,18 @@ class GPTLightningModule(LightningModule):
             group["lr"] = rate
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), batch[1].numel())
+        targets = batch[1]
+        text_bytes = byte_lengths().to(targets.device)[targets].sum()
+        self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), targets.numel(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss (nats a token, every token weighing the same), perplexity and tokens of each split."""
+        """Log what :class:`TokenMean` says of each split."""
         for split in SPLITS:
             mean = self._mean(split)
             if mean.update_called:
-                loss, tokens = mean.compute()
-                self.log(f"{split}_loss", loss, sync_dist=True)  # equal on all ranks by now
-                self.log(f"{split}_perplexity", loss.exp(), sync_dist=True)
-                self.log(f"{split}_tokens", tokens, sync_dist=True)
+                for name, value in mean.compute().items():
+                    # equal on all ranks by now
+                    self.log(f"{split}_{name}", value, sync_dist=True)
                 mean.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -221,10 +228,18 @@ class GPTLightningModule(LightningModule):
         return optimizer
 
 
-def describe_differences(what: str, differences: dict[str, tuple[Any, Any]]) -> str:
-    """One line on an architecture that does not fit: each key with the file's and the config's value."""
-    pairs = ", ".join(
-        f"model.config.{key} is {theirs} there and {ours} here"
-        for key, (theirs, ours) in differences.items()
-    )
-    return f"{what}: another architecture: {pairs}; give the same values"
+def agreed_architecture(
+    what: str, stored: GPTConfig, named: Mapping[str, Any], assumed: Collection[str] = ()
+) -> GPTConfig:
+    """The architecture of old weights, with the keys that may differ as the new configuration names them.
+
+    Raises:
+        ValueError: A key of ``named`` contradicts ``stored``; one line, with both values of each.
+    """
+    if differences := stored.differences(named, assumed):
+        pairs = ", ".join(
+            f"model.config.{key} is {theirs} there and {ours} here"
+            for key, (theirs, ours) in differences.items()
+        )
+        raise ValueError(f"{what}: another architecture: {pairs}; give the same values")
+    return replace(stored, **named)

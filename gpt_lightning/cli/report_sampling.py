@@ -1,0 +1,177 @@
+"""``report sampling``: exercise 5.1 as tables and a figure."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.report import load_model_of, report_parser
+from gpt_lightning.cli.tables import all_or, print_table, writable_folder, write_csv
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gpt_lightning.generation.sampling import Sampling
+
+
+def run(arguments: list[str]) -> None:
+    """Exercise 5.1: how often each next token comes, exactly and in draws.
+
+    Without --from it is the book's vocabulary of nine tokens; with --from SOURCE and --prompt the model's
+    next-token distribution, its likeliest tokens by name.
+    """
+    settings = parse(_parser(), arguments)
+
+    from gpt_lightning.reports import sampling as report
+
+    tokens, logits, shown = _distribution(settings)
+    combinations = _combinations(settings, report.BOOK_TEMPERATURES)
+    rows, distributions = report.frequencies(
+        logits, tokens, combinations, settings.num_samples, settings.seed, shown
+    )
+    compared_at = max(s.temperature for s in combinations) or 1.0
+    compared_draws = min(settings.num_samples, 1000)  # the loop is slow
+    methods = report.compare_methods(logits, compared_at, compared_draws, settings.seed)
+    answer: dict[str, Any] = report.as_dict(rows, distributions, methods)
+    answer["token"] = [asdict(row) for row in rows if row.token == settings.token]
+    answer["settings"] = {
+        key: settings[key] for key in ("from", "prompt", "num_samples", "seed")
+    } | {"methods_num_samples": compared_draws, "methods_temperature": compared_at}
+    caption = f"{settings.num_samples:,} draws a setting, seed {settings.seed}"
+    if settings["from"]:
+        caption += f", {settings['from']} after {settings.prompt!r}"
+    if settings.out:
+        out = writable_folder(settings.out)
+        write_csv(out / "sampling.csv", answer["rows"])
+        (out / "sampling.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
+        figure = report.sampling_figure(rows, settings.num_samples, caption)
+        figure.savefig(out / "sampling.png", dpi=150)
+    if settings.json:
+        print(json.dumps(answer))
+        return
+    print_table(
+        caption,
+        [
+            {
+                "temperature": f"{row.temperature:g}",
+                **({"top_k": all_or(row.top_k)} if settings.top_k else {}),
+                **({"top_p": all_or(row.top_p)} if settings.top_p else {}),
+                "token": row.token,
+                "probability": f"{row.probability:.4%}",
+                "expected": f"{row.expected:.1f}",
+                "count": f"{row.count}",
+                "99 % of runs": f"{row.low} – {row.high}",
+                "z": f"{row.z:+.2f}",
+            }
+            for row in rows
+        ],
+        texts=["token"],
+    )
+    print_table(
+        "distributions",
+        [
+            {
+                "temperature": f"{d.temperature:g}",
+                "top_k": all_or(d.top_k),
+                "top_p": all_or(d.top_p),
+                "entropy (nats)": f"{d.entropy:.4f}",
+                "effective vocabulary": f"{d.effective_vocabulary:.2f}",
+                "tokens left": f"{d.tokens_left}",
+            }
+            for d in distributions
+        ],
+    )
+    print_table(
+        f"three ways to know it, {compared_draws} draws at temperature {compared_at:g}",
+        [
+            {
+                "method": m.name,
+                "time": f"{m.seconds * 1e3:.3f} ms",
+                "largest error of a probability": f"{m.largest_error:.4f}",
+            }
+            for m in methods
+        ],
+        texts=["method"],
+    )
+    for row in rows:
+        if row.token == settings.token:
+            print(
+                f"{row.token} at temperature {row.temperature:g}: {row.probability:.2%} exactly, "
+                f"{row.count} of {settings.num_samples} drawn"
+            )
+
+
+def _distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int] | None]:
+    """Tokens' names, logits ``(V,)``, and which of them get a row (none: all)."""
+    import torch
+
+    from gpt_lightning.reports.sampling import BOOK_LOGITS, BOOK_TOKENS
+
+    if settings["from"]:
+        if settings.tokens or settings.logits:
+            raise ValueError("from: --tokens and --logits are the model's; leave them out")
+        if not settings.prompt:
+            raise ValueError("prompt: is empty; give some text with --prompt")
+        if settings.show < 1:
+            raise ValueError(f"show: {settings.show} is too small; give 1 or more")
+        return _model_distribution(settings)
+    for name in ("prompt", "device", "dtype"):
+        if settings[name] is not None:
+            raise ValueError(f"{name}: is for a model; give one with --from SOURCE")
+    logits = list(BOOK_LOGITS) if settings.logits is None else settings.logits
+    tokens = settings.tokens
+    if tokens is None:
+        own = settings.logits is not None
+        tokens = [str(i) for i in range(len(logits))] if own else list(BOOK_TOKENS)
+    if settings.token is not None and settings.token not in tokens:
+        raise ValueError(f"token: {settings.token} is none of {', '.join(tokens)}")
+    return tokens, torch.tensor(logits), None
+
+
+def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int]]:
+    import torch
+
+    from gpt_lightning.data.tokenizer import decode, encode_prompt
+
+    model = load_model_of(settings)
+    ids = encode_prompt(settings.prompt)[-model.config.context_length :]
+    with torch.inference_mode():
+        idx = torch.tensor([ids], device=model.tok_emb.weight.device)
+        logits = model(idx)[0, -1].float().cpu().clone()
+    shown = logits.topk(min(settings.show, len(logits))).indices.tolist()
+    if settings.token is not None:
+        token_ids = encode_prompt(settings.token)
+        if len(token_ids) != 1:
+            raise ValueError(f"token: {settings.token!r} is {len(token_ids)} tokens; give one")
+        shown = list(dict.fromkeys([*shown, *token_ids]))
+        settings.token = repr(settings.token)
+    return [repr(decode([i])) for i in range(len(logits))], logits, shown
+
+
+def _combinations(settings: Namespace, default: Sequence[float]) -> list["Sampling"]:
+    from gpt_lightning.reports.sweep import grid
+
+    return grid(
+        default if settings.temperatures is None else settings.temperatures,
+        [None] if settings.top_k is None else settings.top_k,
+        [None] if settings.top_p is None else settings.top_p,
+    )
+
+
+def _parser() -> ArgumentParser:
+    parser = report_parser("sampling", run.__doc__)
+    add = parser.add_argument
+    add("--tokens", type=list[str] | None, help="Names of the tokens; default: the book's nine.")
+    add("--logits", type=list[float] | None, help="Their logits; default: the book's.")
+    add("--temperatures", type=list[float] | None, help="Default: [1, 0.1, 5], the book's.")
+    add(
+        "--top_k", type=list[int] | None, help="A list of top-k settings, combined with the others."
+    )
+    add("--top_p", type=list[float] | None, help="A list of top-p settings, combined too.")
+    add("--num_samples", type=int, default=1000, help="Draws a setting.")
+    add("--token", type=str | None, help="A token to single out, such as pizza.")
+    add("--show", type=int, default=10, help="With --from: how many of the likeliest tokens.")
+    return parser

@@ -1,0 +1,111 @@
+"""``report sweep``: exercises 5.2 and 5.3 as a table, heat maps and a page with all texts."""
+
+import base64
+import io
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser
+
+from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.report import load_model_of, report_parser
+from gpt_lightning.cli.tables import all_or, print_table, writable_folder, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def run(arguments: list[str]) -> None:
+    """Exercises 5.2 and 5.3: texts under each temperature × top_k, measured, and one to read of each.
+
+    Which settings are deterministic is seen from the texts. With --out also heat maps (PNG), one page
+    with all texts (HTML, needs no network), CSV and JSON.
+    """
+    settings = parse(_parser(), arguments)
+    if not settings["from"]:
+        raise ValueError("from: is missing; give the model with --from SOURCE")
+    if not settings.prompt:
+        raise ValueError("prompt: is empty; give some text with --prompt")
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from gpt_lightning.data.tokenizer import encode_prompt
+    from gpt_lightning.reports import sweep as report
+
+    cells_to_do = report.grid(
+        settings.temperatures,
+        [k or None for k in settings.top_k],
+        [None] if settings.top_p is None else settings.top_p,
+    )
+    out = writable_folder(settings.out) if settings.out else None
+    model = load_model_of(settings)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("cells", total=len(cells_to_do))
+        cells = report.sweep(
+            model,
+            encode_prompt(settings.prompt),
+            cells_to_do,
+            num_samples=settings.num_samples,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            on_cell=lambda: progress.advance(task),
+        )
+    used = {
+        key: settings[key] for key in ("from", "prompt", "num_samples", "max_new_tokens", "seed")
+    }
+    answer = {**report.as_dict(cells), "settings": used}
+    caption = ", ".join(f"{key} {value}" for key, value in used.items())
+    if out is not None:
+        figure = report.heat_maps(cells, caption)
+        figure.savefig(out / "sweep.png", dpi=150)
+        page = report.html_page(cells, caption, _base64_png(figure))
+        (out / "sweep.html").write_text(page, encoding="utf-8")
+        (out / "sweep.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
+        write_csv(
+            out / "sweep.csv",
+            [{**asdict(cell), "texts": " | ".join(cell.texts)} for cell in cells],
+        )
+    if settings.json:
+        print(json.dumps(answer))
+        return
+    print_table(
+        caption,
+        [
+            {
+                "temperature": f"{cell.temperature:g}",
+                "top_k": all_or(cell.top_k),
+                **({"top_p": all_or(cell.top_p)} if settings.top_p else {}),
+                "distinct-1": f"{cell.distinct_1:.3f}",
+                "distinct-2": f"{cell.distinct_2:.3f}",
+                "repetition": f"{cell.repetition_rate:.3f}",
+                "log-prob.": f"{cell.mean_log_probability:.3f}",
+                "entropy": f"{cell.next_token_entropy:.3f}",
+                "identical": f"{cell.identical_share:.2f}",
+                "one text": " ".join(cell.texts[0].split()),
+            }
+            for cell in cells
+        ],
+        texts=["one text"],
+    )
+    deterministic = [cell for cell in cells if cell.deterministic]
+    print(f"deterministic: {len(deterministic)} of {len(cells)} settings (all texts identical)")
+
+
+def _base64_png(figure: "Figure") -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _parser() -> ArgumentParser:
+    parser = report_parser("sweep", run.__doc__)
+    add = parser.add_argument
+    add("--temperatures", type=list[float], default=[0.0, 0.5, 1.0, 1.5], help="Rows of the grid.")
+    add("--top_k", type=list[int], default=[1, 5, 25, 0], help="Its columns; 0: all tokens.")
+    add("--top_p", type=list[float] | None, help="A grid for each of these.")
+    add("--num_samples", type=int, default=8, help="Texts a cell.")
+    add("--max_new_tokens", type=int, default=40, help="Tokens a text.")
+    return parser

@@ -1,0 +1,273 @@
+"""Exercise 5.6: models of different sizes side by side, on the same prompt and the same text."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from gpt_lightning.data.corpus import read_corpus
+from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt, split_tokens
+from gpt_lightning.data.windows import WindowLoader, windows
+from gpt_lightning.generation.generate import stream_ids
+from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.text import generate_texts
+from gpt_lightning.model.gpt import GPTModel, cross_entropy
+from gpt_lightning.model.packed import pack_weights
+from gpt_lightning.pretrained.formats import Source
+from gpt_lightning.pretrained.source import build_model, read_source, weight_files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_ROOM = 1.15  # what loading needs at most, times the weights' own bytes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every model is asked to do.
+
+    Attributes:
+        text: What the losses are of, see :func:`read_corpus`; none: no losses.
+        context_length: Tokens in a window of the text, one after the other without overlap.
+        dtype: Of the weights, as torch names it; none: as they are stored.
+        max_memory: Bytes that a model may take; none: what is free on the device.
+    """
+
+    prompt: str
+    sampling: Sampling
+    num_samples: int
+    max_new_tokens: int
+    seed: int
+    text: str | None = None
+    train_ratio: float = 0.9
+    context_length: int = 256
+    batch_size: int = 2
+    device: str = "cpu"
+    dtype: str | None = None
+    n_heads: int | None = None
+    max_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model. Losses in nats a token; the time to the first token is that of reading the prompt.
+
+    Attributes:
+        peak_memory_bytes: The process's largest resident set, Python and torch (some 0.3 GB) included;
+            on a GPU what torch had allocated there.
+        skipped: Why there are no figures; none: there are.
+    """
+
+    source: str
+    file_bytes: int
+    parameters: int
+    skipped: str | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    train_perplexity: float | None = None
+    val_perplexity: float | None = None
+    seconds_to_load: float | None = None
+    seconds_to_first_token: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    samples: tuple[str, ...] = ()
+
+
+def measure_all(
+    sources: Sequence[str], task: Task, on_model: Callable[[], None] = lambda: None
+) -> list[Measured]:
+    """Each model in a process of its own, so that its memory is its own, one after the other.
+
+    Raises:
+        ValueError, OSError: As :func:`measure`, for the first that cannot be read.
+    """
+    measured = []
+    for source in sources:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            try:
+                measured.append(process.submit(measure, source, task).result())
+            except BrokenProcessPool:
+                found = read_source(source, n_heads=task.n_heads)
+                cause = "its process was killed, most likely for want of memory"
+                measured.append(replace(_description(source, _parameters(found)), skipped=cause))
+        on_model()
+    return measured
+
+
+def measure(source: str, task: Task) -> Measured:
+    """One model, in this process.
+
+    Raises:
+        ValueError, OSError: ``source`` or the text cannot be read, or the model not do the task.
+    """
+    dtype = getattr(torch, task.dtype) if task.dtype else None
+    found = read_source(source, n_heads=task.n_heads)
+    if found.config.vocab_size < VOCAB_SIZE:
+        raise ValueError(
+            f"{source}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}; give another"
+        )
+    described = _description(source, _parameters(found))
+    needed = int(_ROOM * sum(
+        t.numel() * (dtype or t.dtype).itemsize for t in found.state_dict.values()
+    ))  # fmt: skip
+    if task.text is not None:  # logits, their logarithms
+        needed += 8 * task.batch_size * task.context_length * found.config.vocab_size
+    if needed > (free := _free_memory(task)):
+        why = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB may be taken"
+        return replace(described, skipped=why)
+    began = time.perf_counter()
+    model = build_model(found, device=task.device, dtype=dtype)
+    pack_weights(model)
+    loaded = time.perf_counter() - began
+    first, rate = _speed(model, task)
+    generator = torch.Generator(device=task.device).manual_seed(task.seed)
+    samples = generate_texts(
+        model,
+        [task.prompt],
+        task.max_new_tokens,
+        task.sampling,
+        num_samples=task.num_samples,
+        generator=generator,
+    )
+    train_loss, val_loss = (None, None) if task.text is None else _losses(model, task.text, task)
+    return replace(
+        described,
+        seconds_to_load=loaded,
+        seconds_to_first_token=first,
+        tokens_per_second=rate,
+        peak_memory_bytes=_peak_memory(task.device),
+        samples=tuple(sample.text for sample in samples),
+        train_loss=train_loss,
+        val_loss=val_loss,
+        train_perplexity=None if train_loss is None else math.exp(train_loss),
+        val_perplexity=None if val_loss is None else math.exp(val_loss),
+    )
+
+
+def _description(source: str, parameters: int) -> Measured:
+    return Measured(source, sum(path.stat().st_size for path in weight_files(source)), parameters)
+
+
+def _parameters(found: Source) -> int:
+    return sum(tensor.numel() for tensor in found.state_dict.values())
+
+
+def _free_memory(task: Task) -> int:
+    if torch.device(task.device).type == "cuda":
+        free = int(torch.cuda.mem_get_info(task.device)[0])
+    else:
+        free = int(psutil.virtual_memory().available)
+    return free if task.max_memory is None else min(free, task.max_memory)
+
+
+def _peak_memory(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _speed(model: GPTModel, task: Task) -> tuple[float, float | None]:
+    """Seconds to the first token, and tokens a second from there on (none of a single one)."""
+    prompt_ids = encode_prompt(task.prompt)
+    times: list[float] = []
+    for new_tokens in (2, task.max_new_tokens):  # the first is a warm-up
+        generator = torch.Generator(device=task.device).manual_seed(task.seed)
+        times = [time.perf_counter()]
+        for step in stream_ids(
+            model, [prompt_ids], new_tokens, task.sampling, eos_id=None, generator=generator
+        ):
+            step.tolist()  # waits for a GPU
+            times.append(time.perf_counter())
+    decoded = len(times) - 2
+    rate = decoded / (times[-1] - times[1]) if decoded > 0 else None
+    return times[1] - times[0], rate
+
+
+@torch.inference_mode()
+def _losses(model: GPTModel, text: str, task: Task) -> tuple[float, float]:
+    """Mean loss of all tokens of the training and of the validation split."""
+    length = min(task.context_length, model.config.context_length)
+    train, val = (
+        _loss(model, tokens, length, task)
+        for tokens in split_tokens(read_corpus(text), task.train_ratio)
+    )
+    return train, val
+
+
+def _loss(model: GPTModel, tokens: NDArray[np.uint16], length: int, task: Task) -> float:
+    cut = windows(tokens, length, length)
+    if not len(cut):
+        raise ValueError(
+            f"text: a split of {task.text} has {len(tokens)} tokens, one window needs {length + 1}; "
+            "give more text, or a smaller context_length"
+        )
+    total, count = 0.0, 0
+    for batch in WindowLoader(cut, task.batch_size, shuffle=False, drop_last=False):
+        inputs, targets = (part.to(task.device) for part in batch)
+        loss = cross_entropy(model(inputs).float(), targets)
+        total += float(loss) * targets.numel()
+        count += targets.numel()
+    return total / count
+
+
+def as_dict(measured: Sequence[Measured]) -> dict[str, list[dict[str, object]]]:
+    return {"models": [asdict(model) for model in measured]}
+
+
+def figure(measured: Sequence[Measured], caption: str) -> "Figure":
+    """Loss, speed, time to the first token and memory of the models that were not skipped."""
+    from matplotlib.figure import Figure
+
+    shown = [model for model in measured if model.skipped is None]
+    drawing = Figure(figsize=(11, 3.6), layout="constrained")
+    loss, speed, first, memory = drawing.subplots(1, 4)
+    names = [model.source.rstrip("/").rpartition("/")[2] for model in shown]
+    _bars(loss, names, "Loss (nats a token)", {
+        "training": [model.train_loss for model in shown],
+        "validation": [model.val_loss for model in shown],
+    })  # fmt: skip
+    _bars(speed, names, "Speed (tokens a second)",
+          {"": [model.tokens_per_second for model in shown]})  # fmt: skip
+    _bars(first, names, "First token after (ms)",
+          {"": [1e3 * (model.seconds_to_first_token or 0.0) for model in shown]})  # fmt: skip
+    _bars(memory, names, "Memory at most, file (GB)", {
+        "memory": [(model.peak_memory_bytes or 0) / 1e9 for model in shown],
+        "file": [model.file_bytes / 1e9 for model in shown],
+    })  # fmt: skip
+    drawing.supxlabel(caption, fontsize=8, parse_math=False)
+    return drawing
+
+
+def _bars(
+    axes: "Axes", names: list[str], title: str, series: dict[str, list[float | None]]
+) -> None:
+    width = 0.8 / len(series)
+    for i, (label, values) in enumerate(series.items()):
+        places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
+        bars = axes.bar(
+            places, [value or 0.0 for value in values], width,
+            color="0.35" if i == 0 else "0.75", edgecolor="0", label=label,
+        )  # fmt: skip
+        axes.bar_label(
+            bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7
+        )
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=20, ha="right")
+    if len(series) > 1:
+        axes.legend(fontsize=7)

@@ -96,6 +96,39 @@ def test_tiny_run_and_exercise_5_4(command: Command) -> None:
     assert column(rows, "tokens_seen") == expected["tokens_seen"]
 
 
+def test_exercise_5_4_on_the_notebooks_own_file(command: Command, verdict: Path) -> None:
+    """Trained and saved by the book's code, gone on with by ours."""
+    expected = reference("tiny_run.json")
+    run = book.new_run(expected["model"], **expected["optimizer"], seed=expected["seed"])
+    loaders = book.loaders(
+        verdict.read_text(encoding="utf-8"),
+        lambda text: gpt2_encoding().encode(text, allowed_special={"<|endoftext|>"}),
+        length=expected["model"]["context_length"],
+        stride=expected["stride"],
+        batch_size=expected["batch_size"],
+        train_ratio=expected["train_ratio"],
+    )
+    book.train(run, *loaders, epochs=2, eval_freq=5, eval_iter=3)
+    torch.save(
+        {
+            "model_state_dict": run.model.state_dict(),
+            "optimizer_state_dict": run.optimizer.state_dict(),
+        },
+        "model_and_optimizer.pth",
+    )
+    rows = verdict_fit(
+        command,
+        "--run=continued",
+        "--init_from=model_and_optimizer.pth",
+        "--init_optimizer=true",
+        "--trainer.max_epochs=1",
+    )
+    expected = expected["continued"]
+    assert column(rows, "train_loss") == pytest.approx(expected["train_losses"], abs=1e-4)
+    assert column(rows, "val_loss") == pytest.approx(expected["val_losses"], abs=1e-4)
+    assert column(rows, "tokens_seen") == expected["tokens_seen"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

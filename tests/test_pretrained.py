@@ -9,6 +9,7 @@ import book
 import pytest
 import torch
 from conftest import ROOT, SMALL, Command, python
+from random_gpt2 import random_gpt2, transformers
 from torch import Tensor, nn
 
 from gpt_lightning import GPTConfig, GPTModel, load_model
@@ -17,35 +18,11 @@ from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.formats import Source, write_lightning
 from gpt_lightning.pretrained.source import read_source
 
-transformers = pytest.importorskip("transformers")
-
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"
 )
-VERDICT = [f"--config={ROOT}/configs/gpt2.yaml", "--trainer.accelerator=cpu"]
-
 # width and heads in the proportions of the four sizes, small
 SHAPES = {"124M": (24, 12), "355M": (32, 16), "774M": (40, 20), "1558M": (50, 25)}
-
-
-def random_gpt2(
-    folder: Path, emb_dim: int = 24, n_heads: int = 12, n_layers: int = 2, **settings: Any
-) -> Any:
-    """A GPT-2 of transformers' with random weights everywhere, saved into ``folder``."""
-    config = transformers.GPT2Config(
-        **{
-            "vocab_size": 50257, "n_positions": 64, "n_embd": emb_dim, "n_head": n_heads,
-            "n_layer": n_layers, **settings,
-        }
-    )  # fmt: skip
-    torch.manual_seed(3)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
-            parameter.copy_(mean + 0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model
 
 
 @torch.inference_mode()

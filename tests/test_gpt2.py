@@ -1,0 +1,242 @@
+"""configs/gpt2.yaml: losses of pretrained weights, training that goes on from them, sizes side by side."""
+
+import csv
+import json
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Command, python
+from random_gpt2 import random_gpt2
+
+from gpt_lightning import load_model
+from gpt_lightning.data.tokenizer import gpt2_encoding
+from gpt_lightning.pretrained.convert import convert
+
+GPT2 = (f"--config={ROOT}/configs/gpt2.yaml", "--trainer.accelerator=cpu")
+
+
+def validated(command: Command, *arguments: str) -> dict[str, float]:
+    done = command("validate", *GPT2, "--json", *arguments)
+    assert done.code == 0, done.err
+    figures: dict[str, float] = json.loads(done.out)
+    return figures
+
+
+@torch.inference_mode()
+def losses_by_transformers(model: Any, text: str, length: int) -> dict[str, float]:
+    """Token-weighted, and in bits a byte of the targets' text."""
+    split = int(0.9 * len(text))
+    figures = {}
+    for name, part in (("train", text[:split]), ("val", text[split:])):
+        ids = gpt2_encoding().encode(part)
+        starts = range(0, len(ids) - length, length)
+        total = 0.0
+        for start in starts:
+            window = torch.tensor([ids[start : start + length + 1]])
+            # its own labels would shift within the window; the book's targets go one beyond it
+            log_p = model(window[:, :-1]).logits.log_softmax(dim=-1)
+            total -= log_p.gather(2, window[:, 1:, None]).sum().item()
+        tokens = len(starts) * length
+        text_bytes = len(gpt2_encoding().decode_bytes(ids[1 : tokens + 1]))
+        figures |= {
+            f"{name}_loss": total / tokens,
+            f"{name}_perplexity": math.exp(total / tokens),
+            f"{name}_bits_per_byte": total / math.log(2) / text_bytes,
+            f"{name}_tokens": tokens,
+        }
+    return figures
+
+
+@pytest.fixture
+def gpt2(command: Command, tmp_path: Path) -> Any:
+    """A random GPT-2 of 1,024 positions in the working directory's folder ``gpt2``."""
+    return random_gpt2(tmp_path / "gpt2", n_positions=1024)
+
+
+@pytest.mark.usefixtures("verdict_in_cache")
+def test_losses_are_transformers_in_any_batch_and_on_two_processes(
+    gpt2: Any, command: Command, verdict: Path
+) -> None:
+    expected = losses_by_transformers(gpt2, verdict.read_text(encoding="utf-8"), 256)
+    for arguments in ([], ["--data.batch_size=5"]):
+        figures = validated(command, "--init_from=gpt2", *arguments)
+        assert figures == pytest.approx(expected, abs=1e-5, rel=1e-6)
+        assert figures["train_tokens"] == expected["train_tokens"]
+    done = python("-m", "gpt_lightning", "validate", *GPT2, "--json", "--init_from=gpt2",
+                  "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(expected, abs=1e-5, rel=1e-6)
+
+
+def test_validation_reads_well(gpt2: Any, command: Command) -> None:
+    done = command("validate", *GPT2, "--init_from=gpt2", "--data.text=sample")
+    assert done.code == 0, done.err
+    train, val = done.out.splitlines()
+    assert train.startswith("training    loss 1")
+    assert "perplexity" in val
+    assert "bits/byte" in val
+    assert not Path("checkpoints").exists()
+
+
+def fit(command: Command, *arguments: str) -> Any:
+    return command("fit", *GPT2, "--data.text=sample", "--trainer.max_steps=2",
+                   "--data.context_length=16", "--evaluation.eval_iter=1",
+                   "--evaluation.max_new_tokens=3", *arguments)  # fmt: skip
+
+
+def test_training_goes_on_from_gpt2(gpt2: Any, command: Command) -> None:
+    assert (done := fit(command, "--init_from=gpt2")).code == 0, done.err
+    model = load_model("checkpoints/gpt2")
+    assert (model.config.context_length, model.config.qkv_bias) == (1024, True)
+    assert model.config.tied_embeddings
+    moved = (model.tok_emb.weight - gpt2.transformer.wte.weight).abs()
+    assert 0 < moved.max() < 1e-3  # two steps from where it was
+
+    again = "--ckpt_path=last", "--trainer.max_steps=3"
+    assert (done := fit(command, *again)).code == 0, done.err
+
+    done = fit(command, "--init_from=gpt2", "--model.config.tied_embeddings=false", "--run=untied")
+    assert done.code == 0, done.err
+    untied = load_model("checkpoints/untied")
+    assert not untied.config.tied_embeddings
+    assert not torch.equal(untied.out_head.weight, untied.tok_emb.weight)
+
+
+def test_contradictions_are_refused_each_with_both_values(gpt2: Any, command: Command) -> None:
+    done = fit(command, "--init_from=gpt2", "--model.config.emb_dim=32",
+               "--model.config.qkv_bias=false", "--model.config.n_layers=2")  # fmt: skip
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert "model.config.emb_dim is 24 there and 32 here" in done.err
+    assert "model.config.qkv_bias is True there and False here" in done.err
+    assert "n_layers" not in done.err
+    assert not Path("checkpoints").exists()
+
+
+def sizes(command: Command, *arguments: str) -> dict[str, Any]:
+    done = command("report", "sizes", "--prompt=Every effort moves you", "--json",
+                   "--device=cpu", *arguments)  # fmt: skip
+    assert done.code == 0, done.err
+    answer: dict[str, Any] = json.loads(done.out)
+    return answer
+
+
+def test_sizes_side_by_side(gpt2: Any, command: Command, tmp_path: Path) -> None:
+    random_gpt2(tmp_path / "wider", emb_dim=48, n_positions=512)
+    small, wide = sizes(command, "--from", "gpt2", "wider", "--text=sample", "--out=out",
+                        "--context_length=64", "--num_samples=2", "--max_new_tokens=6")["models"]  # fmt: skip
+    assert small["parameters"] == sum(p.numel() for p in gpt2.parameters())
+    assert small["file_bytes"] == (tmp_path / "gpt2" / "model.safetensors").stat().st_size
+    expected = validated(
+        command, "--init_from=gpt2", "--data.text=sample", "--data.context_length=64"
+    )
+    for name in ("train_loss", "val_loss", "train_perplexity", "val_perplexity"):
+        assert small[name] == pytest.approx(expected[name], rel=1e-5)
+    assert wide["parameters"] > small["parameters"]
+    for model in (small, wide):
+        assert model["tokens_per_second"] > 0
+        assert 0 < model["seconds_to_first_token"] < 60
+        assert model["peak_memory_bytes"] > model["parameters"] * 4
+        assert len(model["samples"]) == 2
+        assert all(text.startswith("Every effort moves you") for text in model["samples"])
+    with (tmp_path / "out" / "sizes.csv").open(encoding="utf-8") as file:
+        assert [row["source"] for row in csv.DictReader(file)] == ["gpt2", "wider"]
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text())["models"][0] == small
+    assert (tmp_path / "out" / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+    # the samples are what generate gives with the same seed and settings
+    done = command("generate", "--from=gpt2", "--prompt=Every effort moves you", "--json",
+                   "--num_samples=2", "--max_new_tokens=6", "--temperature=1.5", "--top_k=50",
+                   "--device=cpu")  # fmt: skip
+    assert [sample["text"] for sample in json.loads(done.out)["samples"]] == small["samples"]
+
+
+def test_a_size_that_does_not_fit_is_left_out(gpt2: Any, command: Command, tmp_path: Path) -> None:
+    random_gpt2(tmp_path / "wider", emb_dim=48)
+    arguments = ("--from", "gpt2", "wider", "--max_new_tokens=2", "--num_samples=1")
+    small, wide = sizes(command, *arguments, "--max_memory=0.008")["models"]
+    assert small["skipped"] is None
+    assert wide["skipped"] == "needs about 0.0 GB, 0.0 GB may be taken"
+    assert wide["samples"] == []
+    done = command("report", "sizes", "--prompt=x", *arguments, "--max_memory=0", "--device=cpu")
+    assert done.code == 0
+    assert "gpt2: skipped: needs about" in done.out
+
+
+def test_nothing_imports_tensorflow(gpt2: Any, command: Command) -> None:
+    if find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed: pip install '.[openai]'")
+    arguments = ["fit", *GPT2, "--init_from=gpt2", "--data.text=sample", "--trainer.max_steps=1",
+                 "--data.context_length=16", "--evaluation.eval_iter=1",
+                 "--evaluation.max_new_tokens=2"]  # fmt: skip
+    code = f"""
+import sys, gpt_lightning
+from gpt_lightning.cli import main
+assert main({arguments!r}) == 0
+assert "torch.utils.tensorboard" in sys.modules
+print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow"))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert list(Path("checkpoints/gpt2").glob("events.out.tfevents*"))
+
+
+# of a process that has loaded a model: what it took more than before, over the model's own bytes
+_PEAK = """
+import resource, sys, torch
+from gpt_lightning.pretrained.source import load_model
+import gpt_lightning.model.gpt
+def resident():
+    with open("/proc/self/status") as file:
+        return {line.split()[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Vm")}
+dtype = getattr(torch, sys.argv[2])
+torch.zeros(64, 64, dtype=dtype) @ torch.zeros(64, 64, dtype=dtype)
+before = resident()["VmRSS:"]
+model = load_model(sys.argv[1], dtype=dtype)
+own = sum(p.numel() * p.element_size() for p in model.parameters())
+print((resident()["VmHWM:"] - before) / own)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc"
+)
+@pytest.mark.parametrize("form", ["hf", "lightning", "book"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_the_model_once(tmp_path: Path, form: str, dtype: str) -> None:
+    random_gpt2(tmp_path / "gpt2", emb_dim=768, n_heads=12, n_layers=6, n_positions=1024)
+    source = tmp_path / "gpt2"
+    if form != "hf":
+        suffix = {"lightning": "ckpt", "book": "pth"}[form]
+        source = tmp_path / f"converted.{suffix}"
+        convert(str(tmp_path / "gpt2"), source, form)  # type: ignore[arg-type]
+    done = python("-c", _PEAK, str(source), dtype)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1.15
+
+
+# exercise 5.5 and 5.6 on OpenAI's own weights, from the book's repository
+REAL = {"gpt2-124M": (3.754757, 3.559627), "gpt2-1558M": (3.304631, 3.119515)}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", REAL)
+def test_losses_of_the_real_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the user's own cache: run ``download`` first, or let this one do it."""
+    cache = os.environ.get("GPT_LIGHTNING_CACHE", str(Path.home() / ".cache/gpt_lightning"))
+    environment = os.environ | {"GPT_LIGHTNING_CACHE": cache}
+    done = python("-m", "gpt_lightning", "download", name, env=environment)
+    assert done.returncode == 0, done.stderr
+    done = python("-m", "gpt_lightning", "validate", *GPT2, "--json", f"--init_from={name}",
+                  env=environment, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["train_loss"], figures["val_loss"]) == pytest.approx(REAL[name], abs=2e-3)

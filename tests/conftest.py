@@ -101,7 +101,8 @@ def reference(name: str) -> dict[str, Any]:
 
 
 def python(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """This Python in a process of its own."""
+    """This Python in a process of its own, which fails the test where it hangs."""
+    settings.setdefault("timeout", 300)
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, **settings
     )

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -111,7 +112,8 @@ def handler(host: Host) -> type[BaseHTTPRequestHandler]:
                     host.wrong.append(f"{host.watched} is there before it is whole")
                 if fault in ("cut", "long", "no length"):
                     self.close_connection = True
-                    self.connection.shutdown(socket.SHUT_RDWR)
+                    with suppress(OSError):  # the client was faster
+                        self.connection.shutdown(socket.SHUT_RDWR)
 
     return Handler
 

@@ -30,6 +30,7 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning convert", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
+    add("--config", action="config", help="These settings from a YAML file.")
     add(
         "source", type=str, help="A run, a checkpoint, a .pth, a folder with GPT-2's files, a name."
     )

@@ -104,6 +104,7 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning download", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
+    add("--config", action="config", help="These settings from a YAML file.")
     add("name", type=str, help="gpt2-124M, gpt2-355M, gpt2-774M or gpt2-1558M.")
     add(
         "--source",

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.formats import write_lightning
 from gpt_lightning.pretrained.huggingface import write_huggingface
@@ -63,10 +65,8 @@ def _whole_or_not_at_all(dest: Path) -> Iterator[Path]:
             _sync(hidden)
         hidden.rename(dest)
         _sync(dest.parent)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's and Rust's writers hide a full disk in others
+    # in torch's and safetensors' own errors there may be a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, FileExistsError):
             raise
         raise OSError(f"dest: {dest} cannot be written ({error}); is there room?") from error

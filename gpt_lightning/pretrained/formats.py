@@ -1,8 +1,11 @@
 """The forms in which weights lie on disk, each read into the same thing: a :class:`Source`."""
 
+import ctypes
+import mmap
 import pickle
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gpt_lightning.model.config import GPTConfig
 
@@ -25,12 +29,14 @@ class Source:
             :func:`take_weights` does.
         optimizer_state: What ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
         assumed: Keys of ``config`` that the file does not tell, so that another value is no contradiction.
+        let_go: Drops from memory what was read of the mapped file so far, see :func:`let_go_of`.
     """
 
     config: GPTConfig
     state_dict: dict[str, Tensor]
     optimizer_state: dict[str, Any] | None = None
     assumed: frozenset[str] = frozenset()
+    let_go: Callable[[], object] = lambda: None
 
 
 def take_weights(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -41,8 +47,17 @@ def take_weights(source: Source, dtype: torch.dtype | None = None) -> dict[str, 
     """
     weights = {}
     for name in list(source.state_dict):
-        weights[name] = source.state_dict.pop(name).to(dtype=dtype).contiguous()
+        weights[name] = _contiguous(source.state_dict.pop(name), dtype)
+        source.let_go()
     return weights
+
+
+def _contiguous(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In one step, without a copy between a transposed tensor and a converted one."""
+    dtype = dtype or tensor.dtype
+    if tensor.is_contiguous() and tensor.dtype == dtype:
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def with_head(source: Source, *, tied: bool) -> Source:
@@ -106,6 +121,28 @@ def read_torch(path: Path) -> Any:
         raise ValueError(
             f"{path}: is no file of torch.save, or is damaged; give another"
         ) from error
+
+
+def let_go_of(content: Any) -> Callable[[], object]:
+    """What drops the pages of the file from memory that :func:`read_torch` has mapped for ``content``.
+
+    All its tensors are in one mapping, whose pages stay in memory once they were read, also when their
+    tensor was copied and is gone. A dropped page is read anew when it is needed; none was written to.
+    On Linux only: elsewhere the system alone decides, when memory becomes scarce.
+    """
+    tensor = next((leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)), None)
+    maps = Path("/proc/self/maps")
+    if tensor is None or not maps.exists():
+        return lambda: None
+    address = tensor.untyped_storage().data_ptr()
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        where, access, _, _, inode = line.split()[:5]
+        begin, end = (int(part, 16) for part in where.split("-"))
+        if begin <= address < end and access.endswith("p") and inode != "0":
+            madvise = ctypes.CDLL(None).madvise
+            arguments = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
+            return lambda: madvise(*arguments, mmap.MADV_DONTNEED)
+    return lambda: None
 
 
 def is_lightning(content: Any) -> bool:

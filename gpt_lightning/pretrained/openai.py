@@ -2,11 +2,12 @@
 
 TensorFlow costs 1.3 GB on disk and 6 s to import, so it runs in a process of its own (``openai_tf.py``)
 that turns the checkpoint into a safetensors file under OpenAI's names and back. That file is kept in the
-cache under the checkpoint's sum: the same checkpoint is turned once.
+cache under the checkpoint's sum, with a sum of its own: the same checkpoint is turned once.
 """
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,14 @@ from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import Source
 from gpt_lightning.pretrained.gpt2_names import GPT2Name, gpt2_names
-from gpt_lightning.pretrained.huggingface import read_json, read_tensor, tensor_names, write_json
+from gpt_lightning.pretrained.huggingface import (
+    WEIGHTS,
+    read_json,
+    read_tensor,
+    tensor_names,
+    write_json,
+)
+from gpt_lightning.pretrained.manifest import damaged_files, write_manifest
 
 CHECKPOINT = "model.ckpt"
 INDEX, DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"
@@ -119,14 +127,17 @@ def _as_safetensors(folder: Path) -> Path:
     for name in (INDEX, DATA):
         with (folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
-    kept = cache_folder() / "from-tensorflow" / f"{key.hexdigest()}.safetensors"
-    if not kept.exists():
+    kept = cache_folder() / "from-tensorflow" / key.hexdigest()
+    if not kept.exists() or damaged_files(kept):
+        shutil.rmtree(kept, ignore_errors=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as scratch:
             written = Path(scratch) / kept.name
-            _run_tensorflow("read", folder / CHECKPOINT, written)
-            written.replace(kept)
-    return kept
+            written.mkdir()
+            _run_tensorflow("read", folder / CHECKPOINT, written / WEIGHTS)
+            write_manifest(written, [WEIGHTS])
+            written.rename(kept)
+    return kept / WEIGHTS
 
 
 def _run_tensorflow(act: str, source: Path, target: Path) -> None:

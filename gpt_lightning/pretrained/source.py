@@ -1,5 +1,6 @@
 """SOURCE, wherever a command takes one, to weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from gpt_lightning.pretrained.formats import (
     Source,
     check_records,
     is_lightning,
+    let_go_of,
     read_lightning,
     read_torch,
     take_weights,
@@ -84,7 +86,7 @@ def load_model(
         raise ValueError(
             f"n_heads: {source} has {found.config.n_heads}, not {n_heads}; leave it out"
         )
-    return build_model(found, device=device, dtype=dtype)
+    return build_model(replace(found, optimizer_state=None), device=device, dtype=dtype)
 
 
 def build_model(
@@ -121,15 +123,19 @@ def _read_file(path: Path, n_heads: int | None) -> Source:
     check_records(path)
     content = read_torch(path)
     if is_lightning(content):
-        return read_lightning(content)
-    if is_book(content):
-        return read_book(content, path, n_heads)
-    if is_nanogpt(content):
-        return read_nanogpt(content, path)
-    raise ValueError(
-        f"{path}: is no checkpoint of gpt_lightning, nor the book's model.pth or "
-        "model_and_optimizer.pth, nor nanoGPT's ckpt.pt; give another"
-    )
+        found = read_lightning(content)
+    elif is_book(content):
+        found = read_book(content, path, n_heads)
+    elif is_nanogpt(content):
+        found = read_nanogpt(content, path)
+    else:
+        raise ValueError(
+            f"{path}: is no checkpoint of gpt_lightning, nor the book's model.pth or "
+            "model_and_optimizer.pth, nor nanoGPT's ckpt.pt; give another"
+        )
+    let_go = let_go_of(content)
+    let_go()
+    return replace(found, let_go=let_go)
 
 
 def _check(found: Source, source: str) -> None:

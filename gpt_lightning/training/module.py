@@ -200,13 +200,14 @@ class GPTLightningModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what :class:`TokenMean` says of each split."""
-        for split in SPLITS:
+        for split, _ in zip(SPLITS, self.trainer.num_val_batches, strict=False):
             mean = self._mean(split)
-            if mean.update_called:
-                for name, value in mean.compute().items():
-                    # equal on all ranks by now
-                    self.log(f"{split}_{name}", value, sync_dist=True)
-                mean.reset()
+            if not mean.update_called:  # no batch was left for this rank; the others wait for it
+                mean.update(torch.zeros((), device=self.device), 0)
+            for name, value in mean.compute().items():
+                # equal on all ranks by now
+                self.log(f"{split}_{name}", value, sync_dist=True)
+            mean.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen

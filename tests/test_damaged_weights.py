@@ -1,0 +1,349 @@
+"""Weights that are damaged, contradict themselves or are none: exit code 2, one line, no DEST."""
+
+import json
+import os
+import random
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import book
+import pytest
+import torch
+from conftest import Command, Done, python
+from random_gpt2 import random_gpt2
+from safetensors.torch import load_file, save_file
+
+from gpt_lightning.pretrained.convert import convert
+from gpt_lightning.pretrained.manifest import MANIFEST
+
+needs_tensorflow = pytest.mark.skipif(
+    find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"
+)
+DATA, INDEX = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2 in each form that needs no TensorFlow to be written."""
+    folder = tmp_path_factory.mktemp("whole")
+    random_gpt2(folder / "theirs", vocab_size=300, n_layer=1)
+    convert(str(folder / "theirs"), folder / "hf", "hf")
+    convert(str(folder / "theirs"), folder / "ours.ckpt", "lightning")
+    convert(str(folder / "theirs"), folder / "model.pth", "book")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_openai(whole: Path) -> Path:
+    convert(str(whole / "theirs"), whole / "tf", "openai-tf")
+    return whole / "tf"
+
+
+@pytest.fixture
+def refuse(command: Command) -> Any:
+    """Convert ``source``, which must be refused in one line that has each of ``parts``, with no DEST."""
+
+    def run(source: str, *parts: str, form: str = "hf", options: tuple[str, ...] = ()) -> Done:
+        before = sorted(os.listdir())
+        done = command("convert", source, "dest", "--format", form, "--n_heads=12", *options)
+        assert done.code == 2, (done.out, done.err)
+        assert done.out == ""
+        assert done.err.startswith("gpt_lightning: error: ")
+        assert done.err.count("\n") == 1, done.err
+        for part in parts:
+            assert part in done.err
+        assert sorted(os.listdir()) == before  # nothing written, nothing left over
+        return done
+
+    return run
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(share * path.stat().st_size))
+
+
+@pytest.mark.parametrize("name", ["ours.ckpt", "model.pth"])
+def test_damaged_file(refuse: Any, whole: Path, tmp_path: Path, name: str) -> None:
+    size = (whole / name).stat().st_size
+    rng = random.Random(0)
+    for at in [0, 30, size - 1, *(rng.randrange(size) for _ in range(12))]:
+        shutil.copy(whole / name, tmp_path / name)
+        flip(tmp_path / name, at)
+        done_or_same(refuse, name, whole, tmp_path)
+    for share in (0.0, 0.3, 0.99):
+        shutil.copy(whole / name, tmp_path / name)
+        cut(tmp_path / name, share)
+        refuse(name, name, "is damaged")
+
+
+def done_or_same(refuse: Any, name: str, whole: Path, tmp_path: Path) -> None:
+    """Refused; but for a bit of the padding between the records, which carries nothing."""
+    from gpt_lightning.pretrained.source import read_source
+
+    try:
+        found = read_source(str(tmp_path / name), n_heads=12)
+    except ValueError:
+        refuse(name, name)
+        return
+    expected = read_source(str(whole / name), n_heads=12)
+    assert found.config == expected.config
+    for key, tensor in expected.state_dict.items():
+        assert torch.equal(found.state_dict[key], tensor), f"silently another {key}"
+
+
+def test_damaged_safetensors(refuse: Any, whole: Path, tmp_path: Path) -> None:
+    size = (whole / "hf" / "model.safetensors").stat().st_size
+    rng = random.Random(1)
+    for at in [0, 8, 100, size - 1, *(rng.randrange(size) for _ in range(6))]:
+        shutil.copytree(whole / "hf", tmp_path / "hf", dirs_exist_ok=True)
+        flip(tmp_path / "hf" / "model.safetensors", at)
+        refuse("hf", "model.safetensors", "is missing or damaged")
+    # also without a manifest what is cut off or no header is noticed
+    (tmp_path / "hf" / MANIFEST).unlink()
+    for share in (0.0, 0.0001, 0.5, 0.999):
+        shutil.copy(whole / "hf" / "model.safetensors", tmp_path / "hf")
+        cut(tmp_path / "hf" / "model.safetensors", share)
+        refuse("hf", "model.safetensors", "is damaged")
+
+
+@pytest.mark.parametrize("length", [10 * 10**9, 2**63 + 5, 99_000_000])
+def test_safetensors_header_that_claims_too_much(
+    refuse: Any, whole: Path, tmp_path: Path, length: int
+) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    refuse("hf", "model.safetensors", "is damaged")
+
+
+def test_safetensors_tensors_that_claim_too_much(refuse: Any, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    header = json.dumps(
+        {
+            "transformer.wte.weight": {
+                "dtype": "F32",
+                "shape": [2**40, 2**20],
+                "data_offsets": [0, 2**62],
+            }
+        }
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header + b"\0" * 64
+    (tmp_path / "hf" / "model.safetensors").write_bytes(content)
+    refuse("hf", "model.safetensors", "is damaged")
+
+
+def test_damaged_manifest(refuse: Any, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "hf", tmp_path / "hf")
+    for content in ("{", "[]", '{"files": 3}', '{"files": {"config.json": {}}}'):
+        (tmp_path / "hf" / MANIFEST).write_text(content)
+        refuse("hf", MANIFEST, "is damaged")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cause"),
+    [
+        ("n_embd", 36, "its architecture says"),
+        ("n_positions", 65, "its architecture says"),
+        ("n_layer", 2, "has no transformer.h.1."),
+        ("n_head", 5, "not divisible"),
+        ("n_layer", "two", "n_layer is 'two'"),
+        ("n_layer", 10**9, "has no transformer.h.1."),
+        ("n_inner", 7, "n_inner is 7"),
+        ("activation_function", "relu", "activation_function is 'relu'"),
+        ("model_type", "llama", "model_type is 'llama'"),
+        ("tie_word_embeddings", False, "has no lm_head.weight"),
+        ("resid_pdrop", 3, "drop_rate: 3"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_config_that_contradicts_the_weights(
+    refuse: Any, whole: Path, tmp_path: Path, key: str, value: Any, cause: str
+) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**settings, key: value}))
+    refuse("hf", cause)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_config_that_is_none(refuse: Any, whole: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_bytes(content)
+    refuse("hf", "config.json: is no JSON")
+
+
+def test_missing_and_foreign_tensors(refuse: Any, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    missing = {n: t for n, t in tensors.items() if n != "transformer.h.0.mlp.c_fc.bias"}
+    save_file(missing, path)
+    refuse("hf", "has no transformer.h.0.mlp.c_fc.bias")
+    save_file({**tensors, "transformer.h.0.crossattention.bias": torch.ones(2)}, path)
+    refuse("hf", "has transformer.h.0.crossattention.bias")
+    save_file({**tensors, "transformer.ln_f.bias": torch.ones(24, dtype=torch.int64)}, path)
+    refuse("hf", "final_norm.bias holds torch.int64")
+
+    saved = torch.load(whole / "model.pth", weights_only=True)
+    without = {n: t for n, t in saved.items() if n != "trf_blocks.0.att.W_key.weight"}
+    torch.save(without, "part.pth")
+    refuse("part.pth", "has no trf_blocks.0.att.qkv.weight")
+    torch.save(saved | {"trf_blocks.0.norm1.scale": torch.ones(5)}, "shape.pth")
+    refuse("shape.pth", "norm1.weight is (5,), its architecture says (24,)")
+
+
+def test_shards_that_are_not_there(refuse: Any, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "part.safetensors")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    names = load_file(tmp_path / "hf" / "part.safetensors")
+    for weight_map, cause in [
+        (dict.fromkeys(names, "other.safetensors"), "other.safetensors"),
+        (dict.fromkeys(names, "../part.safetensors"), "which is not in its folder"),
+        (
+            {**dict.fromkeys(names, "part.safetensors"), "more": "part.safetensors"},
+            "more is not in",
+        ),
+        (None, "has no weight_map"),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refuse("hf", cause)
+
+
+class Canary:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("canary",)
+
+
+@pytest.mark.parametrize("key", [None, "model_state_dict", "model_args", "state_dict"])
+def test_code_is_not_run(refuse: Any, whole: Path, tmp_path: Path, key: str | None) -> None:
+    content: Any = Canary() if key is None else {key: Canary()}
+    for modern in (True, False):
+        torch.save(content, "evil.pth", _use_new_zipfile_serialization=modern)
+        refuse("evil.pth", "evil.pth")
+    import pickle
+
+    Path("evil.pth").write_bytes(pickle.dumps(content))
+    refuse("evil.pth", "evil.pth")
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    shutil.copy("evil.pth", tmp_path / "hf" / "pytorch_model.bin")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    refuse("hf", "holds none of")
+    assert not Path("canary").exists()
+
+
+def test_folder_that_is_none(refuse: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refuse("empty", "last.ckpt", "config.json with model.safetensors",
+           "hparams.json with model.ckpt.index")  # fmt: skip
+    refuse("nowhere", "nowhere: does not exist", "gpt2-124M")
+
+
+def test_dest(command: Command, refuse: Any, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    for dest, form, cause in [
+        ("hf", "hf", "dest: hf exists"),
+        ("no/such", "hf", "dest: no is no folder"),
+        ("x", "book", "call it x.pth"),
+        ("x.pth", "lightning", "call it x.pth.ckpt"),
+    ]:
+        done = command("convert", "hf", dest, "--format", form)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert cause in done.err
+    os.symlink("nowhere", "link")
+    assert "link exists" in command("convert", "hf", "link", "--format=hf").err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    assert sorted(os.listdir()) == ["hf", "link"]
+    untied = book.BookGPT({"vocab_size": 300, "context_length": 8, "emb_dim": 24, "n_heads": 12,
+                           "n_layers": 1, "drop_rate": 0.0, "qkv_bias": True})  # fmt: skip
+    torch.save(untied.state_dict(), "untied.pth")
+    refuse("untied.pth", "no place for a head of its own", form="openai-tf")
+
+
+# like a disk that is full after some bytes; the signal would end the process, as no disk does
+_LIMITED = """
+import resource, signal, sys
+from gpt_lightning.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "dest"), [("hf", "d"), ("lightning", "d.ckpt"), ("book", "d.pth")]
+)
+def test_full_disk(whole: Path, tmp_path: Path, form: str, dest: str) -> None:
+    random_gpt2(tmp_path / "theirs", vocab_size=30000, n_layer=1)
+    for limit in (1, 500_000):
+        done = python("-c", _LIMITED, str(limit), "convert", "theirs", dest, "--format", form,
+                      cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert f"dest: {dest} cannot be written" in done.stderr
+        assert os.listdir(tmp_path) == ["theirs"]
+
+
+# --- OpenAI's form --------------------------------------------------------------------------------
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("file", [DATA, INDEX])
+def test_damaged_openai(refuse: Any, whole_openai: Path, tmp_path: Path, file: str) -> None:
+    size = (whole_openai / file).stat().st_size
+    for manifest in (True, False):  # TensorFlow has sums of its own
+        for damage in (lambda p: flip(p, size // 3), lambda p: cut(p, 0.7)):
+            shutil.copytree(whole_openai, tmp_path / "tf", dirs_exist_ok=True)
+            damage(tmp_path / "tf" / file)
+            if not manifest:
+                (tmp_path / "tf" / MANIFEST).unlink()
+            refuse("tf", "damaged" if manifest else "TensorFlow cannot read it")
+    (tmp_path / "tf" / DATA).unlink()
+    refuse("tf", DATA)
+
+
+@needs_tensorflow
+def test_openai_that_contradicts_itself(refuse: Any, whole_openai: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_openai, tmp_path / "tf")
+    (tmp_path / "tf" / MANIFEST).unlink()
+    hparams = tmp_path / "tf" / "hparams.json"
+    settings = json.loads(hparams.read_text())
+    for changes, cause in [
+        ({"n_layer": 2}, "has no variable model/h1/"),
+        ({"n_embd": 36}, "its architecture says"),
+        ({"n_ctx": None}, "n_ctx is None"),
+    ]:
+        hparams.write_text(json.dumps(settings | changes))
+        refuse("tf", cause)
+
+
+@needs_tensorflow
+def test_full_disk_under_openai(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "theirs", tmp_path / "theirs")
+    done = python("-c", _LIMITED, "20000", "convert", "theirs", "d", "--format", "openai-tf",
+                  cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert os.listdir(tmp_path) == ["theirs"]
+
+
+def test_openai_without_tensorflow(
+    refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_lightning.pretrained.openai.find_spec", lambda _: None)
+    (tmp_path / "tf").mkdir()
+    hparams = {"n_vocab": 300, "n_ctx": 64, "n_embd": 24, "n_head": 12, "n_layer": 1}
+    (tmp_path / "tf" / "hparams.json").write_text(json.dumps(hparams))
+    for name in (DATA, INDEX):
+        (tmp_path / "tf" / name).write_bytes(b"x")
+    (tmp_path / "cache" / "from-tensorflow").mkdir(parents=True)
+    refuse("tf", "needs TensorFlow", "gpt-lightning[openai]")

@@ -172,7 +172,7 @@ def test_a_run_in_the_folder_is_not_overwritten(command: Command, tmp_path: Path
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:10_000])
-    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt: ", "is damaged")
+    refused(command(*arguments, "--ckpt_path=last"), "last.ckpt is damaged: it has 10,000 bytes")
 
 
 class NotTheVerdict(BaseHTTPRequestHandler):

@@ -34,7 +34,16 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
     folder = Path("checkpoints/quickstart")
     events = [name for name in os.listdir(folder) if name.startswith("events.out.tfevents")]
     assert sorted(os.listdir(folder)) == sorted(
-        ["best.ckpt", "config.yaml", "last.ckpt", "loss.png", "metrics.csv", *events]
+        [
+            "best.ckpt",
+            "config.yaml",
+            "last.ckpt",
+            "loss.png",
+            "manifest.json",
+            "metrics.csv",
+            "previous.ckpt",
+            *events,
+        ]  # fmt: skip
     )
     assert len(events) == 1
 

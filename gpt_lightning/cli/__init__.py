@@ -23,24 +23,27 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for a user's mistake, 130 for an interrupt."""
+    """Run one command; returns its exit code.
+
+    0; 2 for a user's mistake; 1 for a run that failed or a check that did; 130 or 143 for one that was
+    stopped by SIGINT or SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        _run(arguments)
-    except (ValueError, OSError) as error:
+        return _run(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
         print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as interrupt:
         print(f"{PROG}: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     match arguments:
         case [] | ["-h" | "--help", *_]:
             print(_help())
@@ -54,7 +57,8 @@ def _run(arguments: list[str]) -> None:
 
                 raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
             module, function, _ = VERBS[verb]
-            getattr(import_module(f"{__name__}.{module}"), function)(rest)
+            return getattr(import_module(f"{__name__}.{module}"), function)(rest) or 0
+    return 0
 
 
 def _help() -> str:

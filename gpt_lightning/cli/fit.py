@@ -22,11 +22,14 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.windows import Rng
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
 from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.training.bad_steps import BadSteps, OnBadStep
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
-from gpt_lightning.training.checkpoint import checkpoint_to_resume, checkpointing
+from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
 from gpt_lightning.training.history import RunHistory
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
+from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
+from gpt_lightning.training.saving import checkpointing
 
 RUNS = Path("checkpoints")
 
@@ -40,10 +43,11 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")
 
 
-def fit(arguments: list[str]) -> None:
+def fit(arguments: list[str]) -> int:
     """Train. Where old state comes from, first that applies:
 
-    1. ``--ckpt_path``: the same run goes on, with its weights, optimizer, position and random numbers.
+    1. ``--ckpt_path``: the same run goes on, with its weights, optimizer, position and random numbers;
+       with 'auto' where it has been begun, else it is begun.
     2. ``--init_from``: a new run with old weights, and old moments with ``--init_optimizer true``.
     3. Neither: a new run from the seed.
     In the first two the architecture is that of the old weights, and a configuration that names another
@@ -54,7 +58,7 @@ def fit(arguments: list[str]) -> None:
     if cli.source is not None:
         cli.model.start_from(cli.source, with_optimizer=bool(config.init_optimizer))
     if _is_rank_zero():
-        if ckpt_path is None:
+        if ckpt_path is None and not cli.begins_or_goes_on:
             _refuse_a_run_that_is_there(folder)
         _check_data(cli)
     try:
@@ -65,8 +69,14 @@ def fit(arguments: list[str]) -> None:
         raise ValueError(f"trainer: {error}") from error
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
-    if cli.trainer.is_global_zero:
+    if not cli.trainer.is_global_zero:
+        return 0  # of several processes one tells
+    if cli.preemption.received is not None:
+        cli.preemption.requeue()
+        print(f"{folder}: stopped; --ckpt_path last goes on", file=sys.stderr)
+    else:
         print(f"{folder}: done; tensorboard --logdir {folder.parent} shows it", file=sys.stderr)
+    return cli.preemption.exit_code
 
 
 def _is_rank_zero() -> bool:
@@ -139,6 +149,7 @@ class ConfigOfRun(SaveConfigCallback):
             "ckpt_path",
             "init_from",
             "init_optimizer",
+            "allow_import",
         ):  # done once, not settings
             config.pop(act, None)
         begun = ""
@@ -164,6 +175,8 @@ class TrainingCLI(LightningCLI):
         self.verb = verb
         self.arguments = arguments
         self.ckpt_path: Path | None = None  # what fit goes on from
+        self.begins_or_goes_on = False  # --ckpt_path auto
+        self.preemption = Preemption()
         self.source: Source | None = None  # what it begins with, or validate looks at
         super().__init__(
             GPTLightningModule,
@@ -202,7 +215,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
-            help="Go on with the run: last, best or a checkpoint's path.",
+            help="Go on with the run: last, best or a checkpoint's path; auto: last where there is one.",
         )
         parser.add_argument(
             "--init_from",
@@ -214,6 +227,32 @@ class TrainingCLI(LightningCLI):
             type=bool,
             default=False,
             help="Whether the optimizer's state comes from --init_from too.",
+        )
+        parser.add_argument(
+            "--allow_import",
+            type=str,
+            action="append",
+            help="A package, besides ours, lightning and torch, that class paths in a YAML file may "
+            "name; repeatable.",
+        )
+        parser.add_argument(
+            "--bad_steps",
+            type=OnBadStep,
+            default="stop",
+            help="What a loss or gradient that is not finite does: stop the run before the update, "
+            "or skip the update.",
+        )
+        parser.add_argument(
+            "--max_bad_steps",
+            type=int,
+            default=10,
+            help="Skipped updates in a row after which the run stops.",
+        )
+        parser.add_argument(
+            "--skip_spikes",
+            type=bool,
+            default=False,
+            help="Whether updates 6 standard deviations off the 128 before are skipped too.",
         )
         if self.verb == "validate":
             parser.add_argument(
@@ -245,6 +284,9 @@ class TrainingCLI(LightningCLI):
             linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
             given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
             named = given.get("model", {}).get("config") or {}
+        if self.verb == "fit" and config.ckpt_path == "auto":
+            self.begins_or_goes_on = True
+            config.ckpt_path = "last" if self._has_begun() else None
         if self.verb == "fit" and config.ckpt_path:
             self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
         elif source := self._source_name():
@@ -259,6 +301,9 @@ class TrainingCLI(LightningCLI):
         else:
             return
         config.model.config = Namespace(**asdict(adopted))
+
+    def _has_begun(self) -> bool:
+        return any((self.folder / name).is_file() for name in (LAST, PREVIOUS))
 
     def _source_name(self) -> str | None:
         config = self.config
@@ -283,7 +328,12 @@ class TrainingCLI(LightningCLI):
         if self.verb == "fit":
             leaves_traces = not settings.get("fast_dev_run")
             saves = leaves_traces and settings.get("enable_checkpointing") is not False
-            callbacks += self._watchers(leaves_traces)
+            config = self.config
+            callbacks += [
+                BadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
+                *self._watchers(leaves_traces),
+                self.preemption,
+            ]
             checkpoints, checkpoint_io = checkpointing(
                 self.folder, **self.config.checkpoint.as_dict()
             )

@@ -4,6 +4,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import pairwise
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -19,11 +20,18 @@ _BAD_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<cause>.*)', re.DOTA
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Parse with a parser made with ``exit_on_error=False``; its errors come as one-line ``ValueError``."""
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_IMPORTS)
+    allowed = ALLOWED_IMPORTS + _values_of("--allow_import", arguments)
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
+
+
+def _values_of(option: str, arguments: list[str]) -> list[str]:
+    """What the command line itself gives; a YAML file cannot allow what it names."""
+    following = [value for name, value in pairwise(arguments) if name == option]
+    return following + [a.partition("=")[2] for a in arguments if a.startswith(f"{option}=")]
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -40,7 +48,7 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if match := _NOT_ALLOWED.search(message):
         return (
             f"{match['path']}: is not imported from a configuration, which may come from anywhere; "
-            f"only from {', '.join(ALLOWED_IMPORTS)}"
+            f"only from {', '.join(ALLOWED_IMPORTS)}, or what --allow_import names"
         )
     if match := _UNKNOWN_IN_GROUP.search(message):
         key = f"{match['group']}.{match['key']}"

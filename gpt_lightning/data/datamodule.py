@@ -21,6 +21,7 @@ class TextDataModule(LightningDataModule):
         context_length: Tokens in a window; none: the model's context_length.
         stride: Tokens from one window's start to the next; none: the window's length.
         batch_size: Windows a step on each device.
+        num_workers: Threads that read batches ahead; the batches are the same with any number.
         seed: What the order of the windows depends on.
         rng: 'step': the order is a function of seed and epoch. 'global': it is drawn on torch's global
             generator, as the book's is.
@@ -33,6 +34,7 @@ class TextDataModule(LightningDataModule):
         context_length: int | None = None,
         stride: int | None = None,
         batch_size: int = 2,
+        num_workers: int = 0,
         seed: int = 123,
         rng: Rng = "step",
     ) -> None:
@@ -44,6 +46,8 @@ class TextDataModule(LightningDataModule):
         ]:
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: {value} is too small; give 1 or more")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: {num_workers} is negative; give 0 or more")
         if not 0.0 < train_ratio < 1.0:
             raise ValueError(
                 f"data.train_ratio: {train_ratio} leaves a split empty; give a share between 0 and 1"
@@ -53,6 +57,7 @@ class TextDataModule(LightningDataModule):
         self.context_length = context_length
         self.stride = stride
         self.batch_size = batch_size
+        self.num_workers = num_workers
         self.seed = seed
         self.rng: Rng = rng
         self._windows: dict[str, NDArray[np.uint16]] = {}
@@ -111,10 +116,15 @@ class TextDataModule(LightningDataModule):
             self.batch_size,
             seed=self.seed,
             rng=self.rng,
+            num_workers=self.num_workers,
+            pin_memory=self._on_gpu(),
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size(),
             **settings,
         )
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1

@@ -3,7 +3,9 @@
 L is the window length (the model's ``context_length`` unless asked otherwise).
 """
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -51,7 +53,13 @@ class WindowLoader:
         drop_last: Whether a last batch shorter than the others is left out.
         max_batches: Where a pass ends that is to be cut short (Lightning's ``limit_train_batches``); none:
             with the last batch. ``len`` does not know it.
+        num_workers: Threads that read batches ahead; with none each is read when it is asked for. The
+            batches are the same.
+        pin_memory: Whether they are put where a GPU can copy them from while it computes.
         rank: Which slice of each global batch, ``world_size * batch_size`` windows, this process takes.
+
+    Attributes:
+        handed_out: ``(B,)``, the numbers of the last batch's windows.
     """
 
     def __init__(
@@ -64,6 +72,8 @@ class WindowLoader:
         max_batches: int | None = None,
         seed: int = 0,
         rng: Rng = "step",
+        num_workers: int = 0,
+        pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -74,8 +84,11 @@ class WindowLoader:
         self.max_batches = max_batches
         self.seed = seed
         self.rng = rng
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self.rank = rank
         self.world_size = world_size
+        self.handed_out = np.empty(0, dtype=np.int64)
         self._epoch = -1
         self._batches = 0
         self._order_seed = 0
@@ -94,15 +107,12 @@ class WindowLoader:
         if not (self._resuming and self._batches < end):
             self._begin_epoch()
         self._resuming = False
-        order = self._order()
-        while self._batches < end:
-            start = self._batches * self._global_batch + self.rank * self.batch_size
+        for numbers, batch in self._read_ahead(self._order(), range(self._batches, end)):
             self._batches += 1
-            chosen = order[start : start + self.batch_size]
-            if not len(chosen):  # a short last batch leaves nothing for this rank
+            if not len(numbers):  # a short last batch leaves nothing for this rank
                 return
-            ids = torch.from_numpy(self.windows[chosen].astype(np.int64))
-            yield ids[:, :-1], ids[:, 1:]
+            self.handed_out = numbers
+            yield batch
 
     def _begin_epoch(self) -> None:
         self._epoch += 1
@@ -112,6 +122,31 @@ class WindowLoader:
             self._order_seed = _draw_from_global_generator() if self.shuffle else 0
         else:
             self._order_seed = seed_from(self.seed, self._epoch)
+
+    def _read_ahead(
+        self, order: NDArray[np.int64], batches: range
+    ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+        """Each batch's window numbers, and the batch."""
+
+        def read(batch: int) -> tuple[NDArray[np.int64], Batch]:
+            start = batch * self._global_batch + self.rank * self.batch_size
+            numbers = order[start : start + self.batch_size]
+            ids = torch.from_numpy(self.windows[numbers].astype(np.int64))
+            if self.pin_memory:
+                ids = ids.pin_memory()
+            return numbers, (ids[:, :-1], ids[:, 1:])
+
+        if not self.num_workers:
+            yield from map(read, batches)
+            return
+        with ThreadPoolExecutor(self.num_workers) as workers:
+            ahead: deque[Future[tuple[NDArray[np.int64], Batch]]] = deque()
+            for batch in batches:
+                ahead.append(workers.submit(read, batch))
+                if len(ahead) > 2 * self.num_workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def _order(self) -> NDArray[np.int64]:
         n = len(self.windows)

@@ -100,9 +100,9 @@ class LossEvaluation(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if trainer.global_step % self.eval_freq == 0:  # the norm before clipping
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+        if trainer.global_step % self.eval_freq == 0:
+            assert isinstance(pl_module, GPTLightningModule)
+            self._grad_norm = float(pl_module.grad_norm())
 
     def on_train_batch_end(
         self,

@@ -1,68 +1,76 @@
-"""A run's checkpoints: ``last`` and ``best`` in its folder, each there whole or not at all."""
+"""Checkpoints on disk: written whole or not at all, held against their sums when they are read.
 
-import math
+A save writes beside its target, syncs, records the file's sum in ``manifest.json``, keeps the ``last.ckpt``
+there is as ``previous.ckpt``, renames, and syncs the folder. At every moment in between each file that has
+a name is whole and its sum is recorded.
+"""
+
+import hashlib
+import json
 import os
+import sys
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import checkpoint_config, read_checkpoint
+from gpt_lightning.pretrained.formats import check_records, checkpoint_config, read_checkpoint
+from gpt_lightning.pretrained.manifest import MANIFEST, sha256_of
 from gpt_lightning.pretrained.source import find_checkpoint
 from gpt_lightning.training.module import agreed_architecture
-from gpt_lightning.training.progress import total_steps
 
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 
-def checkpointing(
-    folder: Path,
-    every_n_train_steps: int | None = None,
-    best: bool = True,
-    asynchronous: bool = False,
-) -> tuple["RunCheckpoints", "DurableCheckpointIO"]:
-    """What is behind the settings ``checkpoint.*``.
-
-    Args:
-        folder: The run's.
-        every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
-        best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
-            in memory.
-        asynchronous: Whether training goes on while a copy is written; costs a checkpoint's size in memory.
-    """
-    return RunCheckpoints(folder, every_n_train_steps, best), DurableCheckpointIO(asynchronous)
+# what torch.load(weights_only=True) gives back as it was; by type, for a numpy float is a float too
+_PRIMITIVES = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
+_CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 
 
 class DurableCheckpointIO(CheckpointIO):
-    """Writes beside the target, syncs, renames, syncs the folder; reads tensors and primitives only.
+    """Saves durably, loads tensors and primitives only and only what its manifest knows.
 
     Args:
         asynchronous: Whether a copy of the checkpoint is written by a thread while training goes on. It
-            costs the checkpoint's size in memory; each file still becomes visible only when it is whole
-            and synced. One save is under way at a time, and an error of one is raised by the next.
+            costs the checkpoint's size in memory; one save is under way at a time.
+        keep_previous: Whether the last.ckpt that is replaced is kept as previous.ckpt.
+
+    Attributes:
+        failure: What went wrong with the newest save that has ended, on the rank that writes. It is not
+            raised: the other ranks wait for that rank at a barrier. Whoever reads it takes it away.
     """
 
-    def __init__(self, asynchronous: bool = False) -> None:
+    def __init__(self, asynchronous: bool = False, keep_previous: bool = True) -> None:
+        self.keep_previous = keep_previous
+        self.failure: OSError | None = None
         self._writer = ThreadPoolExecutor(max_workers=1) if asynchronous else None
         self._under_way: Future[None] | None = None
+        self._sums: dict[
+            str, str
+        ] = {}  # of the files in the run's folder, as far as they were read
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
+        check_content(checkpoint)
         self.finish()
         if self._writer is None:
-            _write(checkpoint, Path(path))
+            self._attempt(checkpoint, Path(path))
         else:
-            self._under_way = self._writer.submit(_write, _copy(checkpoint), Path(path))
+            copied = copy_of(checkpoint)
+            self._under_way = self._writer.submit(self._attempt, copied, Path(path))
 
     def finish(self) -> None:
-        """Wait for the save that is under way; raises what went wrong with it."""
+        """Wait for the save that is under way."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
@@ -73,124 +81,236 @@ class DurableCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        path = Path(path)
+        sums = read_manifest(path.parent)
+        if damage := damage_of(path, sums):
+            raise ValueError(f"{path}: is damaged: {damage}; give another")
+        if sums is not None:
+            self._sums[path.name] = sha256_of(path)
+        return read_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
+    def _attempt(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            self._write(checkpoint, path)
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's writer hides a full disk in a RuntimeError
+            cause = getattr(error.__cause__ or error.__context__ or error, "strerror", None)
+            self.failure = OSError(
+                f"{path}: cannot be written ({cause or 'the disk may be full'}); what was there "
+                "before is whole"
+            )
 
-def _copy(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = hidden(path)
+        try:
+            sha256 = _write_hashed(checkpoint, temporary)
+            entry = {
+                "file": path.name,
+                "bytes": temporary.stat().st_size,
+                "sha256": sha256,
+                "step": checkpoint.get("global_step"),
+                "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": {
+                    name: version(name) for name in ("gpt-lightning", "lightning", "torch")
+                },
+                "config_sha256": _sum_of_config(checkpoint),
+            }
+            entries = [*(read_manifest(folder) or []), entry]
+            _write_manifest(folder, entries)
+            # what is not known to be whole takes no whole one's place
+            if self.keep_previous and path.name == LAST and LAST in self._sums:
+                _rotate(folder)
+                self._sums[PREVIOUS] = self._sums.pop(LAST)
+            os.replace(temporary, path)
+            _sync(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._sums[path.name] = sha256
+        there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
+        if all(name in self._sums for name in there):
+            known = set(self._sums.values())
+            _write_manifest(folder, [entry for entry in entries if entry["sha256"] in known])
+
+
+def hidden(path: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What saves that were killed have left."""
+    for name in (LAST, PREVIOUS, BEST, MANIFEST):
+        hidden(folder / name).unlink(missing_ok=True)
+
+
+def copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """With tensors of its own, in main memory."""
     copied: dict[str, Any] = tree_map_only(
         Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint
     )
     return copied
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # what a killed save leaves, the next one overwrites
-    temporary = path.with_name(f".{path.name}.tmp")
+def check_content(content: Any, key: str = "checkpoint") -> None:
+    """``ValueError`` with the key of what is neither tensor nor primitive, and so would not load again."""
+    kind = type(content)
+    if isinstance(content, Tensor) or kind in _PRIMITIVES:
+        return
+    if kind not in _CONTAINERS:
+        raise ValueError(
+            f"{key}: is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds tensors, numbers, "
+            "strings and containers of them: convert it where the state is made"
+        )
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            check_content(name, f"a key of {key}")
+            check_content(value, f"{key}.{name}")
+    else:
+        for i, value in enumerate(content):
+            check_content(value, f"{key}.{i}")
+
+
+class _HashingFile:
+    """Takes what ``torch.save`` writes; the sum is computed while the same bytes go to the disk."""
+
+    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._hasher = hasher
+        self._sum = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        hashed = self._hasher.submit(self._sum.update, data)
+        try:
+            written = self._file.write(data)
+        finally:
+            hashed.result()
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        return self._sum.hexdigest()
+
+
+def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
+        hashing = _HashingFile(file, hasher)
+        torch.save(checkpoint, hashing)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+        return hashing.hexdigest()
+
+
+def _rotate(folder: Path) -> None:
+    """Give last.ckpt the name previous.ckpt too, without a moment in which it has none."""
+    temporary = hidden(folder / PREVIOUS)
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
-        raise OSError(
-            f"{path}: cannot be written, the disk may be full; what was there before is whole, "
-            "so make room and go on with --ckpt_path last"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)  # the rename is durable when the folder is
+        os.link(folder / LAST, temporary)
+    except OSError:  # a filesystem without links
+        os.replace(folder / LAST, folder / PREVIOUS)
+    else:
+        os.replace(temporary, folder / PREVIOUS)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)  # a rename is durable when its folder is
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-class RunCheckpoints(Checkpoint):
-    """``last.ckpt`` and ``best.ckpt``, the one with the lowest validation loss so far.
+def _sum_of_config(checkpoint: Mapping[str, Any]) -> str:
+    settings = json.dumps(checkpoint.get("hyper_parameters"), sort_keys=True, default=str)
+    return hashlib.sha256(settings.encode()).hexdigest()
 
-    Both are written at the same intervals and at the end. In between the best is a copy in memory, as a
-    run that has just begun is at its best with every evaluation; a killed run finds it again when it is
-    resumed. The ``last`` of Lightning's ``ModelCheckpoint`` is the last of its best, and may be steps old.
 
-    Args:
-        folder: The run's.
-        every_n_train_steps: Updates from one save to the next; none: at the end of each epoch.
-        best: Whether the best is kept too.
+def _write_manifest(folder: Path, entries: list[dict[str, Any]]) -> None:
+    path = folder / MANIFEST
+    with hidden(path).open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"checkpoints": entries}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(hidden(path), path)
+    _sync(folder)
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
+    """What was recorded of each checkpoint, oldest first; none where there is no manifest to go by.
+
+    A damaged one is said aloud and not gone by: the checkpoints' own checksums are still held against them.
     """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        for entry in entries:
+            if not (type(entry["bytes"]) is int and isinstance(entry["file"], str)
+                    and len(bytes.fromhex(entry["sha256"])) == 32):  # fmt: skip
+                raise ValueError(f"{entry} is no entry")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        _say(f"{path}: is damaged; checkpoints are held against their own checksums alone")
+        return None
+    return list(entries)
 
-    def __init__(
-        self, folder: Path, every_n_train_steps: int | None = None, best: bool = True
-    ) -> None:
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise ValueError(
-                f"checkpoint.every_n_train_steps: {every_n_train_steps} is too small; give 1 or more"
-            )
-        self.folder = folder
-        self.every_n_train_steps = every_n_train_steps
-        self.best = best
-        self.best_val_loss: float | None = None
-        self._best: dict[str, Any] | None = None  # not yet written
-        self._seen_step = -1
-        self._saved_step = -1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = self._saved_step = trainer.global_step
+def damage_of(path: Path, entries: list[dict[str, Any]] | None) -> str:
+    """What is wrong with a checkpoint, in words; empty where it is whole."""
+    recorded = [e for e in entries or [] if e["file"] == path.name or path.name == PREVIOUS]
+    if recorded:
+        size = path.stat().st_size
+        if not any(e["bytes"] == size for e in entries or []):
+            return f"it has {size:,} bytes, {MANIFEST} recorded {recorded[-1]['bytes']:,}"
+        sha256 = sha256_of(path)
+        if not any(e["sha256"] == sha256 for e in entries or []):
+            return f"its SHA-256 is not what {MANIFEST} recorded"
+        return ""
+    try:
+        check_records(path)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ").removeprefix("is damaged: ")
+    return ""
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        # Everything is saved from this hook: what Lightning saves in later ones says that the epoch is
-        # over, also where max_steps cut it, and a resumed run would leave out the rest of it.
-        step = trainer.global_step
-        if step == self._seen_step:
-            return
-        self._seen_step = step
-        val_loss = trainer.callback_metrics.get("val_loss")
-        if self.best and val_loss is not None and self._is_lowest(float(val_loss)):
-            self.best_val_loss = float(val_loss)
-            self._best = None  # its memory is free before the next copy takes as much
-            self._best = _copy(trainer._checkpoint_connector.dump_checkpoint())
-        if self._is_due(trainer):
-            self._save_last(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._saved_step:  # something else ended the run early
-            self._save_last(trainer)
+@rank_zero_only
+def _say(line: str) -> None:
+    print(f"gpt_lightning: {line}", file=sys.stderr, flush=True)
 
-    def _is_lowest(self, val_loss: float) -> bool:
-        if self.best_val_loss is None:
-            return math.isfinite(val_loss)
-        return val_loss < self.best_val_loss
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.should_stop or trainer.global_step == total_steps(trainer):
-            return True
-        if self.every_n_train_steps is None:
-            return trainer.is_last_batch
-        return trainer.global_step % self.every_n_train_steps == 0
+def newest_whole(folder: Path) -> Path:
+    """The newest whole checkpoint of a run, last.ckpt or else previous.ckpt; a damaged one is said aloud.
 
-    def _save_last(self, trainer: Trainer) -> None:
-        self._saved_step = trainer.global_step
-        if self._best is not None:
-            trainer.strategy.save_checkpoint(self._best, self.folder / "best.ckpt")
-            self._best = None
-        trainer.save_checkpoint(self.folder / "last.ckpt")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best_val_loss": self.best_val_loss}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_val_loss = state_dict["best_val_loss"]
+    Raises:
+        ValueError: Each there is is damaged.
+        FileNotFoundError: There is none.
+    """
+    entries = read_manifest(folder)
+    damages: list[str] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        damage = damage_of(path, entries)
+        if not damage:
+            if damages:
+                _say(f"{'; '.join(damages)}; going on from {path} instead")
+            return path
+        damages.append(f"{path} is damaged: {damage}")
+    if damages:
+        remedy = "begin anew, or from best.ckpt with --init_from"
+        raise ValueError(f"ckpt_path: {'; '.join(damages)}; {remedy}")
+    raise FileNotFoundError(
+        f"ckpt_path: the run has no {folder / LAST} to go on from; leave --ckpt_path out to begin it"
+    )
 
 
 def checkpoint_to_resume(
@@ -205,12 +325,12 @@ def checkpoint_to_resume(
         ValueError: It cannot be resumed, or the model there is another than ``named`` says.
         OSError: There is none.
     """
-    if ckpt_path in ("last", "best"):
-        path = folder / f"{ckpt_path}.ckpt"
+    if ckpt_path == "last":
+        path = newest_whole(folder)
+    elif ckpt_path == "best":
+        path = folder / BEST
         if not path.is_file():
-            raise FileNotFoundError(
-                f"ckpt_path: the run has no {path} to go on from; leave --ckpt_path out to begin it"
-            )
+            raise FileNotFoundError(f"ckpt_path: the run has no {path}; give last or a path")
     else:
         path = find_checkpoint(ckpt_path)
         if (folder / "config.yaml").exists() and path.parent != folder.resolve():

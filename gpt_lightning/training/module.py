@@ -92,6 +92,7 @@ class GPTLightningModule(LightningModule):
                                    "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenMean() for split in SPLITS})
+        self._grad_norm: Tensor | None = None
         self._start: Source | None = None
         self._start_with_moments = False
         self._random_numbers: dict[str, Tensor] | None = None
@@ -164,7 +165,15 @@ class GPTLightningModule(LightningModule):
                 self.seed, self.trainer.global_step, micro_batch, self.trainer.global_rank
             )
 
+    def grad_norm(self) -> Tensor:
+        """Of the step under way, over all parameters, before clipping; computed once a step."""
+        if self._grad_norm is None:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self._grad_norm = nn.utils.get_total_norm(grads)
+        return self._grad_norm
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._grad_norm = None
         self.tokens_seen += batch[0].numel() * self.trainer.world_size
         return self.loss(batch)
 
@@ -180,7 +189,7 @@ class GPTLightningModule(LightningModule):
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         else:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.grad_norm())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         rate = learning_rate(

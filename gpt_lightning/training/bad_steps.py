@@ -1,0 +1,124 @@
+"""Updates that would do harm: a loss or gradient that is not finite, or far off what came before."""
+
+import math
+import statistics
+import sys
+from collections import deque
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.training.module import GPTLightningModule
+
+OnBadStep = Literal["stop", "skip"]
+SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
+
+
+class BadSteps(Callback):
+    """Keeps a bad step from parameters and optimizer, which stay bit for bit as they were.
+
+    A step is bad whose loss or gradient norm is not finite, and with ``skip_spikes`` one where either is
+    more than 6 standard deviations above its mean over the 128 good steps before.
+
+    Args:
+        action: What is done about a step that is not finite: 'stop' the run, or 'skip' the update.
+        most_in_row: Skipped steps in a row after which the run stops all the same.
+        skip_spikes: Whether spikes are skipped too.
+
+    Raises:
+        FloatingPointError: From the hooks; with step, loss, gradient norm and the batch's windows.
+    """
+
+    def __init__(
+        self, action: OnBadStep = "stop", most_in_row: int = 10, skip_spikes: bool = False
+    ) -> None:
+        if most_in_row < 1:
+            raise ValueError(f"max_bad_steps: {most_in_row} is too small; give 1 or more")
+        self.action = action
+        self.most_in_row = most_in_row
+        self.skip_spikes = skip_spikes
+        self.skipped = 0
+        self._in_row = 0
+        self._loss = 0.0
+        self._windows: list[int] = []
+        self._good: deque[tuple[float, float]] = deque(maxlen=SPIKE_STEPS)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._loss, self._windows = 0.0, []
+        loader = trainer.train_dataloader
+        if isinstance(loader, WindowLoader):
+            self._windows += loader.handed_out.tolist()
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._loss += float(loss.detach())  # each micro-batch's comes divided by their number
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.precision == "16-mixed":  # its scaler expects such gradients, and skips them
+            return
+        assert isinstance(pl_module, GPTLightningModule)
+        loss, grad_norm = self._loss, float(pl_module.grad_norm())
+        if trainer.world_size > 1:
+            losses = torch.tensor(loss, device=pl_module.device)
+            loss = float(trainer.strategy.reduce(losses, reduce_op="mean"))
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        spike = finite and self.skip_spikes and self._is_spike(loss, grad_norm)
+        if finite and not spike:
+            self._in_row = 0
+            if self.skip_spikes:
+                self._good.append((loss, grad_norm))
+            return
+        what = f"step {trainer.global_step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
+        where = f"windows {', '.join(map(str, self._windows)) or 'unknown'}"
+        if not spike and self.action == "stop":
+            raise FloatingPointError(
+                f"{what}, {where}; nothing was updated: lower --model.lr, or --bad_steps skip"
+            )
+        self._in_row += 1
+        self.skipped += 1
+        if self._in_row > self.most_in_row:
+            raise FloatingPointError(
+                f"{what}, {where}; {self.most_in_row} bad steps in a row were skipped before it"
+            )
+        optimizer.zero_grad(set_to_none=True)  # AdamW passes over parameters without gradient
+        if trainer.is_global_zero:
+            reason = f"a spike, {what}" if spike else what
+            print(
+                f"gpt_lightning: {reason}, {where}: skipped ({self._in_row} in a row, "
+                f"{self.skipped} in all)",
+                file=sys.stderr,
+                flush=True,
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics({"bad_steps": float(self.skipped)}, step=trainer.global_step)
+
+    def _is_spike(self, loss: float, grad_norm: float) -> bool:
+        if len(self._good) < SPIKE_STEPS:
+            return False
+        for value, before in zip((loss, grad_norm), zip(*self._good, strict=True), strict=True):
+            mean = statistics.fmean(before)
+            if value > mean + SPIKE_SIGMA * statistics.pstdev(before, mean):
+                return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "skipped": self.skipped,
+            "in_row": self._in_row,
+            "good": [list(pair) for pair in self._good],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+        self._in_row = state_dict["in_row"]
+        self._good.extend((loss, norm) for loss, norm in state_dict["good"])

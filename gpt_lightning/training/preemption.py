@@ -1,0 +1,92 @@
+"""Signals that ask a run to stop: it does at the next update, with the checkpoint on disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+# and what the command's exit code says; SLURM's warning is one to terminate
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+if hasattr(signal, "SIGUSR1"):
+    EXIT_CODES[signal.SIGUSR1] = 143
+
+
+class Preemption(Callback):
+    """Stops the run after the update under way, on all ranks the same, whichever got the signal.
+
+    A handler only sets a flag, which the ranks compare after each update. A second SIGINT interrupts at
+    once. It takes the place of Lightning's handlers while it trains: those of 2.6.6 leave with 0, and wait
+    forever when the signal went to another rank than the first.
+
+    Attributes:
+        received: The signal that stopped the run.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._pending = 0
+        self._seen_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for signum in EXIT_CODES:
+                signal.signal(signum, self._note)  # Lightning puts back what was there
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self._pending:
+            signal.default_int_handler(signum, frame)
+        self._pending = self._pending or signum
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self._seen_step:  # gradients are being accumulated
+            return
+        self._seen_step = trainer.global_step
+        signum = self._pending
+        if trainer.world_size > 1:
+            noted = torch.tensor(signum, device=pl_module.device)
+            torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
+            signum = int(noted)
+        if not signum or self.received is not None:
+            return
+        self.received = signal.Signals(signum)
+        if trainer.is_global_zero:
+            print(
+                f"gpt_lightning: {self.received.name}: stopping after {trainer.global_step} steps",
+                file=sys.stderr,
+                flush=True,
+            )
+        # now, whatever the least number of epochs and steps
+        trainer.fit_loop.min_epochs = 0
+        trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.should_stop = True
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.received is None else EXIT_CODES[self.received]
+
+    def requeue(self) -> None:
+        """Ask SLURM to run the job again, where its warning (SIGUSR1) stopped this one."""
+        job = os.environ.get("SLURM_ARRAY_JOB_ID")
+        if job is not None:
+            job = f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+        job = job or os.environ.get("SLURM_JOB_ID")
+        if job is None or self.received is None or self.received.name != "SIGUSR1":
+            return
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"gpt_lightning: job {job} could not be requeued: {error}", file=sys.stderr)

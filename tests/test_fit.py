@@ -43,7 +43,7 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
             "metrics.csv",
             "previous.ckpt",
             *events,
-        ]  # fmt: skip
+        ]
     )
     assert len(events) == 1
 

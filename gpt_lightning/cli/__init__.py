@@ -19,6 +19,11 @@ VERBS = {
     "report": ("report", "run", "sampling: next-token frequencies; sweep: temperature × top_k"),
     "download": ("download", "run", "fetch GPT-2's public weights"),
     "convert": ("convert", "run", "weights from one form to another"),
+    "verify-resume": (
+        "verify_resume",
+        "run",
+        "prove that a killed run loses nothing on this machine",
+    ),
 }
 
 

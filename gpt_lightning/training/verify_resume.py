@@ -1,0 +1,225 @@
+"""Is resume exact here? The same run twice, once killed and resumed, and everything it left compared."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training.checkpoint import LAST
+
+RUN = "verified"
+
+
+class WindowRecorder(Callback):
+    """Writes down which windows each micro-batch had, and can end the process as a power cut would.
+
+    Args:
+        folder: For a file each rank, which a resumed run goes on with.
+        kill_at: The update, counted from 0, at whose beginning every rank kills itself; none: none.
+    """
+
+    def __init__(self, folder: str, kill_at: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.kill_at = kill_at
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loader = trainer.train_dataloader
+        numbers = loader.handed_out.tolist() if isinstance(loader, WindowLoader) else None
+        ids = hashlib.sha256(batch[0].cpu().numpy().tobytes()).hexdigest()
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        with (self.folder / f"windows-{trainer.global_rank}.jsonl").open("a") as file:
+            print(json.dumps([trainer.global_step, micro_batch, numbers, ids]), file=file)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One part of what both runs left.
+
+    Attributes:
+        straight: SHA-256 over it in the run that was not cut.
+        resumed: The same of the run that was.
+        difference: The first difference, in words; empty where the two are the same bits.
+    """
+
+    part: str
+    straight: str
+    resumed: str
+    difference: str
+
+
+def verify_resume(
+    fit_arguments: list[str],
+    folder: Path,
+    steps: int,
+    more_steps: int,
+    on_run: Callable[[str], None] = lambda what: None,
+) -> list[Compared]:
+    """Train ``steps + more_steps`` updates straight, and again with a SIGKILL after ``steps`` and a resume.
+
+    Both are the real command in processes of its own, in ``folder``. The kill comes one update after the
+    checkpoint at ``steps`` where there is one, so that work that was lost is done again.
+
+    Raises:
+        ValueError: The command refuses ``fit_arguments``, with what it says.
+        RuntimeError: A run failed in another way.
+    """
+    kill_at = steps + (more_steps > 1)
+    straight, cut = folder / "straight", folder / "cut"
+    for place in (straight, cut):
+        place.mkdir(parents=True, exist_ok=True)
+    common = [
+        *fit_arguments,
+        f"--run={RUN}",
+        f"--trainer.max_steps={steps + more_steps}",
+        "--trainer.max_epochs=-1",
+        f"--checkpoint.every_n_train_steps={steps}",
+    ]
+    on_run(f"{steps + more_steps} steps straight")
+    _fit(common, straight)
+    on_run(f"again, killed at step {kill_at}")
+    _fit(common, cut, kill_at=kill_at)
+    on_run(f"resumed from step {steps}")
+    _fit([*common, "--ckpt_path=last"], cut)
+    left = Path("checkpoints", RUN, LAST)
+    parts = [_parts(read_checkpoint(place / left)) for place in (straight, cut)]
+    compared = [_compare(part, parts[0][part], parts[1][part]) for part in parts[0]]
+    return [*compared, _compare_windows(straight, cut)]
+
+
+def _fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> None:
+    recorder = f"{WindowRecorder.__module__}.{WindowRecorder.__name__}"
+    command = [
+        *(sys.executable, "-m", "gpt_lightning", "fit", *arguments),
+        f"--trainer.default_root_dir={folder}",
+        f"--trainer.callbacks+={recorder}",
+        f"--trainer.callbacks.folder={folder}",
+        *([f"--trainer.callbacks.kill_at={kill_at}"] if kill_at is not None else []),
+    ]
+    # on a terminal the run's own progress is what one wants to see
+    shown = None if sys.stderr.isatty() else subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=shown, text=True, start_new_session=True
+    )
+    try:
+        _, said = process.communicate()
+    finally:
+        # what a killed rank leaves behind, or all of it after Ctrl-C
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if kill_at is not None and process.returncode:
+        return
+    if process.returncode:
+        last = (said or "see above").strip().splitlines()[-1]
+        if process.returncode == 2:
+            raise ValueError(last.removeprefix("gpt_lightning: error: "))
+        raise RuntimeError(f"fit ended with {process.returncode}: {last}")
+    if kill_at is not None:
+        raise RuntimeError(f"the run was over before step {kill_at}")
+
+
+def _parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint in the parts that are compared; together they are all of it."""
+    weights = checkpoint["state_dict"]
+    optimizer = checkpoint["optimizer_states"]
+    rest = {
+        key: value
+        for key, value in checkpoint.items()
+        if key not in ("state_dict", "optimizer_states")
+    }
+    return {"weights": weights, "optimizer": optimizer, "counters": rest}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key in sorted(tree, key=str):
+            yield from _leaves(tree[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for i, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{i}")
+    else:
+        yield path, tree
+
+
+def _bytes(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype}{tuple(value.shape)}".encode() + raw
+    return value.hex().encode() if isinstance(value, float) else repr(value).encode()
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
+
+
+def _compare(part: str, straight: Any, resumed: Any) -> Compared:
+    sums, leaves = [], []
+    for tree in (straight, resumed):
+        total = hashlib.sha256()
+        flat = {}
+        for path, value in _leaves(tree):
+            content = _bytes(value)
+            total.update(path.encode() + b"\0" + content)
+            flat[path] = hashlib.sha256(content).digest(), value
+        sums.append(total.hexdigest())
+        leaves.append(flat)
+    difference = ""
+    for path in [*leaves[0], *(leaves[1].keys() - leaves[0].keys())]:
+        ours, theirs = leaves[0].get(path), leaves[1].get(path)
+        if ours is None or theirs is None:
+            difference = f"{path} is only in the {'resumed' if ours is None else 'straight'} run"
+        elif ours[0] != theirs[0]:
+            difference = f"{path}: {_difference(ours[1], theirs[1])}"
+        if difference:
+            break
+    return Compared(part, sums[0], sums[1], difference)
+
+
+def _difference(straight: Any, resumed: Any) -> str:
+    both = isinstance(straight, Tensor) and isinstance(resumed, Tensor)
+    if both and straight.shape == resumed.shape:
+        largest = (straight.double() - resumed.double()).abs().max()
+        return f"by {float(largest):.3g} at most, of {straight.numel():,} values"
+    return f"{_shown(straight)} straight, {_shown(resumed)} resumed"
+
+
+def _compare_windows(straight: Path, cut: Path) -> Compared:
+    """Each update's windows on each rank, those of work that was done twice included."""
+    sums = []
+    seen: list[dict[str, list[Any]]] = []
+    difference = ""
+    for folder in (straight, cut):
+        of_run: dict[str, list[Any]] = {}
+        for file in sorted(folder.glob("windows-*.jsonl")):
+            rank = file.stem.removeprefix("windows-")
+            for line in file.read_text().splitlines():
+                step, micro_batch, *what = json.loads(line)
+                key = f"step {step}, micro-batch {micro_batch}, rank {rank}"
+                if of_run.setdefault(key, what) != what and not difference:
+                    difference = f"{key}: windows {of_run[key][0]}, then {what[0]}"
+        seen.append(of_run)
+        content = json.dumps(of_run, sort_keys=True)
+        sums.append(hashlib.sha256(content.encode()).hexdigest())
+    for key in sorted(seen[0].keys() | seen[1].keys()):
+        ours, theirs = seen[0].get(key), seen[1].get(key)
+        if ours != theirs and not difference:
+            difference = (
+                f"{key}: windows {ours and ours[0]} straight, {theirs and theirs[0]} resumed"
+            )
+    return Compared("windows", sums[0], sums[1], difference)

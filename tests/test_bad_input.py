@@ -238,6 +238,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--prompt=x", "--max_new_tokens=-1"], ["max_new_tokens: -1"]),
         (["--prompt=x", "--promt=y"], ["did you mean prompt?"]),
         (["--prompt=x", "--device=warp"], ["device: warp"]),
+        (["--prompt=x", "--stream=true", "--top_k=60000"], ["top_k: 60000", "50257"]),
+        (["--prompt=x", "--stream=true", "--stop="], ["stop: is empty"]),
+        (["--prompt=x", "--seed=99999999999999999999"], ["seed: ", "64 bits"]),
+        (["--prompt=x", "--max_new_tokens=1000000000000"], ["max_new_tokens: 1000000000000"]),
     ],
 )
 def test_generate(command: Command, trained: Path, arguments: list[str], parts: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from random_gpt2 import random_gpt2
 from safetensors.torch import load_file, save_file
 
 from gpt_lightning.pretrained.convert import convert
+from gpt_lightning.pretrained.gpt2_names import gpt2_names
 from gpt_lightning.pretrained.manifest import MANIFEST
 
 needs_tensorflow = pytest.mark.skipif(
@@ -84,7 +86,9 @@ def test_damaged_file(refuse: Any, whole: Path, tmp_path: Path, name: str) -> No
         refuse(name, name, "is damaged")
 
 
-def done_or_same(refuse: Any, name: str, whole: Path, tmp_path: Path) -> None:
+def done_or_same(
+    refuse: Any, name: str, whole: Path, tmp_path: Path, original: str | None = None
+) -> None:
     """Refused; but for a bit of the padding between the records, which carries nothing."""
     from gpt_lightning.pretrained.source import read_source
 
@@ -93,7 +97,7 @@ def done_or_same(refuse: Any, name: str, whole: Path, tmp_path: Path) -> None:
     except ValueError:
         refuse(name, name)
         return
-    expected = read_source(str(whole / name), n_heads=12)
+    expected = read_source(str(whole / (original or name)), n_heads=12)
     assert found.config == expected.config
     for key, tensor in expected.state_dict.items():
         assert torch.equal(found.state_dict[key], tensor), f"silently another {key}"
@@ -156,6 +160,9 @@ def test_damaged_manifest(refuse: Any, whole: Path, tmp_path: Path) -> None:
         ("n_head", 5, "not divisible"),
         ("n_layer", "two", "n_layer is 'two'"),
         ("n_layer", 10**9, "has no transformer.h.1."),
+        ("n_positions", 10**18, "context_length: 1000000000000000000 is no size"),
+        ("vocab_size", 2**31 - 1, "its architecture says"),
+        ("n_embd", 24 * 10**7, "its architecture says"),
         ("n_inner", 7, "n_inner is 7"),
         ("activation_function", "relu", "activation_function is 'relu'"),
         ("model_type", "llama", "model_type is 'llama'"),
@@ -198,6 +205,83 @@ def test_missing_and_foreign_tensors(refuse: Any, whole: Path, tmp_path: Path) -
     refuse("part.pth", "has no trf_blocks.0.att.qkv.weight")
     torch.save(saved | {"trf_blocks.0.norm1.scale": torch.ones(5)}, "shape.pth")
     refuse("shape.pth", "norm1.weight is (5,), its architecture says (24,)")
+
+
+def test_a_form_of_which_more_is_there_than_it_says(
+    refuse: Any, whole: Path, tmp_path: Path
+) -> None:
+    """A truncated model would be read in silence."""
+    saved = torch.load(whole / "model.pth", weights_only=True)
+    second = {
+        n.replace("trf_blocks.0.", "trf_blocks.7."): t for n, t in saved.items() if ".0." in n
+    }
+    torch.save(saved | second, "more.pth")
+    refuse("more.pth", "more.pth")
+    query, key = "trf_blocks.0.att.W_query.weight", "trf_blocks.0.att.W_key.weight"
+    torch.save(saved | {query: saved[query][:12], key: torch.cat((saved[key], saved[key][:12]))},
+               "thirds.pth")  # fmt: skip
+    refuse("thirds.pth", "is not of the shape and dtype")
+
+    state = {
+        "transformer.wte.weight": torch.ones(300, 24),
+        "transformer.h.1.ln_1.weight": torch.ones(24),
+    }
+    for name in gpt2_names(1):
+        shape = {"wte": (300, 24), "wpe": (64, 24)}.get(name.module)
+        widths = {
+            "attn.c_attn": (72, 24),
+            "attn.c_proj": (24, 24),
+            "mlp.c_fc": (96, 24),
+            "mlp.c_proj": (24, 96),
+        }
+        matrix = widths.get(name.module.removeprefix("h.0."), (24,))
+        state[f"transformer.{name.module}.{'bias' if name.part == 'bias' else 'weight'}"] = (
+            torch.ones(shape or (matrix if name.part == "matrix" else matrix[:1]))
+        )
+    arguments = {"n_layer": 1, "n_head": 12, "n_embd": 24, "block_size": 64, "vocab_size": 300}
+    torch.save({"model": state, "model_args": arguments}, "ckpt.pt")
+    refuse("ckpt.pt", "has transformer.h.1.ln_1.weight")
+
+    checkpoint = torch.load(whole / "ours.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["config"]["n_layers"] = 10**7
+    torch.save(checkpoint, "many.ckpt")
+    refuse("many.ckpt", "has 1 blocks, its architecture says 10000000")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ours.ckpt", lambda c: c["hyper_parameters"]["config"].update(n_layers=1.0)),
+        ("ours.ckpt", lambda c: c["hyper_parameters"]["config"].update(emb_dim=2**31 - 1)),
+        ("ours.ckpt", lambda c: c["state_dict"].update({3: torch.ones(1)})),
+        ("ours.ckpt", lambda c: c.update(optimizer_states={"a": 1})),
+        ("model.pth", lambda c: c.update({"trf_blocks.0.att.W_key.weight": torch.tensor(1.0)})),
+        ("model.pth", lambda c: c.update({5: torch.ones(1)})),
+        ("model.pth", lambda c: c.update({"tok_emb.weight": torch.ones(300, 24).to_sparse()})),
+    ],
+)
+def test_content_of_another_kind(
+    refuse: Any, whole: Path, name: str, change: Callable[[Any], None]
+) -> None:
+    content = torch.load(whole / name, weights_only=True)
+    change(content)
+    torch.save(content, f"x{Path(name).suffix}")
+    refuse(f"x{Path(name).suffix}")
+
+
+def test_zip_directory_that_is_damaged_names_the_file(
+    refuse: Any, whole: Path, tmp_path: Path
+) -> None:
+    content = (whole / "ours.ckpt").read_bytes()
+    directory = content.rindex(b"PK\x01\x02")
+    for at in range(directory, directory + 46):
+        (tmp_path / "x.ckpt").write_bytes(
+            content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1 :]
+        )
+        done_or_same(refuse, "x.ckpt", whole, tmp_path, "ours.ckpt")
+    torch.save(torch.load(whole / "model.pth", weights_only=True), "old.pth",
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    refuse("old.pth", "old.pth: is no file of torch.save since torch 1.6")
 
 
 def test_shards_that_are_not_there(refuse: Any, whole: Path, tmp_path: Path) -> None:
@@ -245,6 +329,7 @@ def test_folder_that_is_none(refuse: Any, tmp_path: Path) -> None:
     refuse("empty", "last.ckpt", "config.json with model.safetensors",
            "hparams.json with model.ckpt.index")  # fmt: skip
     refuse("nowhere", "nowhere: does not exist", "gpt2-124M")
+    refuse("gpt2-128M", "did you mean gpt2-124M?")
 
 
 def test_dest(command: Command, refuse: Any, whole: Path, tmp_path: Path) -> None:
@@ -319,11 +404,22 @@ def test_openai_that_contradicts_itself(refuse: Any, whole_openai: Path, tmp_pat
     settings = json.loads(hparams.read_text())
     for changes, cause in [
         ({"n_layer": 2}, "has no variable model/h1/"),
+        ({"n_ctx": 10**18}, "context_length"),
         ({"n_embd": 36}, "its architecture says"),
         ({"n_ctx": None}, "n_ctx is None"),
     ]:
         hparams.write_text(json.dumps(settings | changes))
         refuse("tf", cause)
+
+
+@needs_tensorflow
+def test_openai_of_which_more_is_there_than_it_says(refuse: Any, tmp_path: Path) -> None:
+    random_gpt2(tmp_path / "theirs", vocab_size=300, n_layer=2)
+    convert(str(tmp_path / "theirs"), tmp_path / "tf", "openai-tf")
+    (tmp_path / "tf" / MANIFEST).unlink()
+    hparams = tmp_path / "tf" / "hparams.json"
+    hparams.write_text(json.dumps(json.loads(hparams.read_text()) | {"n_layer": 1}))
+    refuse("tf", "has model/h1/", "which no GPT-2 of its hparams.json has")
 
 
 @needs_tensorflow

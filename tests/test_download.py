@@ -15,7 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import Command, Done, python
+from filelock import FileLock
 
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPT2_SIZES
@@ -52,6 +55,10 @@ class Host:
 
     def ranges(self, path: str) -> list[str | None]:
         return [r for method, p, r in self.asked if (method, p) == ("GET", path)]
+
+
+def batched(content: bytes, size: int = 1000) -> list[bytes]:
+    return [content[at : at + size] for at in range(0, len(content), size)]
 
 
 def handler(host: Host) -> type[BaseHTTPRequestHandler]:
@@ -102,7 +109,11 @@ def handler(host: Host) -> type[BaseHTTPRequestHandler]:
                     length -= 10
                 case "flip":
                     rest = rest[:9] + bytes([rest[9] ^ 1]) + rest[10:]
-            if fault != "no length":
+            if fault == "chunked":
+                self.send_header("Transfer-Encoding", "chunked")
+                rest = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in batched(rest)) + b"0\r\n\r\n"
+                length = len(rest)
+            elif fault != "no length":
                 self.send_header("Content-Length", str(length))
             self.end_headers()
             if send:
@@ -171,6 +182,7 @@ def openai_files(size: str) -> dict[str, bytes]:
         for name in ("hparams.json", DATA, "model.ckpt.index", "model.ckpt.meta")
     }
     files["checkpoint"] = POINTER
+    files["hparams.json"] = b'{"n_layer": 12}'
     for name in ("encoder.json", "vocab.bpe"):
         files[name] = Path(vocabulary_file(name)).read_bytes()
     return files
@@ -275,6 +287,38 @@ def test_next_host(one: Callable[..., bytes], host: Host, fault: str) -> None:
     host.files["/b"] = host.files["/a"]
     assert one(*[fault] * 9, urls=(f"{host.url}/b",)) == host.files["/b"]
     assert len(host.ranges("/a")) <= 5
+
+
+def test_two_at_once(host: Host, tmp_path: Path) -> None:
+    serve_openai(host, "gpt2-774M")
+    with FileLock(tmp_path / ".lock"), pytest.raises(OSError, match="another process is fetching"):
+        download("gpt2-774M", "openai", folder=tmp_path, mirror=host.url, pause=0.0)
+    download("gpt2-774M", "openai", folder=tmp_path, mirror=host.url, pause=0.0)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".lock")]
+
+
+def test_an_answer_without_end(
+    one: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match="goes on after 90 bytes"):
+        one("chunked", "chunked", known=Known(90))
+    monkeypatch.setattr(module, "_MOST", 5_000)
+    with pytest.raises(OSError, match="goes on after 5,000 bytes"):
+        one("chunked")
+    assert not visible(tmp_path)
+
+
+def test_a_file_put_there_by_hand_that_is_cut_off_is_fetched(host: Host) -> None:
+    weights = safetensors.torch.save({"a": torch.ones(100)})
+    serve_hub(host, "gpt2-774M", weights)
+    folder = folder_of("gpt2-774M", "hub")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights[:-7])
+    (folder / "config.json").write_bytes(b"{")
+    damaged: list[str] = []
+    download("gpt2-774M", mirror=host.url, pause=0.0, on_damage=lambda p: damaged.append(p.name))
+    assert damaged == ["config.json", "model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_503_goes_by(one: Callable[..., bytes], host: Host) -> None:

@@ -7,7 +7,12 @@ from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling, keep_top_k, probabilities, sample
 from gpt_lightning.model.kv_cache import KVCache
-from gpt_lightning.reports.sampling import binomial_interval, draw_counts, draw_counts_one_by_one
+from gpt_lightning.reports.sampling import (
+    binomial_interval,
+    draw_counts,
+    draw_counts_one_by_one,
+    frequencies,
+)
 
 CONFIG = GPTConfig(vocab_size=101, context_length=16, emb_dim=32, n_heads=4, n_layers=2)
 
@@ -311,3 +316,32 @@ def test_draws_at_once_are_the_successive_ones(seed: int, size: int) -> None:
     assert (
         draw_counts(p, 700, seed).tolist() == torch.tensor(theirs).bincount(minlength=size).tolist()
     )
+
+
+@pytest.mark.parametrize("shift", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 1.4, 5.0])
+def test_counts_are_the_seeds_from_logits_on(shift: float, temperature: float) -> None:
+    """softmax(logits / temperature) to the last bit: another rounding flips a draw now and then."""
+    for seed in range(12):
+        logits = torch.randn(9, generator=seeded(seed)) * 0.3 + shift
+        rows, _ = frequencies(logits, list("abcdefghi"), [Sampling(temperature)], 1000, seed)
+        torch.manual_seed(seed)
+        p = torch.softmax(logits / temperature, dim=0)
+        drawn = torch.tensor([torch.multinomial(p, num_samples=1).item() for _ in range(1000)])
+        assert [row.count for row in rows] == drawn.bincount(minlength=9).tolist()
+
+
+def test_tiny_temperature_overflows_nothing() -> None:
+    for scale in (1.0, 1e30, 1e38):
+        logits = torch.tensor([[1.0, 2.0, -1.0]]) * scale
+        assert probabilities(logits, Sampling(1e-40)).tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_greedy_is_top_k_1_in_bfloat16_too() -> None:
+    logits = torch.randn(200, 5000, generator=seeded(1)).mul(3).sub(40).bfloat16()
+    ids = logits.topk(3).indices
+    greedy = Sampling(repetition_penalty=1.05)
+    one = Sampling(1.0, top_k=1, repetition_penalty=1.05)
+    found = sample(logits, greedy, ids=ids)
+    assert torch.equal(found, sample(logits, one, ids=ids))
+    assert torch.equal(found, probabilities(logits, greedy, ids).argmax(dim=-1))

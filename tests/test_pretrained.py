@@ -12,9 +12,9 @@ from conftest import ROOT, SMALL, Command, python
 from random_gpt2 import random_gpt2, transformers
 from torch import Tensor, nn
 
-from gpt_lightning import GPTConfig, GPTModel, load_model
+from gpt_lightning import GPTConfig, GPTModel, generate, load_model
 from gpt_lightning.data.tokenizer import gpt2_encoding
-from gpt_lightning.pretrained.convert import convert
+from gpt_lightning.pretrained.convert import Form, convert
 from gpt_lightning.pretrained.formats import Source, write_lightning
 from gpt_lightning.pretrained.source import read_source
 
@@ -42,6 +42,32 @@ def test_hugging_face_gives_transformers_logits(tmp_path: Path, size: str) -> No
     assert ours.config.qkv_bias
     assert_same_logits(ours, theirs, random_ids(2, 20))
     assert_same_logits(ours, theirs, random_ids(1, 1024))  # to position 1,023
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("form", ["book", pytest.param("openai-tf", marks=needs_tensorflow)])
+def test_other_forms_give_transformers_logits(tmp_path: Path, size: str, form: Form) -> None:
+    """From transformers through the form and back, at every position of the context."""
+    emb_dim, n_heads = SHAPES[size]
+    theirs = random_gpt2(tmp_path / "hf", emb_dim, n_heads, n_positions=1024)
+    dest = tmp_path / ("model.pth" if form == "book" else "tf")
+    convert(str(tmp_path / "hf"), dest, form)
+    ours = load_model(str(dest), n_heads=n_heads)
+    assert_same_logits(ours, theirs, random_ids(2, 20))
+    assert_same_logits(ours, theirs, random_ids(1, 1024))
+
+
+@torch.inference_mode()
+def test_beyond_one_window_it_is_transformers_on_the_last(tmp_path: Path) -> None:
+    """Past the context each token is read from the last window, as the book crops."""
+    theirs = random_gpt2(tmp_path / "hf", n_positions=16)
+    ours = load_model(str(tmp_path / "hf"))
+    ids = random_ids(1, 12)
+    found = generate(ours, ids, 20)
+    for _ in range(20):
+        next_id = theirs(ids[:, -16:]).logits[:, -1].argmax(dim=-1, keepdim=True)
+        ids = torch.cat((ids, next_id), dim=1)
+    assert torch.equal(found, ids)
 
 
 def test_sharded_and_untied_hugging_face(tmp_path: Path) -> None:
@@ -175,6 +201,21 @@ def test_nanogpt(tmp_path: Path, bias: bool) -> None:
     ours = load_model(str(tmp_path / "ckpt.pt"))
     assert ours.config.vocab_size == 50257
     assert ours.config.qkv_bias == bias
+    assert_same_logits(ours, theirs, random_ids(2, 20))
+
+
+def test_nanogpts_head_that_is_its_own_is_kept(tmp_path: Path) -> None:
+    theirs = random_gpt2(tmp_path / "hf", tie_word_embeddings=False)
+    state = {
+        name: tensor.t().contiguous() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        else tensor
+        for name, tensor in theirs.state_dict().items()
+    }  # fmt: skip
+    arguments = {"n_layer": 2, "n_head": 12, "n_embd": 24, "block_size": 64, "bias": True,
+                 "vocab_size": 50257, "dropout": 0.0}  # fmt: skip
+    torch.save({"model": state, "model_args": arguments}, tmp_path / "ckpt.pt")
+    ours = load_model(str(tmp_path / "ckpt.pt"))
+    assert not ours.config.tied_embeddings
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
 

@@ -7,6 +7,7 @@ and ``--help`` for nothing.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 PROG = "gpt_lightning"
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         return _run(arguments)
+    except BrokenPipeError:  # whoever read this has had enough, and says so to nobody
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise

@@ -42,9 +42,7 @@ def run(arguments: list[str]) -> None:
         raise ValueError("from: is missing; give the model with --from SOURCE")
     prompts = _prompts(settings)
 
-    import torch
-
-    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.generation.sampling import Sampling, seeded
     from gpt_lightning.generation.text import generate_texts
 
     sampling = Sampling(
@@ -61,8 +59,7 @@ def run(arguments: list[str]) -> None:
     alone = len(prompts) == settings.num_samples == 1 and not settings.json
     if settings.stream and not alone:
         raise ValueError("stream: is for one text on its own; leave out --json or the other texts")
-    if stream and alone:
-        print(prompts[0], end="", flush=True)
+    shown = _GrowingLine(prompts[0]) if stream and alone else None
     samples = generate_texts(
         model,
         prompts,
@@ -72,21 +69,35 @@ def run(arguments: list[str]) -> None:
         eos_id=settings.eos_id,
         stop=settings.stop or (),
         special_tokens=settings.special_tokens,
-        generator=torch.Generator(device=device).manual_seed(settings.seed),
-        on_text=(lambda _, text: print(text, end="", flush=True)) if stream and alone else None,
+        generator=seeded(settings.seed, device),
+        on_text=shown.add if shown is not None else None,
     )
     if settings.json:
         used = {key: settings[key] for key in _SETTINGS} | {"device": device}
         entries = [asdict(sample) for sample in samples]
         # the first sample's fields stand at the top too, for the common case of one
         print(json.dumps({**entries[0], "samples": entries, "settings": used}))
-    elif stream and alone:
-        print()
+    elif shown is not None:
+        shown.end()
     else:
         for i, sample in enumerate(samples):
             if not alone:
                 print(f"--- {i + 1} of {len(samples)}")
             print(sample.text)
+
+
+class _GrowingLine:
+    """One text on stdout as it grows. Nothing is shown before the first token: until then it may fail."""
+
+    def __init__(self, prompt: str) -> None:
+        self._next = prompt
+
+    def add(self, row: int, text: str) -> None:
+        print(self._next + text, end="", flush=True)
+        self._next = ""
+
+    def end(self) -> None:
+        print(self._next)
 
 
 def load(source: str, device: str, dtype: str | None, n_heads: int | None = None) -> "GPTModel":
@@ -130,7 +141,7 @@ def _prompts(settings: Namespace) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"prompt_file: {path} is not UTF-8; convert it") from error
     elif sys.stdin is not None and not sys.stdin.isatty():
-        prompts = [sys.stdin.read().removesuffix("\n")]
+        prompts = [_standard_input().removesuffix("\n")]
     else:
         prompts = [""]
     if not all(prompts):
@@ -138,6 +149,16 @@ def _prompts(settings: Namespace) -> list[str]:
             "prompt: is empty; give text with --prompt, --prompt_file or standard input"
         )
     return prompts
+
+
+def _standard_input() -> str:
+    raw = getattr(sys.stdin, "buffer", None)
+    if raw is None:  # it is text already
+        return sys.stdin.read()
+    try:
+        return str(raw.read().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError("prompt: standard input is not UTF-8; convert it") from error
 
 
 def _say_what_is_cropped(prompts: list[str], model: "GPTModel", *, special: bool) -> None:

@@ -15,6 +15,7 @@ _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --?(?P<key>[^\s=]+)")
 _UNKNOWN_IN_GROUP = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
 _UNKNOWN_KEY = re.compile(r"[Oo]ption '(?P<key>[^']+)' is not accepted")
 _NOT_ALLOWED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed")
+_GIVEN = re.compile(r"Given value: (?P<value>.*)$")
 _BAD_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<cause>.*)', re.DOTALL)
 
 
@@ -57,5 +58,7 @@ def _explain(message: str, parser: ArgumentParser) -> str:
         return f"{match['key']}: is no setting; {suggest(match['key'], known)}"
     if match := _BAD_VALUE.search(message):
         cause = " ".join(match["cause"].split()).rstrip(".")
+        if "Expected a <class 'list'>" in cause and (given := _GIVEN.search(cause)):
+            return f"{match['key']}: {given['value']} is no list; give one, such as '[1, 2]'"
         return f"{match['key']}: {cause}; see --help"
     return " ".join(message.split()) + "; see --help"

@@ -1,5 +1,9 @@
 """``report``: the chapter's exercises about a model's texts, each a report in a module of its own."""
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +60,31 @@ def report_parser(
     add("--out", type=str | None, help="A folder for figures and tables.")
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser
+
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """What is to be called after each of ``total``: a bar on a terminal, else a plain line at intervals."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    done, last_line = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, last_line
+        done += 1
+        bar.advance(task)
+        if bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield advance
 
 
 def load_model_of(settings: Namespace) -> "GPTModel":

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -27,6 +28,7 @@ def run(arguments: list[str]) -> None:
 
     from gpt_lightning.reports import sampling as report
 
+    out = writable_folder(settings.out) if settings.out else None
     tokens, logits, shown = _distribution(settings)
     combinations = _combinations(settings, report.BOOK_TEMPERATURES)
     rows, distributions = report.frequencies(
@@ -42,9 +44,8 @@ def run(arguments: list[str]) -> None:
     } | {"methods_num_samples": compared_draws, "methods_temperature": compared_at}
     caption = f"{settings.num_samples:,} draws a setting, seed {settings.seed}"
     if settings["from"]:
-        caption += f", {settings['from']} after {settings.prompt!r}"
-    if settings.out:
-        out = writable_folder(settings.out)
+        caption += f", {settings['from']} after {shorten(repr(settings.prompt), 80)}"
+    if out is not None:
         write_csv(out / "sampling.csv", answer["rows"])
         (out / "sampling.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
         figure = report.sampling_figure(rows, settings.num_samples, caption)
@@ -141,6 +142,8 @@ def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[
     with torch.inference_mode():
         idx = torch.tensor([ids], device=model.tok_emb.weight.device)
         logits = model(idx)[0, -1].float().cpu().clone()
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"from: {settings['from']} gives NaN or inf; its weights are damaged")
     shown = logits.topk(min(settings.show, len(logits))).indices.tolist()
     if settings.token is not None:
         token_ids = encode_prompt(settings.token)
@@ -156,7 +159,7 @@ def _combinations(settings: Namespace, default: Sequence[float]) -> list["Sampli
 
     return grid(
         default if settings.temperatures is None else settings.temperatures,
-        [None] if settings.top_k is None else settings.top_k,
+        [None] if settings.top_k is None else [k or None for k in settings.top_k],
         [None] if settings.top_p is None else settings.top_p,
     )
 
@@ -168,7 +171,9 @@ def _parser() -> ArgumentParser:
     add("--logits", type=list[float] | None, help="Their logits; default: the book's.")
     add("--temperatures", type=list[float] | None, help="Default: [1, 0.1, 5], the book's.")
     add(
-        "--top_k", type=list[int] | None, help="A list of top-k settings, combined with the others."
+        "--top_k",
+        type=list[int] | None,
+        help="A list of top-k settings, combined with the others; 0: all tokens.",
     )
     add("--top_p", type=list[float] | None, help="A list of top-p settings, combined too.")
     add("--num_samples", type=int, default=1000, help="Draws a setting.")

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import asdict
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.report import report_parser
+from gpt_lightning.cli.report import progress, report_parser
 from gpt_lightning.cli.tables import print_table, writable_folder, write_csv
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ def run(arguments: list[str]) -> None:
     if not 0.0 < settings.train_ratio < 1.0:
         raise ValueError(f"train_ratio: {settings.train_ratio} leaves a split empty; give e.g. 0.9")
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from gpt_lightning.cli.generate import usable_device
     from gpt_lightning.generation.sampling import Sampling
     from gpt_lightning.reports import sizes as report
@@ -55,12 +53,10 @@ def run(arguments: list[str]) -> None:
         n_heads=settings.n_heads,
         max_memory=None if settings.max_memory is None else int(settings.max_memory * 1e9),
     )
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("models", total=len(settings["from"]))
-        measured = report.measure_all(settings["from"], task, lambda: progress.advance(bar))
+    with progress("models", len(settings["from"])) as advance:
+        measured = report.measure_all(settings["from"], task, advance)
     caption = (
-        f"{task.prompt!r}, temperature {task.sampling.temperature:g}, top_k {task.sampling.top_k or 'all'}, "
+        f"{shorten(repr(task.prompt), 80)}, temperature {task.sampling.temperature:g}, top_k {task.sampling.top_k or 'all'}, "
         f"seed {task.seed}, {task.device}, {task.dtype or 'weights as stored'}"
     )
     if task.text:

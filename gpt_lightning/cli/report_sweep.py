@@ -4,12 +4,13 @@ import base64
 import io
 import json
 from dataclasses import asdict
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.report import load_model_of, report_parser
+from gpt_lightning.cli.report import load_model_of, progress, report_parser
 from gpt_lightning.cli.tables import all_or, print_table, writable_folder, write_csv
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ def run(arguments: list[str]) -> None:
     if not settings.prompt:
         raise ValueError("prompt: is empty; give some text with --prompt")
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from gpt_lightning.data.tokenizer import encode_prompt
     from gpt_lightning.reports import sweep as report
 
@@ -41,9 +39,7 @@ def run(arguments: list[str]) -> None:
     )
     out = writable_folder(settings.out) if settings.out else None
     model = load_model_of(settings)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("cells", total=len(cells_to_do))
+    with progress("cells", len(cells_to_do)) as advance:
         cells = report.sweep(
             model,
             encode_prompt(settings.prompt),
@@ -51,13 +47,16 @@ def run(arguments: list[str]) -> None:
             num_samples=settings.num_samples,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
-            on_cell=lambda: progress.advance(task),
+            on_cell=advance,
         )
     used = {
         key: settings[key] for key in ("from", "prompt", "num_samples", "max_new_tokens", "seed")
     }
     answer = {**report.as_dict(cells), "settings": used}
-    caption = ", ".join(f"{key} {value}" for key, value in used.items())
+    # the prompt last, and no more of it than leaves room for the settings
+    told = {key: value for key, value in used.items() if key != "prompt"}
+    caption = ", ".join(f"{key} {value}" for key, value in told.items())
+    caption += f", prompt {shorten(repr(settings.prompt), 100)}"
     if out is not None:
         figure = report.heat_maps(cells, caption)
         figure.savefig(out / "sweep.png", dpi=150)

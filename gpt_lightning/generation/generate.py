@@ -107,7 +107,12 @@ def _stream(
         generator.seed()
 
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width + max_new_tokens), NO_TOKEN, device=device)
+    try:
+        ids = torch.full((len(prompts), width + max_new_tokens), NO_TOKEN, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} are more than memory holds; give fewer"
+        ) from error
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) : width] = torch.tensor(prompt, device=device)
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)

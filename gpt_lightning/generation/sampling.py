@@ -54,6 +54,13 @@ class Sampling:
             )
 
 
+def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of the device; ``ValueError`` where ``seed`` is no number of 64 bits."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: {seed} has more than 64 bits; give a smaller one")
+    return torch.Generator(device=device).manual_seed(seed)
+
+
 def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Logits ``(B, V)`` with those of the tokens in ``ids`` ``(B, T)`` made smaller by ``penalty``.
 
@@ -67,12 +74,16 @@ def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits ``(B, V)`` less their largest, divided by ``temperature``, which is > 0, however small.
+    """Logits ``(B, V)`` divided by ``temperature``, which is > 0, however small.
 
-    Without taking off the largest first, which no softmax notices, the division could overflow to +inf.
+    A row that would overflow is divided less its largest logit, which changes no probability but in
+    its last bits; the others are the book's to the bit, and so are the draws.
     """
     temperature = max(temperature, torch.finfo(torch.float32).tiny)
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    scaled = logits / temperature
+    overflows = (scaled.isinf() & logits.isfinite()).any(dim=-1, keepdim=True)
+    less = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return torch.where(overflows, less, scaled)
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -154,6 +165,7 @@ def sample(
         )
     if sampling.temperature == 0.0:
         if sampling.repetition_penalty != 1.0 and ids is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
         return logits.argmax(dim=-1)
     p = probabilities(logits, sampling, ids)

@@ -36,8 +36,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: {value} is no size; give 1 or more")
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name}: {value} is no size; give a whole number from 1")
         if not 0.0 <= self.drop_rate < 1.0:
             raise ValueError(f"drop_rate: {self.drop_rate} is outside [0, 1); 0 turns dropout off")
         if self.emb_dim % self.n_heads:

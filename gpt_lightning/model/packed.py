@@ -48,13 +48,15 @@ def pack_weights(model: GPTModel) -> bool:
         head = PackedLinear(weight, None)
     except RuntimeError:  # bfloat16 on a CPU without AVX-512
         return False
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name in [name for name, _ in parent.named_children()]:
+            child = getattr(parent, name)
             if isinstance(child, nn.Linear):
                 before_gelu = isinstance(parent, nn.Sequential) and name == "0"
                 setattr(parent, name, PackedLinear(child.weight, child.bias, gelu=before_gelu))
             elif isinstance(child, nn.GELU):
                 setattr(parent, name, nn.Identity())
+            del child  # the last that holds its weights
     if model.out_head is None:
         model.out_head = head
     return True

@@ -105,8 +105,15 @@ def _to_ours(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tens
     for name, group in names.items():
         if all(third in tensors for third in group):
             parts = [tensors[third] for third in group]
-            ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            ours[name] = parts[0] if len(parts) == 1 else _put_together(parts, group[0])
     return ours
+
+
+def _put_together(parts: list[Tensor], name: str) -> Tensor:
+    first = parts[0]
+    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+        raise ValueError(f"{name}: is not of the shape and dtype of its key and value")
+    return torch.cat(parts)
 
 
 def _to_book(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """SOURCE in one form to DEST in another."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from safetensors import SafetensorError
 
 from gpt_lightning.pretrained.book import write_book
@@ -55,14 +57,19 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
 @contextmanager
 def _whole_or_not_at_all(dest: Path) -> Iterator[Path]:
     """A hidden name to write a file or folder under; it becomes ``dest``, synced, when nothing was raised."""
-    hidden = dest.with_name(f".{dest.name}.tmp")
-    _remove(hidden)  # of a conversion that was killed
+    for stale in dest.parent.glob(f".{glob.escape(dest.name)}.*.tmp"):
+        pid = stale.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            _remove(stale)  # of a conversion that was killed
+    hidden = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
         yield hidden
         for path in sorted(hidden.rglob("*")) if hidden.is_dir() else [hidden]:
             _sync(path)
         if hidden.is_dir():
             _sync(hidden)
+        if os.path.lexists(dest):
+            raise FileExistsError(f"dest: {dest} exists by now; give a new name")
         hidden.rename(dest)
         _sync(dest.parent)
     # in torch's and safetensors' own errors there may be a full disk

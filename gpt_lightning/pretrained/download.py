@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from gpt_lightning.pretrained.manifest import MANIFEST, damaged_files, write_manifest
 
@@ -88,6 +90,7 @@ _ATTEMPTS = 3  # at each host, without a byte more than before
 _TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
 _PIECE = 1 << 18  # bytes; of a piece that breaks off nothing is kept
 _NOT_HERE = (401, 403, 404, 410)
+_MOST = 10_000_000_000  # bytes of a file whose size nobody tells; the largest has 6.4 GB
 _PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
@@ -151,6 +154,31 @@ def download(
     files = HUB_FILES if host == "hub" else OPENAI_FILES
     folder = folder or folder_of(name, host)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OSError(
+            f"download: another process is fetching into {folder}; wait for it"
+        ) from error
+    try:
+        _download(name, host, files, folder, mirror, on_bytes, on_damage, pause)
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+    return folder
+
+
+def _download(
+    name: str,
+    host: Host,
+    files: Sequence[str],
+    folder: Path,
+    mirror: str | None,
+    on_bytes: OnBytes,
+    on_damage: Callable[[Path], None],
+    pause: float,
+) -> None:
     damaged = set(damaged_files(folder))
     recorded = _recorded(folder)
     whole = set(files) & recorded - damaged
@@ -188,7 +216,6 @@ def download(
         # a file that is still damaged stays recorded as what it was, so that nobody loads it
         if whole != recorded and not damaged:
             write_manifest(folder, whole)
-    return folder
 
 
 def _recorded(folder: Path) -> set[str]:
@@ -280,9 +307,14 @@ def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | 
             raise OSError(f"needs {size - have:,} bytes, the disk has {free:,} left")
         with part.open("ab") as file:
             for piece in answer.iter_content(_PIECE):
-                file.write(piece)
                 have += len(piece)
+                if have > (size or _MOST):
+                    break
+                file.write(piece)
                 on_bytes(part.name[1 : -len(".part")], have, size)
+    if have > (size or _MOST):
+        part.unlink()
+        raise _NotHere(f"goes on after {size or _MOST:,} bytes, which should be all")
     if size is not None and have < size:
         raise requests.ConnectionError(f"broke off after {have:,} of {size:,} bytes")
     return f"md5:{_hex(begun['md5'])}" if begun.get("md5") else None
@@ -336,7 +368,22 @@ def _put(part: Path, path: Path) -> None:
 def _fits(path: Path, known: Known) -> bool:
     if known.size not in (None, path.stat().st_size):
         return False
+    if known.digest is None and not _opens(path):
+        return False
     return known.digest is None or _has_digest(path, known.digest)
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file of which no sum is known is at least not cut off, where its form tells."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError):
+        return False
+    return True
 
 
 def _has_digest(path: Path, digest: str) -> bool:

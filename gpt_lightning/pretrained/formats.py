@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -92,9 +93,12 @@ def check_records(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
+            RuntimeError, UnicodeDecodeError, OSError) as error:  # fmt: skip
         raise ValueError(
-            f"{path}: is no file of torch.save, or is damaged; give another"
+            f"{path}: is no file of torch.save since torch 1.6, or is damaged; give another"
         ) from error
     if damaged:
         raise ValueError(

@@ -1,5 +1,6 @@
 """nanoGPT's ``ckpt.pt``. Its GELU is the exact one, ours GPT-2's tanh form: logits differ by about 1e-3."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,5 +55,14 @@ def read_nanogpt(content: dict[str, Any], path: Path) -> Source:
         elif not name.ours.endswith("qkv.bias"):
             weight = theirs[f"transformer.{name.module}.weight"]
             state_dict[name.ours] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+    known = {f"transformer.{n.module}.{part}" for n in gpt2_names(config.n_layers)
+             for part in ("weight", "bias")}  # fmt: skip
+    head = theirs.get("lm_head.weight")
+    for key in theirs.keys() - known - {"lm_head.weight"}:
+        if not key.endswith(".attn.bias"):  # a causal mask
+            raise ValueError(f"{path}: has {key}, which no GPT of its model_args has")
+    if head is not None and not torch.equal(head, state_dict["tok_emb.weight"]):
+        config = replace(config, tied_embeddings=False)
+        state_dict["out_head.weight"] = head[: config.vocab_size]
     state_dict["tok_emb.weight"] = state_dict["tok_emb.weight"][: config.vocab_size]
     return Source(config, state_dict)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,6 +69,9 @@ def read_openai(folder: Path) -> Source:
         if name.part == "matrix":  # (1, in, out)
             tensor = tensor[0].t()
         state_dict[name.ours] = tensor
+        there.discard(theirs)
+    if more := [name for name in there if name.startswith("model/")]:
+        raise ValueError(f"{folder}: has {min(more)}, which no GPT-2 of its hparams.json has")
     return Source(config, state_dict)
 
 
@@ -91,7 +95,7 @@ def write_openai(source: Source, folder: Path) -> None:
         tensors[_spelled(name)] = (
             tensor.t()[None].contiguous() if name.part == "matrix" else tensor.contiguous()
         )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openai-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         file = Path(scratch) / "weights.safetensors"
         save_file(tensors, file)
         _run_tensorflow("write", file, folder / CHECKPOINT)
@@ -136,7 +140,10 @@ def _as_safetensors(folder: Path) -> Path:
             written.mkdir()
             _run_tensorflow("read", folder / CHECKPOINT, written / WEIGHTS)
             write_manifest(written, [WEIGHTS])
-            written.rename(kept)
+            with suppress(OSError):  # another process was as far
+                written.rename(kept)
+            if not kept.exists():
+                raise OSError(f"{kept}: cannot be written; is there room?")
     return kept / WEIGHTS
 
 

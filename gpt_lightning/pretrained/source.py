@@ -1,6 +1,7 @@
 """SOURCE, wherever a command takes one, to weights."""
 
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -42,9 +43,9 @@ def find_checkpoint(source: str) -> Path:
             return candidate
     if path.is_dir():
         raise FileNotFoundError(f"{source}: holds none of {_LOOKED_FOR}; give another")
-    raise FileNotFoundError(
-        f"{source}: does not exist; give a file, a folder, or one of {', '.join(GPT2_SIZES)}"
-    )
+    near = get_close_matches(source, GPT2_SIZES, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"or one of {', '.join(GPT2_SIZES)}"
+    raise FileNotFoundError(f"{source}: does not exist; give a file, a folder, {remedy}")
 
 
 def read_source(source: str, *, n_heads: int | None = None) -> Source:
@@ -61,15 +62,21 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
         OSError: There is no such file, or it cannot be read.
     """
     path = _located(source)
-    if is_huggingface(path):
-        check_manifest(path)
-        found = read_huggingface(path)
-    elif is_openai(path):
-        check_manifest(path)
-        found = read_openai(path)
-    else:
-        found = _read_file(find_checkpoint(str(path)), n_heads)
-    _check(found, source)
+    try:
+        if is_huggingface(path):
+            check_manifest(path)
+            found = read_huggingface(path)
+        elif is_openai(path):
+            check_manifest(path)
+            found = read_openai(path)
+        else:
+            found = _read_file(find_checkpoint(str(path)), n_heads)
+        _check(found, source)
+    # what a content of another kind than its form has may run into: a number for a name, a scalar for a
+    # matrix, a size beyond all memory
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        brief = " ".join(str(error).split())[:120]
+        raise ValueError(f"{source}: is damaged or contradicts itself ({brief})") from error
     return found
 
 
@@ -140,6 +147,11 @@ def _read_file(path: Path, n_heads: int | None) -> Source:
 
 def _check(found: Source, source: str) -> None:
     """Names and shapes against the architecture, on the meta device: nothing is copied."""
+    blocks = {name.split(".")[1] for name in found.state_dict if name.startswith("trf_blocks.")}
+    if len(blocks) != found.config.n_layers:  # before that many are built
+        raise ValueError(
+            f"{source}: has {len(blocks)} blocks, its architecture says {found.config.n_layers}"
+        )
     with torch.device("meta"):
         expected = GPTModel(found.config).state_dict()
     for name, tensor in expected.items():

@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gpt_lightning.generation.sampling import Sampling, entropy, probabilities
+from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +71,7 @@ def draw_counts(p: Tensor, num_samples: int, seed: int) -> Tensor:
     All draws at once, with the very results of S successive ``torch.multinomial(p, 1)`` after
     ``torch.manual_seed(seed)``: each of them takes V exponential random numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     counts = torch.zeros(len(p), dtype=torch.int64)
     rows = max(1, _MAX_CELLS // len(p))
     for start in range(0, num_samples, rows):
@@ -84,7 +83,7 @@ def draw_counts(p: Tensor, num_samples: int, seed: int) -> Tensor:
 
 def draw_counts_one_by_one(p: Tensor, num_samples: int, seed: int) -> Tensor:
     """The book's way: a loop of single draws. For comparison."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     drawn = [torch.multinomial(p, 1, generator=generator).item() for _ in range(num_samples)]
     return torch.bincount(torch.tensor(drawn), minlength=len(p))
 
@@ -168,15 +167,15 @@ def compare_methods(
 
     p = exact()
     ways = [
-        ("the book's loop", lambda: draw_counts_one_by_one(p, num_samples, seed) / num_samples),
-        ("all draws at once", lambda: draw_counts(p, num_samples, seed) / num_samples),
-        ("exact", exact),
+        ("the book's loop", lambda draws: draw_counts_one_by_one(p, draws, seed) / draws),
+        ("all draws at once", lambda draws: draw_counts(p, draws, seed) / draws),
+        ("exact", lambda draws: exact()),
     ]
     methods = []
     for name, estimate in ways:
-        estimate()  # warm
+        estimate(10)  # warm
         began = time.perf_counter()
-        found = estimate()
+        found = estimate(num_samples)
         seconds = time.perf_counter() - began
         methods.append(Method(name, seconds, float((found - p).abs().max())))
     return methods
@@ -186,26 +185,31 @@ def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -
     """Bars: each token's exact probability under each setting; crosses: its share of the draws."""
     from matplotlib.figure import Figure
 
-    tokens = list(dict.fromkeys(row.token for row in rows))
     settings = list(dict.fromkeys((row.temperature, row.top_k, row.top_p) for row in rows))
-    figure = Figure(figsize=(max(6.0, 0.75 * len(tokens) + 2), 4), layout="constrained")
+    # each setting has the same tokens in the same order; two may have one name
+    tokens = [r.token for r in rows if (r.temperature, r.top_k, r.top_p) == settings[0]]
+    figure = Figure(figsize=(max(6.0, 0.75 * len(tokens) + 2), 4.5), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(settings)
     for i, setting in enumerate(settings):
         own = [r for r in rows if (r.temperature, r.top_k, r.top_p) == setting]
-        places = [tokens.index(r.token) + (i - (len(settings) - 1) / 2) * width for r in own]
+        places = [place + (i - (len(settings) - 1) / 2) * width for place in range(len(own))]
         grey = f"{0.3 + 0.6 * i / max(1, len(settings) - 1):.2f}"
         exact = [r.probability for r in own]
         axes.bar(places, exact, width, color=grey, edgecolor="0", label=_name(*setting))
         axes.plot(places, [r.count / num_samples for r in own], "x", color="0", markersize=5)
     axes.plot([], [], "x", color="0", label=f"share of {num_samples:,} draws")
-    names = [token.encode("ascii", "backslashreplace").decode() for token in tokens]  # any font's
+    names = [in_any_font(token) for token in tokens]
     axes.set_xticks(range(len(tokens)), names, rotation=45, ha="right", parse_math=False)
     axes.set_xlabel("Next token")
     axes.set_ylabel("Probability")
-    axes.legend()
-    figure.supxlabel(shorten(caption, 120), fontsize=7, parse_math=False)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    figure.supxlabel(in_any_font(caption), fontsize=7, parse_math=False)
     return figure
+
+
+def in_any_font(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def as_dict(

@@ -19,12 +19,13 @@ from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt, split_tokens
 from gpt_lightning.data.windows import WindowLoader, windows
 from gpt_lightning.generation.generate import stream_ids
-from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.sampling import Sampling, seeded
 from gpt_lightning.generation.text import generate_texts
 from gpt_lightning.model.gpt import GPTModel, cross_entropy
 from gpt_lightning.model.packed import pack_weights
 from gpt_lightning.pretrained.formats import Source
 from gpt_lightning.pretrained.source import build_model, read_source, weight_files
+from gpt_lightning.reports.sampling import in_any_font
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +93,10 @@ def measure_all(
     Raises:
         ValueError, OSError: As :func:`measure`, for the first that cannot be read.
     """
+    for source in sources:
+        weight_files(source)  # one that is not there is no reason to lose the others' figures
+    if task.text is not None:
+        read_corpus(task.text)
     measured = []
     for source in sources:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
@@ -121,17 +126,20 @@ def measure(source: str, task: Task) -> Measured:
     needed = int(_ROOM * sum(
         t.numel() * (dtype or t.dtype).itemsize for t in found.state_dict.values()
     ))  # fmt: skip
+    if found.config.tied_embeddings:  # decoding reads the head in an order of its own
+        embedding = found.state_dict["tok_emb.weight"]
+        needed += embedding.numel() * (dtype or embedding.dtype).itemsize
     if task.text is not None:  # logits, their logarithms
         needed += 8 * task.batch_size * task.context_length * found.config.vocab_size
     if needed > (free := _free_memory(task)):
-        why = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB may be taken"
+        why = f"needs about {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB may be taken"
         return replace(described, skipped=why)
     began = time.perf_counter()
     model = build_model(found, device=task.device, dtype=dtype)
     pack_weights(model)
     loaded = time.perf_counter() - began
     first, rate = _speed(model, task)
-    generator = torch.Generator(device=task.device).manual_seed(task.seed)
+    generator = seeded(task.seed, task.device)
     samples = generate_texts(
         model,
         [task.prompt],
@@ -187,7 +195,7 @@ def _speed(model: GPTModel, task: Task) -> tuple[float, float | None]:
     prompt_ids = encode_prompt(task.prompt)
     times: list[float] = []
     for new_tokens in (2, task.max_new_tokens):  # the first is a warm-up
-        generator = torch.Generator(device=task.device).manual_seed(task.seed)
+        generator = seeded(task.seed, task.device)
         times = [time.perf_counter()]
         for step in stream_ids(
             model, [prompt_ids], new_tokens, task.sampling, eos_id=None, generator=generator
@@ -250,7 +258,7 @@ def figure(measured: Sequence[Measured], caption: str) -> "Figure":
         "memory": [(model.peak_memory_bytes or 0) / 1e9 for model in shown],
         "file": [model.file_bytes / 1e9 for model in shown],
     })  # fmt: skip
-    drawing.supxlabel(caption, fontsize=8, parse_math=False)
+    drawing.supxlabel(in_any_font(caption), fontsize=8, parse_math=False)
     return drawing
 
 

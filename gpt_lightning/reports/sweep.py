@@ -7,15 +7,15 @@ import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import torch
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
 from gpt_lightning.generation.generate import NO_TOKEN, stream_ids
-from gpt_lightning.generation.sampling import Sampling, entropy, probabilities
+from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.reports.sampling import in_any_font
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +114,7 @@ def _cell(
             sampling,
             num_samples=num_samples,
             eos_id=END_OF_TEXT_ID,
-            generator=torch.Generator(device=device).manual_seed(seed),
+            generator=seeded(seed, device),
         )
     )
     table = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(num_samples)]
@@ -191,7 +191,10 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
     from matplotlib.figure import Figure
 
     parts = list(tables(cells))
-    figure = Figure(figsize=(4.2 * len(FIGURES), 3.4 * len(parts)), layout="constrained")
+    columns = max(len(top_ks) for _, _, top_ks in parts)
+    lines = max(len(temperatures) for _, temperatures, _ in parts)
+    width, height = max(4.2, 0.55 * columns + 1), max(3.4, 0.3 * lines + 1)
+    figure = Figure(figsize=(width * len(FIGURES), height * len(parts)), layout="constrained")
     grid_of_axes = figure.subplots(len(parts), len(FIGURES), squeeze=False)
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
     for line, (top_p, temperatures, top_ks) in enumerate(parts):
@@ -206,14 +209,15 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
                 for j, value in enumerate(value_row):
                     dark = high > low and (value - low) / (high - low) > 0.5
                     axes.text(
-                        j, i, f"{value:.2f}", ha="center", va="center", color="1" if dark else "0"
-                    )
+                        j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                        color="1" if dark else "0",
+                    )  # fmt: skip
             axes.set_title(title, fontsize=8)
             axes.set_xticks(range(len(top_ks)), ["all" if k is None else str(k) for k in top_ks])
             axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
             axes.set_xlabel("top_k" if top_p is None else f"top_k (top_p {top_p:g})")
             axes.set_ylabel("temperature")
-    figure.supxlabel(shorten(caption, 200), fontsize=8, parse_math=False)
+    figure.supxlabel(in_any_font(caption), fontsize=8, parse_math=False)
     return figure
 
 

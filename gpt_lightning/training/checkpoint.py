@@ -219,6 +219,7 @@ def _rotate(folder: Path) -> None:
         os.replace(folder / LAST, folder / PREVIOUS)
     else:
         os.replace(temporary, folder / PREVIOUS)
+        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
 
 
 def _sync(folder: Path) -> None:

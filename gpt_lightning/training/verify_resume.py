@@ -98,9 +98,10 @@ def verify_resume(
     on_run(f"resumed from step {steps}")
     _fit([*common, "--ckpt_path=last"], cut)
     left = Path("checkpoints", RUN, LAST)
-    parts = [_parts(read_checkpoint(place / left)) for place in (straight, cut)]
-    compared = [_compare(part, parts[0][part], parts[1][part]) for part in parts[0]]
-    return [*compared, _compare_windows(straight, cut)]
+    return [
+        *compare_checkpoints(straight / left, cut / left),
+        _compare_windows(straight, cut),
+    ]
 
 
 def _fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> None:
@@ -132,6 +133,12 @@ def _fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> None
         raise RuntimeError(f"fit ended with {process.returncode}: {last}")
     if kill_at is not None:
         raise RuntimeError(f"the run was over before step {kill_at}")
+
+
+def compare_checkpoints(straight: Path, resumed: Path) -> list[Compared]:
+    """All that two checkpoints hold, in three parts: weights, optimizer, counters."""
+    parts = [_parts(read_checkpoint(path)) for path in (straight, resumed)]
+    return [_compare(part, parts[0][part], parts[1][part]) for part in parts[0]]
 
 
 def _parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,562 @@
+"""Checkpoints that a crash, a full disk or a flipped bit cannot take away."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, python
+from lightning.pytorch import Callback
+from safetensors.torch import save_file
+
+from gpt_lightning.data import tokenizer
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.pretrained.manifest import MANIFEST, write_manifest
+from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.training.checkpoint import (
+    DurableCheckpointIO,
+    check_content,
+    checkpoint_to_resume,
+    newest_whole,
+)
+
+RUN = Path("checkpoints/quickstart")
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return bool(a == b)
+
+
+def small_checkpoint(step: int) -> dict[str, Any]:
+    """All that a checkpoint of ours has, with few numbers in it."""
+    torch.manual_seed(step)
+    config = {"vocab_size": 40, "context_length": 4, "emb_dim": 8, "n_heads": 2, "n_layers": 1,
+              "drop_rate": 0.0, "qkv_bias": False, "tied_embeddings": False}  # fmt: skip
+    from gpt_lightning import GPTConfig, GPTModel
+
+    weights = {f"model.{n}": t for n, t in GPTModel(GPTConfig(**config)).state_dict().items()}
+    moments = {i: {"exp_avg": torch.randn_like(t)} for i, t in enumerate(weights.values())}
+    return {
+        "state_dict": weights,
+        "optimizer_states": [{"state": moments, "param_groups": [{"lr": 0.1}]}],
+        "hyper_parameters": {"config": config},
+        "global_step": step,
+        "tokens_seen": 4 * step,
+        "loops": {},
+    }
+
+
+# --- a crash at every point of a save -------------------------------------------------------------
+
+_CRASHES = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_durability import same_bits, small_checkpoint
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training import checkpoint as module
+
+folder = Path(sys.argv[1])
+old, new = small_checkpoint(1), small_checkpoint(2)
+
+def dying_at(point):
+    passed = []
+    def pass_by(name):
+        passed.append(name)
+        if len(passed) == point:
+            print(name, flush=True)
+            os._exit(137)
+    def around(holder, name):
+        real = getattr(holder, name)
+        def wrapped(*arguments):
+            pass_by(f"before {name}")
+            result = real(*arguments)
+            pass_by(f"after {name}")
+            return result
+        setattr(holder, name, wrapped)
+    for name in ("fsync", "replace", "link"):
+        around(module.os, name)
+    real_write = module._HashingFile.write
+    def write(self, data):
+        half = bytes(data)[: len(data) // 2]
+        if len(data) > 500:
+            self._file.write(half)
+            pass_by("half-way through a write")
+            self._file.seek(-len(half), 1)
+        return real_write(self, data)
+    module._HashingFile.write = write
+
+point = 0
+while True:
+    point += 1
+    run = folder / str(point)
+    io = module.DurableCheckpointIO()
+    for step in (0, 1):
+        io.save_checkpoint(small_checkpoint(step), run / "last.ckpt")
+    child = os.fork()
+    if not child:
+        dying_at(point)
+        io.save_checkpoint(new, run / "last.ckpt")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found = module.newest_whole(run)
+    state = read_checkpoint(found)
+    whole = same_bits(state, old) or same_bits(state, new)
+    assert whole and found.name == "last.ckpt", (point, found)
+    assert not code or same_bits(read_checkpoint(run / "last.ckpt"), state)
+    # the next save goes on from whatever was left, and leaves nothing over
+    module.remove_leftovers(run)
+    later = module.DurableCheckpointIO()
+    later.load_checkpoint(found)
+    later.save_checkpoint(small_checkpoint(3), run / "last.ckpt")
+    assert same_bits(read_checkpoint(module.newest_whole(run)), small_checkpoint(3))
+    assert same_bits(read_checkpoint(run / "previous.ckpt"), state)
+    assert module.damage_of(run / "previous.ckpt", module.read_manifest(run)) == ""
+    assert {p.name for p in run.iterdir()} == {"last.ckpt", "previous.ckpt", "manifest.json"}
+    if code == 0:
+        break
+    assert code == 137
+print(point - 1, "points")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_crash_at_any_point_of_a_save(tmp_path: Path) -> None:
+    done = python("-c", _CRASHES, str(tmp_path), str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr
+    *points, count = done.stdout.splitlines()
+    assert int(count.split()[0]) == len(points) >= 20
+    for name in ("half-way through a write", "before fsync", "after fsync", "before replace",
+                 "after replace", "before link", "after link"):  # fmt: skip
+        assert name in points
+
+
+def test_order_is_write_sync_record_rename_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(what: Any, *rest: Any) -> Any:
+            there = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
+            order.append(f"{name} {Path(there).name}")
+            return real(what, *rest)
+
+        return noted
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("names of open files are read from /proc")
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    DurableCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
+    assert order[:6] == [
+        "fsync .last.ckpt.tmp", "fsync .manifest.json.tmp", "replace .manifest.json.tmp",
+        f"fsync {tmp_path.name}", "replace .last.ckpt.tmp", f"fsync {tmp_path.name}",
+    ]  # fmt: skip
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+_FILLING = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_durability import same_bits, small_checkpoint
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training.checkpoint import DurableCheckpointIO, newest_whole
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = Path(sys.argv[1])
+io = DurableCheckpointIO(asynchronous=sys.argv[3] == "asynchronous")
+io.save_checkpoint(small_checkpoint(1), run / "last.ckpt")
+io.finish()
+size = (run / "last.ckpt").stat().st_size
+for point in range(30):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (point * size // 30, resource.RLIM_INFINITY))
+    io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
+    io.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    failure, io.failure = io.failure, None
+    assert "last.ckpt: cannot be written" in str(failure), (point, failure)
+    assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(1)), point
+    assert {p.name for p in run.iterdir()} == {"last.ckpt", "manifest.json"}, point
+io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
+io.finish()
+assert io.failure is None
+assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(2))
+"""
+
+
+@pytest.mark.parametrize("way", ["at once", "asynchronous"])
+def test_a_disk_full_at_thirty_points(tmp_path: Path, way: str) -> None:
+    done = python("-c", _FILLING, str(tmp_path), str(Path(__file__).parent), way)
+    assert done.returncode == 0, done.stderr
+
+
+class FullDisk(Callback):
+    """The second save fails, as on a full disk."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        io = trainer.strategy.checkpoint_io
+        real, saves = io._write, []
+
+        def write(checkpoint: Any, path: Path) -> None:
+            saves.append(path)
+            if len(saves) == 2:
+                raise OSError(28, "No space left on device")
+            real(checkpoint, path)
+
+        io._write = write
+
+
+FULL_DISK = ("--allow_import=test_durability", "--trainer.callbacks+=test_durability.FullDisk",
+             "--checkpoint.best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_training_goes_on_after_a_full_disk(fit: Command, asynchronous: str) -> None:
+    done = fit("--trainer.max_steps=4", f"--checkpoint.asynchronous={asynchronous}", *FULL_DISK)
+    lines = [line for line in done.err.splitlines() if "No space left" in line]
+    assert len(lines) == 1
+    assert "last.ckpt: cannot be written" in lines[0]
+    assert "training goes on" in lines[0]
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 4
+
+
+def test_or_it_stops(command: Command, fit: Command) -> None:
+    from conftest import ROOT, SMALL
+
+    done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, *FULL_DISK,
+                   "--trainer.max_steps=4", "--checkpoint.on_failure=stop")  # fmt: skip
+    assert done.code == 2
+    assert "No space left on device" in done.err.splitlines()[-1]
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 1
+    fit("--trainer.max_steps=4", "--ckpt_path=last")
+
+
+def test_no_room_is_said_before_the_first_step(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conftest import ROOT, SMALL
+
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
+    done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+                   "--trainer.max_steps=1")  # fmt: skip
+    assert done.code == 2
+    assert "needs 0.04 GB for checkpoints of 0.02 GB, 0.03 GB are free" in done.err.splitlines()[-1]
+    assert "Ep 1" not in done.out
+    assert not list(RUN.glob("*.ckpt"))
+
+
+def test_leftovers_of_a_killed_save_are_removed(fit: Command) -> None:
+    fit("--trainer.max_steps=1")
+    for name in (".last.ckpt.tmp", ".best.ckpt.tmp", ".previous.ckpt.tmp", ".manifest.json.tmp"):
+        (RUN / name).write_bytes(b"half of it")
+    fit("--trainer.max_steps=2", "--ckpt_path=last")
+    assert not list(RUN.glob(".*"))
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_the_one_before_is_used_where_the_newest_is_damaged(fit: Command) -> None:
+    fit("--trainer.max_steps=6", "--checkpoint.every_n_train_steps=2", "--run=whole")
+    fit("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2")
+    manifest = json.loads((RUN / MANIFEST).read_text())["checkpoints"]
+    assert {entry["file"]: entry["step"] for entry in manifest}["last.ckpt"] == 4
+    assert {"bytes", "sha256", "step", "saved", "versions", "config_sha256"} <= manifest[0].keys()
+    content = bytearray((RUN / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (RUN / "last.ckpt").write_bytes(content)
+    done = fit("--trainer.max_steps=6", "--checkpoint.every_n_train_steps=2", "--ckpt_path=last")
+    said = [line for line in done.err.splitlines() if "is damaged" in line]
+    assert len(said) == 1
+    assert "its SHA-256 is not what manifest.json recorded" in said[0]
+    assert "going on from checkpoints/quickstart/previous.ckpt instead" in said[0]
+    for name in ("last.ckpt", "previous.ckpt"):
+        ours, whole = read_checkpoint(RUN / name), read_checkpoint(RUN.parent / "whole" / name)
+        assert same_bits(ours["state_dict"], whole["state_dict"])
+        assert same_bits(ours["optimizer_states"], whole["optimizer_states"])
+
+
+def test_a_damaged_manifest_is_said_and_not_gone_by(fit: Command) -> None:
+    fit("--trainer.max_steps=1")
+    (RUN / MANIFEST).write_text('{"checkpoints": [{"file": 3}]}')
+    done = fit("--trainer.max_steps=2", "--ckpt_path=last")
+    assert "manifest.json: is damaged" in done.err
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"callbacks": {"Mine": {"path": Path("x")}}}, "checkpoint.callbacks.Mine.path"),
+        ({"a": [1, {"b": np.float64(1.0)}]}, "checkpoint.a.1.b"),
+        ({"a": {Path("k"): 1}}, "a key of checkpoint.a"),
+        ({"a": (lambda: 0)}, "checkpoint.a"),
+        ({"a": np.zeros(2)}, "checkpoint.a"),
+    ],
+)
+def test_the_guard_names_what_would_not_load(content: Any, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: is a "):
+        check_content(content)
+    check_content({"a": [1, 2.0, None, True, b"x", "y", (torch.ones(1), {3})], 4: torch.float32})
+
+
+class Unloadable(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"where": Path("x")}
+
+
+def test_the_guard_in_a_run(command: Command) -> None:
+    from conftest import ROOT, SMALL
+
+    done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+                   "--trainer.max_steps=1", "--allow_import=test_durability",
+                   "--trainer.callbacks+=test_durability.Unloadable")  # fmt: skip
+    assert done.code == 2
+    assert ".where: is a pathlib.PosixPath" in done.err.splitlines()[-1]
+    assert not (RUN / "last.ckpt").exists()
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """A bit flipped, a page zeroed, the end cut off, bytes put in, or a piece moved."""
+    if not content:
+        return b"?"
+    at = rng.randrange(len(content))
+    match rng.randrange(5):
+        case 0:
+            return content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
+        case 1:
+            start = at // 512 * 512
+            return content[:start] + bytes(min(512, len(content) - start)) + content[start + 512 :]
+        case 2:
+            return content[:at]
+        case 3:
+            return content[:at] + rng.randbytes(rng.randrange(1, 64)) + content[at:]
+        case _:
+            other = rng.randrange(len(content))
+            piece = content[other : other + rng.randrange(1, 256)]
+            return content[:at] + piece + content[at + len(piece) :]
+
+
+MUTATIONS = 2000
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[], Any]]]:
+    """What is mutated, and what reads it: it gives the content as it was, or refuses."""
+    folder = tmp_path_factory.mktemp("targets")
+    run, hf = folder / "run", folder / "hf"
+    io = DurableCheckpointIO()
+    for step in (1, 2):
+        io.save_checkpoint(small_checkpoint(step), run / "last.ckpt")
+    bare = folder / "bare" / "last.ckpt"
+    bare.parent.mkdir()
+    shutil.copy(run / "last.ckpt", bare)
+    hf.mkdir()
+    from gpt_lightning import GPTConfig, GPTModel
+    from gpt_lightning.pretrained.formats import Source
+    from gpt_lightning.pretrained.huggingface import write_huggingface
+
+    config = GPTConfig(vocab_size=40, context_length=4, emb_dim=8, n_heads=2, n_layers=1,
+                       qkv_bias=True, tied_embeddings=True)  # fmt: skip
+    write_huggingface(Source(config, GPTModel(config).state_dict()), hf)
+    write_manifest(hf, [path.name for path in hf.iterdir()])
+
+    def resumed() -> Any:
+        path, config = checkpoint_to_resume(run, "last", {})
+        return DurableCheckpointIO().load_checkpoint(path)["state_dict"], config
+
+    def source(path: Path) -> Callable[[], Any]:
+        def read() -> Any:
+            found = read_source(str(path))
+            return found.config, {name: t.clone() for name, t in found.state_dict.items()}
+
+        return read
+
+    return {
+        "checkpoint": (run / "last.ckpt", resumed),
+        "manifest": (run / MANIFEST, resumed),
+        "checkpoint without manifest": (bare, source(bare)),
+        "safetensors": (hf / "model.safetensors", source(hf)),
+        "config.json": (hf / "config.json", source(hf)),
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["checkpoint", "manifest", "checkpoint without manifest", "safetensors", "config.json"]
+)
+def test_no_mutation_goes_unnoticed(
+    targets: dict[str, tuple[Path, Callable[[], Any]]],
+    what: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, read = targets[what]
+    original = path.read_bytes()
+    expected = read()
+    before = [small_checkpoint(1)["state_dict"], expected[1]]  # what previous.ckpt holds
+    rng = random.Random(what)
+    refused = fallen_back = 0
+    for _ in range(MUTATIONS // 5):
+        mutated = mutate(original, rng)
+        path.write_bytes(mutated)
+        capsys.readouterr()
+        try:
+            found = read()
+        except (ValueError, OSError):
+            refused += 1
+            continue
+        if same_bits(found[0], before[0]):
+            assert "is damaged" in capsys.readouterr().err
+            fallen_back += 1
+        else:  # nothing that was read has changed
+            assert same_bits(list(found), list(expected)), mutated
+    path.write_bytes(original)
+    assert same_bits(list(read()), list(expected))
+    if what == "checkpoint":
+        assert fallen_back > 0.95 * MUTATIONS / 5
+    elif what != "manifest":
+        assert refused > 0.5 * MUTATIONS / 5
+
+
+def test_no_mutation_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokenizer.gpt2_encoding().encode("Every effort moves you")
+    rng = random.Random("vocabulary")
+    real = tokenizer.vocabulary_file
+    for name in ("encoder.json", "vocab.bpe"):
+        original = Path(tokenizer.vocabulary_file(name)).read_bytes()
+        for i in range(20):
+            damaged = tmp_path / f"{i}{name}"
+            damaged.write_bytes(mutate(original, rng))
+            paths = {"encoder.json": real("encoder.json"), "vocab.bpe": real("vocab.bpe")}
+            paths[name] = str(damaged)
+            monkeypatch.setattr(tokenizer, "vocabulary_file", paths.__getitem__)
+            tokenizer.gpt2_encoding.cache_clear()
+            with pytest.raises((ValueError, OSError)) as caught:
+                tokenizer.gpt2_encoding()
+            assert "\n" not in str(caught.value)
+        monkeypatch.undo()
+        tokenizer.gpt2_encoding.cache_clear()
+    assert tokenizer.gpt2_encoding().encode("Every effort moves you") == expected
+
+
+def test_no_mutation_of_a_yaml_is_a_traceback(command: Command, tmp_path: Path) -> None:
+    """A changed setting may well be a setting; what is none is one line, and no file is made."""
+    from conftest import ROOT
+
+    original = (ROOT / "configs" / "quickstart.yaml").read_bytes()
+    rng = random.Random("yaml")
+    refused = 0
+    for _ in range(60):
+        (tmp_path / "mine.yaml").write_bytes(mutate(original, rng))
+        done = None
+        with suppress(SystemExit):  # a configuration that was printed
+            done = command("fit", "--config=mine.yaml", "--print_config")
+        if done is None:
+            continue
+        assert done.code == 2
+        assert done.err.count("\n") == 1, done.err
+        assert done.err.startswith("gpt_lightning: error: ")
+        refused += 1
+    assert refused > 10
+    assert os.listdir(tmp_path) == ["mine.yaml"]
+
+
+# --- malice ---------------------------------------------------------------------------------------
+
+
+class Canary:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("canary",)
+
+
+YAMLS = {
+    "callback": "trainer:\n  callbacks:\n  - class_path: evil.Canary\n",
+    "logger": "trainer:\n  logger:\n    class_path: evil.Canary\n",
+    "strategy": "trainer:\n  strategy:\n    class_path: evil.Canary\n",
+    "plugin": "trainer:\n  plugins:\n  - class_path: evil.Canary\n",
+    "os": "trainer:\n  callbacks:\n  - class_path: os.system\n",
+    "subprocess": "trainer:\n  callbacks:\n  - class_path: subprocess.Popen\n    init_args: {args: [mkdir, canary]}\n",
+    "builtins": "trainer:\n  callbacks:\n  - class_path: builtins.eval\n",
+    "hook": "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.LambdaCallback\n"
+            "    init_args:\n      on_fit_start: os.system\n",
+    "python tag": "run: !!python/object/apply:os.mkdir [canary]\n",
+    "name tag": "run: !!python/name:os.mkdir\n",
+    "allows itself": "allow_import: [evil]\ntrainer:\n  callbacks:\n  - class_path: evil.Canary\n",
+    "run outside": "run: ../../canary\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_yaml_runs_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "evil.py").write_text("import os\nos.mkdir('canary')\nclass Canary: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text(YAMLS[name])
+    from conftest import ROOT, SMALL
+
+    done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", "--config=mine.yaml", *SMALL,
+                   "--trainer.max_steps=1")  # fmt: skip
+    assert done.code == 2
+    assert done.err.count("\n") == 1, done.err
+    assert sorted(os.listdir()) == ["evil.py", "mine.yaml"]
+
+
+def test_what_is_allowed_on_the_command_line_is_imported(
+    fit: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from lightning.pytorch import Callback\nclass Harmless(Callback): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text("trainer:\n  callbacks:\n  - class_path: mine.Harmless\n")
+    fit("--config=mine.yaml", "--allow_import=mine", "--trainer.max_steps=1")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.save(Canary(), "x.ckpt"),
+        lambda: torch.save({"state_dict": Canary(), "hyper_parameters": {"config": {}}}, "x.ckpt"),
+        lambda: torch.save({"state_dict": {}, "hyper_parameters": {"config": {"emb_dim": Canary()}}}, "x.ckpt"),
+        lambda: torch.save({**small_checkpoint(1), "callbacks": Canary()}, "x.ckpt"),
+        lambda: torch.save({**small_checkpoint(1), "optimizer_states": [Canary()]}, "x.ckpt"),
+        lambda: torch.save({"model": {}, "model_args": Canary()}, "x.ckpt"),
+        lambda: torch.save(Canary(), "x.ckpt", _use_new_zipfile_serialization=False),
+        lambda: Path("x.ckpt").write_bytes(__import__("pickle").dumps(Canary())),
+        lambda: torch.save({**small_checkpoint(1), "hyper_parameters": {"config": {
+            "vocab_size": 10**12, "context_length": 4, "emb_dim": 10**9, "n_heads": 1, "n_layers": 10**7}}}, "x.ckpt"),
+        lambda: save_file({"a": torch.ones(1)}, "x.ckpt"),
+    ],
+    ids=["bare", "weights", "config", "callbacks", "optimizer", "nanogpt", "old format", "pickle",
+         "huge", "another format"],
+)  # fmt: skip
+def test_checkpoints_run_nothing(command: Command, make: Callable[[], Any]) -> None:
+    from conftest import ROOT, SMALL
+
+    make()
+    for option in ("--ckpt_path", "--init_from"):
+        done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL[6:],
+                       "--trainer.max_steps=1", f"{option}=x.ckpt")  # fmt: skip
+        assert done.code == 2
+        assert done.err.count("\n") == 1, done.err
+    assert os.listdir() == ["x.ckpt"]

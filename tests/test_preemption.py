@@ -1,0 +1,298 @@
+"""Signals, kills and restarts: a run that is stopped anywhere goes on as if it never had been."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, SMALL, python
+from lightning.pytorch import Callback
+
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training.verify_resume import compare_checkpoints
+
+UPDATES = 400
+FIT = [
+    "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_epochs=-1",
+    "--evaluation.eval_freq=50", "--evaluation.prompt=null", "--model.config.drop_rate=0.1",
+    "--allow_import=test_preemption", "--trainer.callbacks+=test_preemption.HashEachStep",
+    "--checkpoint.every_n_train_steps=1000", "--checkpoint.best=false",
+]  # fmt: skip
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
+
+
+class HashEachStep(Callback):
+    """A line an update: its number and the sum over all parameters after it."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            total = hashlib.sha256()
+            for parameter in module.parameters():
+                total.update(parameter.detach().numpy().tobytes())
+            with Path(trainer.default_root_dir, "hashes").open("a") as file:
+                print(trainer.global_step, total.hexdigest(), file=file)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """By update; one that was done twice must have been the same twice."""
+    found: dict[str, str] = {}
+    for line in (folder / "hashes").read_text().splitlines():
+        step, value = line.split()
+        assert found.setdefault(step, value) == value, f"step {step}"
+    return found
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpt_lightning", *FIT, f"--trainer.default_root_dir={folder}",
+         *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def is_training(folder: Path) -> Callable[[], bool]:
+    return lambda: (folder / "hashes").exists() and len(hashes_so_far(folder)) > 5
+
+
+def hashes_so_far(folder: Path) -> list[str]:
+    return (folder / "hashes").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The run that is never stopped, long enough for all that are."""
+    folder = tmp_path_factory.mktemp("straight")
+    process = start(folder, f"--trainer.max_steps={UPDATES}")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return hashes(folder)
+
+
+@pytest.fixture(scope="module")
+def straight_on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("straight")
+    process = start(folder, f"--trainer.max_steps={UPDATES}", *DDP)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return hashes(folder)
+
+
+def stop_and_go_on(
+    folder: Path, signum: signal.Signals, rank: int | None, expected: dict[str, str]
+) -> None:
+    """Signal the process of ``rank``; none: there is but one. Then three more updates."""
+    processes = DDP if rank is not None else []
+    process = start(folder, f"--trainer.max_steps={UPDATES}", *processes)
+    wait_until(is_training(folder))
+    if rank == 1:
+        (other,) = psutil.Process(process.pid).children()
+        other.send_signal(signum)
+    else:
+        process.send_signal(signum)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == (130 if signum == signal.SIGINT else 143), said
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "stopping after" in line]
+    assert line.startswith(f"gpt_lightning: {signum.name}: stopping after ")
+    step = int(line.split()[-2])
+    last = folder / "checkpoints" / "quickstart" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == step < UPDATES
+    assert f"{step}" in hashes(folder)
+
+    process = start(folder, f"--trainer.max_steps={step + 3}", "--ckpt_path=last", *processes)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    found = hashes(folder)
+    assert len(found) == step + 3
+    assert found == {key: expected[key] for key in found}
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_signals(tmp_path: Path, straight: dict[str, str], signum: signal.Signals) -> None:
+    stop_and_go_on(tmp_path / "run", signum, None, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_signals_to_either_of_two(
+    tmp_path: Path, straight_on_two: dict[str, str], signum: signal.Signals, rank: int
+) -> None:
+    stop_and_go_on(tmp_path / "run", signum, rank, straight_on_two)
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    """Here the first is noted in an update that takes very long."""
+    folder = tmp_path / "run"
+    process = start(folder, "--trainer.accumulate_grad_batches=1000000")
+    wait_until(is_training(folder))
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("gpt_lightning: interrupted")
+
+
+def test_slurm_is_asked_to_run_the_job_again_after_the_save(tmp_path: Path) -> None:
+    tools, folder = tmp_path / "bin", tmp_path / "run"
+    tools.mkdir()
+    last = folder / "checkpoints" / "quickstart" / "last.ckpt"
+    scontrol = tools / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nls {last} >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt_lightning", *FIT, f"--trainer.default_root_dir={folder}",
+         f"--trainer.max_steps={UPDATES}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    wait_until(is_training(folder))
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert (tmp_path / "asked").read_text().splitlines() == ["requeue 77", str(last)]
+
+
+@pytest.mark.slow
+def test_sigkill_again_and_again() -> None:
+    """benchmarks/kill.py, with fewer kills than there."""
+    done = python(
+        str(ROOT / "benchmarks" / "kill.py"), "--kills=8", "--combinations=3", timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert all(bar["holds"] for bar in result["bars"]), done.stdout
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--max_restarts=10", "-m", "gpt_lightning", *FIT, f"--trainer.default_root_dir={folder}",
+         f"--trainer.max_steps={UPDATES}", *DDP, "--ckpt_path=auto",
+         "--checkpoint.every_n_train_steps=10"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    yield process
+    for child in (
+        psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    ):
+        child.kill()
+    process.kill()
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_torchrun(
+    torchrun: subprocess.Popen[str], straight_on_two: dict[str, str], tmp_path: Path
+) -> None:
+    folder, rng = tmp_path / "run", random.Random(5)
+    last = folder / "checkpoints" / "quickstart" / "last.ckpt"
+    for _ in range(2):
+        wait_until(lambda: last.exists() and is_training(folder)(), 200)
+        time.sleep(rng.random())
+        ranks = [
+            p for p in psutil.Process(torchrun.pid).children() if "gpt_lightning" in p.cmdline()
+        ]
+        if len(ranks) == 2:
+            rng.choice(ranks).kill()
+        before = len(hashes_so_far(folder))
+        wait_until(
+            lambda before=before: (
+                torchrun.poll() is not None or len(hashes_so_far(folder)) > before + 3
+            ),
+            200,
+        )
+    said, _ = torchrun.communicate(timeout=300)
+    assert torchrun.returncode == 0, said[-3000:]
+    found = hashes(folder)
+    assert found == straight_on_two
+    assert read_checkpoint(last)["global_step"] == UPDATES
+
+
+def test_verify_resume(tmp_path: Path) -> None:
+    small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--evaluation.eval_freq=2"]
+    done = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=3",
+                  "--trainer.accumulate_grad_batches=2", "--json", "--out=kept", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["exact"] is True
+    assert [part["part"] for part in answer["compared"]] == [
+        "weights", "optimizer", "counters", "windows"]  # fmt: skip
+    for part in answer["compared"]:
+        assert part["straight"] == part["resumed"]
+        assert len(part["straight"]) == 64
+    # the killed run had done work that was done again
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "kept/cut/windows-0.jsonl").read_text().splitlines()
+    ]
+    assert [line[0] for line in lines] == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 5, 5]
+    left = Path("checkpoints/verified/last.ckpt")
+    compared = compare_checkpoints(tmp_path / "kept/straight" / left, tmp_path / "kept/cut" / left)
+    assert not any(part.difference for part in compared)
+
+
+class Disturbed(Callback):
+    """What makes a resume inexact: something that depends on the process."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 4:
+            next(module.parameters()).grad[0] += os.getpid() / 1e6
+
+
+def test_verify_resume_finds_what_is_not_exact(tmp_path: Path) -> None:
+    small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--allow_import=test_preemption",
+             "--trainer.callbacks+=test_preemption.Disturbed"]  # fmt: skip
+    done = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=2",
+                  cwd=tmp_path, env=ENVIRONMENT)  # fmt: skip
+    assert done.returncode == 1
+    assert "weights" in done.stdout
+    assert "DIFFERENT" in done.stdout
+    assert "error: weights: model.tok_emb.weight: by " in done.stderr.splitlines()[-1]
+
+
+def test_verify_resume_refuses(tmp_path: Path) -> None:
+    for arguments, cause in [
+        (["--steps=0"], "steps: 0 is too small"),
+        (["--model.lrr=1"], "model.lrr: is no setting; did you mean model.lr?"),
+        (["--out=full"], "out: full is not empty"),
+    ]:
+        (tmp_path / "full").mkdir(exist_ok=True)
+        (tmp_path / "full" / "x").touch()
+        done = python("-m", "gpt_lightning", "verify-resume", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert cause in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_verify_resume_on_two_processes(tmp_path: Path) -> None:
+    done = python("-m", "gpt_lightning", "verify-resume", f"--config={ROOT}/configs/quickstart.yaml",
+                  *SMALL, *DDP, "--steps=3", "--more_steps=3", "--json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["exact"] is True

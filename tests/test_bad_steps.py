@@ -1,0 +1,211 @@
+"""Steps that are not finite, and spikes: kept from parameters and optimizer, told and counted."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, Command
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_durability import same_bits
+
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training import bad_steps
+from gpt_lightning.training.bad_steps import BadSteps
+from gpt_lightning.training.module import GPTLightningModule
+
+LAST = Path("checkpoints/quickstart/last.ckpt")
+
+
+class Watch(Callback):
+    """What parameters and optimizer were before and after each update, and what goes wrong in it."""
+
+    bad: set[int] = set()  # noqa: RUF012
+    kind = ""
+    factor = math.nan
+    states: dict[int, list[Any]] = {}  # noqa: RUF012
+
+    def snapshot(self, trainer: Any, module: Any) -> Any:
+        state = trainer.optimizers[0].state_dict()["state"]
+        return [
+            {name: p.detach().clone() for name, p in module.named_parameters()},
+            {i: {k: v.clone() for k, v in s.items()} for i, s in state.items()},
+        ]
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.states.setdefault(trainer.global_step, [self.snapshot(trainer, module)])
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if (
+            trainer.global_step - 1 in self.states
+            and len(self.states[trainer.global_step - 1]) == 1
+        ):
+            self.states[trainer.global_step - 1].append(self.snapshot(trainer, module))
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        if self.kind == "gradient" and trainer.global_step in self.bad:
+            list(module.parameters())[7].grad.view(-1)[3] *= self.factor
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> type[Watch]:
+    Watch.states, Watch.bad, Watch.kind, Watch.factor = {}, set(), "", math.nan
+    loss = GPTLightningModule.loss
+
+    def injected(self: GPTLightningModule, batch: Any) -> torch.Tensor:
+        value = loss(self, batch)
+        trainer = self._trainer
+        bad = trainer is not None and torch.is_grad_enabled() and trainer.global_step in Watch.bad
+        return value * Watch.factor if bad and Watch.kind == "loss" else value
+
+    monkeypatch.setattr(GPTLightningModule, "loss", injected)
+    return Watch
+
+
+def fit(command: Command, *arguments: str) -> Any:
+    return command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+                   "--allow_import=test_bad_steps", "--trainer.callbacks+=test_bad_steps.Watch",
+                   "--trainer.max_steps=6", "--trainer.max_epochs=-1",
+                   "--model.config.drop_rate=0.1", "--checkpoint.every_n_train_steps=1",
+                   *arguments)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [0, 3, 5])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_that_is_not_finite_is_skipped(
+    command: Command, watch: type[Watch], kind: str, step: int, accumulation: int
+) -> None:
+    watch.kind, watch.bad = kind, {step}
+    done = fit(command, "--bad_steps=skip", f"--trainer.accumulate_grad_batches={accumulation}",
+               "--trainer.gradient_clip_val=1.0")  # fmt: skip
+    assert done.code == 0, done.err
+    assert list(watch.states) == [0, 1, 2, 3, 4, 5]
+    for other, (before, after) in watch.states.items():
+        assert same_bits(before, after) == (other == step)
+        assert all(torch.isfinite(p).all() for p in after[0].values())
+    (line,) = [line for line in done.err.splitlines() if "skipped" in line]
+    number = "nan" if kind == "loss" else r"[\d.]+"
+    # of the epoch's 7 batches the last is alone in its update
+    batches = 1 if accumulation == 3 and step % 3 == 2 else accumulation
+    windows = ", ".join([r"\d+"] * 2 * batches)
+    assert re.fullmatch(
+        rf"gpt_lightning: step {step}: loss {number}, gradient norm nan, windows {windows}: "
+        r"skipped \(1 in a row, 1 in all\)",
+        line,
+    )
+    events = EventAccumulator("checkpoints/quickstart").Reload()
+    assert [(e.step, e.value) for e in events.Scalars("bad_steps")] == [(step, 1.0)]
+    assert read_checkpoint(LAST)["global_step"] == 6
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [0, 3])
+def test_it_stops_the_run_by_default(
+    command: Command, watch: type[Watch], kind: str, step: int
+) -> None:
+    watch.kind, watch.bad, watch.factor = kind, {step}, math.inf
+    done = fit(command)
+    assert done.code == 1
+    line = done.err.splitlines()[-1]
+    assert line.startswith(f"gpt_lightning: error: step {step}: loss ")
+    assert "nothing was updated" in line
+    assert re.search(r"windows \d+, \d+;", line)
+    assert "Traceback" not in done.err
+    if step:
+        assert read_checkpoint(LAST)["global_step"] == step
+        last = {
+            name.removeprefix("model."): t
+            for name, t in read_checkpoint(LAST)["state_dict"].items()
+        }
+        assert same_bits({f"model.{n}": t for n, t in last.items()}, watch.states[step][0][0])
+    else:
+        assert not LAST.exists()
+    # mended, it goes on
+    watch.bad = set()
+    if step:
+        assert fit(command, "--ckpt_path=last").code == 0
+
+
+def test_too_many_in_a_row_stop_it(command: Command, watch: type[Watch]) -> None:
+    watch.kind, watch.bad = "loss", {2, 3, 4}
+    done = fit(command, "--bad_steps=skip", "--max_bad_steps=2")
+    assert done.code == 1
+    assert "2 bad steps in a row were skipped before it" in done.err.splitlines()[-1]
+    assert "(2 in a row, 2 in all)" in done.err
+
+
+def test_spikes(command: Command, watch: type[Watch], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bad_steps, "SPIKE_STEPS", 3)
+    watch.kind, watch.bad, watch.factor = "loss", {4}, 50.0
+    done = fit(command, "--skip_spikes=true")
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if "skipped" in line]
+    assert line.startswith("gpt_lightning: a spike, step 4: loss ")
+    for step, (before, after) in watch.states.items():
+        assert same_bits(before, after) == (step == 4)
+
+
+def test_six_deviations_over_128_steps() -> None:
+    steps = BadSteps(skip_spikes=True)
+    for i in range(128):
+        assert not steps._is_spike(1e9, 1e9)
+        steps._good.append((4.0 + (-1) ** i, 1.0 + 0.5 * (-1) ** i))  # deviations 1 and 0.5
+    assert not steps._is_spike(9.99, 3.99)
+    assert steps._is_spike(10.01, 1.0)
+    assert steps._is_spike(4.0, 4.01)
+    assert not steps._is_spike(-90.0, 0.0)  # down is no spike
+    again = BadSteps(skip_spikes=True)
+    again.load_state_dict(steps.state_dict())
+    assert again._good == steps._good
+
+
+class Blown(Callback):
+    """An update that makes a parameter infinite, from a gradient that was finite."""
+
+    def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                next(module.parameters())[0] = math.inf
+
+
+def test_parameters_that_are_not_finite_never_become_last(
+    command: Command, watch: type[Watch]
+) -> None:
+    done = fit(command, "--trainer.callbacks+=test_bad_steps.Blown", "--bad_steps=skip",
+               "--max_bad_steps=99")  # fmt: skip
+    assert done.code == 1
+    assert "has made parameters that are not finite" in done.err.splitlines()[-1]
+    checkpoint = read_checkpoint(LAST)
+    assert checkpoint["global_step"] == 3
+    assert all(torch.isfinite(t).all() for t in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--evaluation.prompt=null",),
+        ("--evaluation.eval_freq=1000",),
+        ("--evaluation.eval_freq=1", "--evaluation.distribution=true"),
+        ("--trainer.logger=false",),
+        ("--data.num_workers=2",),
+        ("--checkpoint.asynchronous=true",),
+        ("--checkpoint.every_n_train_steps=5", "--checkpoint.best=false"),
+        ("--bad_steps=skip", "--skip_spikes=true"),
+        ("--trainer.enable_progress_bar=false",),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_watches_a_run_does_not_change_it(
+    command: Command, watch: type[Watch], arguments: tuple[str, ...]
+) -> None:
+    assert fit(command, "--run=plain").code == 0
+    assert fit(command, *arguments).code == 0
+    plain = read_checkpoint(Path("checkpoints/plain/last.ckpt"))
+    other = read_checkpoint(LAST)
+    assert same_bits(plain["state_dict"], other["state_dict"])
+    assert same_bits(plain["optimizer_states"], other["optimizer_states"])
+    assert plain["tokens_seen"] == other["tokens_seen"]

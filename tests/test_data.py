@@ -145,3 +145,23 @@ def test_folder_is_its_files_in_order(tmp_path) -> None:  # type: ignore[no-unty
     (tmp_path / "a.md").write_text("first", encoding="utf-8")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     assert read_corpus(str(tmp_path)) == "first<|endoftext|>second"
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("rng", ["step", "global"])
+def test_workers_read_the_same_batches(num_workers: int, rng: str) -> None:
+    """Also those of a pass that is left early, and of one that is resumed."""
+
+    def passes(workers: int) -> list[list[list[int]]]:
+        torch.manual_seed(7)
+        first = loader(rng=rng, num_workers=workers)
+        seen = [[x.tolist() for x, _ in first], []]
+        for x, _ in first:
+            seen[1].append(x.tolist())
+            if len(seen[1]) == 5:
+                break
+        resumed = loader(rng=rng, num_workers=workers)
+        resumed.load_state_dict(first.state_dict())
+        return [*seen, [x.tolist() for x, _ in resumed]]
+
+    assert passes(num_workers) == passes(0)

@@ -99,7 +99,6 @@ def _check_data(cli: "TrainingCLI") -> None:
     """Read the text before anything is written: Lightning makes the loggers' files first."""
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
-    cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
 
 

@@ -62,10 +62,13 @@ class TextDataModule(LightningDataModule):
         self.rng: Rng = rng
         self._windows: dict[str, NDArray[np.uint16]] = {}
 
-    def prepare_data(self) -> None:
-        read_corpus(self.text)  # one process downloads what is missing
-
     def setup(self, stage: str) -> None:
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # one process a node downloads what is missing. Lightning's prepare_data waits without end in a
+            # group of its own, which gloo at times does not get connected after a restart
+            if self.trainer.local_rank == 0:
+                read_corpus(self.text)
+            self.trainer.strategy.barrier()
         if self._windows:
             return
         length = self.context_length or self._model_config().context_length

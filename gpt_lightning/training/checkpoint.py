@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import check_records, checkpoint_config, read_checkpoint
@@ -177,32 +178,51 @@ def check_content(content: Any, key: str = "checkpoint") -> None:
             check_content(value, f"{key}.{i}")
 
 
-class _HashingFile:
-    """Takes what ``torch.save`` writes; the sum is computed while the same bytes go to the disk."""
+_SMALL = 1 << 20  # bytes
 
-    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor) -> None:
+
+class _HashingFile:
+    """Takes what ``torch.save`` writes. The sum is computed by a thread, behind the writing.
+
+    Args:
+        kept: Addresses of storages that stay as they are until the sum is there. What comes from elsewhere is
+            copied where it is small, as headers are, else waited for, as copies from a GPU are.
+    """
+
+    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor, kept: frozenset[int]) -> None:
         self._file = file
         self._hasher = hasher
+        self._kept = kept
         self._sum = hashlib.sha256()
+        self._behind: Future[None] | None = None
 
     def write(self, data: Any) -> int:
-        hashed = self._hasher.submit(self._sum.update, data)
-        try:
-            written = self._file.write(data)
-        finally:
-            hashed.result()
+        written = self._file.write(data)
+        is_kept = np.frombuffer(data, np.uint8).ctypes.data in self._kept
+        if not is_kept and written < _SMALL:
+            data, is_kept = bytes(data), True
+        self._behind = self._hasher.submit(self._sum.update, data)  # one thread: in this order
+        if not is_kept:
+            self._behind.result()
         return written
 
     def flush(self) -> None:
         self._file.flush()
 
     def hexdigest(self) -> str:
+        if self._behind is not None:
+            self._behind.result()
         return self._sum.hexdigest()
 
 
 def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
+    kept = frozenset(
+        leaf.untyped_storage().data_ptr()
+        for leaf in tree_leaves(checkpoint)
+        if isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+    )
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
-        hashing = _HashingFile(file, hasher)
+        hashing = _HashingFile(file, hasher, kept)
         torch.save(checkpoint, hashing)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())

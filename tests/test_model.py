@@ -7,8 +7,8 @@ from torch import nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.gpt import cross_entropy
 from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.model.loss import cross_entropy
 from gpt_lightning.model.packed import pack_weights
 
 TINY = GPTConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, drop_rate=0.0)

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.kv_cache import KVCache
@@ -37,7 +38,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_heads = config.n_heads
-        self.drop_rate = config.drop_rate
+        self.drop_rate = config.attention_drop_rate
         self.qkv = QKVProjection(config.emb_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
@@ -95,9 +96,17 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
+    """Token ids to logits.
+
+    Attributes:
+        activation_checkpointing: Whether training keeps each block's input alone and computes the rest again in
+            the backward pass: a third more work for a fraction of the memory, with the same result.
+    """
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
@@ -155,7 +164,10 @@ class GPTModel(nn.Module):
             mask = columns <= positions[:, None]  # (T, length + T)
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
         for block in self.trf_blocks:
-            x = block(x, cache, mask)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
         if cache is not None:
             cache.length = end
         return self.final_norm(x)
@@ -166,11 +178,14 @@ class GPTModel(nn.Module):
             return F.linear(features, self.tok_emb.weight)
         return self.out_head(features)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, C)``, whose product with the features are the logits."""
+        if self.out_head is None:
+            return self.tok_emb.weight
+        assert isinstance(self.out_head, nn.Linear)
+        return self.out_head.weight
+
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids ``(B, T)`` → logits ``(B, T, V)`` of each position's next token."""
         return self.head(self.features(idx, cache))
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats a token: logits ``(B, T, V)``, targets ``(B, T)`` → scalar."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

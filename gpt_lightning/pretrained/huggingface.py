@@ -94,7 +94,8 @@ def write_huggingface(source: Source, folder: Path) -> None:
         "architectures": ["GPT2LMHeadModel"],
         **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
         **{key: values[0] for key, values in _FIXED.items()},
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.drop_rate),
+        **dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.drop_rate),
+        "attn_pdrop": config.attention_drop_rate,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text),
         "n_ctx": config.context_length,
         "n_inner": None,
@@ -160,11 +161,18 @@ def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
         return GPTConfig(
             **sizes,
             drop_rate=settings.get("resid_pdrop", 0.1),
+            attn_drop_rate=_other_than(
+                settings.get("resid_pdrop", 0.1), settings.get("attn_pdrop", 0.1)
+            ),
             qkv_bias=True,
             tied_embeddings=bool(settings.get("tie_word_embeddings", True)),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _other_than(rate: Any, other: Any) -> Any:
+    return None if other == rate else other
 
 
 def read_json(path: Path) -> dict[str, Any]:

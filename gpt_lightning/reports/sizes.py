@@ -21,7 +21,8 @@ from gpt_lightning.data.windows import WindowLoader, windows
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling, seeded
 from gpt_lightning.generation.text import generate_texts
-from gpt_lightning.model.gpt import GPTModel, cross_entropy
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.loss import cross_entropy
 from gpt_lightning.model.packed import pack_weights
 from gpt_lightning.pretrained.formats import Source
 from gpt_lightning.pretrained.source import build_model, read_source, weight_files

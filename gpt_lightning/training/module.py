@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from gpt_lightning.data.tokenizer import byte_lengths
 from gpt_lightning.data.windows import Batch, Rng
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.model.gpt import GPTModel, cross_entropy
+from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import Source, take_weights
 from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments
@@ -39,6 +40,12 @@ class GPTLightningModule(LightningModule):
         warmup_steps: Updates over which the rate rises linearly to lr.
         decay_steps: The update at which a cosine from lr reaches min_lr; none: the rate is constant.
         min_lr: Where the cosine ends.
+        loss_chunk_size: Tokens whose logits are held at a time; none: all of a batch. Saves memory, two to
+            three times a batch's logits, and on a GPU time.
+        activation_checkpointing: Whether a block's activations are computed again in the backward pass, for
+            memory: a third more work.
+        compile: Whether the blocks are compiled, which takes up to a minute when training begins. On a CPU
+            it pays with bf16-mixed alone.
         seed: What initial weights and dropout depend on.
         rng: 'step' or 'global', see gpt_lightning/training/reproducible.py.
     """
@@ -55,6 +62,9 @@ class GPTLightningModule(LightningModule):
         warmup_steps: int = 0,
         decay_steps: int | None = None,
         min_lr: float = 0.0,
+        loss_chunk_size: int | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002 — torch's word
         seed: int = 123,
         rng: Rng = "step",
     ) -> None:
@@ -75,6 +85,13 @@ class GPTLightningModule(LightningModule):
             )
         if min_lr > lr:
             raise ValueError(f"model.min_lr: {min_lr} is above model.lr {lr}; give less")
+        if loss_chunk_size is not None and loss_chunk_size < 1:
+            raise ValueError(
+                f"model.loss_chunk_size: {loss_chunk_size} is too small; give 1 or more"
+            )
+        self.loss_chunk_size = loss_chunk_size
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
         self.config = config
         self.lr = lr
         self.weight_decay = weight_decay
@@ -124,6 +141,10 @@ class GPTLightningModule(LightningModule):
             if self.trainer.training:  # which writes into them
                 self.model.to_empty(device="cpu")
             self.model.load_state_dict(weights, assign=not self.trainer.training)
+        self.model.activation_checkpointing = self.activation_checkpointing
+        if self.compile_blocks:
+            for block in self.model.trf_blocks:
+                block.compile()  # in place: names in checkpoints stay
         self._random_numbers = global_state()
 
     def configure_optimizers(self) -> Optimizer:
@@ -142,8 +163,17 @@ class GPTLightningModule(LightningModule):
         return self.model(idx)
 
     def loss(self, batch: Batch) -> Tensor:
+        """Of a batch, a scalar in nats a token; whole or by chunks it is the same to rounding."""
         inputs, targets = batch
-        return cross_entropy(self.model(inputs), targets)
+        if self.loss_chunk_size is None:
+            return cross_entropy(self.model(inputs), targets)
+        return chunked_cross_entropy(
+            self.model.features(inputs),
+            self.model.head_weight,
+            targets,
+            self.loss_chunk_size,
+            pad_vocabulary=self.device.type == "cuda",
+        )
 
     def on_train_start(self) -> None:
         if self._start is not None and self._start_with_moments:

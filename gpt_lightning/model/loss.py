@@ -1,0 +1,94 @@
+"""Next-token cross-entropy, whole or without ever holding all logits.
+
+N tokens (B × T), C ``emb_dim``, V ``vocab_size``. The logits of N tokens are the largest tensor of a training
+step: at B 4, T 1024 they take 0.8 GB in float32, and as much again for their gradient.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAD_VOCABULARY_TO = 64
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats a token: logits ``(B, T, V)``, targets ``(B, T)`` → scalar."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def chunked_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_size: int,
+    *,
+    pad_vocabulary: bool = False,
+) -> Tensor:
+    """:func:`cross_entropy` of ``features @ weight.T``, of ``chunk_size`` tokens at a time.
+
+    The gradients are computed in the forward pass, where a chunk's logits are at hand, so no logits are kept
+    and none computed twice. It can be differentiated once, by what its scalar is scaled with.
+
+    Args:
+        features: ``(B, T, C)``, the model's last norm.
+        weight: ``(V, C)``, the head's.
+        targets: ``(B, T)``.
+        chunk_size: Tokens whose logits are held, ``(chunk_size, V)`` in float32.
+        pad_vocabulary: Whether the product is computed with V rounded up to a multiple of 64, which GPUs
+            are faster at. The extra rows have no probability and no gradient.
+    """
+    dtype = features.dtype
+    if torch.is_autocast_enabled(features.device.type):
+        dtype = torch.get_autocast_dtype(features.device.type)
+    loss: Tensor = _ChunkedCrossEntropy.apply(
+        features.flatten(0, 1), weight, targets.flatten(), chunk_size, pad_vocabulary, dtype
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_size: int,
+        pad_vocabulary: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        N, V = len(features), len(weight)
+        wants = ctx.needs_input_grad[:2]
+        with torch.autocast(features.device.type, enabled=False):
+            x, w = features.to(dtype), weight.to(dtype)
+            if pad_vocabulary and V % PAD_VOCABULARY_TO:
+                w = F.pad(w, (0, 0, 0, -V % PAD_VOCABULARY_TO))
+            total = torch.zeros((), dtype=torch.float32, device=x.device)
+            grad_x = torch.empty_like(features) if wants[0] else None
+            grad_w = torch.zeros(w.shape, dtype=weight.dtype, device=w.device) if wants[1] else None
+            for start in range(0, N, chunk_size):
+                part = slice(start, start + chunk_size)
+                logits = (x[part] @ w.t()).float()
+                logits[:, V:] = -torch.inf
+                log_z = logits.logsumexp(dim=-1)
+                target = targets[part, None]
+                total += (log_z - logits.gather(1, target)[:, 0]).sum()
+                if not any(wants):
+                    continue
+                # softmax less the one that was right, over N: the gradient by the logits
+                grad = logits.sub_(log_z[:, None]).exp_()
+                grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+                grad = grad.div_(N).to(dtype)
+                if grad_x is not None:
+                    grad_x[part] = grad @ w
+                if grad_w is not None:
+                    grad_w += grad.t() @ x[part]
+        ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[:V])
+        return total / N
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if g is None else g.mul_(scale[0]) for g in ctx.saved_tensors)
+        return (*grads, None, None, None, None)

@@ -24,8 +24,11 @@ from gpt_lightning.training.checkpoint import (
     DurableCheckpointIO,
     check_content,
     checkpoint_to_resume,
+    damage_of,
     newest_whole,
+    read_manifest,
 )
+from gpt_lightning.training.verify_resume import compare_checkpoints
 
 RUN = Path("checkpoints/quickstart")
 
@@ -55,7 +58,11 @@ def small_checkpoint(step: int) -> dict[str, Any]:
         "hyper_parameters": {"config": config},
         "global_step": step,
         "tokens_seen": 4 * step,
-        "loops": {},
+        "epoch": 0,
+        "pytorch-lightning_version": "2.6.6",
+        "loops": {"fit_loop": {}},
+        "callbacks": {},
+        "lr_schedulers": [],
     }
 
 
@@ -189,13 +196,13 @@ for point in range(30):
     io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
     io.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    failure, io.failure = io.failure, None
+    failure = io.failures.pop("last.ckpt", None)
     assert "last.ckpt: cannot be written" in str(failure), (point, failure)
     assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(1)), point
     assert {p.name for p in run.iterdir()} == {"last.ckpt", "manifest.json"}, point
 io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
 io.finish()
-assert io.failure is None
+assert not io.failures
 assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(2))
 """
 
@@ -207,15 +214,18 @@ def test_a_disk_full_at_thirty_points(tmp_path: Path, way: str) -> None:
 
 
 class FullDisk(Callback):
-    """The second save fails, as on a full disk."""
+    """The second file fails, as on a full disk; of the best model where only that is named."""
+
+    only = ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
         real, saves = io._write, []
 
         def write(checkpoint: Any, path: Path) -> None:
-            saves.append(path)
-            if len(saves) == 2:
+            if self.only in path.name:
+                saves.append(path)
+            if len(saves) == (1 if self.only else 2) and self.only in path.name:
                 raise OSError(28, "No space left on device")
             real(checkpoint, path)
 
@@ -224,6 +234,60 @@ class FullDisk(Callback):
 
 FULL_DISK = ("--allow_import=test_durability", "--trainer.callbacks+=test_durability.FullDisk",
              "--checkpoint.best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+
+
+class StopAfterTwoEpochs(Callback):
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_the_last_save_is_tried_again_at_the_end(fit: Command, asynchronous: str) -> None:
+    """The second epoch's save fails, and the run is ended there by something that has no step."""
+    arguments = [a for a in FULL_DISK if "every_n" not in a]
+    fit("--trainer.max_epochs=9", f"--checkpoint.asynchronous={asynchronous}", *arguments,
+        "--trainer.callbacks+=test_durability.StopAfterTwoEpochs")  # fmt: skip
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 14
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_best_is_tried_again_too(
+    fit: Command, asynchronous: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FullDisk, "only", "best")
+    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.best=true",
+        f"--checkpoint.asynchronous={asynchronous}", "--evaluation.eval_freq=100")  # fmt: skip
+    best = read_checkpoint(RUN / "best.ckpt")
+    assert best["global_step"] == 1
+
+
+def test_figures_that_cannot_be_written_do_not_stop_a_run(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from gpt_lightning.training import figures, history
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures, "_said", set())
+    for name in ("add_scalar", "add_text", "add_figure", "flush", "close"):
+        monkeypatch.setattr(SummaryWriter, name, full)
+    monkeypatch.setattr(history.RunHistory, "_append", full)
+    done = fit("--trainer.max_steps=3", "--evaluation.eval_freq=1")
+    assert done.err.count("figures cannot be written (No space left on device)") == 1
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 3
+
+
+def test_a_torn_line_of_metrics_is_left_out(fit: Command) -> None:
+    fit("--trainer.max_steps=4", "--evaluation.eval_freq=1")
+    table = RUN / "metrics.csv"
+    whole = table.read_text().splitlines()
+    table.write_text("\n".join(whole)[:-40] + "\n20,1")
+    fit("--trainer.max_steps=6", "--evaluation.eval_freq=1", "--ckpt_path=last")
+    steps = [line.split(",")[0] for line in table.read_text().splitlines()]
+    assert steps == ["step", "0", "1", "2", "4", "5"]
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
@@ -257,9 +321,25 @@ def test_no_room_is_said_before_the_first_step(
     done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
                    "--trainer.max_steps=1")  # fmt: skip
     assert done.code == 2
-    assert "needs 0.04 GB for checkpoints of 0.02 GB, 0.03 GB are free" in done.err.splitlines()[-1]
-    assert "Ep 1" not in done.out
-    assert not list(RUN.glob("*.ckpt"))
+    assert "needs 0.08 GB for 4 files of 0.02 GB, 0.03 GB are free" in done.err.splitlines()[-1]
+    assert not list(RUN.iterdir())
+
+
+def test_a_run_that_was_refused_begins_with_auto(
+    command: Command, fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conftest import ROOT, SMALL
+
+    arguments = (f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1")
+    done = command("fit", *arguments, "--allow_import=test_durability",
+                   "--trainer.callbacks+=test_durability.Unloadable")  # fmt: skip
+    assert done.code == 2
+    done = command("fit", *arguments)
+    assert "--ckpt_path auto begins it anew" in done.err
+    assert "--ckpt_path auto to begin it" in command("fit", *arguments, "--ckpt_path=last").err
+    fit("--trainer.max_steps=1", "--ckpt_path=auto")
+    fit("--trainer.max_steps=2", "--ckpt_path=auto")
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 2
 
 
 def test_leftovers_of_a_killed_save_are_removed(fit: Command) -> None:
@@ -299,6 +379,67 @@ def test_a_damaged_manifest_is_said_and_not_gone_by(fit: Command) -> None:
     done = fit("--trainer.max_steps=2", "--ckpt_path=last")
     assert "manifest.json: is damaged" in done.err
     assert read_checkpoint(newest_whole(RUN))["global_step"] == 2
+
+
+def test_what_was_there_before_a_damaged_manifest_is_known_after(fit: Command) -> None:
+    fit("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", "--checkpoint.best=false")
+    (RUN / MANIFEST).write_text("[" * 200_000)
+    fit("--trainer.max_steps=5", "--checkpoint.best=false", "--ckpt_path=last")
+    (RUN / "last.ckpt").write_bytes(b"x")
+    assert newest_whole(RUN).name == "previous.ckpt"
+
+
+def test_the_manifest_does_not_grow(tmp_path: Path) -> None:
+    for name in ("best.ckpt", "last.ckpt", "last.ckpt"):
+        DurableCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / name)
+    for _ in range(3):  # best and previous are there, and not read
+        io = DurableCheckpointIO()
+        io.load_checkpoint(tmp_path / "last.ckpt")
+        for step in range(2, 12):
+            io.save_checkpoint(small_checkpoint(step), tmp_path / "last.ckpt")
+            assert len(read_manifest(tmp_path) or []) <= 9
+        for name in ("best.ckpt", "last.ckpt", "previous.ckpt"):
+            assert damage_of(tmp_path / name, read_manifest(tmp_path)) == ""
+
+
+def test_resumed_from_an_epochs_end_all_counters_are_the_same(fit: Command) -> None:
+    fit("--trainer.max_epochs=3", "--run=straight")
+    fit("--trainer.max_epochs=1")
+    fit("--trainer.max_epochs=3", "--ckpt_path=last")
+    for part in compare_checkpoints(Path("checkpoints/straight/last.ckpt"), RUN / "last.ckpt"):
+        assert part.difference == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["state_dict"].popitem(),
+        lambda c: c["state_dict"].update({"model.final_norm.bias": torch.ones(3)}),
+        lambda c: c.update(state_dict=None),
+        lambda c: c.update(loops={}),
+        lambda c: c.update(loops=3),
+        lambda c: c.update(optimizer_states=[{}]),
+        lambda c: c.update(callbacks=[1]),
+        lambda c: c.pop("global_step"),
+        lambda c: c.update(global_step="a"),
+        lambda c: c.pop("pytorch-lightning_version"),
+        lambda c: c["hyper_parameters"]["config"].update(emb_dim=2 * 10**9),
+        lambda c: c["hyper_parameters"]["config"].update(vocab_size=10**9),
+        lambda c: c["hyper_parameters"]["config"].update(n_layers=10**6),
+    ],
+)
+def test_checkpoints_that_contradict_themselves(
+    command: Command, change: Callable[[Any], None]
+) -> None:
+    checkpoint = small_checkpoint(1)
+    change(checkpoint)
+    torch.save(checkpoint, "x.ckpt")
+    Path("mine.yaml").write_text("data:\n  text: sample\n")
+    done = command("fit", "--config=mine.yaml", "--ckpt_path=x.ckpt", "--trainer.accelerator=cpu")
+    assert done.code == 2, done.err
+    assert done.err.count("\n") == 1, done.err
+    assert "x.ckpt" in done.err
+    assert sorted(os.listdir()) == ["mine.yaml", "x.ckpt"]
 
 
 @pytest.mark.parametrize(
@@ -478,6 +619,27 @@ def test_no_mutation_of_a_yaml_is_a_traceback(command: Command, tmp_path: Path) 
         refused += 1
     assert refused > 10
     assert os.listdir(tmp_path) == ["mine.yaml"]
+
+
+def test_yaml_cut_off_anywhere_is_no_traceback(command: Command, tmp_path: Path) -> None:
+    """Through a real fit: what parses may still be half a configuration."""
+    from conftest import ROOT, SMALL
+
+    lines = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8").splitlines()
+    contents = ["\n".join(lines[:count]) for count in range(1, len(lines))]
+    contents += [f"{group}: null\n" for group in ("trainer", "checkpoint", "data", "model")]
+    contents += ["[" * 3000, "trainer: 3\n", "evaluation: [1]\n"]
+    refused = 0
+    for i, content in enumerate(contents):
+        (tmp_path / "mine.yaml").write_text(content)
+        done = command("fit", "--config=mine.yaml", *SMALL, "--model.config.n_layers=1",
+                       "--trainer.fast_dev_run=true", f"--run=r{i}")  # fmt: skip
+        assert done.code in (0, 2)
+        assert "Traceback" not in done.err
+        if done.code == 2:
+            assert done.err.startswith("gpt_lightning: error: ")
+            refused += 1
+    assert refused >= 5
 
 
 # --- malice ---------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.bad_steps import BadSteps, OnBadStep
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
+from gpt_lightning.training.figures import attempt
 from gpt_lightning.training.history import RunHistory
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
-from gpt_lightning.training.saving import checkpointing
+from gpt_lightning.training.saving import RunCheckpoints, checkpointing
 
 RUNS = Path("checkpoints")
 
@@ -60,6 +61,8 @@ def fit(arguments: list[str]) -> int:
     if _is_rank_zero():
         if ckpt_path is None and not cli.begins_or_goes_on:
             _refuse_a_run_that_is_there(folder)
+        if cli.checkpoints is not None:
+            cli.checkpoints.check_room(cli.model.config)
         _check_data(cli)
     try:
         cli.trainer.fit(
@@ -67,7 +70,10 @@ def fit(arguments: list[str]) -> int:
         )
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
+    except SystemExit as error:
+        if error.code != 1:
+            raise
+        # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
     if not cli.trainer.is_global_zero:
         return 0  # of several processes one tells
@@ -88,8 +94,8 @@ def _refuse_a_run_that_is_there(folder: Path) -> None:
     if not (folder / "config.yaml").exists():
         return
     go_on = "go on with it by --ckpt_path last"
-    if not (folder / "last.ckpt").exists():
-        go_on = "it was stopped before its first checkpoint: remove the folder"
+    if not (folder / LAST).exists() and not (folder / PREVIOUS).exists():
+        go_on = "it was stopped before its first checkpoint, so --ckpt_path auto begins it anew"
     raise ValueError(
         f"run: {folder} holds a run already; {go_on}, or give this one another name by --run NAME"
     )
@@ -163,7 +169,10 @@ class RunLogger(TensorBoardLogger):
     """TensorBoard's event files in the run's folder, without ``hparams.yaml``: config.yaml says it all."""
 
     def save(self) -> None:
-        self.experiment.flush()
+        attempt(self.experiment.flush)
+
+    def finalize(self, status: str) -> None:
+        attempt(lambda: super(RunLogger, self).finalize(status))
 
 
 class TrainingCLI(LightningCLI):
@@ -176,6 +185,7 @@ class TrainingCLI(LightningCLI):
         self.ckpt_path: Path | None = None  # what fit goes on from
         self.begins_or_goes_on = False  # --ckpt_path auto
         self.preemption = Preemption()
+        self.checkpoints: RunCheckpoints | None = None
         self.source: Source | None = None  # what it begins with, or validate looks at
         super().__init__(
             GPTLightningModule,
@@ -258,7 +268,7 @@ class TrainingCLI(LightningCLI):
                 "--json", action="store_true", help="Print one JSON object and nothing else."
             )
         parser.add_function_arguments(evaluation_callbacks, "evaluation", skip={"rng"})
-        parser.add_function_arguments(checkpointing, "checkpoint", skip={"folder"})
+        parser.add_function_arguments(checkpointing, "checkpoint", skip={"folder", "losses"})
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
         for target in ("model.rng", "data.rng"):
@@ -268,6 +278,11 @@ class TrainingCLI(LightningCLI):
         self.config = parse(parser, args)
 
     def before_instantiate_classes(self) -> None:
+        defaults = self.parser.get_defaults(skip_validation=True).as_dict()
+        for group in ("model", "data", "trainer", "evaluation", "checkpoint"):
+            given = self.config[group] or {}
+            if any(key not in given for key in defaults[group]):
+                raise ValueError(f"{group}: is null; give its settings, or leave it out")
         if not re.fullmatch(r"\w[\w.-]*", self.config.run):
             raise ValueError(
                 f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
@@ -333,10 +348,13 @@ class TrainingCLI(LightningCLI):
                 *self._watchers(leaves_traces),
                 self.preemption,
             ]
+            losses = next(c for c in callbacks if isinstance(c, LossEvaluation))
             checkpoints, checkpoint_io = checkpointing(
-                self.folder, **self.config.checkpoint.as_dict()
+                self.folder, losses, **self.config.checkpoint.as_dict()
             )
-            callbacks += [checkpoints] if saves else []
+            if saves:
+                self.checkpoints = checkpoints
+                callbacks.append(checkpoints)
             plugins.append(checkpoint_io)
             if settings.get("limit_val_batches") is None:
                 settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop

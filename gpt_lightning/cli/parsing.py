@@ -27,6 +27,10 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         return parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
+    except RecursionError as error:
+        raise ValueError(
+            "config: is nested too deeply; give settings and groups of them"
+        ) from error
 
 
 def _values_of(option: str, arguments: list[str]) -> list[str]:

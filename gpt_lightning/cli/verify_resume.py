@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -29,6 +30,8 @@ def run(arguments: list[str]) -> int:
     def say(what: str) -> None:
         print(f"verify-resume: {what}", file=sys.stderr, flush=True)
 
+    # so that what is under way is ended and cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         folder = writable_folder(own.out) if own.out else Path(scratch)
         if any(folder.iterdir()):

@@ -169,23 +169,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def checkpoint_config(checkpoint: dict[str, Any]) -> GPTConfig:
+def checkpoint_config(checkpoint: dict[str, Any], path: Path) -> GPTConfig:
     """The architecture a checkpoint of ours was trained with; ``ValueError`` where it is none."""
     stored = checkpoint["hyper_parameters"]["config"]
     try:
         return GPTConfig(**stored)
-    except TypeError as error:
-        raise ValueError(f"checkpoint: its architecture is no GPTConfig ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its architecture is no GPTConfig ({error})") from error
 
 
-def read_lightning(checkpoint: dict[str, Any]) -> Source:
+def read_lightning(checkpoint: dict[str, Any], path: Path) -> Source:
     """A checkpoint of ours as a :class:`Source`; ``ValueError`` where it has no weights."""
     weights = checkpoint.get("state_dict")
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise ValueError("checkpoint: its state_dict is not one of tensors; give another")
+        raise ValueError(f"{path}: its state_dict is not one of tensors; give another")
     optimizers = checkpoint.get("optimizer_states") or [None]
     return Source(
-        config=checkpoint_config(checkpoint),
+        config=checkpoint_config(checkpoint, path),
         state_dict={name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in weights.items()},
         optimizer_state=optimizers[0],
     )

@@ -130,7 +130,7 @@ def _read_file(path: Path, n_heads: int | None) -> Source:
     check_records(path)
     content = read_torch(path)
     if is_lightning(content):
-        found = read_lightning(content)
+        found = read_lightning(content, path)
     elif is_book(content):
         found = read_book(content, path, n_heads)
     elif is_nanogpt(content):

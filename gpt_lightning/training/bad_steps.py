@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.training.figures import log_figures
 from gpt_lightning.training.module import GPTLightningModule
 
 OnBadStep = Literal["stop", "skip"]
@@ -78,8 +79,13 @@ class BadSteps(Callback):
             if self.skip_spikes:
                 self._good.append((loss, grad_norm))
             return
+        windows = self._windows
+        if trainer.world_size > 1:  # all ranks have come to the same finding
+            of_ranks: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(of_ranks, windows)
+            windows = [number for own in of_ranks for number in own]
         what = f"step {trainer.global_step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
-        where = f"windows {', '.join(map(str, self._windows)) or 'unknown'}"
+        where = f"windows {', '.join(map(str, windows)) or 'unknown'}"
         if not spike and self.action == "stop":
             raise FloatingPointError(
                 f"{what}, {where}; nothing was updated: lower --model.lr, or --bad_steps skip"
@@ -99,8 +105,7 @@ class BadSteps(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-        for logger in trainer.loggers:
-            logger.log_metrics({"bad_steps": float(self.skipped)}, step=trainer.global_step)
+        log_figures(trainer, {"bad_steps": float(self.skipped)}, trainer.global_step)
 
     def _is_spike(self, loss: float, grad_norm: float) -> bool:
         if len(self._good) < SPIKE_STEPS:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gpt_lightning.data.windows import Batch, Rng, WindowLoader
 from gpt_lightning.generation.generate import generate
 from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.averages import TokenMean
+from gpt_lightning.training.figures import attempt, log_figures
 from gpt_lightning.training.module import GPTLightningModule
 
 
@@ -156,8 +158,7 @@ class LossEvaluation(Callback):
                 f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}",
                 flush=True,
             )
-        for logger in trainer.loggers:
-            logger.log_metrics({tag: self.row[tag] for tag in self.TAGS}, step=step)
+        log_figures(trainer, {tag: self.row[tag] for tag in self.TAGS}, step)
 
     def _mean_loss(
         self, trainer: Trainer, module: GPTLightningModule, loader: WindowLoader
@@ -230,8 +231,7 @@ class TextSamples(Callback):
         pl_module.train()
         nats = float(entropy(p))
         figures = dict(zip(self.TAGS, (nats, math.exp(nats), float(p.max())), strict=True))
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=int(row["step"]))
+        log_figures(trainer, figures, int(row["step"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
@@ -255,4 +255,5 @@ class TextSamples(Callback):
         print(text.replace("\n", " "), flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("sample", text, trainer.global_step - 1)
+                add_text = logger.experiment.add_text
+                attempt(partial(add_text, "sample", text, trainer.global_step - 1))

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import check_records, checkpoint_config, read_checkpoint
+from gpt_lightning.pretrained.formats import check_records, read_checkpoint
 from gpt_lightning.pretrained.manifest import MANIFEST, sha256_of
-from gpt_lightning.pretrained.source import find_checkpoint
+from gpt_lightning.pretrained.source import find_checkpoint, read_source
 from gpt_lightning.training.module import agreed_architecture
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+_MOST_ENTRIES = 8  # in a manifest, before files that were not read are read to know which to keep
 
 # what torch.load(weights_only=True) gives back as it was; by type, for a numpy float is a float too
 _PRIMITIVES = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
@@ -46,23 +47,21 @@ class DurableCheckpointIO(CheckpointIO):
         keep_previous: Whether the last.ckpt that is replaced is kept as previous.ckpt.
 
     Attributes:
-        failure: What went wrong with the newest save that has ended, on the rank that writes. It is not
-            raised: the other ranks wait for that rank at a barrier. Whoever reads it takes it away.
+        failures: What went wrong with saves that have ended, by file, on the rank that writes. It is not
+            raised: the other ranks wait for that rank at a barrier. Whoever reads them takes them away.
     """
 
     def __init__(self, asynchronous: bool = False, keep_previous: bool = True) -> None:
         self.keep_previous = keep_previous
-        self.failure: OSError | None = None
+        self.failures: dict[str, OSError] = {}
         self._writer = ThreadPoolExecutor(max_workers=1) if asynchronous else None
         self._under_way: Future[None] | None = None
-        self._sums: dict[
-            str, str
-        ] = {}  # of the files in the run's folder, as far as they were read
+        # of the files in the run's folder, as far as they were read or written
+        self._sums: dict[str, str] = {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        check_content(checkpoint)
         self.finish()
         if self._writer is None:
             self._attempt(checkpoint, Path(path))
@@ -101,7 +100,7 @@ class DurableCheckpointIO(CheckpointIO):
             RuntimeError,
         ) as error:  # torch's writer hides a full disk in a RuntimeError
             cause = getattr(error.__cause__ or error.__context__ or error, "strerror", None)
-            self.failure = OSError(
+            self.failures[path.name] = OSError(
                 f"{path}: cannot be written ({cause or 'the disk may be full'}); what was there "
                 "before is whole"
             )
@@ -112,18 +111,11 @@ class DurableCheckpointIO(CheckpointIO):
         temporary = hidden(path)
         try:
             sha256 = _write_hashed(checkpoint, temporary)
-            entry = {
-                "file": path.name,
-                "bytes": temporary.stat().st_size,
-                "sha256": sha256,
-                "step": checkpoint.get("global_step"),
-                "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": {
-                    name: version(name) for name in ("gpt-lightning", "lightning", "torch")
-                },
-                "config_sha256": _sum_of_config(checkpoint),
-            }
-            entries = [*(read_manifest(folder) or []), entry]
+            entry = _entry(path.name, temporary.stat().st_size, sha256, checkpoint)
+            entries = read_manifest(folder)
+            if entries is None:
+                entries = _entries_of_what_is_there(folder)
+            entries = [*entries, entry]
             _write_manifest(folder, entries)
             # what is not known to be whole takes no whole one's place
             if self.keep_previous and path.name == LAST and LAST in self._sums:
@@ -135,9 +127,12 @@ class DurableCheckpointIO(CheckpointIO):
             temporary.unlink(missing_ok=True)
         self._sums[path.name] = sha256
         there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
-        if all(name in self._sums for name in there):
-            known = set(self._sums.values())
-            _write_manifest(folder, [entry for entry in entries if entry["sha256"] in known])
+        unknown = [name for name in there if name not in self._sums]
+        if unknown and len(entries) <= _MOST_ENTRIES:
+            return
+        self._sums |= {name: sha256_of(folder / name) for name in unknown}
+        known = set(self._sums.values())
+        _write_manifest(folder, [entry for entry in entries if entry["sha256"] in known])
 
 
 def hidden(path: Path) -> Path:
@@ -250,6 +245,29 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _entry(file: str, size: int, sha256: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "file": file,
+        "bytes": size,
+        "sha256": sha256,
+        "step": checkpoint.get("global_step"),
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("gpt-lightning", "lightning", "torch")},
+        "config_sha256": _sum_of_config(checkpoint),
+    }
+
+
+def _entries_of_what_is_there(folder: Path) -> list[dict[str, Any]]:
+    """Where no manifest can be gone by: of the files that are whole by their own checksums."""
+    entries = []
+    for name in (BEST, PREVIOUS, LAST):
+        path = folder / name
+        if path.is_file() and not damage_of(path, None):
+            checkpoint = read_checkpoint(path)
+            entries.append(_entry(name, path.stat().st_size, sha256_of(path), checkpoint))
+    return entries
+
+
 def _sum_of_config(checkpoint: Mapping[str, Any]) -> str:
     settings = json.dumps(checkpoint.get("hyper_parameters"), sort_keys=True, default=str)
     return hashlib.sha256(settings.encode()).hexdigest()
@@ -279,7 +297,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
             if not (type(entry["bytes"]) is int and isinstance(entry["file"], str)
                     and len(bytes.fromhex(entry["sha256"])) == 32):  # fmt: skip
                 raise ValueError(f"{entry} is no entry")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _say(f"{path}: is damaged; checkpoints are held against their own checksums alone")
         return None
     return list(entries)
@@ -330,7 +348,7 @@ def newest_whole(folder: Path) -> Path:
         remedy = "begin anew, or from best.ckpt with --init_from"
         raise ValueError(f"ckpt_path: {'; '.join(damages)}; {remedy}")
     raise FileNotFoundError(
-        f"ckpt_path: the run has no {folder / LAST} to go on from; leave --ckpt_path out to begin it"
+        f"ckpt_path: the run has no {folder / LAST} to go on from; give --ckpt_path auto to begin it"
     )
 
 
@@ -359,6 +377,7 @@ def checkpoint_to_resume(
                 f"ckpt_path: {path} is of another run than {folder}; name its run with --run NAME, "
                 "or begin a new one with --init_from"
             )
+    found = read_source(str(path))  # names, shapes and sizes are held against its architecture
     checkpoint = read_checkpoint(path)
     if not checkpoint.get("optimizer_states") or "loops" not in checkpoint:
         raise ValueError(
@@ -366,4 +385,22 @@ def checkpoint_to_resume(
         )
     if not isinstance(checkpoint.get("tokens_seen"), int):
         raise ValueError(f"ckpt_path: {path} is of another LightningModule; give another")
-    return path, agreed_architecture(f"ckpt_path: {path}", checkpoint_config(checkpoint), named)
+    _check_state(checkpoint, path)
+    return path, agreed_architecture(f"ckpt_path: {path}", found.config, named)
+
+
+def _check_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """What Lightning takes for granted of a training state; ``ValueError`` where it is not so."""
+    kinds = {
+        "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict,
+        "callbacks": dict, "optimizer_states": list, "lr_schedulers": list,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"ckpt_path: {path} is damaged: its {key} is no {kind.__name__}")
+    parts = [checkpoint["loops"].get("fit_loop"), *checkpoint["optimizer_states"]]
+    if not all(isinstance(part, dict) for part in parts) or not all(
+        isinstance(state.get("state"), dict) and isinstance(state.get("param_groups"), list)
+        for state in checkpoint["optimizer_states"]
+    ):
+        raise ValueError(f"ckpt_path: {path} is damaged: its loops or optimizer have no state")

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gpt_lightning.training.callbacks import LossEvaluation
+from gpt_lightning.training.figures import attempt
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,27 +62,35 @@ class RunHistory(Callback):
         self._last = self.evaluation.row
         seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
         self.rows.append({**self._last, "seen_epochs": seen_epochs})
+        attempt(self._append)
+
+    def _append(self) -> None:
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not self.rows:
             return
+        attempt(lambda: self._draw(trainer, pl_module))
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         figure = loss_figure(self.rows)
         figure.savefig(self.figure_path, dpi=150)
         final = {f"final/{tag}": self.rows[-1][tag] for tag in ("train_loss", "val_loss")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("losses", figure, trainer.global_step - 1)
-                logger.log_hyperparams(_flat({**pl_module.hparams, **self.hparams}), final)
+                logger.log_hyperparams(_flat({**module.hparams, **self.hparams}), final)
 
 
 def read_rows(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {key: (int if key in COUNTS else float)(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    """The whole ones: of a run that was cut while it wrote one, the last may be but half."""
+    rows = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            with suppress(ValueError, TypeError, KeyError):
+                rows.append({key: (int if key in COUNTS else float)(row[key]) for key in COLUMNS})
+    return rows
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -10,10 +10,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.cost import parameters
+from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.checkpoint import (
     BEST,
     LAST,
+    PREVIOUS,
     DurableCheckpointIO,
+    check_content,
     copy_of,
     remove_leftovers,
 )
@@ -24,6 +29,7 @@ OnFailure = Literal["go_on", "stop"]
 
 def checkpointing(
     folder: Path,
+    losses: LossEvaluation,
     every_n_train_steps: int | None = None,
     best: bool = True,
     keep_previous: bool = True,
@@ -34,6 +40,7 @@ def checkpointing(
 
     Args:
         folder: The run's.
+        losses: What evaluates it.
         every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
         best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
             in memory.
@@ -43,7 +50,7 @@ def checkpointing(
             interval, or 'stop'. The one before stays whole either way.
     """
     io = DurableCheckpointIO(asynchronous, keep_previous)
-    return RunCheckpoints(folder, io, every_n_train_steps, best, on_failure), io
+    return RunCheckpoints(folder, io, losses, every_n_train_steps, best, on_failure), io
 
 
 class RunCheckpoints(Checkpoint):
@@ -56,6 +63,7 @@ class RunCheckpoints(Checkpoint):
     Args:
         folder: The run's.
         io: What writes the files.
+        losses: By whose val_loss a checkpoint is the best.
         every_n_train_steps: Updates from one save to the next; none: at the end of each epoch.
         best: Whether the best is kept too.
         on_failure: Whether training goes on after a save that failed. One at the end always stops.
@@ -65,6 +73,7 @@ class RunCheckpoints(Checkpoint):
         self,
         folder: Path,
         io: DurableCheckpointIO,
+        losses: LossEvaluation,
         every_n_train_steps: int | None = None,
         best: bool = True,
         on_failure: OnFailure = "go_on",
@@ -75,35 +84,44 @@ class RunCheckpoints(Checkpoint):
             )
         self.folder = folder
         self.io = io
+        self.losses = losses
         self.every_n_train_steps = every_n_train_steps
         self.best = best
         self.on_failure = on_failure
         self.best_val_loss: float | None = None
         self._best: dict[str, Any] | None = None  # not yet written
+        self._being_written: dict[str, Any] | None = None  # a best that may yet have failed
         self._seen_step = -1
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = self._saved_step = trainer.global_step
+        # on all ranks alike, so that none waits for one that has refused
+        try:
+            check_content(trainer._checkpoint_connector.dump_checkpoint())
+        except ValueError:
+            if trainer.is_global_zero:
+                raise
+            raise SystemExit(2) from None
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
-            self._check_room(pl_module)
 
-    def _check_room(self, module: LightningModule) -> None:
-        """``OSError`` where two checkpoints, or one more than there is, do not fit, or none may be written."""
+    def check_room(self, config: GPTConfig) -> None:
+        """``OSError`` where the files that the run will keep, and the one being written, do not fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         probe = self.folder / ".probe.tmp"
         probe.write_bytes(b"")
         probe.unlink()
-        # weights and AdamW's two moments
-        size = 3 * sum(p.numel() * p.element_size() for p in module.parameters())
-        needed = size if (self.folder / LAST).exists() else 2 * size
+        size = 3 * 4 * parameters(config)  # weights and AdamW's two moments, in float32
+        kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.best)]
+        missing = 1 + sum(not (self.folder / name).exists() for name in kept)
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if missing * size > free:
             raise OSError(
-                f"checkpoint: {self.folder} needs {needed / 1e9:.2f} GB for checkpoints of "
-                f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, or give "
-                "--trainer.default_root_dir"
+                f"checkpoint: {self.folder} needs {missing * size / 1e9:.2f} GB for {missing} files of "
+                f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, give another "
+                "--trainer.default_root_dir, or keep fewer: --checkpoint.best false, "
+                "--checkpoint.keep_previous false"
             )
 
     def on_train_batch_end(
@@ -120,17 +138,19 @@ class RunCheckpoints(Checkpoint):
         if step == self._seen_step:
             return
         self._seen_step = step
-        val_loss = trainer.callback_metrics.get("val_loss")
-        if self.best and val_loss is not None and self._is_lowest(float(val_loss)):
-            self.best_val_loss = float(val_loss)
-            self._best = None  # its memory is free before the next copy takes as much
+        row = self.losses.row
+        if self.best and row.get("step") == step - 1 and self._is_lowest(row["val_loss"]):
+            self.best_val_loss = row["val_loss"]
+            self._best = self._being_written = None  # memory for the copy
             self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
         ends = trainer.should_stop or step == total_steps(trainer)
         if ends or self._is_due(trainer):
             self._save(trainer, pl_module, ends=ends)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._saved_step:  # something else ended the run early
+        # something else ended the run early, or the save under way has failed
+        self.io.finish()
+        if not self._is_written(trainer, ends=False) or trainer.global_step != self._saved_step:
             self._save(trainer, pl_module, ends=True)
 
     def _is_lowest(self, val_loss: float) -> bool:
@@ -149,27 +169,40 @@ class RunCheckpoints(Checkpoint):
                 f"step {trainer.global_step - 1}: has made parameters that are not finite; "
                 f"{self.folder / LAST} stays the one before"
             )
-        self._saved_step = trainer.global_step
         if self._best is not None:
-            trainer.strategy.save_checkpoint(self._best, self.folder / BEST)
-            self._best = None
+            self._being_written, self._best = self._best, None
+            trainer.strategy.save_checkpoint(self._being_written, self.folder / BEST)
         trainer.save_checkpoint(self.folder / LAST)
+        self._saved_step = trainer.global_step
         if ends:
             self.io.finish()
-        failure, self.io.failure = self.io.failure, None
-        # every rank hears of what happened on the one that writes
-        if trainer.strategy.reduce_boolean_decision(failure is None, all=True):
-            return
+        self._is_written(trainer, ends=ends)
+
+    def _is_written(self, trainer: Trainer, *, ends: bool) -> bool:
+        """Whether all saves that have ended went well; every rank hears of the one that writes.
+
+        Raises:
+            OSError: One did not, and the run is to end with it.
+        """
+        failures = dict(self.io.failures)
+        self.io.failures.clear()
+        if trainer.strategy.reduce_boolean_decision(not failures, all=True):
+            return True
+        self._saved_step = -1
+        if self._best is None:  # tried again with the next, unless a lower one comes
+            self._best = self._being_written
+        failure = next(iter(failures.values()), None)
         if ends or self.on_failure == "stop":
-            raise failure or OSError(
-                f"{self.folder / LAST}: cannot be written by rank 0; see there"
-            )
+            if failure is None:
+                raise SystemExit(2)
+            raise failure
         if failure is not None:
             print(
                 f"gpt_lightning: {failure}; training goes on, the next save tries again",
                 file=sys.stderr,
                 flush=True,
             )
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_val_loss": self.best_val_loss}

@@ -322,7 +322,7 @@ def test_no_room_is_said_before_the_first_step(
                    "--trainer.max_steps=1")  # fmt: skip
     assert done.code == 2
     assert "needs 0.08 GB for 4 files of 0.02 GB, 0.03 GB are free" in done.err.splitlines()[-1]
-    assert not list(RUN.iterdir())
+    assert not RUN.exists()
 
 
 def test_a_run_that_was_refused_begins_with_auto(

@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,14 +109,19 @@ class RunCheckpoints(Checkpoint):
 
     def check_room(self, config: GPTConfig) -> None:
         """``OSError`` where the files that the run will keep, and the one being written, do not fit."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        probe = self.folder / ".probe.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
+        # a run that is refused leaves nothing, not its folder either
+        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise OSError(
+                f"checkpoint: {self.folder} cannot be written ({error.strerror}); give another "
+                "--trainer.default_root_dir"
+            ) from error
         size = 3 * 4 * parameters(config)  # weights and AdamW's two moments, in float32
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.best)]
         missing = 1 + sum(not (self.folder / name).exists() for name in kept)
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(place).free
         if missing * size > free:
             raise OSError(
                 f"checkpoint: {self.folder} needs {missing * size / 1e9:.2f} GB for {missing} files of "

@@ -31,6 +31,7 @@ from gpt_lightning.training.module import GPTLightningModule, agreed_architectur
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
 from gpt_lightning.training.saving import RunCheckpoints, checkpointing
+from gpt_lightning.training.throughput import Throughput, TrainingClock
 
 RUNS = Path("checkpoints")
 
@@ -185,6 +186,7 @@ class TrainingCLI(LightningCLI):
         self.ckpt_path: Path | None = None  # what fit goes on from
         self.begins_or_goes_on = False  # --ckpt_path auto
         self.preemption = Preemption()
+        self.clock = TrainingClock()
         self.checkpoints: RunCheckpoints | None = None
         self.source: Source | None = None  # what it begins with, or validate looks at
         super().__init__(
@@ -267,8 +269,16 @@ class TrainingCLI(LightningCLI):
             parser.add_argument(
                 "--json", action="store_true", help="Print one JSON object and nothing else."
             )
-        parser.add_function_arguments(evaluation_callbacks, "evaluation", skip={"rng"})
-        parser.add_function_arguments(checkpointing, "checkpoint", skip={"folder", "losses"})
+        parser.add_function_arguments(evaluation_callbacks, "evaluation", skip={"rng", "clock"})
+        parser.add_argument(
+            "--throughput.every_n_steps",
+            type=int,
+            default=50,
+            help="Updates from one logging of tokens a second, MFU and memory to the next.",
+        )
+        parser.add_function_arguments(
+            checkpointing, "checkpoint", skip={"folder", "losses", "clock"}
+        )
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
         for target in ("model.rng", "data.rng"):
@@ -279,7 +289,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         defaults = self.parser.get_defaults(skip_validation=True).as_dict()
-        for group in ("model", "data", "trainer", "evaluation", "checkpoint"):
+        for group in ("model", "data", "trainer", "evaluation", "checkpoint", "throughput"):
             given = self.config[group] or {}
             if any(key not in given for key in defaults[group]):
                 raise ValueError(f"{group}: is null; give its settings, or leave it out")
@@ -344,13 +354,14 @@ class TrainingCLI(LightningCLI):
             saves = leaves_traces and settings.get("enable_checkpointing") is not False
             config = self.config
             callbacks += [
+                Throughput(self.clock, config.throughput.every_n_steps),
                 BadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
                 *self._watchers(leaves_traces),
                 self.preemption,
             ]
             losses = next(c for c in callbacks if isinstance(c, LossEvaluation))
             checkpoints, checkpoint_io = checkpointing(
-                self.folder, losses, **self.config.checkpoint.as_dict()
+                self.folder, losses, self.clock, **self.config.checkpoint.as_dict()
             )
             if saves:
                 self.checkpoints = checkpoints
@@ -370,7 +381,9 @@ class TrainingCLI(LightningCLI):
 
     def _watchers(self, leave_traces: bool) -> list[Callback]:
         config = self.config
-        evaluation = evaluation_callbacks(**config.evaluation.as_dict(), rng=config.rng)
+        evaluation = evaluation_callbacks(
+            **config.evaluation.as_dict(), rng=config.rng, clock=self.clock
+        )
         if not leave_traces:
             return evaluation
         losses = next(c for c in evaluation if isinstance(c, LossEvaluation))

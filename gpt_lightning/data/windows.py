@@ -3,6 +3,7 @@
 L is the window length (the model's ``context_length`` unless asked otherwise).
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,6 +61,7 @@ class WindowLoader:
 
     Attributes:
         handed_out: ``(B,)``, the numbers of the last batch's windows.
+        seconds_waited: For batches that were not there yet, in all.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class WindowLoader:
         self.rank = rank
         self.world_size = world_size
         self.handed_out = np.empty(0, dtype=np.int64)
+        self.seconds_waited = 0.0
         self._epoch = -1
         self._batches = 0
         self._order_seed = 0
@@ -107,7 +110,14 @@ class WindowLoader:
         if not (self._resuming and self._batches < end):
             self._begin_epoch()
         self._resuming = False
-        for numbers, batch in self._read_ahead(self._order(), range(self._batches, end)):
+        reader = self._read_ahead(self._order(), range(self._batches, end))
+        while True:
+            asked = time.perf_counter()
+            read = next(reader, None)
+            self.seconds_waited += time.perf_counter() - asked
+            if read is None:
+                return
+            numbers, batch = read
             self._batches += 1
             if not len(numbers):  # a short last batch leaves nothing for this rank
                 return

@@ -22,6 +22,7 @@ from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.figures import attempt, log_figures
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.throughput import TrainingClock
 
 
 def evaluation_callbacks(
@@ -31,6 +32,7 @@ def evaluation_callbacks(
     max_new_tokens: int = 50,
     distribution: bool = False,
     rng: Rng = "step",
+    clock: TrainingClock | None = None,
 ) -> list[Callback]:
     """The callbacks behind the settings ``evaluation.*``.
 
@@ -41,13 +43,15 @@ def evaluation_callbacks(
         max_new_tokens: Length of that sample.
         distribution: Whether each evaluation logs how sharp the prompt's next-token distribution is.
         rng: 'step' leaves the run's random numbers alone, 'global' draws on them as the book does.
+        clock: Stopped while they work.
     """
-    losses = LossEvaluation(eval_freq, eval_iter, rng)
+    losses = LossEvaluation(eval_freq, eval_iter, rng, clock)
     if prompt is None:
         if distribution:
             raise ValueError("evaluation.distribution: needs evaluation.prompt; give some text")
         return [losses]
-    return [losses, TextSamples(prompt, max_new_tokens, rng, losses if distribution else None)]
+    evaluation = losses if distribution else None
+    return [losses, TextSamples(prompt, max_new_tokens, rng, evaluation, clock)]
 
 
 def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
@@ -75,7 +79,13 @@ class LossEvaluation(Callback):
         "tokens_per_second",
     )
 
-    def __init__(self, eval_freq: int = 5, eval_iter: int | None = 5, rng: Rng = "step") -> None:
+    def __init__(
+        self,
+        eval_freq: int = 5,
+        eval_iter: int | None = 5,
+        rng: Rng = "step",
+        clock: TrainingClock | None = None,
+    ) -> None:
         if eval_freq < 1:
             raise ValueError(f"evaluation.eval_freq: {eval_freq} is too small; give 1 or more")
         if eval_iter is not None and eval_iter < 1:
@@ -83,6 +93,7 @@ class LossEvaluation(Callback):
         self.eval_freq = eval_freq
         self.eval_iter = eval_iter
         self.rng: Rng = rng
+        self.clock = clock or TrainingClock()
         self.row: dict[str, float] = {}
         self._last_step = -1
         self._grad_norm = math.nan
@@ -123,7 +134,8 @@ class LossEvaluation(Callback):
         self._seconds += time.perf_counter() - self._batch_began
         self._tokens += batch[0].numel() * trainer.world_size
         if due:
-            self._evaluate(trainer, pl_module, step)
+            with self.clock.stopped(pl_module.device):
+                self._evaluate(trainer, pl_module, step)
             self._seconds, self._tokens = 0.0, 0
 
     def _evaluate(self, trainer: Trainer, module: GPTLightningModule, step: int) -> None:
@@ -193,6 +205,7 @@ class TextSamples(Callback):
         max_new_tokens: int = 50,
         rng: Rng = "step",
         evaluation: LossEvaluation | None = None,
+        clock: TrainingClock | None = None,
     ) -> None:
         if not prompt:
             raise ValueError("evaluation.prompt: is empty; give some text, or null for no samples")
@@ -204,6 +217,7 @@ class TextSamples(Callback):
         self.max_new_tokens = max_new_tokens
         self.rng: Rng = rng
         self.evaluation = evaluation
+        self.clock = clock or TrainingClock()
         self._last_row: dict[str, float] = {}
 
     def on_train_batch_end(
@@ -221,6 +235,7 @@ class TextSamples(Callback):
         assert isinstance(pl_module, GPTLightningModule)
         pl_module.eval()
         with (
+            self.clock.stopped(pl_module.device),
             _random_numbers(self.rng),
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
@@ -246,7 +261,11 @@ class TextSamples(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         idx = torch.tensor([encode_prompt(self.prompt)], device=pl_module.device)
-        with _random_numbers(self.rng), trainer.precision_plugin.forward_context():
+        with (
+            self.clock.stopped(pl_module.device),
+            _random_numbers(self.rng),
+            trainer.precision_plugin.forward_context(),
+        ):
             ids = generate(pl_module.model, idx, self.max_new_tokens)
         self._show(trainer, decode(ids[0].tolist()))
 

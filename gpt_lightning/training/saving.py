@@ -24,6 +24,7 @@ from gpt_lightning.training.checkpoint import (
     remove_leftovers,
 )
 from gpt_lightning.training.progress import total_steps
+from gpt_lightning.training.throughput import TrainingClock
 
 OnFailure = Literal["go_on", "stop"]
 
@@ -31,6 +32,7 @@ OnFailure = Literal["go_on", "stop"]
 def checkpointing(
     folder: Path,
     losses: LossEvaluation,
+    clock: TrainingClock,
     every_n_train_steps: int | None = None,
     best: bool = True,
     keep_previous: bool = True,
@@ -42,6 +44,7 @@ def checkpointing(
     Args:
         folder: The run's.
         losses: What evaluates it.
+        clock: Stopped during a save.
         every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
         best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
             in memory.
@@ -51,7 +54,7 @@ def checkpointing(
             interval, or 'stop'. The one before stays whole either way.
     """
     io = DurableCheckpointIO(asynchronous, keep_previous)
-    return RunCheckpoints(folder, io, losses, every_n_train_steps, best, on_failure), io
+    return RunCheckpoints(folder, io, losses, clock, every_n_train_steps, best, on_failure), io
 
 
 class RunCheckpoints(Checkpoint):
@@ -65,6 +68,7 @@ class RunCheckpoints(Checkpoint):
         folder: The run's.
         io: What writes the files.
         losses: By whose val_loss a checkpoint is the best.
+        clock: Stopped during a save.
         every_n_train_steps: Updates from one save to the next; none: at the end of each epoch.
         best: Whether the best is kept too.
         on_failure: Whether training goes on after a save that failed. One at the end always stops.
@@ -75,6 +79,7 @@ class RunCheckpoints(Checkpoint):
         folder: Path,
         io: DurableCheckpointIO,
         losses: LossEvaluation,
+        clock: TrainingClock,
         every_n_train_steps: int | None = None,
         best: bool = True,
         on_failure: OnFailure = "go_on",
@@ -86,6 +91,7 @@ class RunCheckpoints(Checkpoint):
         self.folder = folder
         self.io = io
         self.losses = losses
+        self.clock = clock
         self.every_n_train_steps = every_n_train_steps
         self.best = best
         self.on_failure = on_failure
@@ -151,7 +157,8 @@ class RunCheckpoints(Checkpoint):
             self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
         ends = trainer.should_stop or step == total_steps(trainer)
         if ends or self._is_due(trainer):
-            self._save(trainer, pl_module, ends=ends)
+            with self.clock.stopped(pl_module.device):
+                self._save(trainer, pl_module, ends=ends)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # something else ended the run early, or the save under way has failed

@@ -1,0 +1,191 @@
+"""How fast a run is: tokens a second, share of the hardware's peak, what it waits for."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.model.cost import flops_per_token
+from gpt_lightning.training.figures import log_figures
+from gpt_lightning.training.module import GPTLightningModule
+
+# dense 16-bit matrix products, FLOP/s, from the makers' data sheets; by what torch calls the device
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class TrainingClock:
+    """Wall-clock seconds of training alone: what evaluates, samples and saves stops it meanwhile."""
+
+    def __init__(self) -> None:
+        self._stopped = 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._stopped
+
+    @contextmanager
+    def stopped(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was begun before belongs to training
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self._stopped += time.perf_counter() - began
+
+
+class Throughput(Callback):
+    """Logs every ``every_n_steps`` updates what the updates since the last time were like.
+
+    ``throughput/tokens_per_second`` over all devices; ``throughput/step_seconds``;
+    ``throughput/loading_share`` of the time in which no batch was there yet; ``throughput/memory_gb``, resident or
+    on the GPU at most; ``throughput/mfu``, model FLOP/s over the peak of all devices, where that is known. The
+    first update, which compiles and warms up, is not counted.
+
+    Args:
+        clock: Stopped by what is no training.
+    """
+
+    def __init__(self, clock: TrainingClock, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(
+                f"throughput.every_n_steps: {every_n_steps} is too small; give 1 or more"
+            )
+        self.clock = clock
+        self.every_n_steps = every_n_steps
+        self.peak: float | None = None
+        self._asked_peak = False
+        self.figures: dict[str, float] = {}
+        self._tokens = 0
+        self._steps = 0
+        self._seen_step = -1
+        self._began = 0.0
+        self._loading = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        self._steps = -1  # until the first is done
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self._tokens += batch[0].numel() * trainer.world_size
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
+        self._steps += 1
+        if self._steps and self._steps < self.every_n_steps:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        loader = trainer.train_dataloader
+        waited = loader.seconds_waited if isinstance(loader, WindowLoader) else 0.0
+        now = self.clock.seconds()
+        if self._steps:
+            if not self._asked_peak:
+                self._ask_peak(trainer, pl_module)
+            assert isinstance(pl_module, GPTLightningModule)
+            length = batch[0].shape[1]
+            self.figures = figures(
+                tokens=self._tokens,
+                steps=self._steps,
+                seconds=now - self._began,
+                loading_seconds=waited - self._loading,
+                flops_per_token=flops_per_token(pl_module.config, length),
+                peak=None if self.peak is None else self.peak * trainer.world_size,
+            )
+            self.figures["throughput/memory_gb"] = memory_bytes(pl_module.device) / 1e9
+            log_figures(trainer, self.figures, trainer.global_step - 1)
+        self._began, self._loading = now, waited
+        self._tokens = self._steps = 0
+
+    def _ask_peak(self, trainer: Trainer, module: LightningModule) -> None:
+        self._asked_peak = True
+        with self.clock.stopped(module.device):
+            self.peak = peak_flops(module.device, trainer.precision)
+        if self.peak is None and trainer.is_global_zero:
+            name = (
+                torch.cuda.get_device_name(module.device)
+                if module.device.type == "cuda"
+                else module.device
+            )
+            print(
+                f"gpt_lightning: throughput: the peak of {name} at {trainer.precision} is not known, so "
+                "no MFU is logged",
+                file=sys.stderr,
+            )
+
+
+def figures(
+    *,
+    tokens: int,
+    steps: int,
+    seconds: float,
+    loading_seconds: float,
+    flops_per_token: int,
+    peak: float | None,
+) -> dict[str, float]:
+    """What :class:`Throughput` logs of ``steps`` updates."""
+    rate = tokens / seconds
+    found = {
+        "throughput/tokens_per_second": rate,
+        "throughput/step_seconds": seconds / steps,
+        "throughput/loading_share": loading_seconds / seconds,
+    }
+    if peak is not None:
+        found["throughput/mfu"] = rate * flops_per_token / peak
+    return found
+
+
+def peak_flops(device: torch.device, precision: Any) -> float | None:
+    """FLOP/s of one device at most: from ``PEAKS``, of a CPU measured; none: not known."""
+    low = "bf16" in str(precision) or "16" in str(precision)
+    if device.type == "cpu":
+        return measured_peak(torch.bfloat16 if low else torch.float32)
+    if device.type != "cuda" or not low:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> float:
+    """Of square matrix products on the CPU, the fastest of some."""
+    a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    a @ a
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,201 @@
+"""What makes training faster or smaller equals what is plain; costs and throughput are counted right."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.model import cost
+from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training import throughput
+from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 24, 1000])
+@pytest.mark.parametrize("pad_vocabulary", [False, True])
+def test_loss_by_chunks_is_the_loss(chunk_size: int, pad_vocabulary: bool) -> None:
+    """Value and gradients to 1e-5, in float32 and under autocast to what bfloat16 keeps."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 12, 16, generator=generator)
+    w = torch.randn(301, 16, generator=generator) * 0.3
+    targets = torch.randint(301, (2, 12), generator=generator)
+    for autocast, tolerance in [(False, 1e-5), (True, 1e-2)]:
+        found = []
+        for chunked in (False, True):
+            features, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                if chunked:
+                    loss = chunked_cross_entropy(
+                        features, weight, targets, chunk_size, pad_vocabulary=pad_vocabulary
+                    )
+                else:
+                    loss = cross_entropy(torch.nn.functional.linear(features, weight), targets)
+            (3 * loss).backward()
+            found.append([loss.detach(), features.grad, weight.grad])
+        for plain, by_chunks in zip(*found, strict=True):
+            torch.testing.assert_close(by_chunks, plain, atol=tolerance, rtol=tolerance)
+
+
+def test_loss_by_chunks_holds_no_logits() -> None:
+    """What stays for the backward pass is of the features' and the weight's shape."""
+    x = torch.randn(1, 512, 8, requires_grad=True)
+    w = torch.randn(5000, 8, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        chunked_cross_entropy(x, w, torch.zeros(1, 512, dtype=torch.int64), 64)
+    assert max(kept) <= max(x.numel(), w.numel())
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for() -> None:
+    x, w = torch.randn(1, 6, 8), torch.randn(50, 8)
+    targets = torch.arange(6)[None]
+    loss = chunked_cross_entropy(x, w, targets, 4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, cross_entropy(x @ w.t(), targets))
+
+
+def trained(fit: Command, name: str, *arguments: str) -> list[torch.Tensor]:
+    fit(f"--run={name}", "--trainer.max_steps=20", "--trainer.max_epochs=-1", *arguments)
+    checkpoint = read_checkpoint(Path("checkpoints") / name / "last.ckpt")
+    return [tensor.clone() for tensor in checkpoint["state_dict"].values()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exact"),
+    [
+        (["--model.loss_chunk_size=10"], False),
+        (["--model.activation_checkpointing=true"], True),
+        pytest.param(["--model.compile=true"], False, marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_are_those_of_the_plain_way(
+    fit: Command, arguments: list[str], exact: bool
+) -> None:
+    """With dropout where it draws the same numbers; compiled code draws its own."""
+    rate = "0" if "--model.compile=true" in arguments else "0.1"
+    settings = ["--model.config.drop_rate=" + rate, "--model.warmup_steps=0", "--model.lr=0.0001"]
+    plain = trained(fit, "plain", *settings)
+    other = trained(fit, "other", *settings, *arguments)
+    for ours, theirs in zip(other, plain, strict=True):
+        if exact:
+            assert torch.equal(ours, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_attention_dropout_apart(fit: Command) -> None:
+    config = GPTConfig(drop_rate=0.1, attn_drop_rate=0.0, emb_dim=32, n_heads=2, n_layers=1)
+    assert GPTModel(config).trf_blocks[0].att.drop_rate == 0.0
+    assert GPTModel(config).trf_blocks[0].drop_shortcut.p == 0.1
+    assert GPTConfig(drop_rate=0.2).attention_drop_rate == 0.2
+    with pytest.raises(ValueError, match="attn_drop_rate"):
+        GPTConfig(attn_drop_rate=1.5)
+    fit("--trainer.max_steps=1", "--model.config.attn_drop_rate=0.0")
+    fit("--trainer.max_steps=2", "--model.config.attn_drop_rate=0.1", "--ckpt_path=last")
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "padded", "expected"),
+    [("gpt2-124M", 50304, 854.7e6), ("gpt2-1558M", 50304, 10.274e9)],
+)
+def test_flops_are_what_is_counted(name: str, padded: int, expected: float) -> None:
+    """By FlopCounterMode on the meta device: nothing is computed."""
+    config = GPT2_SIZES[name]
+    config = GPTConfig(**{**vars(config), "vocab_size": padded, "drop_rate": 0.0})
+    with torch.device("meta"):
+        model = GPTModel(config)
+        ids = torch.zeros(1, 1024, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids).sum().backward()
+    ours = cost.flops_per_token(config, 1024)
+    assert ours == counter.get_total_flops() / 1024
+    assert ours == pytest.approx(expected, rel=1e-4)
+    assert cost.flops_per_token(GPT2_SIZES[name], 1024, vocab_size=padded) == ours
+    assert cost.flops_per_token(config, 1024, training=False) * 3 == ours
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_parameters(tied: bool, qkv_bias: bool) -> None:
+    config = GPTConfig(vocab_size=300, context_length=20, emb_dim=24, n_heads=2, n_layers=3,
+                       qkv_bias=qkv_bias, tied_embeddings=tied)  # fmt: skip
+    assert cost.parameters(config) == sum(p.numel() for p in GPTModel(config).parameters())
+    assert [cost.parameters(c) for c in GPT2_SIZES.values()] == [
+        124439808, 354823168, 774030080, 1557611200]  # fmt: skip
+
+
+# --- throughput -----------------------------------------------------------------------------------
+
+
+def test_arithmetic() -> None:
+    found = figures(tokens=10_000, steps=5, seconds=2.0, loading_seconds=0.5,
+                    flops_per_token=1_000_000, peak=20e9)  # fmt: skip
+    assert found == {
+        "throughput/tokens_per_second": 5000.0,
+        "throughput/step_seconds": 0.4,
+        "throughput/loading_share": 0.25,
+        "throughput/mfu": 0.25,
+    }
+    assert "throughput/mfu" not in figures(
+        tokens=1, steps=1, seconds=1.0, loading_seconds=0.0, flops_per_token=1, peak=None
+    )
+
+
+def test_a_stopped_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    clock = TrainingClock()
+    began = clock.seconds()
+    now[0] += 2
+    with clock.stopped(torch.device("cpu")):
+        now[0] += 50
+    now[0] += 3
+    assert clock.seconds() - began == 5
+
+
+def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
+    fit("--trainer.max_steps=14", "--trainer.max_epochs=-1", "--throughput.every_n_steps=4",
+        "--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+    events = EventAccumulator("checkpoints/quickstart").Reload()
+
+    def logged(tag: str) -> Any:
+        return {e.step: e.value for e in events.Scalars(f"throughput/{tag}")}
+
+    rates = logged("tokens_per_second")
+    assert list(rates) == [4, 8, 12]  # the first update is not counted
+    for step, seconds in logged("step_seconds").items():
+        assert 0 < seconds < 5
+        # an epoch's last update has one batch, not two
+        assert rates[step] * seconds * 4 in (
+            pytest.approx(2 * 2 * 16 * 4),
+            pytest.approx(2 * 16 * 7),
+        )
+    assert all(0 <= share < 0.5 for share in logged("loading_share").values())
+    config = GPTConfig(context_length=16, emb_dim=16, n_heads=2, n_layers=2)
+    for step, share in logged("mfu").items():
+        assert share == pytest.approx(
+            rates[step] * cost.flops_per_token(config, 16) / 1e9, rel=1e-4
+        )
+    assert all(0.05 < gigabytes < 20 for gigabytes in logged("memory_gb").values())
+
+
+def test_peaks() -> None:
+    assert PEAKS["H100"] == 989e12  # dense, not the sparse figure
+    assert list(PEAKS).index("H100 PCIe") < list(PEAKS).index("H100")
+    assert list(PEAKS).index("L40S") < list(PEAKS).index("L4")
+    assert measured_peak(torch.float32, 256) > 1e8
+    assert math.isfinite(measured_peak(torch.bfloat16, 256))

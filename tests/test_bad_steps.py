@@ -187,15 +187,15 @@ def test_parameters_that_are_not_finite_never_become_last(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--evaluation.prompt=null",),
-        ("--evaluation.eval_freq=1000",),
+        pytest.param(("--evaluation.prompt=null",), marks=pytest.mark.slow),
+        pytest.param(("--evaluation.eval_freq=1000",), marks=pytest.mark.slow),
         ("--evaluation.eval_freq=1", "--evaluation.distribution=true"),
         ("--trainer.logger=false",),
         ("--data.num_workers=2",),
-        ("--checkpoint.asynchronous=true",),
+        pytest.param(("--checkpoint.asynchronous=true",), marks=pytest.mark.slow),
         ("--checkpoint.every_n_train_steps=5", "--checkpoint.best=false"),
         ("--bad_steps=skip", "--skip_spikes=true"),
-        ("--trainer.enable_progress_bar=false",),
+        pytest.param(("--trainer.enable_progress_bar=false",), marks=pytest.mark.slow),
     ],
     ids=lambda arguments: arguments[0],
 )

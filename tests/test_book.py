@@ -134,9 +134,12 @@ def test_exercise_5_4_on_the_notebooks_own_file(command: Command, verdict: Path)
     [
         {"qkv_bias": True},
         {"seed": 7, "drop_rate": 0.0},
-        {"stride": 17, "batch_size": 3},
+        pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.slow),
         {"stride": 100, "train_ratio": 0.7, "eval_freq": 4},
-        {"batch_size": 5, "train_ratio": 0.8, "eval_iter": 10, "drop_rate": 0.3},
+        pytest.param(
+            {"batch_size": 5, "train_ratio": 0.8, "eval_iter": 10, "drop_rate": 0.3},
+            marks=pytest.mark.slow,
+        ),
         {"context_length": 31, "n_heads": 2, "n_layers": 1, "emb_dim": 24, "weight_decay": 0.0},
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, python
+from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 
 from gpt_lightning.pretrained.formats import read_checkpoint
@@ -129,7 +129,10 @@ def stop_and_go_on(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize(
+    "signum",
+    [SIGNALS[0], *(pytest.param(signum, marks=pytest.mark.slow) for signum in SIGNALS[1:])],
+)
 def test_signals(tmp_path: Path, straight: dict[str, str], signum: signal.Signals) -> None:
     stop_and_go_on(tmp_path / "run", signum, None, straight)
 
@@ -276,6 +279,7 @@ class Disturbed(Callback):
             next(module.parameters()).grad.add_(torch.randn(1, 16, generator=noise))
 
 
+@pytest.mark.slow
 def test_verify_resume_finds_what_is_not_exact(tmp_path: Path) -> None:
     small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--allow_import=test_preemption",
              "--trainer.callbacks+=test_preemption.Disturbed"]  # fmt: skip
@@ -287,7 +291,7 @@ def test_verify_resume_finds_what_is_not_exact(tmp_path: Path) -> None:
     assert "error: weights: model.tok_emb.weight: by " in done.stderr.splitlines()[-1]
 
 
-def test_verify_resume_refuses(tmp_path: Path) -> None:
+def test_verify_resume_refuses(command: Command, tmp_path: Path) -> None:
     for arguments, cause in [
         (["--steps=0"], "steps: 0 is too small"),
         (["--model.lrr=1"], "model.lrr: is no setting; did you mean model.lr?"),
@@ -295,9 +299,9 @@ def test_verify_resume_refuses(tmp_path: Path) -> None:
     ]:
         (tmp_path / "full").mkdir(exist_ok=True)
         (tmp_path / "full" / "x").touch()
-        done = python("-m", "gpt_lightning", "verify-resume", *arguments, cwd=tmp_path)
-        assert done.returncode == 2
-        assert cause in done.stderr.splitlines()[-1]
+        done = command("verify-resume", *arguments)
+        assert done.code == 2
+        assert cause in done.err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,9 +32,7 @@ def run(arguments: list[str]) -> int:
     def say(what: str) -> None:
         print(f"verify-resume: {what}", file=sys.stderr, flush=True)
 
-    # so that what is under way is ended and cleaned up
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
+    with _terminated_by_exit(), tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         folder = writable_folder(own.out) if own.out else Path(scratch)
         if any(folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty; give another folder")
@@ -55,6 +55,16 @@ def run(arguments: list[str]) -> int:
             )
             break
     return 0 if exact else 1
+
+
+@contextmanager
+def _terminated_by_exit() -> Iterator[None]:
+    """So that SIGTERM too ends what is under way, and cleans up."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

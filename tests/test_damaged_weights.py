@@ -16,9 +16,9 @@ from conftest import Command, Done, python
 from random_gpt2 import random_gpt2
 from safetensors.torch import load_file, save_file
 
+from gpt_lightning.data.manifest import MANIFEST
 from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.gpt2_names import gpt2_names
-from gpt_lightning.pretrained.manifest import MANIFEST
 
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"

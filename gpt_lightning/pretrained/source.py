@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gpt_lightning.data.manifest import check_manifest
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.book import is_book, read_book
@@ -20,7 +21,6 @@ from gpt_lightning.pretrained.formats import (
     take_weights,
 )
 from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
-from gpt_lightning.pretrained.manifest import check_manifest
 from gpt_lightning.pretrained.nanogpt import is_nanogpt, read_nanogpt
 from gpt_lightning.pretrained.openai import is_openai, read_openai
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt, split_tokens
+from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt
+from gpt_lightning.data.tokens import split_tokens
 from gpt_lightning.data.windows import WindowLoader, windows
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling, seeded

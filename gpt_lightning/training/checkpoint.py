@@ -24,9 +24,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gpt_lightning.data.manifest import MANIFEST, sha256_of
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import check_records, read_checkpoint
-from gpt_lightning.pretrained.manifest import MANIFEST, sha256_of
 from gpt_lightning.pretrained.source import find_checkpoint, read_source
 from gpt_lightning.training.module import agreed_architecture
 

@@ -25,6 +25,7 @@ from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.bad_steps import BadSteps, OnBadStep
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
+from gpt_lightning.training.elastic import connect_ranks
 from gpt_lightning.training.figures import attempt
 from gpt_lightning.training.history import RunHistory
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
@@ -65,6 +66,7 @@ def fit(arguments: list[str]) -> int:
         if cli.checkpoints is not None:
             cli.checkpoints.check_room(cli.model.config)
         _check_data(cli)
+    connect_ranks(cli.trainer)
     try:
         cli.trainer.fit(
             cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True

@@ -109,9 +109,17 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["generation"])
-def test_benchmarks_run_and_end_with_json(name: str) -> None:
-    done = python(f"benchmarks/{name}.py", "--tiny", "--repeats", "1", cwd=ROOT)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("generation", ["--repeats=1"]),
+        ("saving", ["--repeats=1"]),
+        pytest.param("loading", [], marks=pytest.mark.slow),
+        pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
+    ],
+)
+def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> None:
+    done = python(f"benchmarks/{name}.py", "--tiny", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bars"]

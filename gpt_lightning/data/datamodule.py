@@ -6,9 +6,8 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
-from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
-from gpt_lightning.data.tokens import split_tokens
+from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import Rng, WindowLoader, windows
 
 
@@ -68,18 +67,16 @@ class TextDataModule(LightningDataModule):
             # one process a node downloads what is missing. Lightning's prepare_data waits without end in a
             # group of its own, which gloo at times does not get connected after a restart
             if self.trainer.local_rank == 0:
-                split_tokens(read_corpus(self.text), self.train_ratio)
+                read_splits(self.text, self.train_ratio)
             self.trainer.strategy.barrier()
         if self._windows:
             return
         length = self.context_length or self._model_config().context_length
         if self.trainer is not None:
             self._check_model(length)
-        text = read_corpus(self.text)
         found: dict[str, NDArray[np.uint16]] = {}
-        for name, tokens in zip(
-            ("training", "validation"), split_tokens(text, self.train_ratio), strict=True
-        ):
+        splits = read_splits(self.text, self.train_ratio)
+        for name, (tokens,) in splits._asdict().items():
             found[name] = windows(tokens, length, self.stride or length)
             if not len(found[name]):
                 raise ValueError(

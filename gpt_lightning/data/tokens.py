@@ -5,11 +5,12 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.corpus import cache_folder
+from gpt_lightning.data.corpus import cache_folder, read_corpus
 from gpt_lightning.data.manifest import MANIFEST, damaged_files, write_manifest
 from gpt_lightning.data.tokenizer import VOCABULARY_SHA256, encode_corpus
 
@@ -17,10 +18,22 @@ WORTH_KEEPING = 1_000_000  # bytes of text, a tenth of a second to tokenise
 _TOKENS = "tokens.u16"
 
 
-def split_tokens(text: str, train_ratio: float) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    """Ids of the training and the validation split: the first ``train_ratio`` of the characters, the rest."""
-    split = int(train_ratio * len(text))
-    return stored_tokens(text[:split]), stored_tokens(text[split:])
+class Splits(NamedTuple):
+    """Token ids, each split as arrays that follow one another."""
+
+    training: list[NDArray[np.uint16]]
+    validation: list[NDArray[np.uint16]]
+
+
+def read_splits(text: str, train_ratio: float) -> Splits:
+    """What ``data.text`` names: the first ``train_ratio`` of its characters for training, the rest for validation.
+
+    Raises:
+        ValueError, OSError: As :func:`read_corpus`.
+    """
+    characters = read_corpus(text)
+    split = int(train_ratio * len(characters))
+    return Splits([stored_tokens(characters[:split])], [stored_tokens(characters[split:])])
 
 
 def stored_tokens(text: str) -> NDArray[np.uint16]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt
-from gpt_lightning.data.tokens import split_tokens
+from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import WindowLoader, windows
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling, seeded
@@ -214,8 +214,7 @@ def _losses(model: GPTModel, text: str, task: Task) -> tuple[float, float]:
     """Mean loss of all tokens of the training and of the validation split."""
     length = min(task.context_length, model.config.context_length)
     train, val = (
-        _loss(model, tokens, length, task)
-        for tokens in split_tokens(read_corpus(text), task.train_ratio)
+        _loss(model, tokens, length, task) for (tokens,) in read_splits(text, task.train_ratio)
     )
     return train, val
 

@@ -130,6 +130,44 @@ def test_it_stops_the_run_by_default(
         assert fit(command, "--ckpt_path=last").code == 0
 
 
+@pytest.mark.parametrize(("kind", "bad"), [("loss", {0}), ("loss", {2, 3}), ("gradient", {5})])
+def test_judged_later_it_is_judged_alike(
+    command: Command,
+    watch: type[Watch],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    bad: set[int],
+) -> None:
+    """The way of a GPU, here on a CPU: the optimizer passes over the step, the host hears of it at the next."""
+    watch.kind, watch.bad = kind, bad
+    at_once = fit(command, "--run=once", "--bad_steps=skip")
+    watch.states = {}
+    monkeypatch.setattr(bad_steps, "_judges_later", lambda module: True)
+    later = fit(command, "--run=later", "--bad_steps=skip")
+    assert later.code == at_once.code == 0, later.err
+    lines = [
+        [line for line in done.err.splitlines() if "skipped" in line] for done in (at_once, later)
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[1]) == len(bad)
+    for step, (before, after) in watch.states.items():
+        assert same_bits(before[0], after[0]) == (step in bad)
+    once, other = (
+        read_checkpoint(Path(f"checkpoints/{run}/last.ckpt")) for run in ("once", "later")
+    )
+    for key in ("state_dict", "optimizer_states", "tokens_seen", "callbacks"):
+        ours, theirs = (
+            {k: v for k, v in c[key].items() if k == "BadSteps"} if key == "callbacks" else c[key]
+            for c in (other, once)
+        )
+        assert same_bits(ours, theirs), key
+    stopped = fit(command, "--run=stopped")
+    assert stopped.code == 1
+    assert f"error: step {min(bad)}: " in stopped.err.splitlines()[-1]
+    last = Path("checkpoints/stopped/last.ckpt")
+    assert not min(bad) or read_checkpoint(last)["global_step"] == min(bad)
+
+
 def test_too_many_in_a_row_stop_it(command: Command, watch: type[Watch]) -> None:
     watch.kind, watch.bad = "loss", {2, 3, 4}
     done = fit(command, "--bad_steps=skip", "--max_bad_steps=2")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Command, python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model import cost
 from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import throughput
@@ -88,6 +90,61 @@ def test_twenty_steps_are_those_of_the_plain_way(
             assert torch.equal(ours, theirs)
         else:
             torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [2, 33, 512])
+def test_attention_by_products_is_attention(length: int) -> None:
+    """Values and gradients to 1e-5 of torch's, in float32; the same tokens are hidden."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    parts = [torch.randn(2, 3, length, 8, generator=generator) for _ in range(3)]
+    for attention in (
+        lambda q, k, v: causal_attention_by_products(q, k, v, 0.0),
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
+    ):
+        q, k, v = (part.clone().requires_grad_() for part in parts)
+        y = attention(q, k, v)
+        y.square().sum().backward()
+        found.append([y, q.grad, k.grad, v.grad])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_by_products_drops_weights() -> None:
+    q = torch.zeros(4, 4, 64, 8)  # all weights of a row alike
+    v = torch.ones(4, 4, 64, 8)
+    torch.manual_seed(0)
+    y = causal_attention_by_products(q, q, v, 0.25)
+    assert y.mean() == pytest.approx(1.0, abs=0.02)
+    assert set(y[:, :, 0, 0].unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+
+
+@pytest.mark.parametrize("chunk", [None, 24])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+def test_twenty_steps_in_bf16_are_those_of_float32(chunk: int | None, drop_rate: float) -> None:
+    """To what 8 bits of mantissa keep of a loss; with dropout further off, for it draws other numbers."""
+    config = GPTConfig(vocab_size=211, context_length=32, emb_dim=32, n_heads=4, n_layers=2,
+                       drop_rate=drop_rate, tied_embeddings=True)  # fmt: skip
+    ids = torch.randint(211, (4, 33), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        model = GPTModel(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        for _ in range(20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                if chunk is None or not bf16:
+                    loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+                else:
+                    features = model.features(ids[:, :-1])
+                    loss = chunked_cross_entropy(features, model.head_weight, ids[:, 1:], chunk)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    float32, half = losses[:20], losses[20:]
+    assert float32[0] - float32[-1] > 0.1  # it learns
+    assert half == pytest.approx(float32, abs=0.01 if drop_rate == 0.0 else 0.1)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.windows import Rng
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
 from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.training.allocator import keep_freed_memory
 from gpt_lightning.training.bad_steps import BadSteps, OnBadStep
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
@@ -67,6 +68,8 @@ def fit(arguments: list[str]) -> int:
             cli.checkpoints.check_room(cli.model.config)
         _check_data(cli)
     connect_ranks(cli.trainer)
+    if cli.trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     try:
         cli.trainer.fit(
             cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True

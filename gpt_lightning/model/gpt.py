@@ -55,15 +55,37 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.drop_rate if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        drop_rate = self.drop_rate if self.training else 0.0
+        if mask is None and self.training and _products_are_faster(q):
+            y = causal_attention_by_products(q, k, v, drop_rate)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=mask is None and T > 1
+            )
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def _products_are_faster(q: Tensor) -> bool:
+    """Than torch's fused kernel, forward and backward, and where the weights' memory is small."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512
+
+
+def causal_attention_by_products(q: Tensor, k: Tensor, v: Tensor, drop_rate: float) -> Tensor:
+    """``scaled_dot_product_attention`` as two products around a softmax: ``(B, H, T, D)`` each.
+
+    On a CPU that multiplies bfloat16 in hardware it takes a third to half the time of the fused kernel, which
+    converts to float32 block by block. It holds the weights, ``(B, H, T, T)``.
+    """
+    B, H, T, D = q.shape
+    unseen = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(
+        unseen.expand(B * H, T, T),
+        q.reshape(B * H, T, D),
+        k.reshape(B * H, T, D).transpose(1, 2),
+        alpha=D**-0.5,
+    )
+    weights = F.dropout(scores.softmax(dim=-1), drop_rate)
+    return (weights @ v.reshape(B * H, T, D)).view(B, H, T, D)
 
 
 class FeedForward(nn.Module):

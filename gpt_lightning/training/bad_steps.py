@@ -6,8 +6,10 @@ import sys
 from collections import deque
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,8 +21,43 @@ OnBadStep = Literal["stop", "skip"]
 SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
 
 
+class _Update:
+    """Loss and gradient norm of one, and where it is to be read later, on their way from a GPU."""
+
+    def __init__(
+        self,
+        step: int,
+        windows: list[NDArray[np.int64]],
+        figures: Tensor,
+        *,
+        copied: bool = False,
+    ) -> None:
+        self.step = step
+        self.windows = windows
+        self._figures = figures
+        self._arrived: torch.cuda.Event | None = None
+        if copied and figures.is_cuda:
+            self._figures = figures.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> tuple[float, float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, grad_norm = self._figures.tolist()
+        return loss, grad_norm
+
+
+def _judges_later(module: GPTLightningModule) -> bool:
+    """Whether an update is judged when the next one is due, so that a GPU never waits for the judgement."""
+    return module.device.type == "cuda" and module.device_mesh is None
+
+
 class BadSteps(Callback):
     """Keeps a bad step from parameters and optimizer, which stay bit for bit as they were.
+
+    On a GPU the optimizer itself leaves everything as it was, without the host's asking, and the step is told,
+    or stops the run, before the next one is done.
 
     A step is bad whose loss or gradient norm is not finite, and with ``skip_spikes`` one where either is
     more than 6 standard deviations above its mean over the 128 good steps before.
@@ -44,23 +81,25 @@ class BadSteps(Callback):
         self.skip_spikes = skip_spikes
         self.skipped = 0
         self._in_row = 0
-        self._loss = 0.0
-        self._windows: list[int] = []
+        self._loss: Tensor | None = None
+        self._windows: list[NDArray[np.int64]] = []
+        self._waiting: _Update | None = None
         self._good: deque[tuple[float, float]] = deque(maxlen=SPIKE_STEPS)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._loss, self._windows = 0.0, []
+            self._loss, self._windows = None, []
         loader = trainer.train_dataloader
         if isinstance(loader, WindowLoader):
-            self._windows += loader.handed_out.tolist()
+            self._windows.append(loader.handed_out)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._loss += float(loss.detach())  # each micro-batch's comes divided by their number
+        part = loss.detach()  # each micro-batch's comes divided by their number
+        self._loss = part if self._loss is None else self._loss + part
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -68,23 +107,51 @@ class BadSteps(Callback):
         if trainer.precision == "16-mixed":  # its scaler expects such gradients, and skips them
             return
         assert isinstance(pl_module, GPTLightningModule)
-        loss, grad_norm = self._loss, float(pl_module.grad_norm())
+        assert self._loss is not None
+        loss, grad_norm = self._loss.float(), pl_module.grad_norm().float()
         if trainer.world_size > 1:
-            losses = torch.tensor(loss, device=pl_module.device)
-            loss = float(trainer.strategy.reduce(losses, reduce_op="mean"))
+            loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        figures = torch.stack([loss, grad_norm])
+        if self.skip_spikes or not _judges_later(pl_module):
+            if not self._is_good(trainer, _Update(trainer.global_step, self._windows, figures)):
+                optimizer.zero_grad(
+                    set_to_none=True
+                )  # AdamW passes over parameters without gradient
+            return
+        self._judge_waiting(trainer)
+        # the fused step reads it where it runs, and leaves everything as it was where it is 1
+        optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+        self._waiting = _Update(trainer.global_step, self._windows, figures, copied=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge_waiting(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._judge_waiting(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def _judge_waiting(self, trainer: Trainer) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._is_good(trainer, waiting)
+
+    def _is_good(self, trainer: Trainer, update: "_Update") -> bool:
+        loss, grad_norm = update.read()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = finite and self.skip_spikes and self._is_spike(loss, grad_norm)
         if finite and not spike:
             self._in_row = 0
             if self.skip_spikes:
                 self._good.append((loss, grad_norm))
-            return
-        windows = self._windows
-        if trainer.world_size > 1:  # all ranks have come to the same finding
+            return True
+        windows = [int(number) for batch in update.windows for number in batch]
+        if trainer.world_size > 1:  # all ranks see the same figures, and come here together
             of_ranks: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(of_ranks, windows)
             windows = [number for own in of_ranks for number in own]
-        what = f"step {trainer.global_step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
+        what = f"step {update.step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
         where = f"windows {', '.join(map(str, windows)) or 'unknown'}"
         if not spike and self.action == "stop":
             raise FloatingPointError(
@@ -96,7 +163,6 @@ class BadSteps(Callback):
             raise FloatingPointError(
                 f"{what}, {where}; {self.most_in_row} bad steps in a row were skipped before it"
             )
-        optimizer.zero_grad(set_to_none=True)  # AdamW passes over parameters without gradient
         if trainer.is_global_zero:
             reason = f"a spike, {what}" if spike else what
             print(
@@ -105,7 +171,8 @@ class BadSteps(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-        log_figures(trainer, {"bad_steps": float(self.skipped)}, trainer.global_step)
+        log_figures(trainer, {"bad_steps": float(self.skipped)}, update.step)
+        return False
 
     def _is_spike(self, loss: float, grad_norm: float) -> bool:
         if len(self._good) < SPIKE_STEPS:

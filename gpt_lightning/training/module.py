@@ -198,7 +198,8 @@ class GPTLightningModule(LightningModule):
     def grad_norm(self) -> Tensor:
         """Of the step under way, over all parameters, before clipping; computed once a step."""
         if self._grad_norm is None:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            groups = self._optimizer().param_groups
+            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             self._grad_norm = nn.utils.get_total_norm(grads)
         return self._grad_norm
 

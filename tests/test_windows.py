@@ -241,6 +241,11 @@ def last(run: str) -> dict[str, Any]:
     return dict(read_checkpoint(Path(f"checkpoints/{run}/last.ckpt")))
 
 
+def same_bits(one: str, other: str) -> bool:
+    files = [Path(f"checkpoints/{run}/last.ckpt") for run in (one, other)]
+    return not any(part.difference for part in compare_checkpoints(*files))
+
+
 def test_updates_are_the_same_with_any_micro_batch(fit: Command) -> None:
     """Also of a run that is cut in the middle of an epoch and goes on in other batches."""
 
@@ -280,23 +285,23 @@ def test_a_last_partial_accumulation_is_a_mean_too(fit: Command) -> None:
 
 
 def test_a_run_ends_with_its_tokens(fit: Command) -> None:
-    """In mid-epoch, with the checkpoint that max_steps leaves; and goes on to the same bits."""
+    """In mid-epoch and at its end, with the checkpoint that max_steps leaves; and goes on to the same bits."""
 
-    def run(name: str, *arguments: str) -> dict[str, Any]:
-        fit(*BARE, "--model.config.drop_rate=0.1", f"--run={name}", *arguments,
-            "--trainer.max_epochs=null")  # fmt: skip
-        return last(name)
+    def run(name: str, *arguments: str) -> str:
+        return fit(*BARE, "--model.config.drop_rate=0.1", f"--run={name}", *arguments,
+                   "--trainer.max_epochs=null").err  # fmt: skip
 
+    run("straight", "--trainer.max_steps=13")
     # 32 tokens an update, 7 updates an epoch
-    assert run("cut", "--max_tokens=230")["global_step"] == 8
-    before = Path("checkpoints/cut/last.ckpt").stat().st_mtime_ns
-    assert run("cut", "--max_tokens=230", "--ckpt_path=last")["tokens_seen"] == 256
-    assert Path("checkpoints/cut/last.ckpt").stat().st_mtime_ns == before
-    cut = run("cut", "--max_tokens=416", "--ckpt_path=last")
-    straight = run("straight", "--trainer.max_steps=13")
-    assert cut["tokens_seen"] == straight["tokens_seen"] == 416
-    parts = compare_checkpoints(*(Path(f"checkpoints/{run}/last.ckpt") for run in ("cut", "straight")))  # fmt: skip
-    assert not [part.difference for part in parts if part.difference]
+    for name, tokens, steps in [("in-mid-epoch", 230, 8), ("at-its-end", 224, 7)]:
+        assert f"step 0 of {steps}\n" in run(name, f"--max_tokens={tokens}")
+        assert (last(name)["global_step"], last(name)["tokens_seen"]) == (steps, 32 * steps)
+        before = Path(f"checkpoints/{name}/last.ckpt").stat().st_mtime_ns
+        run(name, f"--max_tokens={tokens}", "--ckpt_path=last")
+        assert Path(f"checkpoints/{name}/last.ckpt").stat().st_mtime_ns == before
+        assert f"step {steps} of 13\n" in run(name, "--max_tokens=416", "--ckpt_path=last")
+        assert last(name)["tokens_seen"] == 416
+        assert same_bits(name, "straight")
 
 
 # documents
@@ -449,8 +454,7 @@ def test_a_mixture_through_the_command(fit: Command, command: Command, tmp_path:
     fit(*mixed, "--run=straight", "--trainer.max_steps=9", "--data.global_batch_size=8")
     fit(*mixed, "--run=cut", "--trainer.max_steps=5", "--data.global_batch_size=8")
     fit(*mixed, "--run=cut", "--trainer.max_steps=9", "--data.global_batch_size=8", "--ckpt_path=last")  # fmt: skip
-    parts = compare_checkpoints(*(Path(f"checkpoints/{run}/last.ckpt") for run in ("cut", "straight")))  # fmt: skip
-    assert not [part.difference for part in parts if part.difference]
+    assert same_bits("cut", "straight")
 
     def validate(*arguments: str) -> dict[str, float]:
         done = command("validate", "--config=checkpoints/cut/config.yaml", "--json",

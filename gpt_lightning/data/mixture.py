@@ -41,6 +41,11 @@ class Mixture:
         self._draw = np.concatenate([np.arange(share) for share in self.shares])[order]
         self._orders: dict[int, tuple[int, Order]] = {}
 
+    @property
+    def sources(self) -> list[list[float]]:
+        """Windows and weight of each."""
+        return [list(pair) for pair in zip(self.counts, self.weights, strict=True)]
+
     def __call__(self, places: Numbers) -> Numbers:
         """Places in the stream → numbers of windows, as ``JoinedWindows`` numbers them."""
         numbers = np.empty_like(places)
@@ -64,6 +69,13 @@ class Mixture:
         order: Order = Bijection(n, seed) if n > MOST_IN_MEMORY else shuffled(n, seed)
         self._orders[source] = epoch, order
         return order
+
+
+def described(sources: list[list[float]] | None) -> str:
+    """:attr:`Mixture.sources` in words; none: no mixture."""
+    if sources is None:
+        return "one text"
+    return ", ".join(f"{weight:.4g} of {count:.0f} windows" for count, weight in sources)
 
 
 def _whole_shares(weights: Sequence[float], period: int) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt_lightning.data.mixture import Mixture
+from gpt_lightning.data.mixture import Mixture, described
 from gpt_lightning.data.order import (
     MOST_IN_MEMORY,
     Bijection,
@@ -293,13 +293,15 @@ class WindowLoader:
                 yield ahead.popleft().result()
 
     def _read(self, numbers: Numbers) -> tuple[Numbers, Batch]:
-        ids = torch.from_numpy(self.windows.draw(numbers))
-        if self.pin_memory:
-            ids = ids.pin_memory()
+        ids = self._pinned(torch.from_numpy(self.windows.draw(numbers)))
         inputs, targets = ids[:, :-1], ids[:, 1:]
         if not self.documents:
             return numbers, (inputs, targets)
-        return numbers, (inputs, targets, (inputs == END_OF_TEXT_ID).cumsum(dim=1))
+        documents = (inputs == END_OF_TEXT_ID).cumsum(dim=1)
+        return numbers, (inputs, targets, self._pinned(documents))
+
+    def _pinned(self, batch: Tensor) -> Tensor:
+        return batch.pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position in windows, so that it holds for another batch size or number of ranks too."""
@@ -311,7 +313,7 @@ class WindowLoader:
             "windows": list(self.windows.shape),
         }
         if self.mixture is not None:
-            state["mixture"] = self._mixed()
+            state["mixture"] = self.mixture.sources
             state["began_at"] = self._began_at
         return state
 
@@ -328,10 +330,11 @@ class WindowLoader:
                 f"{own_width - 1}; resume with the text, split and stride it had, or begin a new run "
                 "with --init_from"
             )
-        if (was := state.get("mixture")) != (here := self._mixed()):
+        was, here = state.get("mixture"), self.mixture.sources if self.mixture else None
+        if was != here:
             raise ValueError(
-                f"data.mixture: the run has drawn on {_said(was)}, here is {_said(here)}; resume with the "
-                "mixture it had, or begin a new run with --init_from"
+                f"data.mixture: the run has drawn on {described(was)}, here is {described(here)}; resume "
+                "with the mixture it had, or begin a new run with --init_from"
             )
         seen = state["windows_seen"]
         batches, rest = divmod(seen, self.windows_at_a_time)
@@ -354,19 +357,6 @@ class WindowLoader:
         )  # as all were, before there was a choice
         self._began_at = state.get("began_at", 0)
         self._resuming = True
-
-    def _mixed(self) -> list[list[float]] | None:
-        """Windows and weight of each source."""
-        if self.mixture is None:
-            return None
-        pairs = zip(self.mixture.counts, self.mixture.weights, strict=True)
-        return [[count, weight] for count, weight in pairs]
-
-
-def _said(mixed: list[list[float]] | None) -> str:
-    if mixed is None:
-        return "one text"
-    return ", ".join(f"{weight:.4g} of {count:.0f} windows" for count, weight in mixed)
 
 
 def _draw_from_global_generator() -> int:

@@ -148,11 +148,12 @@ class GPTModel(nn.Module):
                 are no tokens. They change nothing: nobody sees them, and positions begin after them.
             documents: ``(B, T)``, the same number for the tokens of the same document, which follow one another.
                 Each is computed as it would be alone: it sees no other, and its positions begin at 0.
-                Attention then goes through a mask, without its fastest kernels. Not with a cache.
+                Attention then goes through a mask, without its fastest kernels. Not with a cache or padding.
 
         Raises:
             ValueError: More positions than ``context_length``.
         """
+        assert documents is None or (cache is None and padding is None)
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
         if end > self.config.context_length:
@@ -168,7 +169,6 @@ class GPTModel(nn.Module):
             mask = (seen | itself)[:, None]  # (B, 1, T, length + T)
             positions = (positions - padding[:, None]).clamp(min=0)
         elif documents is not None:
-            assert cache is None, "documents are for whole windows"
             begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
             same = documents[:, :, None] == documents[:, None, :]
             mask = (same & (columns <= columns[:, None]))[:, None]  # (B, 1, T, T)

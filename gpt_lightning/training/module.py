@@ -209,7 +209,7 @@ class GPTLightningModule(LightningModule):
         loss = self.loss(batch)
         # Lightning divides by accumulate_grad_batches; an epoch's last update may be of fewer
         batches, an_update = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        fewer = int(batches % an_update)
+        fewer = 0 if batches == math.inf else int(batches) % an_update
         return loss * (an_update / fewer) if fewer and batch_idx >= batches - fewer else loss
 
     def configure_gradient_clipping(

@@ -30,7 +30,7 @@ from gpt_lightning.data.tokenizer import END_OF_TEXT_ID
 Rng = Literal["step", "global"]
 Batch = tuple[Tensor, ...]  # inputs, targets, and where documents are kept apart, documents
 
-_MOST_RESIDENT = 32 << 20  # bytes of a mapped file, before its pages are let go
+_MOST_RESIDENT = 32 << 20  # bytes of mapped files, before their pages are let go
 _FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most
 _AT_A_TIME = 4096  # windows whose order is computed at once
 
@@ -46,17 +46,20 @@ class Windows:
             pages are resident at a time.
         length: L.
         stride: Tokens from one window's start to the next.
+
+    Attributes:
+        most_resident: Bytes of mapped files, at most.
     """
 
     def __init__(self, parts: Sequence[NDArray[np.uint16]], length: int, stride: int) -> None:
-        self.parts = [
-            np.asarray(part) for part in parts
-        ]  # to slice a memmap takes ten times as long
+        # to slice a memmap takes ten times as long
+        self.parts = [np.asarray(part) for part in parts]
         self.length = length
         self.stride = stride
         self.tokens = sum(map(len, parts))
         self._ends = np.cumsum([len(part) for part in parts])
         self._mapped = [found for part in parts if (found := _mapping(part)) is not None]
+        self.most_resident = _MOST_RESIDENT
         self._resident = 0
 
     def __len__(self) -> int:
@@ -94,7 +97,7 @@ class Windows:
     def _let_go(self, looked_at: int) -> None:
         """Of mapped pages, once there are many; the system's cache still has them."""
         self._resident += looked_at
-        if self._mapped and self._resident > _MOST_RESIDENT:
+        if self._mapped and self._resident > self.most_resident:
             self._resident = 0
             for mapped in self._mapped:
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -115,6 +118,8 @@ class JoinedWindows:
 
     def __init__(self, sources: Sequence[Windows]) -> None:
         self.sources = sources
+        for source in sources:
+            source.most_resident = _MOST_RESIDENT // len(sources)
         self._ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ from gpt_lightning.training.allocator import keep_freed_memory
 from gpt_lightning.training.bad_steps import BadSteps, OnBadStep
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
+from gpt_lightning.training.counting import BatchCounts, MaxTokens
 from gpt_lightning.training.elastic import connect_ranks
 from gpt_lightning.training.figures import attempt
 from gpt_lightning.training.history import RunHistory
@@ -252,6 +253,11 @@ class TrainingCLI(LightningCLI):
             "name; repeatable.",
         )
         parser.add_argument(
+            "--max_tokens",
+            type=int | None,
+            help="Training tokens after which the run ends, beside trainer.max_epochs and trainer.max_steps.",
+        )
+        parser.add_argument(
             "--bad_steps",
             type=OnBadStep,
             default="stop",
@@ -358,7 +364,12 @@ class TrainingCLI(LightningCLI):
             leaves_traces = not settings.get("fast_dev_run")
             saves = leaves_traces and settings.get("enable_checkpointing") is not False
             config = self.config
+            if config.max_tokens is not None:
+                callbacks.append(MaxTokens(config.max_tokens))
+                if settings.get("max_epochs") is None and settings.get("max_steps", -1) == -1:
+                    settings["max_epochs"] = -1  # else Lightning ends after 1,000
             callbacks += [
+                BatchCounts(),
                 Throughput(self.clock, config.throughput.every_n_steps),
                 BadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
                 *self._watchers(leaves_traces),

@@ -1,26 +1,38 @@
 """A text as Lightning's data: split, tokenised once, cut into windows."""
 
+import math
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
-from numpy.typing import NDArray
 
+from gpt_lightning.data.mixture import Mixture
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import Rng, WindowLoader, windows
+from gpt_lightning.data.windows import JoinedWindows, Rng, WindowLoader, Windows
 
 
 class TextDataModule(LightningDataModule):
     """Sliding windows over a text, the first part of it for training, the rest for validation.
 
+    With a global batch the windows of each update are the same on any number of devices, with any batch_size and
+    any number of workers, and an epoch ends with its last whole update. Without one an update is batch_size
+    windows on each device, times trainer.accumulate_grad_batches; an epoch ends with its last whole batch, and
+    its last update may be of fewer.
+
     Args:
         text: 'verdict' (The Verdict, from the cache or downloaded), 'sample' (a story that comes with
             the package), a text file, or a folder of .txt and .md files.
+        mixture: Several texts in place of one, each with a weight: the share of the training windows that
+            come from it. Each has epochs of its own; one of the run is as many windows as all have. Validation
+            reads all windows of all.
         train_ratio: Share of the characters that is for training, from the start of the text.
         context_length: Tokens in a window; none: the model's context_length.
         stride: Tokens from one window's start to the next; none: the window's length.
+        document_boundaries: Whether attention keeps to the documents that <|endoftext|> begins, each at positions
+            from 0. Costs attention's fast kernels.
         batch_size: Windows a step on each device.
+        global_batch_size: Windows an update, over all devices and accumulated batches.
+        global_batch_tokens: The same in tokens.
         num_workers: Threads that read batches ahead; the batches are the same with any number.
         seed: What the order of the windows depends on.
         rng: 'step': the order is a function of seed and epoch. 'global': it is drawn on torch's global
@@ -30,10 +42,14 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         text: str = "verdict",
+        mixture: dict[str, float] | None = None,
         train_ratio: float = 0.9,
         context_length: int | None = None,
         stride: int | None = None,
+        document_boundaries: bool = False,
         batch_size: int = 2,
+        global_batch_size: int | None = None,
+        global_batch_tokens: int | None = None,
         num_workers: int = 0,
         seed: int = 123,
         rng: Rng = "step",
@@ -43,58 +59,159 @@ class TextDataModule(LightningDataModule):
             ("context_length", context_length),
             ("stride", stride),
             ("batch_size", batch_size),
+            ("global_batch_size", global_batch_size),
+            ("global_batch_tokens", global_batch_tokens),
         ]:
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: {value} is too small; give 1 or more")
+        if global_batch_size is not None and global_batch_tokens is not None:
+            raise ValueError(
+                "data.global_batch_tokens: data.global_batch_size is given too; give one of them"
+            )
         if num_workers < 0:
             raise ValueError(f"data.num_workers: {num_workers} is negative; give 0 or more")
         if not 0.0 < train_ratio < 1.0:
             raise ValueError(
                 f"data.train_ratio: {train_ratio} leaves a split empty; give a share between 0 and 1"
             )
+        if mixture is not None:
+            _check_mixture(mixture, rng)
         self.text = text
+        self.mixture = mixture
         self.train_ratio = train_ratio
         self.context_length = context_length
         self.stride = stride
+        self.document_boundaries = document_boundaries
         self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
+        self.global_batch_tokens = global_batch_tokens
         self.num_workers = num_workers
         self.seed = seed
         self.rng: Rng = rng
-        self._windows: dict[str, NDArray[np.uint16]] = {}
+        self._windows: dict[str, Windows | JoinedWindows] = {}
+        self._counts: list[int] = []  # training windows of each text
+
+    @property
+    def windows_at_a_time(self) -> int:
+        """Of a step, on all devices together."""
+        return self.batch_size * self._world_size()
 
     def setup(self, stage: str) -> None:
+        texts = [self.text] if self.mixture is None else list(self.mixture)
         if self.trainer is not None and self.trainer.world_size > 1:
             # one process a node downloads what is missing. Lightning's prepare_data waits without end in a
             # group of its own, which gloo at times does not get connected after a restart
             if self.trainer.local_rank == 0:
-                read_splits(self.text, self.train_ratio)
+                for text in texts:
+                    read_splits(text, self.train_ratio)
             self.trainer.strategy.barrier()
-        if self._windows:
-            return
-        length = self.context_length or self._model_config().context_length
+        if not self._windows:
+            self._cut_windows(texts)
+        if stage == "fit":
+            self._check_batches(len(self._windows["training"]))
+
+    def _cut_windows(self, texts: list[str]) -> None:
+        length = self._length()
         if self.trainer is not None:
             self._check_model(length)
-        found: dict[str, NDArray[np.uint16]] = {}
-        splits = read_splits(self.text, self.train_ratio)
-        for name, (tokens,) in splits._asdict().items():
-            found[name] = windows(tokens, length, self.stride or length)
-            if not len(found[name]):
-                raise ValueError(
-                    f"data.text: the {name} split of {self.text} has {len(tokens)} tokens, one window "
-                    f"needs {length + 1}; give more text, a smaller model.config.context_length or "
-                    "another data.train_ratio"
-                )
-        count = len(found["training"])
-        if stage == "fit" and count < self.batch_size * self._world_size():
+        of_texts = []
+        for text in texts:
+            splits = read_splits(text, self.train_ratio)._asdict()
+            found = {
+                name: Windows(parts, length, self.stride or length)
+                for name, parts in splits.items()
+            }
+            for name, windows in found.items():
+                if not len(windows):
+                    raise ValueError(
+                        f"data.text: the {name} split of {text} has {windows.tokens} tokens, one window "
+                        f"needs {length + 1}; give more text, a smaller model.config.context_length or "
+                        "another data.train_ratio"
+                    )
+            of_texts.append(found)
+        self._counts = [len(found["training"]) for found in of_texts]
+        self._windows = {
+            name: of_texts[0][name]
+            if self.mixture is None
+            else JoinedWindows([found[name] for found in of_texts])
+            for name in of_texts[0]
+        }
+
+    def _check_batches(self, count: int) -> None:
+        """That there are enough windows, and the trainer's accumulation where a global batch says it."""
+        world_size, at_a_time = self._world_size(), self.windows_at_a_time
+        if count < world_size:
             raise ValueError(
-                f"data.batch_size: {self.batch_size} on {self._world_size()} device(s) is more than "
+                f"trainer.devices: {world_size} are more than the {count} training windows; take fewer, "
+                "or give more text"
+            )
+        if count < at_a_time:
+            raise ValueError(
+                f"data.batch_size: {self.batch_size} on {world_size} device(s) is more than "
                 f"the {count} training windows; make it smaller"
             )
-        self._windows = found
+        size = self._global_batch()
+        if size is None:
+            return
+        name, unit = self._named_batch()
+        if size > count:
+            raise ValueError(
+                f"data.{name}: {size * unit} is more than the {count} training windows"
+                f"{f' of {unit} tokens' if unit > 1 else ''}; make it smaller"
+            )
+        if size % at_a_time:
+            raise ValueError(
+                f"data.{name}: {size * unit} cannot be split over {world_size} device(s) with a batch_size of "
+                f"{self.batch_size}; the nearest that can is {_nearest(size, at_a_time) * unit}"
+            )
+        if self.trainer is None:
+            return
+        accumulate, given = size // at_a_time, self.trainer.accumulate_grad_batches
+        if given not in (1, accumulate):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: {given} contradicts data.{name} {size * unit}, which is "
+                f"{accumulate} batches of {self.batch_size} on {world_size} device(s); leave it out"
+            )
+        self.trainer.accumulate_grad_batches = accumulate
+
+    def _accumulate(self) -> int:
+        """Batches an update."""
+        if (size := self._global_batch()) is not None:
+            return size // self.windows_at_a_time
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    def _global_batch(self) -> int | None:
+        """In windows; none where it follows from the trainer's accumulation."""
+        if self.global_batch_tokens is None:
+            return self.global_batch_size
+        windows, rest = divmod(self.global_batch_tokens, self._length())
+        if rest:
+            length = self._length()
+            raise ValueError(
+                f"data.global_batch_tokens: {self.global_batch_tokens} is no whole number of windows of "
+                f"{length} tokens; the nearest that is: "
+                f"{_nearest(self.global_batch_tokens, length * self.windows_at_a_time)}"
+            )
+        return windows
+
+    def _named_batch(self) -> tuple[str, int]:
+        """The setting that gives the global batch, and the windows' worth in it."""
+        if self.global_batch_tokens is None:
+            return "global_batch_size", 1
+        return "global_batch_tokens", self._length()
 
     def train_dataloader(self) -> WindowLoader:
         """A pass in a random order; a last batch that would be short is dropped, as in the book."""
-        loader = self._loader("training", shuffle=True, drop_last=True)
+        loader = self._loader(
+            "training",
+            shuffle=True,
+            drop_last=True,
+            accumulate=self._accumulate(),
+            whole_updates=self._global_batch() is not None,
+            mixture=None
+            if self.mixture is None
+            else Mixture(self._counts, list(self.mixture.values()), self.seed),
+        )
         limit = self.trainer.limit_train_batches if self.trainer else None
         if isinstance(limit, float):
             limit = int(limit * len(loader))
@@ -119,6 +236,7 @@ class TextDataModule(LightningDataModule):
             rng=self.rng,
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
+            documents=self.document_boundaries,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size(),
             **settings,
@@ -129,6 +247,9 @@ class TextDataModule(LightningDataModule):
 
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    def _length(self) -> int:
+        return self.context_length or int(self._model_config().context_length)
 
     def _check_model(self, length: int) -> None:
         model = self._model_config()
@@ -148,3 +269,18 @@ class TextDataModule(LightningDataModule):
         if self.trainer is None:
             raise ValueError("data.context_length: needed where no trainer tells the model's")
         return self.trainer.lightning_module.config
+
+
+def _check_mixture(mixture: dict[str, float], rng: Rng) -> None:
+    if not mixture:
+        raise ValueError("data.mixture: is empty; give texts with their weights, or data.text")
+    for text, weight in mixture.items():
+        if not 0.0 < weight < math.inf:
+            raise ValueError(f"data.mixture: {text} has the weight {weight}; give more than 0")
+    if rng == "global":
+        raise ValueError("data.mixture: the book's order knows one text; leave --rng global out")
+
+
+def _nearest(value: int, step: int) -> int:
+    """The multiple of ``step``, not 0, that is nearest to ``value``."""
+    return max(1, (value + step // 2) // step) * step

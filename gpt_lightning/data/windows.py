@@ -1,13 +1,13 @@
-"""Windows over one array of token ids, and the order in which a run sees them.
+"""Windows over token ids, and batches of them that a run can go on with anywhere.
 
-L is the window length (the model's ``context_length`` unless asked otherwise).
+L is the window length (the model's ``context_length`` unless asked otherwise), B the windows of a batch.
 """
 
+import mmap
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -15,25 +15,129 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpt_lightning.data.mixture import Mixture, described
+from gpt_lightning.data.order import (
+    MOST_IN_MEMORY,
+    Bijection,
+    Numbers,
+    Order,
+    in_turn,
+    seed_from,
+    shuffled,
+)
+from gpt_lightning.data.tokenizer import END_OF_TEXT_ID
+
 Rng = Literal["step", "global"]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]  # inputs, targets, and where documents are kept apart, documents
+
+_MOST_RESIDENT = 32 << 20  # bytes of mapped files, before their pages are let go
+_FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most
+_AT_A_TIME = 4096  # windows whose order is computed at once
 
 
-def windows(tokens: NDArray[np.uint16], length: int, stride: int) -> NDArray[np.uint16]:
-    """All windows as one view ``(N, L + 1)`` into ``tokens``: nothing is copied.
+class Windows:
+    """All windows of one stream of token ids, which may be cut into parts; nothing is copied until it is drawn.
 
     Window i starts at ``i * stride``; its inputs are the first L ids, its targets the last L. Like the
     book's dataset, the last start is the last that leaves a target for every input.
+
+    Args:
+        parts: Arrays of token ids that follow one another, in memory or memory-mapped. Of a mapped file a few
+            pages are resident at a time.
+        length: L.
+        stride: Tokens from one window's start to the next.
+
+    Attributes:
+        most_resident: Bytes of mapped files, at most.
     """
-    if len(tokens) <= length:
-        return np.empty((0, length + 1), dtype=tokens.dtype)
-    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::stride]
+
+    def __init__(self, parts: Sequence[NDArray[np.uint16]], length: int, stride: int) -> None:
+        # to slice a memmap takes ten times as long
+        self.parts = [np.asarray(part) for part in parts]
+        self.length = length
+        self.stride = stride
+        self.tokens = sum(map(len, parts))
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._mapped = [found for part in parts if (found := _mapping(part)) is not None]
+        self.most_resident = _MOST_RESIDENT
+        self._resident = 0
+
+    def __len__(self) -> int:
+        return max(0, -(-(self.tokens - self.length) // self.stride))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, L + 1)``"""
+        return len(self), self.length + 1
+
+    def draw(self, numbers: Numbers) -> NDArray[np.int64]:
+        """The numbered windows, ``(B, L + 1)``."""
+        width = self.length + 1
+        drawn = np.empty((len(numbers), width), dtype=np.int64)
+        starts = numbers * self.stride
+        parts = np.searchsorted(self._ends, starts, side="right")
+        for row, part, start in zip(drawn, parts.tolist(), starts.tolist(), strict=True):
+            piece = self.parts[part]
+            begin = start - int(self._ends[part]) + len(piece)
+            piece = piece[begin : begin + width]
+            if len(piece) == width:
+                row[:] = piece
+                continue
+            filled = 0
+            while True:  # it goes on in the parts that follow
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                if filled == width:
+                    break
+                part += 1
+                piece = self.parts[part][: width - filled]
+        self._let_go(len(numbers) * (2 * width + _FAULT))
+        return drawn
+
+    def _let_go(self, looked_at: int) -> None:
+        """Of mapped pages, once there are many; the system's cache still has them."""
+        self._resident += looked_at
+        if self._mapped and self._resident > self.most_resident:
+            self._resident = 0
+            for mapped in self._mapped:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def seed_from(*key: int) -> int:
-    """A 63-bit seed that is a pure function of ``key``; any change in any part gives an unrelated one."""
-    digest = blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _mapping(part: NDArray[np.uint16]) -> mmap.mmap | None:
+    """The mapped file that ``part`` only reads, where there is one whose pages can be let go."""
+    if not (isinstance(part, np.memmap) and part.mode == "r" and hasattr(mmap, "MADV_DONTNEED")):
+        return None
+    base: Any = part
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base
+    return base
+
+
+class JoinedWindows:
+    """The windows of several sources, numbered one source after the other. None reaches from one into the next."""
+
+    def __init__(self, sources: Sequence[Windows]) -> None:
+        self.sources = sources
+        for source in sources:
+            source.most_resident = _MOST_RESIDENT // len(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), self.sources[0].shape[1]
+
+    def draw(self, numbers: Numbers) -> NDArray[np.int64]:
+        """As :meth:`Windows.draw`."""
+        drawn = np.empty((len(numbers), self.shape[1]), dtype=np.int64)
+        sources = np.searchsorted(self._ends, numbers, side="right")
+        for k in np.unique(sources):
+            own = sources == k
+            first = self._ends[k] - len(self.sources[k])
+            drawn[own] = self.sources[k].draw(numbers[own] - first)
+        return drawn
 
 
 class WindowLoader:
@@ -41,23 +145,29 @@ class WindowLoader:
 
     It is no ``DataLoader``: Lightning would replace that one's sampler, and restarts it at the head of a
     new permutation when a run resumes. With ``rng="step"`` the order of an epoch is a pure function of
-    ``(seed, epoch)``. With ``rng="global"`` a pass draws on torch's global generator the two numbers
-    that a ``DataLoader`` draws, a base seed and the sampler's, and so sees the book's order.
+    ``(seed, epoch)``, computed where it is asked for if there are more than a million windows. With
+    ``rng="global"`` a pass draws on torch's global generator the two numbers that a ``DataLoader`` draws, a
+    base seed and the sampler's, and so sees the book's order.
 
     A batch is counted before it is handed out, so a checkpoint written while it is worked on says that
-    it was seen.
+    it was seen. All ranks get as many batches; where a short last one leaves a rank nothing, it is ``(0, L)``.
 
     Args:
-        windows: ``(N, L + 1)``, see :func:`windows`.
+        windows: What is drawn from.
         batch_size: Windows a batch on this rank.
         shuffle: Whether each pass has an order of its own, else it is 0, 1, 2, …
         drop_last: Whether a last batch shorter than the others is left out.
+        accumulate: Batches an update, between which alone a pass can be gone on with.
+        whole_updates: Whether a last update of fewer batches is left out too.
         max_batches: Where a pass ends that is to be cut short (Lightning's ``limit_train_batches``); none:
             with the last batch. ``len`` does not know it.
         num_workers: Threads that read batches ahead; with none each is read when it is asked for. The
             batches are the same.
         pin_memory: Whether they are put where a GPU can copy them from while it computes.
-        rank: Which slice of each global batch, ``world_size * batch_size`` windows, this process takes.
+        documents: Whether a batch has a third tensor ``(B, L)``, the same number for the same document. A
+            document begins with its ``<|endoftext|>``.
+        mixture: The order, if the windows are of several sources. It goes on from one pass to the next.
+        rank: Which slice of each ``world_size * batch_size`` windows this process takes.
 
     Attributes:
         handed_out: ``(B,)``, the numbers of the last batch's windows.
@@ -66,16 +176,20 @@ class WindowLoader:
 
     def __init__(
         self,
-        windows: NDArray[np.uint16],
+        windows: Windows | JoinedWindows,
         batch_size: int,
         *,
         shuffle: bool,
         drop_last: bool,
+        accumulate: int = 1,
+        whole_updates: bool = False,
         max_batches: int | None = None,
         seed: int = 0,
         rng: Rng = "step",
         num_workers: int = 0,
         pin_memory: bool = False,
+        documents: bool = False,
+        mixture: Mixture | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -83,11 +197,15 @@ class WindowLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.accumulate = accumulate
+        self.whole_updates = whole_updates
         self.max_batches = max_batches
         self.seed = seed
         self.rng = rng
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.documents = documents
+        self.mixture = mixture if shuffle else None
         self.rank = rank
         self.world_size = world_size
         self.handed_out = np.empty(0, dtype=np.int64)
@@ -95,90 +213,120 @@ class WindowLoader:
         self._epoch = -1
         self._batches = 0
         self._order_seed = 0
+        self._in_memory = True  # the order
+        self._began_at = 0  # where in the mixture's stream
         self._resuming = False
 
     @property
-    def _global_batch(self) -> int:
+    def windows_at_a_time(self) -> int:
+        """On all ranks together."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.windows), self._global_batch)
+        whole, rest = divmod(len(self.windows), self.windows_at_a_time)
+        if self.whole_updates:
+            return whole - whole % self.accumulate
         return whole + bool(rest and not self.drop_last)
 
+    @property
+    def _end(self) -> int:
+        return len(self) if self.max_batches is None else min(self.max_batches, len(self))
+
     def __iter__(self) -> Iterator[Batch]:
-        end = len(self) if self.max_batches is None else min(self.max_batches, len(self))
-        if not (self._resuming and self._batches < end):
+        if not (self._resuming and self._batches < self._end):
             self._begin_epoch()
         self._resuming = False
-        reader = self._read_ahead(self._order(), range(self._batches, end))
+        batches = range(self._batches, self._end)
+        reader = self._read_ahead(self._numbers(self._order(), batches))
         while True:
             asked = time.perf_counter()
             read = next(reader, None)
             self.seconds_waited += time.perf_counter() - asked
             if read is None:
                 return
-            numbers, batch = read
             self._batches += 1
-            if not len(numbers):  # a short last batch leaves nothing for this rank
-                return
-            self.handed_out = numbers
+            self.handed_out, batch = read
             yield batch
 
     def _begin_epoch(self) -> None:
+        self._began_at += self._batches * self.windows_at_a_time
         self._epoch += 1
         self._batches = 0
+        self._in_memory = self.rng == "global" or len(self.windows) <= MOST_IN_MEMORY
         if self.rng == "global":
             _draw_from_global_generator()  # the base seed, which a DataLoader draws for its workers
             self._order_seed = _draw_from_global_generator() if self.shuffle else 0
         else:
             self._order_seed = seed_from(self.seed, self._epoch)
 
-    def _read_ahead(
-        self, order: NDArray[np.int64], batches: range
-    ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+    def _order(self) -> Order:
+        if not self.shuffle:
+            return in_turn
+        if (mixture := self.mixture) is not None:
+            began_at = self._began_at
+            return lambda places: mixture(began_at + places)
+        if self._in_memory:
+            return shuffled(len(self.windows), self._order_seed)
+        return Bijection(len(self.windows), self._order_seed)
+
+    def _numbers(self, order: Order, batches: range) -> Iterator[Numbers]:
+        """The numbers of each batch's windows."""
+        at_a_time = max(1, _AT_A_TIME // self.batch_size)
+        mine = self.rank * self.batch_size + np.arange(self.batch_size)
+        for first in range(batches.start, batches.stop, at_a_time):
+            some = np.arange(first, min(first + at_a_time, batches.stop))
+            places = some[:, None] * self.windows_at_a_time + mine
+            there = places < len(self.windows)
+            if there.all():
+                yield from order(places.ravel()).reshape(places.shape)
+                continue
+            for row, kept in zip(places, there, strict=True):
+                yield order(row[kept])
+
+    def _read_ahead(self, numbers: Iterator[Numbers]) -> Iterator[tuple[Numbers, Batch]]:
         """Each batch's window numbers, and the batch."""
-
-        def read(batch: int) -> tuple[NDArray[np.int64], Batch]:
-            start = batch * self._global_batch + self.rank * self.batch_size
-            numbers = order[start : start + self.batch_size]
-            ids = torch.from_numpy(self.windows[numbers].astype(np.int64))
-            if self.pin_memory:
-                ids = ids.pin_memory()
-            return numbers, (ids[:, :-1], ids[:, 1:])
-
         if not self.num_workers:
-            yield from map(read, batches)
+            yield from map(self._read, numbers)
             return
         with ThreadPoolExecutor(self.num_workers) as workers:
-            ahead: deque[Future[tuple[NDArray[np.int64], Batch]]] = deque()
-            for batch in batches:
-                ahead.append(workers.submit(read, batch))
+            ahead: deque[Future[tuple[Numbers, Batch]]] = deque()
+            for of_batch in numbers:
+                ahead.append(workers.submit(self._read, of_batch))
                 if len(ahead) > 2 * self.num_workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _order(self) -> NDArray[np.int64]:
-        n = len(self.windows)
-        if not self.shuffle:
-            return np.arange(n)
-        generator = torch.Generator().manual_seed(self._order_seed)
-        return torch.randperm(n, generator=generator).numpy()
+    def _read(self, numbers: Numbers) -> tuple[Numbers, Batch]:
+        ids = self._pinned(torch.from_numpy(self.windows.draw(numbers)))
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        if not self.documents:
+            return numbers, (inputs, targets)
+        documents = (inputs == END_OF_TEXT_ID).cumsum(dim=1)
+        return numbers, (inputs, targets, self._pinned(documents))
+
+    def _pinned(self, batch: Tensor) -> Tensor:
+        return batch.pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position in windows, so that it holds for another batch size or number of ranks too."""
-        return {
+        state = {
             "epoch": self._epoch,
-            "windows_seen": self._batches * self._global_batch,
+            "windows_seen": self._batches * self.windows_at_a_time,
             "order_seed": self._order_seed,
+            "order_in_memory": self._in_memory,
             "windows": list(self.windows.shape),
         }
+        if self.mixture is not None:
+            state["mixture"] = self.mixture.sources
+            state["began_at"] = self._began_at
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at a saved position.
 
         Raises:
-            ValueError: It is a position in other windows, or not between two batches of this size.
+            ValueError: It is a position in other windows, or not between two updates of this size.
         """
         if state["windows"] != list(self.windows.shape):
             (n, width), (own, own_width) = state["windows"], self.windows.shape
@@ -187,15 +335,32 @@ class WindowLoader:
                 f"{own_width - 1}; resume with the text, split and stride it had, or begin a new run "
                 "with --init_from"
             )
-        batches, rest = divmod(state["windows_seen"], self._global_batch)
+        was, here = state.get("mixture"), self.mixture.sources if self.mixture else None
+        if was != here:
+            raise ValueError(
+                f"data.mixture: the run has drawn on {described(was)}, here is {described(here)}; resume "
+                "with the mixture it had, or begin a new run with --init_from"
+            )
+        seen = state["windows_seen"]
+        batches, rest = divmod(seen, self.windows_at_a_time)
         if rest:
             raise ValueError(
-                f"data.batch_size: the run was cut after {state['windows_seen']} windows of an epoch, "
-                f"which batches of {self._global_batch} do not meet; give a divisor of it"
+                f"data.batch_size: the run was cut after {seen} windows of an epoch, "
+                f"which batches of {self.windows_at_a_time} do not meet; give a divisor of it"
+            )
+        if batches % self.accumulate and batches < self._end:
+            raise ValueError(
+                f"data.global_batch_size: the run was cut after {seen} windows of an epoch, which updates of "
+                f"{self.windows_at_a_time * self.accumulate} do not meet; resume with as many an update "
+                "as it had"
             )
         self._epoch = state["epoch"]
         self._batches = batches
         self._order_seed = state["order_seed"]
+        self._in_memory = state.get(
+            "order_in_memory", True
+        )  # as all were, before there was a choice
+        self._began_at = state.get("began_at", 0)
         self._resuming = True
 
 

@@ -155,7 +155,11 @@ class GPTModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def features(
-        self, idx: Tensor, cache: KVCache | None = None, padding: Tensor | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        padding: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Token ids ``(B, T)`` → the last block's normalised output ``(B, T, C)``.
 
@@ -164,10 +168,14 @@ class GPTModel(nn.Module):
         Args:
             padding: ``(B,)``, how many columns at the left of each row, counted from the cache's first,
                 are no tokens. They change nothing: nobody sees them, and positions begin after them.
+            documents: ``(B, T)``, the same number for the tokens of the same document, which follow one another.
+                Each is computed as it would be alone: it sees no other, and its positions begin at 0.
+                Attention then goes through a mask, without its fastest kernels. Not with a cache or padding.
 
         Raises:
             ValueError: More positions than ``context_length``.
         """
+        assert documents is None or (cache is None and padding is None)
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
         if end > self.config.context_length:
@@ -182,6 +190,11 @@ class GPTModel(nn.Module):
             itself = columns == positions[:, None]  # a padding column sees itself, not nothing
             mask = (seen | itself)[:, None]  # (B, 1, T, length + T)
             positions = (positions - padding[:, None]).clamp(min=0)
+        elif documents is not None:
+            begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+            same = documents[:, :, None] == documents[:, None, :]
+            mask = (same & (columns <= columns[:, None]))[:, None]  # (B, 1, T, T)
+            positions = columns - torch.where(begins, columns, 0).cummax(dim=1).values
         elif start and end - start > 1:
             mask = columns <= positions[:, None]  # (T, length + T)
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
@@ -208,6 +221,8 @@ class GPTModel(nn.Module):
         assert isinstance(self.out_head, nn.Linear)
         return self.out_head.weight
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Token ids ``(B, T)`` → logits ``(B, T, V)`` of each position's next token."""
-        return self.head(self.features(idx, cache))
+        return self.head(self.features(idx, cache, documents=documents))

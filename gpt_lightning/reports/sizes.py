@@ -10,15 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt
 from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import WindowLoader, windows
+from gpt_lightning.data.windows import WindowLoader, Windows
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling, seeded
 from gpt_lightning.generation.text import generate_texts
@@ -214,20 +212,20 @@ def _losses(model: GPTModel, text: str, task: Task) -> tuple[float, float]:
     """Mean loss of all tokens of the training and of the validation split."""
     length = min(task.context_length, model.config.context_length)
     train, val = (
-        _loss(model, tokens, length, task) for (tokens,) in read_splits(text, task.train_ratio)
+        _loss(model, Windows(parts, length, length), task)
+        for parts in read_splits(text, task.train_ratio)
     )
     return train, val
 
 
-def _loss(model: GPTModel, tokens: NDArray[np.uint16], length: int, task: Task) -> float:
-    cut = windows(tokens, length, length)
-    if not len(cut):
+def _loss(model: GPTModel, windows: Windows, task: Task) -> float:
+    if not len(windows):
         raise ValueError(
-            f"text: a split of {task.text} has {len(tokens)} tokens, one window needs {length + 1}; "
+            f"text: a split of {task.text} has {windows.tokens} tokens, one window needs {windows.length + 1}; "
             "give more text, or a smaller context_length"
         )
     total, count = 0.0, 0
-    for batch in WindowLoader(cut, task.batch_size, shuffle=False, drop_last=False):
+    for batch in WindowLoader(windows, task.batch_size, shuffle=False, drop_last=False):
         inputs, targets = (part.to(task.device) for part in batch)
         loss = cross_entropy(model(inputs).float(), targets)
         total += float(loss) * targets.numel()

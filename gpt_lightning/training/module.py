@@ -164,11 +164,12 @@ class GPTLightningModule(LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """Of a batch, a scalar in nats a token; whole or by chunks it is the same to rounding."""
-        inputs, targets = batch
+        inputs, targets, *rest = batch
+        documents = rest[0] if rest else None
         if self.loss_chunk_size is None:
-            return cross_entropy(self.model(inputs), targets)
+            return cross_entropy(self.model(inputs, documents=documents), targets)
         return chunked_cross_entropy(
-            self.model.features(inputs),
+            self.model.features(inputs, documents=documents),
             self.model.head_weight,
             targets,
             self.loss_chunk_size,
@@ -206,7 +207,11 @@ class GPTLightningModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._grad_norm = None
         self.tokens_seen += batch[0].numel() * self.trainer.world_size
-        return self.loss(batch)
+        loss = self.loss(batch)
+        # Lightning divides by accumulate_grad_batches; an epoch's last update may be of fewer
+        batches, an_update = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        fewer = 0 if batches == math.inf else int(batches) % an_update
+        return loss * (an_update / fewer) if fewer and batch_idx >= batches - fewer else loss
 
     def configure_gradient_clipping(
         self,

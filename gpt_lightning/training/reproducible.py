@@ -12,7 +12,7 @@ Such a run carries the generator's state in its checkpoints.
 import torch
 from torch import Tensor
 
-from gpt_lightning.data.windows import seed_from
+from gpt_lightning.data.order import seed_from
 
 
 def global_state() -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ class TextDataModule(LightningDataModule):
 
     Args:
         text: 'verdict' (The Verdict, from the cache or downloaded), 'sample' (a story that comes with
-            the package), a text file, or a folder of .txt and .md files.
-        train_ratio: Share of the characters that is for training, from the start of the text.
+            the package), a text file, a folder of .txt and .md files, or what prepare has written.
+        train_ratio: Share of the characters that is for training, from the start of the text; what
+            prepare has written is split already.
         context_length: Tokens in a window; none: the model's context_length.
         stride: Tokens from one window's start to the next; none: the window's length.
         batch_size: Windows a step on each device.

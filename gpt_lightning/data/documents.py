@@ -266,9 +266,9 @@ def _skip(file: IO[bytes], size: int) -> None:
 
 
 def _read_parquet(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
+    file = open_parquet(source.path)
     import pyarrow
 
-    file = open_parquet(source.path)
     kind = field in file.schema_arrow.names and file.schema_arrow.field(field).type
     if not kind or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise ValueError(_no_field(source, field, file.schema_arrow.names))

@@ -32,6 +32,7 @@ from gpt_lightning.data.store import (
     PROGRESS,
     StoreWriter,
     check_shards,
+    hidden,
     is_store,
     read_manifest,
     read_progress,
@@ -41,6 +42,7 @@ from gpt_lightning.data.tokenizer import gpt2_encoding
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 
 _LOCK = ".lock"
+_HIDDEN = {_LOCK, hidden(Path(PROGRESS)).name, hidden(Path(MANIFEST)).name}  # left by a crash
 _PROBLEMS_KEPT = 10
 
 
@@ -135,10 +137,11 @@ def prepare(
         try:
             return work.run()
         except (ValueError, OSError):
-            writer.close()
             if not writer.shards:
                 writer.remove()
             raise
+        finally:
+            writer.close()
 
 
 class _Work:
@@ -166,7 +169,8 @@ class _Work:
     def run(self) -> Prepared:
         gpt2_encoding()  # once, and not by all threads at once
         before = [(s.path, s.path.stat().st_mtime_ns) for s in self.sources]
-        self._record()
+        with self._writing():
+            self._record()
         with closing(self._encoded()) as pieces:
             for piece, encoded in pieces:
                 self._write(piece, encoded)
@@ -175,7 +179,8 @@ class _Work:
                 f"{changed[0]}: was changed while it was read; remove the store, run again"
             )
         self._check_splits()
-        manifest = self.writer.finish(skipped=self.skipped, empty=self.empty)
+        with self._writing():
+            manifest = self.writer.finish(skipped=self.skipped, empty=self.empty)
         return Prepared(self.writer.folder, manifest, was_there=False, problems=self.problems)
 
     def _encoded(self) -> Generator[tuple[Piece, Encoded]]:
@@ -212,7 +217,7 @@ class _Work:
             raise mistake
 
     def _write(self, piece: Piece, encoded: Encoded) -> None:
-        try:
+        with self._writing():
             for split, ids, documents, begins in encoded.tokens:
                 self.writer.append(split, ids, documents, begins=begins)
             self.position = piece.after
@@ -221,13 +226,18 @@ class _Work:
             self.problems += encoded.problems[: _PROBLEMS_KEPT - len(self.problems)]
             if self.writer.has_whole_shards_to_record:
                 self._record()
+        tokens = sum(split.tokens for split in self.writer.splits.values())
+        self.on_progress(piece.done, sum(source.bytes for source in self.sources), tokens)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OSError(
                 f"{self.writer.folder}: cannot be written ({error.strerror or error}); make room, and "
                 "the same command goes on from the last whole shard"
             ) from error
-        tokens = sum(split.tokens for split in self.writer.splits.values())
-        self.on_progress(piece.done, sum(source.bytes for source in self.sources), tokens)
 
     def _record(self) -> None:
         state = {"at": list(self.position), "skipped": self.skipped, "empty": self.empty}
@@ -299,7 +309,7 @@ def _with_cuts(sources: list[Source], settings: Settings) -> list[Source]:
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is no folder; give another --out")
-    there = {path.name for path in out.iterdir()} - {_LOCK} if out.exists() else set()
+    there = {path.name for path in out.iterdir()} - _HIDDEN if out.exists() else set()
     if there and not is_store(out):
         raise ValueError(f"{out}: holds something else ({min(there)}); give a new folder as --out")
 

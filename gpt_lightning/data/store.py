@@ -7,6 +7,7 @@ each split was when a shard was last completed, and where the sources go on from
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -124,15 +125,19 @@ def _own_sum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def hidden(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     text = json.dumps({**content, "sha256": _own_sum(content)}, indent=1)
-    hidden = path.with_name(f".{path.name}.tmp")
-    with hidden.open("w", encoding="utf-8") as file:
+    with hidden(path).open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(hidden, path)
+    os.replace(hidden(path), path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -298,11 +303,16 @@ class StoreWriter:
         """Leave the files as they are."""
         for growing in self.splits.values():
             if growing.file is not None:
-                growing.file.close()
+                with suppress(OSError):  # what is not on disk was not recorded
+                    growing.file.close()
                 growing.file = None
 
     def remove(self) -> None:
         """Leave nothing."""
         self.close()
-        for path in [*self.folder.glob(f"*{_SUFFIX}"), self.folder / PROGRESS]:
+        for path in [
+            *self.folder.glob(f"*{_SUFFIX}"),
+            self.folder / PROGRESS,
+            hidden(self.folder / PROGRESS),
+        ]:
             path.unlink(missing_ok=True)

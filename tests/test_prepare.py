@@ -474,7 +474,7 @@ def test_a_store_of_another_tokenizer(
     manifest = json.loads((prepared / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["tokenizer"] = {"name": "cl100k_base"}
-    store._write(prepared / "manifest.json", manifest)
+    store.write_sealed(prepared / "manifest.json", manifest)
     done = command(
         "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--data.text={prepared}"
     )

@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: is an unfinished token store; go on with the prepare command that began it"
         )
-    manifest = _read(path)
+    manifest = read_sealed(path)
     names = [shard["name"] for split in SPLITS for shard in manifest["shards"][split]]
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{path}: names a shard outside of {folder}; prepare the text anew")
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """Of an unfinished store."""
-    return _read(folder / PROGRESS)
+    return read_sealed(folder / PROGRESS)
 
 
 def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
@@ -106,8 +106,12 @@ def _name(tokenizer: object) -> str:
     return str(tokenizer.get("name")) if isinstance(tokenizer, dict) else "unknown"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object with a sum over itself."""
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A JSON object with a sum over itself.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         recorded = content.pop("sha256")
@@ -130,8 +134,8 @@ def hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """A JSON object with a sum over itself, whole or not at all."""
     text = json.dumps({**content, "sha256": _own_sum(content)}, indent=1)
     with hidden(path).open("w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -246,7 +250,7 @@ class StoreWriter:
                 growing.file.flush()
                 os.fsync(growing.file.fileno())
         states = {name: growing.state() for name, growing in self.splits.items()}
-        _write(self.folder / PROGRESS, {**self.about, "position": position, "splits": states})
+        write_sealed(self.folder / PROGRESS, {**self.about, "position": position, "splits": states})
         self._recorded_shards = self.shards
 
     def resume(self) -> dict[str, Any]:
@@ -255,7 +259,7 @@ class StoreWriter:
         Raises:
             ValueError: The progress or a shard is damaged.
         """
-        progress = _read(self.folder / PROGRESS)
+        progress = read_sealed(self.folder / PROGRESS)
         for name, growing in self.splits.items():
             state = progress["splits"][name]
             growing.shards, growing.documents = state["shards"], state["documents"]
@@ -295,7 +299,7 @@ class StoreWriter:
             "documents": {name: growing.documents for name, growing in self.splits.items()},
             "shards": {name: growing.shards for name, growing in self.splits.items()},
         }
-        _write(self.folder / MANIFEST, manifest)
+        write_sealed(self.folder / MANIFEST, manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
 

@@ -1,0 +1,250 @@
+"""What preparing a corpus costs: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
+
+Half of a varied text that it makes itself is one plain text, half are JSON lines. It is prepared by one, two and
+four workers, and by two that are killed five times; and a store of 10⁹ tokens (a sparse file) is opened and
+windows are drawn from it. The last line is JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import at_least, at_most, description, ratio
+
+from gpt_lightning.data.store import FORMAT, TOKENIZER, write_sealed
+
+KILLS = 5
+LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
+
+PREPARE = """
+import sys
+from gpt_lightning.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/status") as file:
+    print(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
+sys.exit(code)
+"""
+
+# growth of resident memory, seconds to open, tokens a second
+DRAW = """
+import json, sys, time
+import torch
+from gpt_lightning.data.tokens import read_splits
+from gpt_lightning.data.windows import WindowLoader, windows
+
+def resident(what="VmRSS:"):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(what))
+
+folder, length, wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+before = resident()
+began = time.perf_counter()
+(tokens,), _ = read_splits(folder, 1.0)
+opened = time.perf_counter() - began
+after = resident()
+loader = WindowLoader(windows(tokens, length, length), 8, shuffle=True, drop_last=True)
+began, drawn = time.perf_counter(), 0
+for inputs, _ in loader:
+    drawn += len(inputs)
+    if drawn >= wanted:
+        break
+seconds = time.perf_counter() - began
+print(json.dumps({"seconds_to_open": opened, "mb_to_open": after - before, "windows": drawn,
+                  "mb_to_draw": resident("VmHWM:") - before, "tokens_per_second": drawn * length / seconds}))
+"""
+
+
+def make_text(folder: Path, megabytes: float, seed: int = 0) -> list[str]:
+    """A plain text and JSON lines: words by Zipf's law of 100,000, numbers, names, paragraphs, some Cyrillic."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices(LETTERS, range(27, 1, -1), k=rng.choice([2, 3, 4, 5, 5, 6, 7, 9, 12])))
+             for _ in range(100_000)]  # fmt: skip
+    words += [word.capitalize() for word in words[:5000]] + [
+        "не",
+        "слово",
+        "Größe",
+        "naïve",
+        "2,048",
+        "1999",
+        "don't",
+    ] * 300
+    weights = [1 / (rank + 10) for rank in range(len(words))]
+    enders = [
+        " ",
+        " ",
+        " ",
+        " ",
+        " ",
+        " ",
+        " ",
+        ", ",
+        ". ",
+        ".\n",
+        "\n\n",
+        "; ",
+        " (",
+        ") ",
+        ' "',
+        '" ',
+    ]
+    folder.mkdir()
+
+    def document() -> str:
+        n = rng.randrange(50, 2000)
+        chosen = rng.choices(words, weights, k=n)
+        ends = rng.choices(enders, k=n)
+        return "".join(word + end for word, end in zip(chosen, ends, strict=True))
+
+    half = megabytes * 1e6 / 2
+    with (folder / "plain.txt").open("w", encoding="utf-8") as file:
+        while file.tell() < half:  # every seventh begins a document
+            file.write(document() + ("<|endoftext|>" if rng.random() < 1 / 7 else "\n"))
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        while file.tell() < half:
+            file.write(json.dumps({"id": rng.random(), "text": document()}) + "\n")
+    return [str(folder / name) for name in ("plain.txt", "rows.jsonl")]
+
+
+def arguments_for(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> list[str]:
+    return ["prepare", *inputs, f"--out={out}", f"--workers={workers}",
+            f"--shard_tokens={shard_tokens}", "--json"]  # fmt: skip
+
+
+def prepare(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> tuple[float, float]:
+    """Seconds, and MB of memory at most."""
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, *arguments_for(inputs, out, workers, shard_tokens)],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    result, peak = done.stdout.splitlines()
+    return json.loads(result)["seconds"], int(peak) * 1024 / 1e6
+
+
+def prepare_and_kill(inputs: list[str], out: Path, shard_tokens: int, wait: float) -> int:
+    """Killed ``KILLS`` times, each time with a shard more, and brought to its end; returns the kills."""
+    rng = random.Random(1)
+    kills = 0
+    command = [sys.executable, "-m", "gpt_lightning", *arguments_for(inputs, out, 2, shard_tokens)]
+    for _ in range(KILLS):
+        begun = len(list(out.glob("*.u16")))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.glob("*.u16"))) <= begun:
+            time.sleep(0.002)
+        time.sleep(rng.random() * wait)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return kills
+
+
+def sums(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_and_draw(
+    folder: Path, tokens: int, windows: int, length: int = 256
+) -> list[dict[str, Any]]:
+    """Opening a store of one sparse shard, twice, and drawing windows in a random order."""
+    folder.mkdir()
+    shard = folder / "train-00000.u16"
+    with shard.open("wb") as file:
+        file.truncate(2 * tokens)
+    with shard.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    shards = [{"name": shard.name, "tokens": tokens, "sha256": sha256}]
+    manifest = {"format": FORMAT, "tokenizer": TOKENIZER, "settings": {"val_ratio": 0.0},
+                "shards": {"train": shards, "val": []}}  # fmt: skip
+    write_sealed(folder / "manifest.json", manifest)
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", DRAW, str(folder), str(length), str(windows)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.append(json.loads(done.stdout))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="little text, to see that it runs")
+    arguments = parser.parse_args()
+    megabytes = 4 if arguments.tiny else arguments.megabytes
+    shard_tokens = 50_000 if arguments.tiny else 10_000_000
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        scratch = Path(name).resolve()
+        os.environ["GPT_LIGHTNING_CACHE"] = str(scratch / "cache")
+        whole = make_text(scratch / "whole", megabytes)
+        half = make_text(scratch / "half", megabytes / 2)
+        part = make_text(scratch / "part", megabytes / 10)
+        size = sum(Path(path).stat().st_size for path in whole) / 1e6
+        half_size = sum(Path(path).stat().st_size for path in half) / 1e6
+        print(f"{size:,.0f} MB of text are made", flush=True)
+
+        seconds: dict[str, float] = {}
+        peaks: dict[str, float] = {}
+        found = {}
+        for workers in (1, 2, 4):
+            out = scratch / f"{workers}"
+            seconds[str(workers)], peaks[str(workers)] = prepare(whole, out, workers, shard_tokens)
+            found[f"{workers} workers"] = sums(out)
+            print(f"{workers} workers: {seconds[str(workers)]:.1f} s, {size / seconds[str(workers)]:.1f} MB/s, "
+                  f"{peaks[str(workers)]:.0f} MB of memory", flush=True)  # fmt: skip
+        tokens = sum(path.stat().st_size for path in (scratch / "1").glob("*.u16")) // 2
+        _, peaks["2, half the text"] = prepare(half, scratch / "half-out", 2, shard_tokens)
+        print(f"half the text: {peaks['2, half the text']:.0f} MB of memory", flush=True)
+        kills = prepare_and_kill(
+            whole, scratch / "killed", shard_tokens, 0.02 if arguments.tiny else 2.0
+        )
+        found["killed"] = sums(scratch / "killed")
+        print(
+            f"{kills} kills: {'the same' if len(set(found.values())) == 1 else found}", flush=True
+        )
+
+        turns: dict[str, list[float]] = {"1": [], "2": []}
+        for turn in range(arguments.repeats):
+            for workers in (1, 2):
+                took, _ = prepare(part, scratch / f"part-{turn}-{workers}", workers, shard_tokens)
+                turns[str(workers)].append(took)
+        store = (10**7, 1000) if arguments.tiny else (10**9, 10**6)
+        opened = open_and_draw(scratch / "sparse", *store)
+    first, second = opened
+    for what, one in [("first", first), ("second", second)]:
+        print(f"{what} opening: {one['seconds_to_open']:.3f} s, {one['mb_to_open']:.1f} MB; "
+              f"{one['windows']:,} windows: {one['tokens_per_second'] / 1e6:.1f} million tokens/s, "
+              f"{one['mb_to_draw']:.1f} MB")  # fmt: skip
+    slope = (peaks["2"] - peaks["2, half the text"]) / ((size - half_size) / 1000)
+    bars = [
+        at_most("memory: GB at most", max(peaks.values()) / 1000, 1.0),
+        at_most("memory: MB more for each GB of text", slope, 10.0),
+        at_least("speed: two workers / one", ratio(turns["1"], turns["2"]), 1.6),
+        at_least("speed: two workers / one, all of the text", seconds["1"] / seconds["2"], 1.6),
+        at_most("stores that differ, of 1, 2, 4 workers and killed", len(set(found.values())) - 1, 0),
+        at_least("kills", kills, KILLS),
+        at_most("opening 10⁹ tokens: MB more", max(o["mb_to_open"] for o in opened), 50),
+        at_most("drawing 10⁶ windows: MB more", max(o["mb_to_draw"] for o in opened), 50),
+        at_least("drawing: tokens a second", statistics.median(o["tokens_per_second"] for o in opened), 20e6),
+    ]  # fmt: skip
+    print(json.dumps({"benchmark": "data", "machine": description("tiktoken", "numpy"), "megabytes": size,
+                      "tokens": tokens, "seconds": seconds, "turns": turns, "peak_mb": peaks,
+                      "opening": opened, "bars": bars}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -209,9 +209,7 @@ def main() -> None:
         tokens = sum(path.stat().st_size for path in (scratch / "1").glob("*.u16")) // 2
         _, peaks["2, half the text"] = prepare(half, scratch / "half-out", 2, shard_tokens)
         print(f"half the text: {peaks['2, half the text']:.0f} MB of memory", flush=True)
-        kills = prepare_and_kill(
-            whole, scratch / "killed", shard_tokens, 0.02 if arguments.tiny else 2.0
-        )
+        kills = prepare_and_kill(whole, scratch / "killed", shard_tokens, megabytes / 500)
         found["killed"] = sums(scratch / "killed")
         print(
             f"{kills} kills: {'the same' if len(set(found.values())) == 1 else found}", flush=True

@@ -18,7 +18,7 @@ from gpt_lightning.data.sources import Source, open_dataset, open_lines, open_pa
 from gpt_lightning.data.tokenizer import END_OF_TEXT
 
 PIECE_BYTES = 1 << 20
-LONGEST = 1 << 26  # bytes of a line, or of a text without a place to cut
+LONGEST = 1 << 25  # bytes of a line, or of a text without a place to cut
 MARK = END_OF_TEXT.encode()
 _ROWS = 256  # read from a parquet file at a time
 

@@ -44,6 +44,7 @@ OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 _LOCK = ".lock"
 _HIDDEN = {_LOCK, hidden(Path(PROGRESS)).name, hidden(Path(MANIFEST)).name}  # left by a crash
 _PROBLEMS_KEPT = 10
+_UNDER_WAY = 8  # pieces a worker, so that none is idle while a shard is synced
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class _Work:
                 if piece is None:
                     break
                 under_way.append((piece, pool.submit(encode, piece)))
-                if len(under_way) > 2 * self.workers:
+                if len(under_way) > _UNDER_WAY * self.workers:
                     piece, future = under_way.popleft()
                     yield piece, future.result()
             while under_way:

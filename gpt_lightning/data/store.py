@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.manifest import MANIFEST
-from gpt_lightning.data.sums import remember_sha256, remembered_sha256
+from gpt_lightning.data.sums import remember_sha256, remembered_sha256, state_of, wait_for_a_tick
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCABULARY_SHA256
 
 FORMAT = "gpt_lightning token store 1"
@@ -241,7 +241,7 @@ class StoreWriter:
         name, sha256 = growing.shard_name, growing.sum.hexdigest()
         growing.shards.append({"name": name, "tokens": growing.filled, "sha256": sha256})
         growing.filled, growing.sum = 0, hashlib.sha256()
-        remember_sha256(self.folder / name, sha256)
+        remember_sha256(self.folder / name, sha256, state_of(self.folder / name))
 
     def record(self, position: dict[str, Any]) -> None:
         """What was appended so far is what a resumed writer has; its caller goes on at ``position``."""
@@ -292,6 +292,8 @@ class StoreWriter:
         """Complete the last shards and write the manifest, which is returned."""
         for growing in self.splits.values():
             self._complete(growing)
+            if growing.shards:
+                wait_for_a_tick(state_of(self.folder / growing.shards[-1]["name"]))
         manifest = {
             **self.about,
             **more,

@@ -23,7 +23,7 @@ _TICK = 0.05
 
 def remembered_sha256(path: Path) -> str:
     """The file's sum, from the cache where it is known there."""
-    state = _state(path)
+    state = state_of(path)
     kept = _place(path)
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(kept.read_text(encoding="utf-8"))
@@ -31,21 +31,24 @@ def remembered_sha256(path: Path) -> str:
             return str(known["sha256"])
     old_enough = time.time() - state["mtime_ns"] / 1e9 > _TICK
     sha256 = sha256_of(path)
-    if old_enough and state["bytes"] >= WORTH_REMEMBERING and _state(path) == state:
+    if old_enough and state["bytes"] >= WORTH_REMEMBERING and state_of(path) == state:
         _write(kept, state, sha256)
     return sha256
 
 
-def remember_sha256(path: Path, sha256: str) -> None:
-    """Note the sum of a file that this process has just written itself."""
-    state = _state(path)
-    if state["bytes"] < WORTH_REMEMBERING:
-        return
+def remember_sha256(path: Path, sha256: str, state: dict[str, Any]) -> None:
+    """Note the sum of a file that this process has written itself, which then was in that :func:`state_of`."""
+    if state["bytes"] >= WORTH_REMEMBERING:
+        _write(_place(path), state, sha256)
+
+
+def wait_for_a_tick(state: dict[str, Any]) -> None:
+    """After it a change of the file shows in its time of change."""
     time.sleep(max(0.0, min(_TICK, state["mtime_ns"] / 1e9 + _TICK - time.time())))
-    _write(_place(path), state, sha256)
 
 
-def _state(path: Path) -> dict[str, Any]:
+def state_of(path: Path) -> dict[str, Any]:
+    """What changes whenever the file does."""
     found = path.stat()
     return {
         "path": str(path.resolve()),

@@ -1,6 +1,6 @@
 """What preparing a corpus costs: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
 
-Half of a varied text that it makes itself is one plain text, half are JSON lines. It is prepared by one, two and
+A varied text that it makes itself, half plain text, half JSON lines, is prepared by one, two and
 four workers, and by two that are killed five times; and a store of 10⁹ tokens (a sparse file) is opened and
 windows are drawn from it. The last line is JSON.
 """
@@ -16,11 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from machine import at_least, at_most, description, ratio
 
+from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.store import FORMAT, TOKENIZER, write_sealed
 
 KILLS = 5
@@ -65,54 +68,38 @@ print(json.dumps({"seconds_to_open": opened, "mb_to_open": after - before, "wind
 
 
 def make_text(folder: Path, megabytes: float, seed: int = 0) -> list[str]:
-    """A plain text and JSON lines: words by Zipf's law of 100,000, numbers, names, paragraphs, some Cyrillic."""
+    """Two plain texts and two files of JSON lines, a quarter of the megabytes each.
+
+    Words by Zipf's law of 130,000, the sample story's first, numbers, names, paragraphs, some Cyrillic; documents of 200 bytes to 2 MB.
+    """
     rng = random.Random(seed)
     words = ["".join(rng.choices(LETTERS, range(27, 1, -1), k=rng.choice([2, 3, 4, 5, 5, 6, 7, 9, 12])))
              for _ in range(100_000)]  # fmt: skip
-    words += [word.capitalize() for word in words[:5000]] + [
-        "не",
-        "слово",
-        "Größe",
-        "naïve",
-        "2,048",
-        "1999",
-        "don't",
-    ] * 300
-    weights = [1 / (rank + 10) for rank in range(len(words))]
-    enders = [
-        " ",
-        " ",
-        " ",
-        " ",
-        " ",
-        " ",
-        " ",
-        ", ",
-        ". ",
-        ".\n",
-        "\n\n",
-        "; ",
-        " (",
-        ") ",
-        ' "',
-        '" ',
-    ]
+    words += [word.capitalize() for word in words[:30_000]]
+    common = [word for word, _ in Counter(read_corpus("sample").split()).most_common()]
+    words = common + words[len(common) :]
+    words[50:80] = [*"aI7", "слово", "Größe", "naïve", "2,048", "1999", "don't", "it's"] * 3
+    ends = [" "] * 10 + [", ", ". ", ".\n", "\n\n", '" ']
+    parts = np.array([word + rng.choice(ends) for word in words], dtype=object)
+    numbers = np.random.default_rng(seed)
+    zipf = np.cumsum(1 / np.arange(10, len(parts) + 10))
     folder.mkdir()
 
     def document() -> str:
-        n = rng.randrange(50, 2000)
-        chosen = rng.choices(words, weights, k=n)
-        ends = rng.choices(enders, k=n)
-        return "".join(word + end for word, end in zip(chosen, ends, strict=True))
+        n = int(np.exp(numbers.uniform(np.log(40), np.log(4000))))
+        return "".join(parts[np.searchsorted(zipf, numbers.uniform(0, zipf[-1], n))])
 
-    half = megabytes * 1e6 / 2
-    with (folder / "plain.txt").open("w", encoding="utf-8") as file:
-        while file.tell() < half:  # every seventh begins a document
-            file.write(document() + ("<|endoftext|>" if rng.random() < 1 / 7 else "\n"))
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        while file.tell() < half:
-            file.write(json.dumps({"id": rng.random(), "text": document()}) + "\n")
-    return [str(folder / name) for name in ("plain.txt", "rows.jsonl")]
+    paths = [folder / name for name in ("a.txt", "a.jsonl", "b.txt", "b.jsonl")]
+    for path in paths:
+        left = megabytes * 1e6 / 4
+        with path.open("wb") as file:
+            while left > 0:
+                if path.suffix == ".txt":  # 200 of them make a document
+                    line = document() + ("\n" if rng.random() < 0.995 else "<|endoftext|>")
+                else:
+                    line = json.dumps({"id": rng.random(), "text": document()}) + "\n"
+                left -= file.write(line.encode())
+    return [str(path) for path in paths]
 
 
 def arguments_for(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> list[str]:
@@ -191,8 +178,8 @@ def main() -> None:
         scratch = Path(name).resolve()
         os.environ["GPT_LIGHTNING_CACHE"] = str(scratch / "cache")
         whole = make_text(scratch / "whole", megabytes)
-        half = make_text(scratch / "half", megabytes / 2)
-        part = make_text(scratch / "part", megabytes / 10)
+        half = whole[:2]
+        part = make_text(scratch / "part", megabytes / 20)
         size = sum(Path(path).stat().st_size for path in whole) / 1e6
         half_size = sum(Path(path).stat().st_size for path in half) / 1e6
         print(f"{size:,.0f} MB of text are made", flush=True)

@@ -25,7 +25,7 @@ from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.documents import safe_cut, split_of
 from gpt_lightning.data.prepare import Settings, prepare
 from gpt_lightning.data.store import open_store
-from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_prompt
+from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_documents, encode_prompt
 
 SAMPLE = read_corpus("sample")
 PARAGRAPHS = SAMPLE.split("\n\n")
@@ -163,6 +163,16 @@ def test_an_end_of_text_in_a_row_is_plain_text(tmp_path: Path) -> None:
     assert ids == [*encode_prompt(texts[0]), END, *encode_prompt(texts[1])]
 
 
+def test_documents_are_tokenised_as_each_by_itself() -> None:
+    """Though joined, and though they may hold parts of the mark, or all of it."""
+    rng = random.Random(4)
+    parts = ["<|", "endoftext", "|>", "<|endoftext|>", " ", "\n", "a", "<", ">"]
+    for _ in range(300):
+        texts = ["".join(rng.choices(parts, k=rng.randrange(1, 6))) for _ in range(3)]
+        one, two, three = map(encode_prompt, texts)
+        assert encode_documents(texts).tolist() == [*one, END, *two, END, *three]
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_have_no_say(corpus: list[str], whole: Path, tmp_path: Path, workers: int) -> None:
     prepare(corpus, tmp_path / "out", SHARDS, workers=workers)
@@ -215,17 +225,29 @@ def interrupted_everywhere(inputs: list[str], out: Path, settings: Settings, eve
 def test_interrupted_after_any_piece_it_is_the_same(
     corpus: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    for every in (1, 2, 5):
+    for every in (1, 5):
         assert interrupted_everywhere(corpus, tmp_path / f"{every}", SHARDS, every) > 3
         assert everything(tmp_path / f"{every}") == everything(whole)
 
 
+def test_interrupted_by_ratio_too(corpus: list[str], tmp_path: Path) -> None:
+    """The cut falls into the long document."""
+    settings = Settings("text", "ratio", 0.8, shard_tokens=3000)
+    prepare(corpus, tmp_path / "straight", settings, workers=2)
+    assert interrupted_everywhere(corpus, tmp_path / "cut", settings, 1) > 3
+    assert everything(tmp_path / "cut") == everything(tmp_path / "straight")
+    train, val = joined(tmp_path / "cut")
+    assert documents_of(train)[-1] + documents_of(val)[0] == SAMPLE * 2
+
+
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 def test_crashed_at_any_write_it_is_the_same(
-    corpus: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """At the n-th sync or rename, for every n: nothing after it happens, as with a SIGKILL."""
     real = getattr(os, name)
+    shards = Settings(val_ratio=0.2, shard_tokens=12_000)
+    prepare(corpus, tmp_path / "whole", shards)
     for n in range(1, 200):
         calls = 0
 
@@ -239,16 +261,16 @@ def test_crashed_at_any_write_it_is_the_same(
         out = tmp_path / f"{name}{n}"
         monkeypatch.setattr(os, name, crash)
         try:
-            prepare(corpus, out, SHARDS)
+            prepare(corpus, out, shards)
             crashed = False
         except KeyboardInterrupt:
             crashed = True
         monkeypatch.setattr(os, name, real)
         if not crashed:
-            assert n > 7
+            assert n > 4
             return
-        prepare(corpus, out, SHARDS)
-        assert everything(out) == everything(whole), n
+        prepare(corpus, out, shards)
+        assert everything(out) == everything(tmp_path / "whole"), n
     raise AssertionError("it never ends")
 
 
@@ -612,7 +634,9 @@ def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     refused(command(*arguments), "lacks the field text")
     shards = {p.name: p.stat().st_mtime_ns for p in Path("store").glob("train*")}
     assert len(shards) >= 2
-    assert command(*arguments, "--on_error=skip").code == 0
+    done = command(*arguments, "--on_error=skip")
+    assert done.code == 0
+    assert f"skipped: a.jsonl, line {4 * len(PARAGRAPHS) + 1}: lacks the field text\n" in done.err
     assert Path("store/train-00000.u16").stat().st_mtime_ns == shards["train-00000.u16"]
     assert command(*arguments, "--on_error=skip", "--shard_tokens=5000").code == 0
 
@@ -685,21 +709,17 @@ def test_it_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
     assert not {"lightning", "torch"} & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("kind", ["rows", "one text"])
-def test_memory_does_not_grow_with_the_text(tmp_path: Path, kind: str) -> None:
-    """Peak RSS of a process: 4 times the text, at most 6 MB more."""
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """Peak RSS of a process, for one long document and many short ones: 4 times the text, at most 6 MB more."""
     code = ("import sys; from gpt_lightning.cli import main; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     peaks = []
-    for times in (12, 48):
-        if kind == "rows":
-            path = write_lines(tmp_path / "a.jsonl", [SAMPLE] * (times * 20))
-        else:
-            path = tmp_path / "a.txt"
-            path.write_text(SAMPLE * (times * 20))
+    for times in (100, 400):
+        rows = str(write_lines(tmp_path / "a.jsonl", [SAMPLE] * times))
+        (tmp_path / "a.txt").write_text(SAMPLE * times)
         out = f"--out={tmp_path}/{times}"
-        done = python("-c", code, "prepare", str(path), out, "--split=ratio", "--workers=2")
+        done = python("-c", code, "prepare", rows, f"{tmp_path}/a.txt", out, "--workers=2")
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 6
-    assert peaks[1] < 400
+    assert peaks[1] < 200

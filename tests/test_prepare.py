@@ -1,5 +1,6 @@
 """prepare: whatever it is given, however it is run and interrupted, the same tokens; and read_splits on them."""
 
+import errno
 import gzip
 import json
 import os
@@ -282,7 +283,7 @@ def command_line(*arguments: str) -> list[str]:
 def megabytes(tmp_path: Path) -> list[str]:
     """Arguments that take about a second."""
     rng = random.Random(5)
-    texts = [" ".join(rng.choices(PARAGRAPHS, k=20)) for _ in range(1100)]
+    texts = [" ".join(rng.choices(PARAGRAPHS, k=20)) for _ in range(700)]
     write_lines(tmp_path / "rows.jsonl", texts)
     return [str(tmp_path / "rows.jsonl"), "--shard_tokens=50000"]
 
@@ -327,24 +328,37 @@ def test_ctrl_c_says_how_to_go_on(megabytes: list[str], tmp_path: Path) -> None:
     )
 
 
-def test_a_full_disk_is_one_line_and_gone_on_from(tmp_path: Path, megabytes: list[str]) -> None:
+def test_a_full_disk_is_one_line(tmp_path: Path, megabytes: list[str]) -> None:
     limited = (
         "import resource, sys; from gpt_lightning.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); sys.exit(main(sys.argv[1:]))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000)); sys.exit(main(sys.argv[1:]))"
     )
-    rows, _ = megabytes
-    settings = ["--shard_tokens=240000", f"--out={tmp_path}/out"]  # validation fits, in between
-    done = python("-c", limited, "prepare", rows, "--shard_tokens=260000", f"--out={tmp_path}/full")
+    done = python("-c", limited, "prepare", *megabytes, f"--out={tmp_path}/full")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert (
-        "full: cannot be written (File too large); make room, and the same command" in done.stderr
-    )
-    assert python(*command_line(rows, *settings)[1:]).returncode == 0
-    again = command_line(rows, "--shard_tokens=260000", f"--out={tmp_path}/full")
-    assert python(*again[1:]).returncode == 0
-    joined_full, joined_out = joined(tmp_path / "full"), joined(tmp_path / "out")
-    assert joined_full == joined_out
+    assert "full: cannot be written (File too large); make room, and the same" in done.stderr
+    assert not (tmp_path / "full").exists()
+
+
+def test_a_disk_that_fills_up_is_gone_on_from(
+    command: Command, corpus: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 8
+    real = store.write_sealed
+
+    def write(path: Path, content: dict[str, Any]) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
+
+    monkeypatch.setattr(store, "write_sealed", write)
+    arguments = ("prepare", *corpus, "--out=store", "--val_ratio=0.2", "--shard_tokens=5000")
+    refused(command(*arguments), "store: cannot be written (No space left on device); make room")
+    assert len(list(Path("store").glob("*.u16"))) > 7
+    assert command(*arguments).code == 0
+    assert everything(Path("store")) == everything(whole)
 
 
 def test_two_at_once(corpus: list[str], tmp_path: Path) -> None:
@@ -714,11 +728,11 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     code = ("import sys; from gpt_lightning.cli import main; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     peaks = []
-    for times in (100, 400):
+    for times in (80, 320):
         rows = str(write_lines(tmp_path / "a.jsonl", [SAMPLE] * times))
         (tmp_path / "a.txt").write_text(SAMPLE * times)
         out = f"--out={tmp_path}/{times}"
-        done = python("-c", code, "prepare", rows, f"{tmp_path}/a.txt", out, "--workers=2")
+        done = python("-c", code, "prepare", rows, f"{tmp_path}/a.txt", out, "--val_ratio=0")
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 6

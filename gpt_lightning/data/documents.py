@@ -120,7 +120,7 @@ def _read_text(source: Source, begin: Position, before: int, val_ratio: float) -
             begins = split is None
             if begins and (last or MARK in data):
                 whole = len(data) if last else data.rindex(MARK) + len(MARK)
-                offset += whole
+                offset, size = offset + whole, PIECE_BYTES
                 after = Position(number, offset)
                 yield Piece(source, data[:whole], at, after, before + offset, fixed)
                 continue

@@ -186,7 +186,7 @@ def open_parquet(path: Path) -> Any:
     from pyarrow import ArrowException, parquet
 
     with _damage(path, ArrowException, OSError):
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, buffer_size=1 << 20)  # not a whole row group at once
 
 
 def open_dataset(folder: Path) -> Any:

@@ -186,7 +186,8 @@ def open_parquet(path: Path) -> Any:
     from pyarrow import ArrowException, parquet
 
     with _damage(path, ArrowException, OSError):
-        return parquet.ParquetFile(path, buffer_size=1 << 20)  # not a whole row group at once
+        # by pages: a row group may be a gigabyte
+        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
 def open_dataset(folder: Path) -> Any:

@@ -81,7 +81,7 @@ def _described(result: dict[str, Any]) -> str:
         f"{result['tokens'][split]:,} tokens of {result['documents'][split]:,} documents {what}"
         for split, what in [("train", "for training"), ("val", "for validation")]
     ]
-    parts += [f"{result[name]:,} {name}" for name in ("skipped", "empty") if result[name]]
+    parts += [f"{result[name]:,} {name} left out" for name in ("skipped", "empty") if result[name]]
     return f"{result['folder']}: {', '.join(parts)}"
 
 

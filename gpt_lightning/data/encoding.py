@@ -27,7 +27,7 @@ class Encoded:
 
     Attributes:
         problems: One line for each document that was left out because it cannot be read.
-        empty: Documents that hold nothing but white space, and are left out too.
+        empty: Rows that hold nothing but white space, and are left out too.
     """
 
     tokens: list[Tokens] = field(default_factory=list)
@@ -83,7 +83,7 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
             encoded.problems.append(document.message)
         elif text.strip():
             texts[_split(piece, document, val_ratio)].append(text)
-        else:
+        elif piece.source.kind != "text":  # where nothing follows a mark, nothing is missed
             encoded.empty += 1
     for split, own in texts.items():
         if own:

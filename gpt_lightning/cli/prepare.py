@@ -81,7 +81,10 @@ def _described(result: dict[str, Any]) -> str:
         f"{result['tokens'][split]:,} tokens of {result['documents'][split]:,} documents {what}"
         for split, what in [("train", "for training"), ("val", "for validation")]
     ]
-    parts += [f"{result[name]:,} {name} left out" for name in ("skipped", "empty") if result[name]]
+    if result["skipped"]:
+        parts.append(f"{result['skipped']:,} that cannot be read skipped")
+    if result["empty"]:
+        parts.append(f"{result['empty']:,} empty rows left out")
     return f"{result['folder']}: {', '.join(parts)}"
 
 

@@ -241,7 +241,7 @@ def test_interrupted_by_ratio_too(corpus: list[str], tmp_path: Path) -> None:
     assert documents_of(train)[-1] + documents_of(val)[0] == SAMPLE * 2
 
 
-@pytest.mark.parametrize("name", ["replace", "fsync"])
+@pytest.mark.parametrize("name", ["replace", pytest.param("fsync", marks=pytest.mark.slow)])
 def test_crashed_at_any_write_it_is_the_same(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

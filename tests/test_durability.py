@@ -578,33 +578,40 @@ def test_no_mutation_goes_unnoticed(
         assert refused > 0.5 * MUTATIONS / 5
 
 
-@pytest.mark.parametrize("what", ["tokens.u16", MANIFEST])
+@pytest.mark.parametrize("what", ["train-00000.u16", "val-00000.u16", MANIFEST])
 def test_no_mutation_of_stored_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    """A store that is damaged is made again: the tokens are always the text's."""
-    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
+    """A store in the cache that is damaged is made again: the tokens are always the text's."""
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tokens, "WORTH_KEEPING", 100)
-    text = "Every effort moves you. " * 200
-    expected = tokenizer.encode_corpus(text)
-    assert np.array_equal(tokens.stored_tokens(text), expected)
-    (folder,) = (tmp_path / "tokens").iterdir()
+    text = tmp_path / "mine.txt"
+    text.write_text("Every effort moves you. " * 200)
+    split = int(0.8 * len(text.read_text()))
+    expected = [tokenizer.encode_corpus(text.read_text()[:split]),
+                tokenizer.encode_corpus(text.read_text()[split:])]  # fmt: skip
+
+    def are_right(found: tokens.Splits) -> bool:
+        return all(
+            np.array_equal(*pair) for pair in zip([a for (a,) in found], expected, strict=True)
+        )
+
+    assert are_right(tokens.read_splits(str(text), 0.8))
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     original = (folder / what).read_bytes()
     rng = random.Random(what)
     made_again = 0
     for _ in range(200):
         (folder / what).write_bytes(mutate(original, rng))
-        found = tokens.stored_tokens(text)
-        assert np.array_equal(found, expected)
+        assert are_right(tokens.read_splits(str(text), 0.8))
         made_again += "is damaged; tokenising anew" in capsys.readouterr().err
-        del found
     assert made_again > 150
-    assert isinstance(tokens.stored_tokens(text), np.memmap)
-    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [folder.name]
+    assert isinstance(tokens.read_splits(str(text), 0.8).training[0], np.memmap)
+    assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == [folder.name]
     # without a place for it, it goes without
-    shutil.rmtree(tmp_path / "tokens")
-    (tmp_path / "tokens").write_text("a file")
-    assert np.array_equal(tokens.stored_tokens(text), expected)
+    shutil.rmtree(tmp_path / "cache" / "tokens")
+    (tmp_path / "cache" / "tokens").write_text("a file")
+    assert are_right(tokens.read_splits(str(text), 0.8))
 
 
 def test_no_mutation_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ VERBS = {
     "generate": ("generate", "run", "continue prompts with a trained model"),
     "report": ("report", "run", "sampling: next-token frequencies; sweep: temperature × top_k"),
     "download": ("download", "run", "fetch GPT-2's public weights"),
+    "prepare": ("prepare", "run", "any amount of text into a token store"),
     "convert": ("convert", "run", "weights from one form to another"),
     "verify-resume": (
         "verify_resume",

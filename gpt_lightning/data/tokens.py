@@ -1,21 +1,30 @@
-"""Token ids on disk: a long text is tokenised once, and memory-mapped from then on."""
+"""What ``data.text`` names, as token ids: a prepared store, or a text, which if long is one in the cache."""
 
 import hashlib
 import sys
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.corpus import cache_folder, read_corpus
-from gpt_lightning.data.manifest import MANIFEST, damaged_files, write_manifest
-from gpt_lightning.data.tokenizer import VOCABULARY_SHA256, encode_corpus
+from gpt_lightning.data.corpus import cache_folder, read_corpus, text_files
+from gpt_lightning.data.store import (
+    SPLITS,
+    TOKENIZER,
+    StoreWriter,
+    is_store,
+    open_store,
+    read_manifest,
+)
+from gpt_lightning.data.sums import remembered_sha256
+from gpt_lightning.data.tokenizer import encode_corpus
 
 WORTH_KEEPING = 1_000_000  # bytes of text, a tenth of a second to tokenise
-_TOKENS = "tokens.u16"
+_SHARD_TOKENS = 1 << 40  # a text of this length was in memory
 
 
 class Splits(NamedTuple):
@@ -26,52 +35,92 @@ class Splits(NamedTuple):
 
 
 def read_splits(text: str, train_ratio: float) -> Splits:
-    """What ``data.text`` names: the first ``train_ratio`` of its characters for training, the rest for validation.
+    """What ``data.text`` names: a text's first ``train_ratio`` of characters for training, the rest for validation.
+
+    What ``prepare`` has written is split already; said once where it was in another ratio.
+
+    A text of a megabyte or more is tokenised once, into a store in the cache under the sums of its content
+    and the vocabulary. One that is damaged is said to be, and made again; without room for one the tokens
+    are in memory.
 
     Raises:
-        ValueError, OSError: As :func:`read_corpus`.
+        ValueError, OSError: As :func:`read_corpus` and :func:`open_store`.
     """
+    path = Path(text).expanduser()
+    if text in ("verdict", "sample"):
+        return _in_memory(*_split(text, train_ratio))
+    if is_store(path):
+        prepared = Splits(*open_store(path).values())
+        _say_if_other_ratio(path, train_ratio)
+        return prepared
+    folder = _kept(path, train_ratio)
+    if folder is None:
+        return _in_memory(*_split(text, train_ratio))
+    if folder.exists():
+        try:
+            return Splits(*open_store(folder).values())
+        except (ValueError, OSError):
+            print(f"gpt_lightning: {folder}: is damaged; tokenising anew", file=sys.stderr)
+            _remove(folder)
+    splits = _in_memory(*_split(text, train_ratio))
+    with suppress(OSError, ValueError):
+        _keep(splits, folder)
+        return Splits(*open_store(folder).values())
+    return splits
+
+
+def _split(text: str, train_ratio: float) -> tuple[str, str]:
     characters = read_corpus(text)
     split = int(train_ratio * len(characters))
-    return Splits([stored_tokens(characters[:split])], [stored_tokens(characters[split:])])
+    return characters[:split], characters[split:]
 
 
-def stored_tokens(text: str) -> NDArray[np.uint16]:
-    """:func:`encode_corpus`; of a long text from the cache, under the sums of its content and the vocabulary.
-
-    A store that is damaged is said to be, and made again; without room for one the tokens are in memory.
-    """
-    content = text.encode()
-    if len(content) < WORTH_KEEPING:
-        return encode_corpus(text)
-    key = hashlib.sha256("".join(VOCABULARY_SHA256.values()).encode() + content).hexdigest()
-    folder = cache_folder() / "tokens" / key
-    if folder.exists() and not _is_whole(folder):
-        print(f"gpt_lightning: {folder}: is damaged; tokenising anew", file=sys.stderr)
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-    if not folder.exists():
-        tokens = encode_corpus(text)
-        with suppress(OSError):
-            _write(tokens, folder)
-        if not folder.exists():
-            return tokens
-    return np.memmap(folder / _TOKENS, dtype="<u2", mode="r")
+def _in_memory(training: str, validation: str) -> Splits:
+    return Splits([encode_corpus(training)], [encode_corpus(validation)])
 
 
-def _is_whole(folder: Path) -> bool:
+@cache
+def _say_if_other_ratio(path: Path, train_ratio: float) -> None:
+    settings = read_manifest(path)["settings"]
+    own = 1 - settings["val_ratio"]
+    if abs(own - train_ratio) > 1e-6:
+        print(
+            f"gpt_lightning: data.train_ratio: {train_ratio} has no effect on {path}, of which prepare "
+            f"put {own:g} into training",
+            file=sys.stderr,
+        )
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def _kept(path: Path, train_ratio: float) -> Path | None:
+    """Where the tokens of a long text are kept; none: it is short, or not there."""
     try:
-        return (folder / MANIFEST).exists() and not damaged_files(folder)
-    except ValueError:
-        return False
+        files = text_files(path)
+        if sum(file.stat().st_size for file in files) < WORTH_KEEPING:
+            return None
+        sums = [remembered_sha256(file) for file in files]
+    except OSError:  # whoever reads it says why
+        return None
+    key = hashlib.sha256("\n".join([*TOKENIZER.values(), repr(train_ratio), *sums]).encode())
+    return cache_folder() / "tokens" / key.hexdigest()
 
 
-def _write(tokens: NDArray[np.uint16], folder: Path) -> None:
+def _keep(splits: Splits, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         written = Path(scratch) / folder.name
         written.mkdir()
-        tokens.astype("<u2").tofile(written / _TOKENS)
-        write_manifest(written, [_TOKENS])
+        writer = StoreWriter(written, _SHARD_TOKENS, {"settings": {}, "sources": []})
+        for name, (tokens,) in zip(SPLITS, splits, strict=True):
+            writer.append(name, tokens)
+        writer.finish()
         written.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import WindowLoader, Windows
@@ -39,7 +38,7 @@ class Task:
     """What every model is asked to do.
 
     Attributes:
-        text: What the losses are of, see :func:`read_corpus`; none: no losses.
+        text: What the losses are of, see :func:`read_splits`; none: no losses.
         context_length: Tokens in a window of the text, one after the other without overlap.
         dtype: Of the weights, as torch names it; none: as they are stored.
         max_memory: Bytes that a model may take; none: what is free on the device.
@@ -96,7 +95,7 @@ def measure_all(
     for source in sources:
         weight_files(source)  # one that is not there is no reason to lose the others' figures
     if task.text is not None:
-        read_corpus(task.text)
+        read_splits(task.text, task.train_ratio)
     measured = []
     for source in sources:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:

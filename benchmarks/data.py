@@ -1,0 +1,249 @@
+"""What preparing a corpus costs: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
+
+A varied text that it makes itself, half plain text, half JSON lines, is prepared by one, two and
+four workers, and by two that are killed five times; and a store of 10⁹ tokens (a sparse file) is opened and
+windows are drawn from it. The last line is JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from machine import at_least, at_most, description, ratio
+
+from gpt_lightning.data.corpus import read_corpus
+from gpt_lightning.data.store import FORMAT, TOKENIZER, write_sealed
+
+KILLS = 5
+LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
+
+PREPARE = """
+import sys
+from gpt_lightning.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/status") as file:
+    print(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
+sys.exit(code)
+"""
+
+# growth of resident memory, seconds to open, tokens a second
+OPEN = """
+import json, sys, time
+from gpt_lightning.data.tokens import read_splits
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS:"))
+
+before, began = resident(), time.perf_counter()
+parts, _ = read_splits(sys.argv[1], 1.0)
+print(json.dumps({"seconds": time.perf_counter() - began, "mb": resident() - before}))
+"""
+
+
+def make_text(folder: Path, megabytes: float, seed: int = 0) -> list[str]:
+    """Two plain texts and two files of JSON lines, a quarter of the megabytes each.
+
+    Words by Zipf's law of 130,000, the sample story's first, numbers, names, paragraphs, some Cyrillic; documents of 200 bytes to 2 MB.
+    """
+    rng = random.Random(seed)
+    words = ["".join(rng.choices(LETTERS, range(27, 1, -1), k=rng.choice([2, 3, 4, 5, 5, 6, 7, 9, 12])))
+             for _ in range(100_000)]  # fmt: skip
+    words += [word.capitalize() for word in words[:30_000]]
+    common = [word for word, _ in Counter(read_corpus("sample").split()).most_common()]
+    words = common + words[len(common) :]
+    words[50:80] = [*"aI7", "слово", "Größe", "naïve", "2,048", "1999", "don't", "it's"] * 3
+    ends = [" "] * 10 + [", ", ". ", ".\n", "\n\n", '" ']
+    parts = np.array([word + rng.choice(ends) for word in words], dtype=object)
+    numbers = np.random.default_rng(seed)
+    zipf = np.cumsum(1 / np.arange(10, len(parts) + 10))
+    folder.mkdir()
+
+    def document() -> str:
+        n = int(np.exp(numbers.uniform(np.log(40), np.log(4000))))
+        return "".join(parts[np.searchsorted(zipf, numbers.uniform(0, zipf[-1], n))])
+
+    paths = [folder / name for name in ("a.txt", "a.jsonl", "b.txt", "b.jsonl")]
+    for path in paths:
+        left = megabytes * 1e6 / 4
+        with path.open("wb") as file:
+            while left > 0:
+                if path.suffix == ".txt":  # 200 of them make a document
+                    line = document() + ("\n" if rng.random() < 0.995 else "<|endoftext|>")
+                else:
+                    line = json.dumps({"id": rng.random(), "text": document()}) + "\n"
+                left -= file.write(line.encode())
+    return [str(path) for path in paths]
+
+
+def arguments_for(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> list[str]:
+    return ["prepare", *inputs, f"--out={out}", f"--workers={workers}",
+            f"--shard_tokens={shard_tokens}", "--json"]  # fmt: skip
+
+
+class Run(NamedTuple):
+    """Seconds it took, MB of memory at most, and the share of the machine that other processes took."""
+
+    seconds: float
+    peak_mb: float
+    others: float
+
+
+def prepare(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> Run:
+    before, own_before = busy(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, *arguments_for(inputs, out, workers, shard_tokens)],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    took = time.perf_counter() - began
+    after, own = busy(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    own_seconds = own.ru_utime + own.ru_stime - own_before.ru_utime - own_before.ru_stime
+    others = max(0.0, after - before - own_seconds) / (took * (os.cpu_count() or 1))
+    result, peak = done.stdout.splitlines()
+    return Run(json.loads(result)["seconds"], int(peak) * 1024 / 1e6, round(others, 3))
+
+
+def busy() -> float:
+    """Seconds that the machine's processors were at work."""
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def quiet_pair(inputs: list[str], folder: Path, shard_tokens: int, attempts: int) -> dict[str, Run]:
+    """By one worker and by two, again where others took more than a twentieth of the machine; the quietest."""
+    best: dict[str, Run] = {}
+    for workers in ("1", "2"):
+        for attempt in range(attempts):
+            out = folder / workers
+            if attempt:
+                shutil.rmtree(out)
+            run = prepare(inputs, out, int(workers), shard_tokens)
+            best[workers] = min(run, best.get(workers, run), key=lambda one: one.others)
+            if run.others < 0.05:
+                break
+    return best
+
+
+def prepare_and_kill(inputs: list[str], out: Path, shard_tokens: int, wait: float) -> int:
+    """Killed ``KILLS`` times, each time with a shard more, and brought to its end; returns the kills."""
+    rng = random.Random(1)
+    kills = 0
+    command = [sys.executable, "-m", "gpt_lightning", *arguments_for(inputs, out, 2, shard_tokens)]
+    for _ in range(KILLS):
+        begun = len(list(out.glob("*.u16")))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.glob("*.u16"))) <= begun:
+            time.sleep(0.002)
+        time.sleep(rng.random() * wait)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return kills
+
+
+def sums(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_twice(folder: Path, tokens: int) -> list[dict[str, float]]:
+    """A store of one sparse shard; the first time its sum is taken."""
+    folder.mkdir()
+    shard = folder / "train-00000.u16"
+    with shard.open("wb") as file:
+        file.truncate(2 * tokens)
+    with shard.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    shards = [{"name": shard.name, "tokens": tokens, "sha256": sha256}]
+    manifest = {"format": FORMAT, "tokenizer": TOKENIZER, "settings": {"val_ratio": 0.0},
+                "shards": {"train": shards, "val": []}}  # fmt: skip
+    write_sealed(folder / "manifest.json", manifest)
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True
+        )
+        found.append(json.loads(done.stdout))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="little text, to see that it runs")
+    arguments = parser.parse_args()
+    megabytes = 4 if arguments.tiny else arguments.megabytes
+    shard_tokens = 50_000 if arguments.tiny else 10_000_000
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        scratch = Path(name).resolve()
+        os.environ["GPT_LIGHTNING_CACHE"] = str(scratch / "cache")
+        whole = make_text(scratch / "whole", megabytes)
+        half = whole[:2]
+        part = make_text(scratch / "part", megabytes / 20)
+        size = sum(Path(path).stat().st_size for path in whole) / 1e6
+        half_size = sum(Path(path).stat().st_size for path in half) / 1e6
+        print(f"{size:,.0f} MB of text are made", flush=True)
+
+        (scratch / "out").mkdir()
+        runs = quiet_pair(whole, scratch / "out", shard_tokens, attempts=2)
+        runs["4"] = prepare(whole, scratch / "out" / "4", 4, shard_tokens)
+        found = {f"{workers} workers": sums(scratch / "out" / workers) for workers in runs}
+        tokens = sum(path.stat().st_size for path in (scratch / "out" / "1").glob("*.u16")) // 2
+        for workers, run in runs.items():
+            print(f"{workers} workers: {run.seconds:.1f} s, {size / run.seconds:.1f} MB/s, {run.peak_mb:.0f} MB "
+                  f"of memory; others took {run.others:.0%} of the machine", flush=True)  # fmt: skip
+        runs["2, half the text"] = prepare(half, scratch / "half", 2, shard_tokens)
+        kills = prepare_and_kill(whole, scratch / "killed", shard_tokens, megabytes / 500)
+        found["killed"] = sums(scratch / "killed")
+        print(
+            f"{kills} kills: {'the same' if len(set(found.values())) == 1 else found}", flush=True
+        )
+
+        pairs = []
+        for turn in range(arguments.repeats):
+            (scratch / f"turn-{turn}").mkdir()
+            pairs.append(quiet_pair(part, scratch / f"turn-{turn}", shard_tokens, attempts=3))
+        turns = {workers: [pair[workers].seconds for pair in pairs] for workers in ("1", "2")}
+        opened = open_twice(scratch / "sparse", 10**7 if arguments.tiny else 10**9)
+    first, second = opened
+    for what, one in [("first", first), ("second", second)]:
+        print(f"{what} opening: {one['seconds']:.3f} s, {one['mb']:.1f} MB")
+    peak = {name: run.peak_mb for name, run in runs.items()}
+    slope = (peak["2"] - peak["2, half the text"]) / ((size - half_size) / 1000)
+    bars = [
+        at_most("memory: GB at most", max(peak.values()) / 1000, 1.0),
+        at_most("memory: MB more for each GB of text", slope, 10.0),
+        at_least("speed: two workers / one", ratio(turns["1"], turns["2"]), 1.6),
+        at_least("speed: two workers / one, all of the text", runs["1"].seconds / runs["2"].seconds, 1.6),
+        at_most("stores that differ, of 1, 2, 4 workers and killed", len(set(found.values())) - 1, 0),
+        at_least("kills", kills, KILLS),
+        at_most("opening 10⁹ tokens: MB more", max(o["mb"] for o in opened), 50),
+    ]  # fmt: skip
+    print(json.dumps({"benchmark": "data", "machine": description("tiktoken", "numpy"), "megabytes": size,
+                      "tokens": tokens, "runs": {name: run._asdict() for name, run in runs.items()},
+                      "turns": [{name: run._asdict() for name, run in pair.items()} for pair in pairs],
+                      "opening": opened, "bars": bars}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""``prepare``: text, any amount of it, into a token store."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from gpt_lightning.cli.parsing import parse
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def run(arguments: list[str]) -> None:
+    """Tokenise text into a folder that data.text takes: --data.text DIR.
+
+    INPUT is a .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder or a glob of them, or a
+    folder that Hugging Face's datasets has saved. A document is a text file, or what lies between
+    <|endoftext|> in it; of the other kinds a row. One <|endoftext|> is put between documents. Interrupted,
+    the same command goes on from the last whole shard.
+    """
+    settings = parse(_parser(), arguments)
+    from gpt_lightning.data.prepare import Settings, prepare
+
+    chosen = Settings(settings.field, settings.split, settings.val_ratio, settings.shard_tokens)
+    out = Path(settings.out).expanduser()
+    began = time.monotonic()
+    try:
+        with _Shown() as shown:
+            prepared = prepare(
+                settings.inputs,
+                out,
+                chosen,
+                workers=_cpus() if settings.workers is None else settings.workers,
+                skip=settings.on_error == "skip",
+                on_progress=shown.advance,
+            )
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"before {out} was whole; the same command goes on from its last whole shard"
+        ) from error
+    manifest = prepared.manifest
+    for problem in prepared.problems:
+        print(f"skipped: {problem.partition(';')[0]}", file=sys.stderr)
+    if prepared.was_there:
+        print(f"{out}: is prepared already, from the same sources", file=sys.stderr)
+    result = {
+        "folder": str(out),
+        **{
+            name: manifest[name] for name in ("tokens", "documents", "skipped", "empty", "settings")
+        },
+        "shards": {name: len(shards) for name, shards in manifest["shards"].items()},
+        "sources": len(manifest["sources"]),
+        "was_there": prepared.was_there,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    print(json.dumps(result) if settings.json else _described(result))
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _described(result: dict[str, Any]) -> str:
+    parts = [
+        f"{result['tokens'][split]:,} tokens of {result['documents'][split]:,} documents {what}"
+        for split, what in [("train", "for training"), ("val", "for validation")]
+    ]
+    if result["skipped"]:
+        parts.append(f"{result['skipped']:,} that cannot be read skipped")
+    if result["empty"]:
+        parts.append(f"{result['empty']:,} empty rows left out")
+    return f"{result['folder']}: {', '.join(parts)}"
+
+
+class _Shown:
+    """A bar on a terminal, else a plain line at intervals, on stderr."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._first: tuple[float, int] | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "_Shown":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, done: int, total: int, tokens: int) -> None:
+        now = time.monotonic()
+        if not self._bar.disable:
+            if not self._bar.tasks:
+                self._bar.add_task("preparing")
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            return
+        if self._first is None:  # of this process: one that goes on does not begin at 0
+            self._first = now, done
+        began, first = self._first
+        if now - self._last_line > SECONDS_BETWEEN_LINES and done > first:
+            self._last_line = now
+            rate = (done - first) / (now - began)
+            print(
+                f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s, "
+                f"eta {(total - done) / rate:,.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="gpt_lightning prepare", description=run.__doc__, exit_on_error=False
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="These settings from a YAML file.")
+    add("inputs", type=str, nargs="+", metavar="INPUT", help="Files, folders, globs.")
+    add("--out", type=str, required=True, help="The folder for the tokens; new, or begun before.")
+    add("--field", type=str, default="text", help="The field of a row that holds its text.")
+    add(
+        "--split",
+        type=Literal["hash", "ratio"],
+        default="hash",
+        help="'hash': each document's content decides, so that adding files moves none; 'ratio': the "
+        "last part of the text is for validation.",
+    )
+    add("--val_ratio", type=float, default=0.1, help="Share for validation; 0: none.")
+    add("--workers", type=int | None, help="Threads that tokenise; none: one a CPU.")
+    add("--shard_tokens", type=int, default=100_000_000, help="Tokens in a file.")
+    add(
+        "--on_error",
+        type=Literal["stop", "skip"],
+        default="stop",
+        help="What to do at a document that cannot be read: stop, or leave it out and count it.",
+    )
+    add("--json", action="store_true", help="Print one JSON object and nothing else.")
+    return parser

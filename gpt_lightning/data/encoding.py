@@ -1,0 +1,160 @@
+"""Pieces of sources to token ids: what a thread of ``prepare`` does."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt_lightning.data.documents import MARK, Piece, Split, content_hash, split_of
+from gpt_lightning.data.tokenizer import encode_documents
+
+
+class Tokens(NamedTuple):
+    """Documents that follow one another in a split, or part of one; ``begins``: not the rest of one."""
+
+    split: Split
+    ids: NDArray[np.uint16]
+    documents: int
+    begins: bool
+
+
+@dataclass
+class Encoded:
+    """What became of a piece.
+
+    Attributes:
+        problems: One line for each document that was left out because it cannot be read.
+        empty: Rows that hold nothing but white space, and are left out too.
+    """
+
+    tokens: list[Tokens] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    empty: int = 0
+
+
+class _Document(NamedTuple):
+    place: str  # for a message
+    offset: int
+    content: bytes
+
+
+class _Problem(NamedTuple):
+    message: str
+
+
+def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> Encoded:
+    """A piece's token ids by split.
+
+    Args:
+        name: The JSON field that holds a line's text.
+        skip: Whether a document that cannot be read is counted instead of raised.
+
+    Raises:
+        ValueError: A document cannot be read.
+    """
+    encoded = Encoded()
+    if piece.part:
+        assert piece.split is not None
+        text = _plain(piece.content)
+        encoded.tokens.append(
+            Tokens(piece.split, encode_documents([text]), int(piece.begins), piece.begins)
+        )
+        return encoded
+    texts: dict[Split, list[str]] = {"train": [], "val": []}
+    for document in _documents(piece, name):
+        if isinstance(document, _Document):
+            try:
+                text = (
+                    _plain(document.content)
+                    if piece.source.kind == "text"
+                    else document.content.decode()
+                )
+            except UnicodeDecodeError as error:
+                document = _Problem(
+                    f"{document.place}: is not UTF-8 "
+                    f"(byte {document.offset + error.start}: {error.reason}); convert it"
+                )
+        if isinstance(document, _Problem):
+            if not skip:
+                raise ValueError(document.message)
+            encoded.problems.append(document.message)
+        elif text.strip():
+            texts[_split(piece, document, val_ratio)].append(text)
+        elif piece.source.kind != "text":  # where nothing follows a mark, nothing is missed
+            encoded.empty += 1
+    for split, own in texts.items():
+        if own:
+            encoded.tokens.append(Tokens(split, encode_documents(own), len(own), True))
+    return encoded
+
+
+def _split(piece: Piece, document: _Document, val_ratio: float) -> Split:
+    if piece.split is not None:
+        return piece.split
+    until = piece.source.train_until
+    if until is not None:
+        return "train" if document.offset < until else "val"
+    return split_of(content_hash(document.content), val_ratio)
+
+
+def _plain(content: bytes) -> str:
+    """As ``read_text`` reads it: line ends of all kinds are one."""
+    text = content.decode()
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _documents(piece: Piece, name: str) -> Iterator[_Document | _Problem]:
+    path = piece.source.path
+    if piece.problem is not None:
+        yield _Problem(f"{path}: {piece.problem}")
+    elif piece.source.kind == "text":
+        offset = piece.at.offset
+        for content in piece.content.split(MARK):
+            yield _Document(str(path), offset, content)
+            offset += len(content) + len(MARK)
+    elif piece.source.kind == "lines":
+        offset = piece.at.offset
+        for number, line in enumerate(piece.content.split(b"\n"), piece.at.line + 1):
+            if line.strip():
+                yield _of_line(f"{path}, line {number}", offset, line, name)
+            offset += len(line) + 1
+    else:
+        rows = piece.content if isinstance(piece.content, list) else piece.content.to_pylist()
+        for row, text in enumerate(rows, piece.at.offset):
+            yield _of_text(f"{path}, row {row + 1}", row, text, name)
+
+
+def _of_line(place: str, offset: int, line: bytes, name: str) -> _Document | _Problem:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        return _Problem(
+            f"{place}: is not UTF-8 (byte {offset + error.start}: {error.reason}); "
+            "correct it, or --on_error skip"
+        )
+    try:
+        content = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return _Problem(f"{place}: is no JSON; correct it, or --on_error skip")
+    if not isinstance(content, dict):
+        return _Problem(f"{place}: is no JSON object; correct it, or --on_error skip")
+    if name not in content:
+        return _Problem(
+            f"{place}: lacks the field {name}; name the text's with --field, or --on_error skip"
+        )
+    return _of_text(place, offset, content[name], name)
+
+
+def _of_text(place: str, offset: int, text: object, name: str) -> _Document | _Problem:
+    if not isinstance(text, str):
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        return _Problem(f"{place}: {name} is {kind} and no text; correct it, or --on_error skip")
+    try:
+        return _Document(place, offset, text.encode())
+    except UnicodeEncodeError:
+        return _Problem(
+            f"{place}: {name} holds half a surrogate pair; correct it, or --on_error skip"
+        )

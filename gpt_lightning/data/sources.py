@@ -1,0 +1,217 @@
+"""What ``prepare`` reads: files, folders and globs to a list of sources, always in the same order."""
+
+import glob
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from gpt_lightning.data.corpus import TEXT_SUFFIXES
+from gpt_lightning.data.sums import remembered_sha256
+
+Kind = Literal["text", "lines", "parquet", "dataset"]
+SUFFIXES: dict[str, Kind] = {
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
+    ".jsonl": "lines",
+    ".jsonl.gz": "lines",
+    ".jsonl.zst": "lines",
+    ".parquet": "parquet",
+}
+_DATASET_FILES = ("state.json", "dataset_info.json")  # of datasets' save_to_disk
+_DATASETS_FILE = "dataset_dict.json"  # of several
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a folder of Hugging Face's ``datasets``.
+
+    Attributes:
+        sha256: Of the file; of a folder: of its files' sums.
+        train_until: Where the training split ends, as offset (uncompressed bytes) or row; none: each
+            document's content decides.
+    """
+
+    path: Path
+    kind: Kind
+    bytes: int
+    sha256: str = ""
+    train_until: int | None = None
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """The inputs in their order, a folder's and a glob's files by path, none twice.
+
+    Raises:
+        ValueError, OSError: An input is not there, holds nothing to read, or is of no known kind.
+    """
+    found: dict[Path, Source] = {}
+    for name in inputs:
+        for source in _expand(name):
+            found.setdefault(source.path.resolve(), source)
+    if not found:
+        raise ValueError("input: is missing; name text files, folders or globs")
+    return list(found.values())
+
+
+def with_sums(sources: Sequence[Source], workers: int) -> list[Source]:
+    """The sources with their sums, taken by ``workers`` threads."""
+
+    def add(source: Source) -> Source:
+        try:
+            return replace(source, sha256=_sha256(source))
+        except OSError as error:
+            raise OSError(f"{source.path}: cannot be read: {error.strerror}; check it") from error
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(add, sources))
+
+
+def _sha256(source: Source) -> str:
+    if source.kind != "dataset":
+        return remembered_sha256(source.path)
+    sums = [remembered_sha256(path) for path in sorted(source.path.iterdir()) if path.is_file()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _expand(name: str) -> Iterator[Source]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        yield from _of_folder(path)
+    elif path.exists():
+        kind = _kind(path)
+        if kind is None:
+            raise ValueError(f"{path}: is of no known kind; give {_KNOWN}, or convert it")
+        yield Source(path, kind, path.stat().st_size)
+    elif glob.has_magic(name):
+        matching = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [(file, _kind(file)) for file in matching if file.is_file()]
+        sources = [Source(file, kind, file.stat().st_size) for file, kind in files if kind]
+        if not sources:
+            raise FileNotFoundError(f"{name}: matches nothing to read; give {_KNOWN}")
+        yield from sources
+    else:
+        raise FileNotFoundError(f"{name}: does not exist; give {_KNOWN}, a folder or a glob")
+
+
+def _of_folder(folder: Path) -> Iterator[Source]:
+    if (folder / _DATASETS_FILE).exists():
+        parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(
+            f"{folder}: holds several datasets ({', '.join(parts)}); name the one that is meant, "
+            f"such as {folder / (parts or ['train'])[0]}"
+        )
+    if all((folder / name).exists() for name in _DATASET_FILES):
+        yield Source(folder, "dataset", sum(path.stat().st_size for path in folder.glob("*.arrow")))
+        return
+    files = sorted(
+        (path.relative_to(folder).parts, path, kind)
+        for path in folder.rglob("*")
+        if (kind := _kind(path)) and path.is_file()
+    )
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds nothing to read; expected {_KNOWN}")
+    for _, path, kind in files:
+        yield Source(path, kind, path.stat().st_size)
+
+
+def _kind(path: Path) -> Kind | None:
+    name = path.name.lower()
+    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+_KNOWN = f"{', '.join(list(SUFFIXES)[:-1])} or {list(SUFFIXES)[-1]}"
+
+
+# --- opening ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A file of lines, uncompressed as it is read, and the file as it is on disk.
+
+    Raises:
+        ValueError: It needs a library that is not installed, or is damaged.
+    """
+    with path.open("rb") as raw:
+        name = path.name.lower()
+        if name.endswith(".gz"):
+            with gzip.open(raw) as file, _damage(path, EOFError, gzip.BadGzipFile, zlib.error):
+                yield cast(IO[bytes], file), raw
+        elif name.endswith(".zst"):
+            zstandard = _library("zstandard", path)
+            with _damage(path, EOFError, zstandard.ZstdError):
+                yield cast(IO[bytes], _ZstdReader(raw, zstandard)), raw
+        else:
+            yield raw, raw
+
+
+class _ZstdReader:
+    """The text of a ``.zst`` of any number of frames. zstandard's own reader takes a cut one for whole."""
+
+    def __init__(self, raw: IO[bytes], zstandard: Any) -> None:
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._frame: Any = None
+        self._text = bytearray()
+
+    def read(self, size: int) -> bytes:
+        rest = b""
+        while len(self._text) < size:
+            compressed = rest or self._raw.read(65536)
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                break
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._text += self._frame.decompress(compressed)
+            rest = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+            if rest and len(self._text) >= size:
+                self._raw.seek(-len(rest), os.SEEK_CUR)
+        found = bytes(self._text[:size])
+        del self._text[:size]
+        return found
+
+
+def open_parquet(path: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile``."""
+    _library("pyarrow", path)
+    from pyarrow import ArrowException, parquet
+
+    with _damage(path, ArrowException, OSError):
+        # by pages: a row group may be a gigabyte
+        return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+def open_dataset(folder: Path) -> Any:
+    """A ``datasets.Dataset``."""
+    datasets = _library("datasets", folder)
+    try:
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever is wrong with one of a dozen files
+        raise ValueError(f"{folder}: is damaged ({type(error).__name__}); save it anew") from error
+
+
+def _library(name: str, path: Path) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        wanted = "datasets" if name == "datasets" else "'gpt-lightning[data]'"
+        raise ValueError(f"{path}: needs {name} to be read; pip install {wanted}") from error
+
+
+@contextmanager
+def _damage(path: Path, *errors: type[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{path}: is damaged ({error}); fetch it anew") from error

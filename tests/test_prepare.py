@@ -1,0 +1,740 @@
+"""prepare: whatever it is given, however it is run and interrupted, the same tokens; and read_splits on them."""
+
+import errno
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, Command, Done, python
+from test_durability import mutate
+
+from gpt_lightning.cli import prepare as cli_prepare
+from gpt_lightning.data import documents, store, sums, tokens
+from gpt_lightning.data.corpus import read_corpus
+from gpt_lightning.data.documents import safe_cut, split_of
+from gpt_lightning.data.prepare import Settings, prepare
+from gpt_lightning.data.store import open_store
+from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_documents, encode_prompt
+
+SAMPLE = read_corpus("sample")
+PARAGRAPHS = SAMPLE.split("\n\n")
+END = 50256
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
+def joined(folder: Path) -> tuple[list[int], list[int]]:
+    """A store's training and validation tokens."""
+    train, val = open_store(folder).values()
+    return np.concatenate(train).tolist(), np.concatenate(val).tolist()
+
+
+def documents_of(ids: Sequence[int]) -> list[str]:
+    return decode(ids).split("<|endoftext|>") if len(ids) else []
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_lines(path: Path, texts: Sequence[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def awkward(rng: random.Random, size: int) -> str:
+    """Text in which a cut in the wrong place shows: runs of all kinds of white space, and what clings to it."""
+    parts = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x85", "\x1c", "a", "Ünï",
+             "'s", "'", "don't", "42", "7", "...", "!", "🦜", "語", "。", "word", "Every", "\u200b", "e\u0301"]  # fmt: skip
+    return "".join(rng.choice(parts) for _ in range(size))
+
+
+# --- the same tokens ------------------------------------------------------------------------------
+
+
+def test_a_text_is_cut_where_its_tokens_are_the_wholes() -> None:
+    rng = random.Random(1)
+    cuts = 0
+    for _ in range(3000):
+        text = awkward(rng, rng.randrange(2, 40)).encode()
+        if cut := safe_cut(text):
+            cuts += 1
+            parts = [encode_corpus(part.decode()).tolist() for part in (text[:cut], text[cut:])]
+            assert parts[0] + parts[1] == encode_corpus(text.decode()).tolist(), (text, cut)
+    assert cuts > 1500
+    # which is not so everywhere
+    assert encode_prompt("a\n\n") + encode_prompt("b") != encode_prompt("a\n\nb")
+
+
+@pytest.mark.parametrize("piece", [64, 300, 5000])
+def test_a_long_text_in_pieces_is_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Marks, line ends of all kinds and long words included."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece)
+    rng = random.Random(piece)
+    text = "<|endoftext|>".join(
+        "x" + awkward(rng, rng.choice([3, 30, 3000])) + "y" * rng.choice([0, 500])
+        for _ in range(12)
+    )
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", Settings(val_ratio=0), workers=3)
+    whole = encode_corpus((tmp_path / "a.txt").read_text(encoding="utf-8"))
+    assert joined(tmp_path / "out") == (whole.tolist(), [])
+
+
+def test_a_folder_is_what_data_text_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "texts" / "more"
+    folder.mkdir(parents=True)
+    for i, paragraph in enumerate(PARAGRAPHS[:9]):
+        (folder.parent if i % 2 else folder).joinpath(f"{i}.txt").write_text(paragraph)
+    (folder / "z.csv").write_text("a,b")
+    prepare([str(folder.parent)], tmp_path / "out", Settings(val_ratio=0))
+    expected = encode_corpus(read_corpus(str(folder.parent)))
+    assert joined(tmp_path / "out")[0] == expected.tolist()
+
+
+def written_as(folder: Path, kind: str, texts: Sequence[str]) -> Path:
+    lines = write_lines(folder / "rows.jsonl", texts).read_bytes()
+    if kind == ".jsonl":
+        return folder / "rows.jsonl"
+    (folder / "rows.jsonl").unlink()
+    path = folder / f"rows{kind}"
+    half = lines.index(b"\n", len(lines) // 2) + 1
+    if kind == ".jsonl.gz":  # of two members, and two frames
+        path.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
+    elif kind == ".jsonl.zst":
+        zstandard = pytest.importorskip("zstandard")
+        frames = [zstandard.ZstdCompressor().compress(p) for p in (lines[:half], lines[half:])]
+        path.write_bytes(b"".join(frames))
+    elif kind == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        table = pyarrow.table({"id": list(range(len(texts))), "text": list(texts)})
+        parquet.write_table(table, path, row_group_size=300)
+    else:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_dict({"text": list(texts)}).save_to_disk(str(path))
+    return path
+
+
+KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "-dataset"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """In one way or the other the same documents; and interrupted after any piece the same store."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 3000)
+    rng = random.Random(3)
+    texts = [awkward(rng, rng.choice([1, 20, 300])) + f" {i}" for i in range(700)]
+    path = written_as(tmp_path, kind, texts)
+    settings = Settings(val_ratio=0.2, shard_tokens=4000)
+    prepare([str(path)], tmp_path / "out", settings, workers=2)
+    train, val = joined(tmp_path / "out")
+    for ids, split in [(train, "train"), (val, "val")]:
+        expected = [t for t in texts if split_of(documents.content_hash(t.encode()), 0.2) == split]
+        assert documents_of(ids) == expected
+    assert 80 < len(documents_of(val)) < 210
+    interrupted_everywhere([str(path)], tmp_path / "cut", settings, every=7)
+    assert everything(tmp_path / "cut") == everything(tmp_path / "out")
+
+
+def test_an_end_of_text_in_a_row_is_plain_text(tmp_path: Path) -> None:
+    texts = ["one <|endoftext|> two", "three"]
+    path = write_lines(tmp_path / "rows.jsonl", texts)
+    prepare([str(path)], tmp_path / "out", Settings(val_ratio=0))
+    ids, _ = joined(tmp_path / "out")
+    assert ids.count(END) == 1
+    assert ids == [*encode_prompt(texts[0]), END, *encode_prompt(texts[1])]
+
+
+def test_documents_are_tokenised_as_each_by_itself() -> None:
+    """Though joined, and though they may hold parts of the mark, or all of it."""
+    rng = random.Random(4)
+    parts = ["<|", "endoftext", "|>", "<|endoftext|>", " ", "\n", "a", "<", ">"]
+    for _ in range(300):
+        texts = ["".join(rng.choices(parts, k=rng.randrange(1, 6))) for _ in range(3)]
+        one, two, three = map(encode_prompt, texts)
+        assert encode_documents(texts).tolist() == [*one, END, *two, END, *three]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_have_no_say(corpus: list[str], whole: Path, tmp_path: Path, workers: int) -> None:
+    prepare(corpus, tmp_path / "out", SHARDS, workers=workers)
+    assert everything(tmp_path / "out") == everything(whole)
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+SHARDS = Settings(val_ratio=0.2, shard_tokens=5000)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A text of many pieces with a long document in the middle, lines, and a folder."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 4000)
+    short = "<|endoftext|>".join(PARAGRAPHS[:20])
+    (tmp_path / "a.txt").write_text(f"{short}<|endoftext|>{SAMPLE * 2}<|endoftext|>{short} end")
+    write_lines(tmp_path / "b.jsonl", [f"{i} {p}" for i in range(3) for p in PARAGRAPHS])
+    (tmp_path / "c").mkdir()
+    for i in range(4):
+        (tmp_path / "c" / f"{i}.md").write_text(SAMPLE[i * 900 :][: 2000 * i + 1])
+    return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c")]
+
+
+@pytest.fixture
+def whole(corpus: list[str], tmp_path: Path) -> Path:
+    prepare(corpus, tmp_path / "whole", SHARDS)
+    return tmp_path / "whole"
+
+
+def interrupted_everywhere(inputs: list[str], out: Path, settings: Settings, every: int) -> int:
+    """Prepare, interrupted ``every`` pieces; returns how many times."""
+    for times in range(1000):
+        seen = 0
+
+        def interrupt(done: int, total: int, tokens: int, *, at: int = every) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+
+        try:
+            prepare(inputs, out, settings, workers=2, on_progress=interrupt)
+            return times
+        except KeyboardInterrupt:
+            every += 1  # else a shard of so many pieces would never be whole
+    raise AssertionError("it never ends")
+
+
+def test_interrupted_after_any_piece_it_is_the_same(
+    corpus: list[str], whole: Path, tmp_path: Path
+) -> None:
+    for every in (1, 5):
+        assert interrupted_everywhere(corpus, tmp_path / f"{every}", SHARDS, every) > 3
+        assert everything(tmp_path / f"{every}") == everything(whole)
+
+
+def test_interrupted_by_ratio_too(corpus: list[str], tmp_path: Path) -> None:
+    """The cut falls into the long document."""
+    settings = Settings("text", "ratio", 0.8, shard_tokens=3000)
+    prepare(corpus, tmp_path / "straight", settings, workers=2)
+    assert interrupted_everywhere(corpus, tmp_path / "cut", settings, 1) > 3
+    assert everything(tmp_path / "cut") == everything(tmp_path / "straight")
+    train, val = joined(tmp_path / "cut")
+    assert documents_of(train)[-1] + documents_of(val)[0] == SAMPLE * 2
+
+
+@pytest.mark.parametrize("name", ["replace", pytest.param("fsync", marks=pytest.mark.slow)])
+def test_crashed_at_any_write_it_is_the_same(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """At the n-th sync or rename, for every n: nothing after it happens, as with a SIGKILL."""
+    real = getattr(os, name)
+    shards = Settings(val_ratio=0.2, shard_tokens=12_000)
+    prepare(corpus, tmp_path / "whole", shards)
+    for n in range(1, 200):
+        calls = 0
+
+        def crash(*arguments: Any, n: int = n) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                raise KeyboardInterrupt
+            real(*arguments)
+
+        out = tmp_path / f"{name}{n}"
+        monkeypatch.setattr(os, name, crash)
+        try:
+            prepare(corpus, out, shards)
+            crashed = False
+        except KeyboardInterrupt:
+            crashed = True
+        monkeypatch.setattr(os, name, real)
+        if not crashed:
+            assert n > 4
+            return
+        prepare(corpus, out, shards)
+        assert everything(out) == everything(tmp_path / "whole"), n
+    raise AssertionError("it never ends")
+
+
+def command_line(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "gpt_lightning", "prepare", *arguments]
+
+
+@pytest.fixture
+def megabytes(tmp_path: Path) -> list[str]:
+    """Arguments that take about a second."""
+    rng = random.Random(5)
+    texts = [" ".join(rng.choices(PARAGRAPHS, k=20)) for _ in range(700)]
+    write_lines(tmp_path / "rows.jsonl", texts)
+    return [str(tmp_path / "rows.jsonl"), "--shard_tokens=20000"]
+
+
+def test_killed_five_times_it_is_the_same(megabytes: list[str], tmp_path: Path) -> None:
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    subprocess.run(command_line(*megabytes, f"--out={straight}", "--workers=1"), check=True)
+    rng = random.Random(6)
+    kills = 0
+    while kills < 5:
+        begun = len(list(cut.glob("*.u16")))
+        process = subprocess.Popen(command_line(*megabytes, f"--out={cut}", "--workers=2"))
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(cut.glob("*.u16"))) > begun:  # at work, with a shard more than before
+                break
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+        kills += 1
+    subprocess.run(command_line(*megabytes, f"--out={cut}"), check=True)
+    assert everything(cut) == everything(straight)
+
+
+def test_ctrl_c_says_how_to_go_on(megabytes: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command_line(*megabytes, f"--out={out}"), stderr=subprocess.PIPE)
+    while len(list(out.glob("train*.u16"))) < 2:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    line = err.decode()
+    assert line.count("\n") == 1
+    assert "the same command goes on" in line
+    with pytest.raises(ValueError, match="is an unfinished token store; go on with the prepare"):
+        tokens.read_splits(str(out), 0.9)
+    done = python(*command_line(*megabytes, f"--out={out}", "--json")[1:])
+    assert (
+        json.loads(done.stdout)["documents"] == {"train": 1000, "val": 100} or done.returncode == 0
+    )
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, megabytes: list[str]) -> None:
+    limited = (
+        "import resource, sys; from gpt_lightning.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    done = python("-c", limited, "prepare", *megabytes, f"--out={tmp_path}/full")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "full: cannot be written (File too large); make room, and the same" in done.stderr
+    assert not (tmp_path / "full").exists()
+
+
+def test_a_disk_that_fills_up_is_gone_on_from(
+    command: Command, corpus: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 8
+    real = store.write_sealed
+
+    def write(path: Path, content: dict[str, Any]) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
+
+    monkeypatch.setattr(store, "write_sealed", write)
+    arguments = ("prepare", *corpus, "--out=store", "--val_ratio=0.2", "--shard_tokens=5000")
+    refused(command(*arguments), "store: cannot be written (No space left on device); make room")
+    assert len(list(Path("store").glob("*.u16"))) > 7
+    assert command(*arguments).code == 0
+    assert everything(Path("store")) == everything(whole)
+
+
+def test_two_at_once(corpus: list[str], tmp_path: Path) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*_: int) -> None:
+        inside.set()
+        go.wait(30)
+
+    first = threading.Thread(
+        target=prepare, args=(corpus, tmp_path / "out", SHARDS), kwargs={"on_progress": wait}
+    )
+    first.start()
+    try:
+        assert inside.wait(30)
+        with pytest.raises(ValueError, match="another prepare is writing it"):
+            prepare(corpus, tmp_path / "out", SHARDS)
+    finally:
+        go.set()
+        first.join()
+    assert open_store(tmp_path / "out")
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+def test_by_hash_more_files_move_none(tmp_path: Path) -> None:
+    texts = [f"{i} {paragraph}" for i in range(6) for paragraph in PARAGRAPHS]
+    write_lines(tmp_path / "b.jsonl", texts[:200])
+    write_lines(tmp_path / "a.jsonl", texts[200:])
+    prepare([str(tmp_path / "b.jsonl")], tmp_path / "few", Settings())
+    prepare([str(tmp_path)], tmp_path / "more", Settings(), workers=2)
+    few, more = (
+        [set(documents_of(ids)) for ids in joined(tmp_path / name)] for name in ("few", "more")
+    )
+    assert all(before <= after for before, after in zip(few, more, strict=True))
+    assert not more[0] & more[1]
+    assert 0.05 < len(more[1]) / len(texts) < 0.15
+
+
+@pytest.mark.parametrize("val_ratio", [0.0, 0.1, 0.5, 0.93])
+def test_by_ratio_a_text_is_cut_once(tmp_path: Path, val_ratio: float) -> None:
+    (tmp_path / "mine.txt").write_text(SAMPLE)
+    prepare([str(tmp_path / "mine.txt")], tmp_path / "out", Settings("text", "ratio", val_ratio))
+    train, val = joined(tmp_path / "out")
+    assert train + val == encode_corpus(SAMPLE).tolist()
+    cut = len(decode(train).encode()) - (1 - val_ratio) * len(SAMPLE.encode())
+    assert 0 <= cut < 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_ratio_the_last_rows_are_for_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
+    texts = [f"{i:05} {'x' * 20}" for i in range(1000)]
+    path = written_as(tmp_path, kind, texts)
+    prepare([str(path)], tmp_path / "out", Settings("text", "ratio", 0.25), workers=2)
+    train, val = (documents_of(ids) for ids in joined(tmp_path / "out"))
+    assert train + val == texts
+    assert len(val) == 250
+
+
+# --- reading it -----------------------------------------------------------------------------------
+
+
+def test_fit_and_validate_take_a_store(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(SAMPLE)
+    done = command(
+        "prepare", "mine.txt", "--out=store", "--split=ratio", "--val_ratio=0.9", "--json"
+    )
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    assert sum(said["tokens"].values()) == len(encode_corpus(SAMPLE))
+    config = f"--config={ROOT}/configs/quickstart.yaml"
+    small = [argument for argument in SMALL if not argument.startswith("--data.t")]
+    done = command("fit", config, *small, "--data.text=store", "--data.train_ratio=0.3",
+                   "--trainer.max_steps=2")  # fmt: skip
+    assert done.code == 0, done.err
+    assert (
+        done.err.count("data.train_ratio: 0.3 has no effect on store, of which prepare put 0.1")
+        == 1
+    )
+    done = command("validate", config, *small, "--data.text=store", "--data.train_ratio=0.1",
+                   "--init_from=checkpoints/quickstart", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "has no effect" not in done.err
+    losses = json.loads(done.out)
+    assert 0 < losses["train_tokens"] < losses["val_tokens"]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "rows.jsonl", PARAGRAPHS * 2)
+    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", Settings(shard_tokens=3000))
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize(
+    "what", ["train-00000.u16", "train-00002.u16", "val-00000.u16", "manifest.json"]
+)
+def test_no_mutation_is_silent(prepared: Path, what: str) -> None:
+    expected = joined(prepared)
+    original = (prepared / what).read_bytes()
+    rng = random.Random(what)
+    refused = 0
+    for _ in range(250):
+        (prepared / what).write_bytes(mutated := mutate(original, rng))
+        try:
+            found = tokens.read_splits(str(prepared), 0.9)
+        except (ValueError, OSError) as error:
+            refused += mutated != original
+            lines = str(error).count("\n")
+        else:
+            lines = 0
+            assert [np.concatenate(split).tolist() for split in found] == list(expected)
+        assert lines == 0
+    assert refused > 200
+    (prepared / what).unlink()
+    with pytest.raises(ValueError, match=r"is missing|is an unfinished token store"):
+        tokens.read_splits(str(prepared), 0.9)
+
+
+def test_a_whole_shard_is_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the process that opens what prepare has written here; again when it has changed."""
+    monkeypatch.setattr(sums, "WORTH_REMEMBERING", 0)
+    write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
+    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", Settings())
+    summed: list[str] = []
+    real = sums.sha256_of
+    monkeypatch.setattr(sums, "sha256_of", lambda path: (summed.append(path.name), real(path))[1])
+    open_store(tmp_path / "store")
+    assert summed == []
+    moved = (tmp_path / "store").rename(tmp_path / "moved")
+    open_store(moved)
+    open_store(moved)
+    assert summed == ["train-00000.u16", "val-00000.u16"]
+    content = bytearray((moved / "val-00000.u16").read_bytes())
+    content[5] ^= 1
+    (moved / "val-00000.u16").write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"val-00000.u16: is damaged: its SHA-256"):
+            open_store(moved)
+
+
+def test_a_store_of_another_tokenizer(
+    command: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["tokenizer"] = {"name": "cl100k_base"}
+    store.write_sealed(prepared / "manifest.json", manifest)
+    done = command(
+        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--data.text={prepared}"
+    )
+    refused(done, "another tokenizer (cl100k_base)")
+    assert not Path("checkpoints").exists()
+
+
+def test_a_long_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens come from the cache afterwards; another text or ratio is another store."""
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", 1000)
+    path = tmp_path / "mine.txt"
+    path.write_text(SAMPLE)
+    first = tokens.read_splits(str(path), 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(tokens, "read_corpus", None)
+        again = tokens.read_splits(str(path), 0.5)
+        with pytest.raises(TypeError):
+            tokens.read_splits(str(path), 0.6)
+    assert [a.tolist() for (a,) in first] == [a.tolist() for (a,) in again]
+    path.write_text(SAMPLE[1:])
+    (changed,), _ = tokens.read_splits(str(path), 0.5)
+    assert changed.tolist() == encode_corpus(SAMPLE[1:][: len(SAMPLE[1:]) // 2]).tolist()
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def refused(done: Done, *parts: str) -> None:
+    assert (done.code, done.out) == (2, ""), done
+    assert done.err.startswith("gpt_lightning: error: ")
+    assert done.err.count("\n") == 1, done.err
+    for part in parts:
+        assert part in done.err
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("a.jsonl", GOOD + b"{broken\n", "a.jsonl, line 2: is no JSON; "),
+        ("a.jsonl", GOOD + b'{"text": "cut', "a.jsonl, line 2: is no JSON; "),
+        ("a.jsonl", GOOD + b"\n" + b'"text"\n', "a.jsonl, line 3: is no JSON object; "),
+        ("a.jsonl", GOOD + b'{"content": "x"}\n', "line 2: lacks the field text; name the text's with --field"),
+        ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: text is null and no text"),
+        ("a.jsonl", GOOD + b'{"text": 3}\n', "line 2: text is a int and no text"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2: text holds half a surrogate pair"),
+        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: is no JSON"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "line 2: is not UTF-8 (byte 27: invalid start byte)"),
+        ("a.txt", b"good<|endoftext|>bad \xff", "a.txt: is not UTF-8 (byte 21: invalid start byte); convert it"),
+        ("a.txt", b"long " * 1000 + b"\xe2\x82", "a.txt: is not UTF-8 (byte 5000: unexpected end of data)"),
+        ("a.txt", b"long " * 900 + b"\xff" + b"long " * 900 + b"<|endoftext|>x", "is not UTF-8 (byte 4500"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-12], "a.jsonl.gz: is damaged ("),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: is damaged ("),
+        ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: is damaged ("),
+        ("a.parquet", b"no parquet", "a.parquet: is damaged ("),
+        ("a.txt", b" \n\n ", "a.txt: holds no document with text"),
+        ("a.jsonl", b"", "a.jsonl: holds no document with text"),
+        ("a.csv", b"a,b", "a.csv: is of no known kind; give .txt, .md, .jsonl"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+    part: str,
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    (tmp_path / name).write_bytes(content)
+    refused(command("prepare", name, "--out=deep/store", "--val_ratio=0"), part)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["nowhere"], ["nowhere: does not exist"]),
+        (["*.jsonl"], ["*.jsonl: matches nothing to read"]),
+        (["."], [".: holds nothing to read"]),
+        (["../one.txt"], ["one.txt is one document", "--split ratio"]),
+        (["../two.txt", "--val_ratio=1e-9"], ["none of 2 document(s) is for validation"]),
+        (["../two.txt", "--val_ratio=1"], ["val_ratio: 1.0"]),
+        (["../two.txt", "--val_ratio=-0.1"], ["val_ratio: -0.1"]),
+        (["../two.txt", "--shard_tokens=0"], ["shard_tokens: 0"]),
+        (["../two.txt", "--workers=0"], ["workers: 0"]),
+        (["../two.txt", "--split=half"], ["split"]),
+        (["../two.txt", "--shard_tokns=5"], ["did you mean shard_tokens?"]),
+        ([], ["nputs"]),
+    ],
+)
+def test_what_is_meant_is_not_clear(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    parts: list[str],
+) -> None:
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "two.txt").write_text("one<|endoftext|>two")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    refused(command("prepare", *arguments, "--out=store"), *parts)
+    assert os.listdir(tmp_path / "here") == []
+
+
+def test_skipped_are_counted(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n" + GOOD + b'{"text": " "}\n' + b'{"x": 1}\n')
+    (tmp_path / "b.txt").write_bytes(b"long " * 900 + b"\xff<|endoftext|>good<|endoftext|>bad\xff")
+    arguments = ("prepare", "a.jsonl", "b.txt", "--out=store", "--val_ratio=0", "--on_error=skip")
+    done = command(*arguments, "--json")
+    assert done.code == 0
+    said = json.loads(done.out)
+    assert (said["documents"]["train"], said["skipped"], said["empty"]) == (3, 4, 1)
+    assert done.err.splitlines()[:2] == [
+        "skipped: a.jsonl, line 2: is no JSON",
+        "skipped: a.jsonl, line 5: lacks the field text",
+    ]
+    assert documents_of(joined(Path("store"))[0]) == ["good"] * 3
+
+
+def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    path = write_lines(tmp_path / "a.jsonl", [f"{i} {p}" for i in range(4) for p in PARAGRAPHS])
+    with path.open("a") as file:
+        file.write('{"no": 1}\n')
+    arguments = ("prepare", "a.jsonl", "--out=store", "--shard_tokens=5000")
+    refused(command(*arguments), "lacks the field text")
+    shards = {p.name: p.stat().st_mtime_ns for p in Path("store").glob("train*")}
+    assert len(shards) >= 2
+    done = command(*arguments, "--on_error=skip")
+    assert done.code == 0
+    assert f"skipped: a.jsonl, line {4 * len(PARAGRAPHS) + 1}: lacks the field text\n" in done.err
+    assert Path("store/train-00000.u16").stat().st_mtime_ns == shards["train-00000.u16"]
+    assert command(*arguments, "--on_error=skip", "--shard_tokens=5000").code == 0
+
+
+def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepared: Path) -> None:
+    before = everything(prepared)
+    done = command("prepare", "rows.jsonl", f"--out={prepared}", "--shard_tokens=3000")
+    assert done.code == 0
+    assert "is prepared already, from the same sources" in done.err
+    write_lines(tmp_path / "other.jsonl", PARAGRAPHS)
+    same = (f"--out={prepared}", "--shard_tokens=3000")
+    refused(
+        command("prepare", "other.jsonl", *same), "holds a store of other sources", "other.jsonl"
+    )
+    refused(command("prepare", "rows.jsonl", "other.jsonl", *same), "other.jsonl")
+    refused(
+        command("prepare", "rows.jsonl", f"--out={prepared}"), "was begun with --shard_tokens 3000"
+    )
+    assert everything(prepared) == before
+    (prepared / "train-00001.u16").write_bytes(before["train-00001.u16"][:-2])
+    refused(command("prepare", "rows.jsonl", *same), "train-00001.u16: is damaged")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    refused(
+        command("prepare", "rows.jsonl", "--out=photos"), "photos: holds something else (cat.jpg)"
+    )
+    refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is no folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")]
+)
+def test_a_library_that_is_missing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, library, None)
+    done = command("prepare", name, "--out=store")
+    refused(done, f"{name}: needs {library} to be read; pip install 'gpt-lightning[data]'")
+
+
+def test_a_parquet_without_the_field(command: Command, tmp_path: Path) -> None:
+    path = written_as(tmp_path, ".parquet", ["x"])
+    refused(
+        command("prepare", str(path), "--field=content", "--out=store"),
+        "has no text content (but id, text)", "--field",
+    )  # fmt: skip
+    refused(command("prepare", str(path), "--field=id", "--out=store"), "has no text id")
+
+
+# --- how it runs ----------------------------------------------------------------------------------
+
+
+def test_it_tells_how_far_it_is(
+    command: Command, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_prepare, "SECONDS_BETWEEN_LINES", 0.0)
+    done = command("prepare", *corpus, "--out=store")
+    assert done.code == 0
+    assert re.search(r"^\d+ of \d+ MB, [\d,]+ tokens, [\d.]+ MB/s, eta \d+ s$", done.err, re.M)
+
+
+def test_it_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    code = ("import sys; from gpt_lightning.cli import main; "
+            "main(['prepare', 'a.txt', '--out', 'store', '--val_ratio', '0']); "
+            "sys.stderr.write(' '.join(sys.modules))")  # fmt: skip
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0
+    assert not {"lightning", "torch"} & set(done.stderr.split())
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """Peak RSS of a process, for one long document and many short ones: 4 times the text, at most 4 MB more."""
+    code = ("import sys; from gpt_lightning.cli import main; from gpt_lightning.data import documents; "
+            "documents.PIECE_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
+    peaks = []
+    for times in (80, 320):
+        rows = str(write_lines(tmp_path / "a.jsonl", [SAMPLE] * times))
+        (tmp_path / "a.txt").write_text(SAMPLE * times)
+        out = f"--out={tmp_path}/{times}"
+        done = python("-c", code, "prepare", rows, f"{tmp_path}/a.txt", out, "--val_ratio=0")
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 4
+    assert peaks[1] < 200

@@ -45,7 +45,7 @@ class WindowLoader:
     that a ``DataLoader`` draws, a base seed and the sampler's, and so sees the book's order.
 
     A batch is counted before it is handed out, so a checkpoint written while it is worked on says that
-    it was seen.
+    it was seen. All ranks get as many batches; where a short last one leaves a rank nothing, it is ``(0, L)``.
 
     Args:
         windows: ``(N, L + 1)``, see :func:`windows`.
@@ -119,8 +119,6 @@ class WindowLoader:
                 return
             numbers, batch = read
             self._batches += 1
-            if not len(numbers):  # a short last batch leaves nothing for this rank
-                return
             self.handed_out = numbers
             yield batch
 

@@ -24,9 +24,14 @@ class TokenMean(Metric):
         self.add_state("bytes", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, weight: int, text_bytes: Tensor | int = 0) -> None:
-        """A batch's mean loss in nats, its tokens (or 1, for a mean of means), the bytes they stand for."""
+        """A batch's mean loss in nats, its tokens (or 1, for a mean of means), the bytes they stand for.
+
+        A batch without tokens has no mean, and is passed over.
+        """
         # anew at each update, since the model's precision reaches its metrics too
         self.set_dtype(torch.float32 if loss.device.type == "mps" else torch.float64)
+        if not weight:
+            return
         self.total += loss.to(self.total.dtype) * weight
         self.tokens += weight
         self.bytes += text_bytes

@@ -179,10 +179,11 @@ class LossEvaluation(Callback):
         for i, batch in enumerate(loader):
             if self.eval_iter is not None and i >= self.eval_iter:
                 break
-            inputs, targets = module.transfer_batch_to_device(batch, module.device, 0)
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
             with trainer.precision_plugin.forward_context():
-                loss = module.loss((inputs, targets))
-            mean.update(loss, 1 if self.rng == "global" else targets.numel())
+                loss = module.loss(batch)
+            tokens = batch[1].numel()
+            mean.update(loss, min(tokens, 1) if self.rng == "global" else tokens)
         return float(mean.compute()["loss"])
 
 

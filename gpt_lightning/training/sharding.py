@@ -2,11 +2,17 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -30,10 +36,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     not hold a file against its sums, and takes an optimizer's groups for one.
 
     Args:
-        process_group_backend: 'nccl' or 'gloo'; none: what suits the devices.
+        process_group_backend: How they talk; none: what suits them, nccl on GPUs and gloo on CPUs.
     """
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
+    def __init__(self, process_group_backend: Literal["nccl", "gloo"] | None = None) -> None:
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend
         )
@@ -99,6 +105,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             load_optimizer_state(optimizer, stored)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """``ValueError`` for one whose checkpoints another number of devices could not read, or that cannot be resumed."""
+    forks = getattr(strategy, "_start_method", "popen") != "popen"
+    if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
+        name = f"{type(strategy).__name__}{' in forked processes' if forks else ''}"
+        raise ValueError(
+            f"trainer.strategy: {name} writes no checkpoints that any number of devices can go on with; give ddp, or "
+            "for shards --config configs/fsdp.yaml"
+        )
 
 
 def shard_model(model: GPTModel, mesh: DeviceMesh, precision: str) -> None:

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -415,6 +417,16 @@ def test_bad_settings(command: Command, arguments: list[str], cause: str) -> Non
     assert done.err.startswith("gpt_lightning: error: ")
     assert cause in done.err
     assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m gpt_lightning (.+)$", SCALING, re.M))
+def test_commands_of_the_docs_parse(
+    command: Command, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        command(*shlex.split(line), "--print_config")
+    assert stop.value.code == 0
 
 
 def test_overlays_go_on_top_of_any_config(

@@ -19,7 +19,7 @@ from gpt_lightning.pretrained.formats import Source, take_weights
 from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments, total_norm
 from gpt_lightning.training.reproducible import global_state, seed_micro_batch, set_global_state
-from gpt_lightning.training.sharding import shard_model
+from gpt_lightning.training.sharding import check_strategy, shard_model
 
 # what TextDataModule.val_dataloader gives to trainer.validate, in its order
 SPLITS = ("val", "train")
@@ -148,6 +148,7 @@ class GPTLightningModule(LightningModule):
             for block in self.model.trf_blocks:
                 block.compile()  # in place: names in checkpoints stay
         if self.device_mesh is not None:
+            check_strategy(self.trainer.strategy)
             shard_model(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
         self._random_numbers = global_state()
 

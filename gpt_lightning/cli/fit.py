@@ -34,6 +34,7 @@ from gpt_lightning.training.module import GPTLightningModule, agreed_architectur
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
 from gpt_lightning.training.saving import RunCheckpoints, checkpointing
+from gpt_lightning.training.sharding import check_strategy
 from gpt_lightning.training.throughput import Throughput, TrainingClock
 
 RUNS = Path("checkpoints")
@@ -391,9 +392,11 @@ class TrainingCLI(LightningCLI):
         settings["enable_checkpointing"] = saves
         settings["enable_model_summary"] = bool(settings.get("enable_model_summary"))
         try:
-            return Trainer(**settings)
-        except MisconfigurationException as error:
+            trainer = Trainer(**settings)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"trainer: {error}") from error
+        check_strategy(trainer.strategy)
+        return trainer
 
     def _watchers(self, leave_traces: bool) -> list[Callback]:
         config = self.config

@@ -17,8 +17,9 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import Source, take_weights
 from gpt_lightning.training.averages import TokenMean
-from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments
+from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments, total_norm
 from gpt_lightning.training.reproducible import global_state, seed_micro_batch, set_global_state
+from gpt_lightning.training.sharding import check_strategy, shard_model
 
 # what TextDataModule.val_dataloader gives to trainer.validate, in its order
 SPLITS = ("val", "train")
@@ -133,7 +134,8 @@ class GPTLightningModule(LightningModule):
             return
         torch.manual_seed(self.seed)
         if self._start is None:
-            self.model = GPTModel(self.config)
+            with torch.device("cpu"):  # a seed's weights are the same on any device, and any number
+                self.model = GPTModel(self.config)
         else:  # no draws: exercise 5.4 seeds after loading
             with torch.device("meta"):
                 self.model = GPTModel(self.config)
@@ -145,6 +147,9 @@ class GPTLightningModule(LightningModule):
         if self.compile_blocks:
             for block in self.model.trf_blocks:
                 block.compile()  # in place: names in checkpoints stay
+        if self.device_mesh is not None:
+            check_strategy(self.trainer.strategy)
+            shard_model(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
         self._random_numbers = global_state()
 
     def configure_optimizers(self) -> Optimizer:
@@ -201,7 +206,7 @@ class GPTLightningModule(LightningModule):
         if self._grad_norm is None:
             groups = self._optimizer().param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            self._grad_norm = nn.utils.get_total_norm(grads)
+            self._grad_norm = total_norm(grads)
         return self._grad_norm
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

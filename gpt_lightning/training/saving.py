@@ -24,6 +24,7 @@ from gpt_lightning.training.checkpoint import (
     remove_leftovers,
 )
 from gpt_lightning.training.progress import total_steps
+from gpt_lightning.training.sharding import local
 from gpt_lightning.training.throughput import TrainingClock
 
 OnFailure = Literal["go_on", "stop"]
@@ -177,7 +178,8 @@ class RunCheckpoints(Checkpoint):
         return trainer.global_step % self.every_n_train_steps == 0
 
     def _save(self, trainer: Trainer, module: LightningModule, *, ends: bool) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(finite):
             raise FloatingPointError(
                 f"step {trainer.global_step - 1}: has made parameters that are not finite; "
                 f"{self.folder / LAST} stays the one before"

@@ -114,6 +114,7 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
     [
         ("generation", ["--repeats=1"]),
         ("saving", ["--repeats=1"]),
+        pytest.param("plan", [], marks=pytest.mark.slow),
         pytest.param("loading", [], marks=pytest.mark.slow),
         pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
     ],

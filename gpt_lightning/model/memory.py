@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.heap import Heap
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 
 DeviceType = Literal["cpu", "cuda"]
@@ -40,6 +41,9 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "16-true": (torch.float16, None),
     "64-true": (torch.float64, None),
 }
+
+
+UPDATES = 2  # after which a heap grows no more that matters
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Held:
         activations: What blocks, embeddings and the last norm keep for the backward pass.
         loss: Logits, their softmax and gradient; with chunks the gradients by features and head.
         backward: What the backward pass makes and uses up.
+        kept: On a CPU what malloc keeps of freed memory, see :class:`Heap`.
         phase: When: in the forward pass, the loss or the backward pass.
     """
 
@@ -90,13 +95,14 @@ class Held:
     activations: int
     loss: int
     backward: int
+    kept: int
     phase: str
 
     @property
     def total(self) -> int:
         return (
             self.weights + self.gradients + self.moments + self.copies
-            + self.gathered + self.activations + self.loss + self.backward
+            + self.gathered + self.activations + self.loss + self.backward + self.kept
         )  # fmt: skip
 
 
@@ -110,33 +116,47 @@ def held(step: TrainingStep) -> Held:
 
 def _count(step: TrainingStep, mesh: DeviceMesh | None) -> Held:
     dtype, low = PRECISIONS[step.precision]
-    live = _Live()
+    live = _Live(Heap() if step.device == "cpu" else None)
     with FakeTensorMode(), live, ExitStack() as modes:
         with _default_dtype(dtype):
             training = _Training(step, live.enter)
         idx, targets = torch.zeros(2, step.batch_size, step.length, dtype=torch.int64)
         if step.device == "cuda":
             modes.enter_context(_as_on_cuda(low))
-        if mesh is None:
-            parameters = list(training.parameters())
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-                p.register_post_accumulate_grad_hook(lambda p: live.tag([p.grad], "gradients"))
-        else:
+        if mesh is not None:
             _shard(training, mesh, low)
-            parameters = list(training.parameters())
-            # FSDP2 makes its buffers in the first pass, and keeps whole gradients until the last micro-batch
-            training.set_requires_gradient_sync(not step.accumulate)  # type: ignore[operator]
-            _forward_and_backward(training, idx, targets, low, live, zero=False)
-            training.set_requires_gradient_sync(True)  # type: ignore[operator]
-            live.rename("backward", "gathered")
+        parameters = list(training.parameters())
         live.tag(parameters, "weights")
-        live.tag([p.grad for p in parameters if p.grad is not None], "gradients")
-        moments = 2 * live.bytes["weights"]
+        if mesh is None:
+            for p in parameters:
+                p.register_post_accumulate_grad_hook(lambda p: live.tag([p.grad], "gradients"))
+
+        def update() -> None:
+            if step.accumulate:
+                # FSDP2 keeps whole gradients until the last micro-batch
+                _sync_gradients(training, False)
+                _forward_and_backward(training, idx, targets, low, live, zero=True)
+                _sync_gradients(training, True)
+                if mesh is not None:
+                    live.rename("backward", "gathered")
+            _forward_and_backward(training, idx, targets, low, live, zero=not step.accumulate)
+            live.tag([p.grad for p in parameters if p.grad is not None], "gradients")
+
+        update()
+        live.enter("moments")
+        moments = [torch.zeros_like(p) for p in parameters for _ in range(2)]
+        live.tag(parameters, "weights")
         live.peak.clear()
-        _forward_and_backward(training, idx, targets, low, live, zero=not step.accumulate)
+        for _ in range(UPDATES if step.device == "cpu" else 1):
+            update()
+        del moments
     at_peak = {name: live.peak[name] for name in Held.__annotations__ if name != "phase"}
-    return Held(**{**at_peak, "moments": moments}, phase=live.peak_phase)
+    return Held(**at_peak, phase=live.peak_phase)
+
+
+def _sync_gradients(training: nn.Module, whether: bool) -> None:
+    if isinstance(training, FSDPModule):
+        training.set_requires_gradient_sync(whether)
 
 
 def _forward_and_backward(
@@ -155,6 +175,8 @@ def _forward_and_backward(
     if zero:
         training.zero_grad()
     loss.backward()
+    if live.heap is not None:
+        live.heap.give_scraps()
 
 
 class _Training(nn.Module):
@@ -191,8 +213,9 @@ class _Live(TorchDispatchMode):
         peak: The same when the sum was highest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heap: Heap | None) -> None:
         super().__init__()
+        self.heap = heap
         self.bytes: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peak_phase = ""
@@ -250,20 +273,27 @@ class _Live(TorchDispatchMode):
 
     def _set(self, storage: torch.UntypedStorage, kind: str) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            before, was = self._storages[key]
-            self.bytes[before] -= was
-        else:
+        before, was = self._storages.get(key, (kind, None))
+        if was is None:
             weakref.finalize(storage, self._forget, key)
-        self._storages[key] = kind, size
+        self.bytes[before] -= was or 0
         self.bytes[kind] += size
-        if self.bytes.total() > self.peak.total():
+        self._storages[key] = kind, size
+        if self.heap is not None and size != was:
+            if was is not None:
+                self.heap.give(key)
+            self.heap.take(key, size)
+        total = self.bytes.total() if self.heap is None else self.heap.resident
+        if total > self.peak.total():
             self.peak = self.bytes.copy()
+            self.peak["kept"] = total - self.bytes.total()
             self.peak_phase = "forward" if self.phase == "activations" else self.phase
 
     def _forget(self, key: int) -> None:
         kind, size = self._storages.pop(key)
         self.bytes[kind] -= size
+        if self.heap is not None:
+            self.heap.give(key)
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def memory(setting: Setting) -> tuple[dict[str, int], str]:
         "activations": counted.activations,
         "logits and loss": counted.loss,
         "backward pass": counted.backward,
+        "kept by malloc": counted.kept,
     }
     when = counted.phase
     if step.precision == "16-mixed" and step.device == "cuda":
@@ -198,7 +199,9 @@ def checkpoint_bytes(setting: Setting) -> int:
 
 
 def _copies(setting: Setting) -> int:
-    return (setting.keep_best + setting.asynchronous) * checkpoint_bytes(setting)
+    """In main memory: the best one, the one being written, and with FSDP2 the whole one that is saved."""
+    copies = setting.keep_best + setting.asynchronous + (setting.strategy == "fsdp")
+    return copies * checkpoint_bytes(setting)
 
 
 def nearest_that_fits(setting: Setting, room: int) -> tuple[Change | None, int | None]:
@@ -227,7 +230,7 @@ def _levers(setting: Setting) -> list[str]:
         "checkpointing": not step.activation_checkpointing,
         "fsdp": setting.devices > 1 and setting.strategy != "fsdp",
         "bf16": step.precision == "32-true",
-        "no copies": step.device == "cpu" and _copies(setting) > 0,
+        "no copies": step.device == "cpu" and (setting.keep_best or setting.asynchronous),
     }
     return [lever for lever, possible in there.items() if possible]
 

@@ -10,8 +10,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,41 +77,23 @@ sys.exit(code)
 """
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    size: str
-    setting: Setting
-    plan: Plan
+WAYS: list[tuple[int, Strategy]] = [
+    (1, "single"), (8, "ddp"), (8, "fsdp"), (64, "ddp"), (64, "fsdp"),
+]  # fmt: skip
 
 
-def rows() -> Iterator[Row]:
-    """GPT-2's sizes as ``configs/pretrain-124M.yaml`` trains them, with the loss whole, on GPUs of 80 GB."""
-    ways: list[tuple[int, Strategy]] = [
-        (1, "single"), (8, "ddp"), (8, "fsdp"), (64, "ddp"), (64, "fsdp"),
-    ]  # fmt: skip
-    for size, architecture in GPT2_SIZES.items():
-        for devices, strategy in ways:
-            step = TrainingStep(
-                replace(architecture, drop_rate=0.0),
-                BATCH_SIZE,
-                LENGTH,
-                precision="bf16-mixed",
-                device="cuda",
-            )
-            micro_batches = WINDOWS // (BATCH_SIZE * devices)
-            setting = Setting(step, devices, strategy, micro_batches, global_batch_is_given=True)
-            yield Row(
-                size,
-                setting,
-                plan(
-                    setting,
-                    tokens=TOKENS,
-                    peak_flops=PEAKS[GPU],
-                    device_memory=int(MEMORY[GPU]),
-                ),
-            )
+def planned(size: str, devices: int, strategy: Strategy) -> Plan:
+    """As ``configs/pretrain-124M.yaml`` trains, with the loss whole, on GPUs of 80 GB."""
+    step = TrainingStep(
+        replace(GPT2_SIZES[size], drop_rate=0.0),
+        BATCH_SIZE,
+        LENGTH,
+        precision="bf16-mixed",
+        device="cuda",
+    )
+    micro_batches = WINDOWS // (BATCH_SIZE * devices)
+    setting = Setting(step, devices, strategy, micro_batches, global_batch_is_given=True)
+    return plan(setting, tokens=TOKENS, peak_flops=PEAKS[GPU], device_memory=int(MEMORY[GPU]))
 
 
 COLUMNS = {
@@ -124,21 +107,24 @@ COLUMNS = {
 }
 
 
-def table() -> str:
+def table(
+    sizes: Sequence[str] = tuple(GPT2_SIZES), ways: Sequence[tuple[int, Strategy]] = WAYS
+) -> str:
     """In Markdown; GB, 10⁹ bytes."""
     head = ["size", "devices", "", *COLUMNS, "in all", "hours"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     names = {"single": "", "ddp": "DDP", "fsdp": "FSDP2"}
-    for row in rows():
-        memory = dict(row.plan.memory)
+    for size, (devices, strategy) in product(sizes, ways):
+        found = planned(size, devices, strategy)
+        memory = dict(found.memory)
         shown = [sum(memory.pop(name, 0) for name in parts) for parts in COLUMNS.values()]
         assert not memory, f"no column shows {memory}"
-        figures = [f"{size / 1e9:.2f}" for size in (*shown, row.plan.total)]
-        assert row.plan.hours is not None
-        fits = "" if row.plan.fits else " (too much)"
+        figures = [f"{part / 1e9:.2f}" for part in (*shown, found.total)]
+        assert found.hours is not None
+        fits = "" if found.fits else " (too much)"
         lines.append(
-            f"| {row.size.removeprefix('gpt2-')} | {row.setting.devices} | {names[row.setting.strategy]} | "
-            f"{' | '.join(figures)}{fits} | {row.plan.hours:,.1f} |"
+            f"| {size.removeprefix('gpt2-')} | {devices} | {names[strategy]} | "
+            f"{' | '.join(figures)}{fits} | {found.hours:,.1f} |"
         )
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from conftest import ROOT, SMALL, Command, python
 from gpt_lightning import GPTConfig, GPTModel, TextDataModule
 from gpt_lightning.model import cost
 from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.heap import Heap
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.memory import TrainingStep, held
 from gpt_lightning.reports.plan import Setting, memory, plan
@@ -92,9 +94,13 @@ def test_activations_are_what_autograd_keeps(drop_rate: float, precision: str) -
     keep(features.detach())
     for tensor in (*model.parameters(), idx):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    head = 2 * config.vocab_size * config.emb_dim if precision == "bf16-mixed" else 0
+    cast = 0
+    if precision == "bf16-mixed":  # what autocast keeps to the end of its pass, and autograd not
+        cast = config.vocab_size * config.emb_dim + sum(
+            p.numel() for n, p in model.named_parameters() if n.endswith("bias") and "norm" not in n
+        )
     positions = 16 * 8  # indices into the positions' embedding, which a fake pass keeps too
-    assert counted.activations + counted.copies - head == pytest.approx(
+    assert counted.activations + counted.copies - 2 * cast == pytest.approx(
         sum(kept.values()), abs=positions
     )
 
@@ -105,8 +111,8 @@ def test_a_step_is_linear_in_windows_and_leaves_nothing_behind(
     accumulate: bool, shards: int
 ) -> None:
     sizes = [
-        held(TrainingStep(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards))
-        for b in (8, 16, 24)
+        held(TrainingStep(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards, device="cuda"))
+        for b in (16, 32, 48)
     ]
     first, second, third = (size.total for size in sizes)
     assert second - first == pytest.approx(third - second, rel=1e-3)
@@ -131,7 +137,7 @@ def test_dropout_on_a_cpu_keeps_the_attention_matrix_and_on_a_gpu_not() -> None:
 def test_chunks_and_checkpointing_keep_what_they_promise() -> None:
     config = replace(SMALL_CONFIG, vocab_size=20000, n_layers=6)
     C, N = config.emb_dim, 32 * 16
-    plain = TrainingStep(config, 32, 16)
+    plain = TrainingStep(config, 32, 16, device="cuda")
     counted = held(plain)
     assert counted.loss >= 4 * 2 * N * config.vocab_size  # logits and their softmax
     chunked = held(replace(plain, loss_chunk_size=64))
@@ -144,12 +150,48 @@ def test_chunks_and_checkpointing_keep_what_they_promise() -> None:
     )
 
 
-def arithmetic(size: str, devices: int, strategy: str) -> dict[str, float]:
+def test_heap_holds_what_is_taken_and_no_more_than_was() -> None:
+    """Whatever is taken and given back: never less than is in use, in the end next to nothing."""
+    heap, random = Heap(), Random(1)
+    in_use: dict[int, int] = {}
+    most = 0
+    for key in range(2000):
+        in_use[key] = size = random.choice([100, 5_000, 300_000, 4_000_000, 40_000_000])
+        heap.take(key, size)
+        while random.random() < 0.55 and in_use:
+            given = random.choice(list(in_use))
+            del in_use[given]
+            heap.give(given)
+        most = max(most, sum(in_use.values()))
+        assert heap.resident >= sum(in_use.values())
+    assert heap.resident < 3 * most
+    for key in in_use:
+        heap.give(key)
+    heap.give_scraps()
+    assert heap.resident <= 64 << 20
+
+
+def test_heap_gives_large_blocks_back_and_keeps_holes() -> None:
+    heap = Heap()
+    heap.take(0, 100 << 20)
+    heap.give(0)
+    assert heap.resident == 0
+    for key in range(1, 4):
+        heap.take(key, 100_000)
+    before = heap.resident
+    heap.give(2)
+    assert heap.resident == before  # a hole below what is in use
+    heap.take(4, 50_000)
+    assert heap.resident == before  # which serves the next
+
+
+def arithmetic(size: str, devices: int, strategy: str) -> dict[str, tuple[float, float]]:
     """A row of the table by formula: bf16-mixed on a GPU without dropout, 8 windows of 1,024 on a device.
 
     A token keeps in a block two float32 inputs of norms (8C bytes), their bfloat16 outputs (4C), q, k and v
     (6C), attention's output (2C) and its logsumexp (4 a head), GELU's input and output (8C each), and the norms'
-    statistics (16); beside the blocks the last norm's input and output (8C) and statistics.
+    statistics (16); beside the blocks the last norm's input (4C) and statistics. From and to: where the peak is
+    in the forward pass, the last norm's output is there too, and autocast's copies of biases.
     """
     config = GPT2_SIZES[size]
     C, V, L, N = config.emb_dim, config.vocab_size, config.n_layers, 8 * 1024
@@ -172,31 +214,29 @@ def arithmetic(size: str, devices: int, strategy: str) -> dict[str, float]:
         "ddp": 4 * whole,
         "fsdp": 2 * root + (4 * whole if accumulates else 0),
     }
+    per_token = L * (36 * C + 16 + 4 * config.n_heads) + 4 * C + 8
+    flops = 6 * (12 * L * C * C + V * C + 2 * L * 1024 * C)
     return {
-        "weights": 4 * share,
-        "AdamW": 8 * share,
-        "bf16 copies": 0 if strategy == "fsdp" else copies,
-        "in transit": in_transit[strategy],
-        "activations": N * (L * (36 * C + 16 + 4 * config.n_heads) + 8 * C + 8),
-        "hours": 6 * (12 * L * C * C + V * C + 2 * L * 1024 * C) * 1e10
-        / (0.4 * 989e12 * devices) / 3600,
-    }  # fmt: skip
+        "weights": (4 * share, 4 * share),
+        "AdamW": (8 * share, 8 * share),
+        "bf16 copies": (0, 0) if strategy == "fsdp" else (copies, copies + 2 * L * 9 * C),
+        "in transit": (in_transit[strategy], in_transit[strategy]),
+        "activations": (N * per_token, N * (per_token + 4 * C)),
+        "hours": (flops * 1e10 / (0.4 * 989e12 * devices) / 3600,) * 2,
+    }
 
 
-def check_rows(benchmark: ModuleType, text: str, sizes: list[str]) -> None:
-    lines = text.splitlines()
+def check_rows(benchmark: ModuleType, lines: list[str]) -> None:
     names = [name.strip() for name in lines[0].strip("|").split("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert len(rows) == 5 * len(sizes)
     for cells in rows:
         row = dict(zip(names, cells, strict=True))
         strategy = {"": "single", "DDP": "ddp", "FSDP2": "fsdp"}[cells[2]]
         expected = arithmetic(f"gpt2-{row['size']}", int(row["devices"]), strategy)
-        for name, value in expected.items():
-            unit, places = (1, 0.05) if name == "hours" else (1e9, 0.005)
-            # 64 devices at one micro-batch each hold most at another moment, with a little more of it kept
-            slack = 0.006 * value / unit if name in ("activations", "bf16 copies") else 0
-            assert float(row[name]) == pytest.approx(value / unit, abs=places * 1.01 + slack), name
+        for name, (low, high) in expected.items():
+            unit, rounding = (1, 0.051) if name == "hours" else (1e9, 0.0051)
+            shown = float(row[name].replace(",", ""))
+            assert low / unit - rounding <= shown <= high / unit + rounding, (cells, name)
         parts = sum(float(row[name]) for name in benchmark.COLUMNS)
         assert float(row["in all"].split()[0]) == pytest.approx(parts, abs=0.04)
 
@@ -208,14 +248,12 @@ def documented(benchmark: ModuleType) -> list[str]:
 
 
 def test_documented_table_is_arithmetics(benchmark: ModuleType) -> None:
-    check_rows(benchmark, "\n".join(documented(benchmark)), list(GPT2_SIZES))
+    check_rows(benchmark, documented(benchmark))
 
 
-def test_documented_table_is_what_plan_counts_for_124M(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(benchmark, "GPT2_SIZES", {"gpt2-124M": GPT2_SIZES["gpt2-124M"]})
-    assert benchmark.table().splitlines() == documented(benchmark)[:7]
+def test_a_documented_row_is_what_plan_counts(benchmark: ModuleType) -> None:
+    lines = benchmark.table(["gpt2-124M"], [(1, "single")]).splitlines()
+    assert lines == documented(benchmark)[:3]
 
 
 @pytest.mark.slow

@@ -209,17 +209,29 @@ def nearest_that_fits(setting: Setting, room: int) -> tuple[Change | None, int |
 
     Tried in this order, alone, then two together and so on: a smaller batch with more accumulation, the loss by
     chunks, activations computed again, FSDP2, bf16-mixed, no copy of the best checkpoint. Where all of it is not
-    enough: none, and what remains.
+    enough: none, and the least that remains.
     """
     levers = _levers(setting)
+    least = _least(setting, levers)
+    if least > room:
+        return None, least
     for count in range(1, len(levers) + 1):
         for chosen in combinations(levers, count):
             found = _with(setting, chosen, room)
             if found is not None:
                 return found, None
-    every = [lever for lever in levers if lever != "batch"]
-    last = _smaller(_changed(setting, tuple(every))[0], 1)
-    return None, _total(last)
+    return None, least
+
+
+def _least(setting: Setting, levers: list[str]) -> int:
+    """With one window at a time and all changes, but for those that cost memory where there is little to save."""
+    sure = tuple(lever for lever in levers if lever not in ("batch", "chunks", "bf16"))
+    doubtful = [lever for lever in levers if lever in ("chunks", "bf16")]
+    return min(
+        _total(_smaller(_changed(setting, (*sure, *some))[0], 1))
+        for count in range(len(doubtful) + 1)
+        for some in combinations(doubtful, count)
+    )
 
 
 def _levers(setting: Setting) -> list[str]:

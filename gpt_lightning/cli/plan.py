@@ -186,8 +186,8 @@ class PlanCLI(TrainingCLI):
         if isinstance(asked, str) and asked.startswith("ddp"):
             return "ddp", False
         raise ValueError(
-            f"trainer.strategy: plan does not know {asked}; it knows auto, ddp and "
-            "lightning.pytorch.strategies.ModelParallelStrategy"
+            f"trainer.strategy: plan does not know {asked}; it knows auto, ddp, and FSDP2 as a class "
+            "(--config configs/fsdp.yaml)"
         )
 
     def _micro_batches(self, batch_size: int, length: int, devices: int) -> tuple[int, bool]:

@@ -16,6 +16,7 @@ PROG = "gpt_lightning"
 VERBS = {
     "fit": ("fit", "fit", "train a GPTModel, go on with a run, or start from old weights"),
     "validate": ("fit", "validate", "loss and perplexity on the training and validation split"),
+    "plan": ("plan", "run", "what a run will take: memory, disk, time; runs nothing"),
     "generate": ("generate", "run", "continue prompts with a trained model"),
     "report": ("report", "run", "sampling: next-token frequencies; sweep: temperature × top_k"),
     "download": ("download", "run", "fetch GPT-2's public weights"),

@@ -186,7 +186,7 @@ class RunLogger(TensorBoardLogger):
 class TrainingCLI(LightningCLI):
     """The settings of a run, parsed and made into module, data and trainer; it runs nothing itself."""
 
-    def __init__(self, verb: str, arguments: list[str]) -> None:
+    def __init__(self, verb: str, arguments: list[str], description: str | None = None) -> None:
         _quiet_lightning()
         self.verb = verb
         self.arguments = arguments
@@ -206,7 +206,7 @@ class TrainingCLI(LightningCLI):
             load_from_checkpoint_support=False,  # the module saves its hyperparameters itself
             parser_kwargs={
                 "prog": f"gpt_lightning {verb}",
-                "description": fit.__doc__ if verb == "fit" else validate.__doc__,
+                "description": description or (fit if verb == "fit" else validate).__doc__,
                 "exit_on_error": False,
             },
         )

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its architecture alone: parameters and floating-point operations.
+"""What a model costs, counted from its architecture alone: parameters, operations, a cache's bytes.
 
 B windows of T tokens, C ``emb_dim``, V ``vocab_size``, L ``n_layers``.
 """
@@ -6,14 +6,29 @@ B windows of T tokens, C ``emb_dim``, V ``vocab_size``, L ``n_layers``.
 from gpt_lightning.model.config import GPTConfig
 
 
-def parameters(config: GPTConfig) -> int:
-    """Of all weights, a tied head counted once."""
-    C, V = config.emb_dim, config.vocab_size
+def embedding_parameters(config: GPTConfig) -> int:
+    """Of tokens and positions, and of a head of its own where it is not tied."""
+    heads = 1 if config.tied_embeddings else 2
+    return heads * config.vocab_size * config.emb_dim + config.context_length * config.emb_dim
+
+
+def block_parameters(config: GPTConfig) -> int:
+    """Of one transformer block."""
+    C = config.emb_dim
     attention = 3 * C * C + 3 * C * config.qkv_bias + C * C + C
     feed_forward = 8 * C * C + 5 * C
-    block = attention + feed_forward + 4 * C
-    heads = 1 if config.tied_embeddings else 2
-    return heads * V * C + config.context_length * C + config.n_layers * block + 2 * C
+    return attention + feed_forward + 4 * C
+
+
+def parameters(config: GPTConfig) -> int:
+    """Of all weights, a tied head counted once."""
+    blocks = config.n_layers * block_parameters(config)
+    return embedding_parameters(config) + blocks + 2 * config.emb_dim
+
+
+def kv_cache_bytes(config: GPTConfig, batch_size: int, length: int, itemsize: int = 4) -> int:
+    """Of the keys and values that generating keeps, for ``length`` positions of ``batch_size`` texts."""
+    return 2 * config.n_layers * batch_size * length * config.emb_dim * itemsize
 
 
 def flops_per_token(

@@ -1,0 +1,174 @@
+"""What `plan` says beside what is: python benchmarks/plan.py [--tiny]
+
+First the table of docs/plan.md, GPT-2's four sizes on 1, 8 and 64 GPUs, which takes seconds; --table prints it
+alone. Then three real runs of `fit` on the CPU, each in a process of its own, whose largest resident set is
+compared with what `plan` had counted for the same command. The last line is JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from machine import at_most, description
+
+from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.memory import TrainingStep
+from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
+from gpt_lightning.training.throughput import MEMORY, PEAKS
+
+ROOT = Path(__file__).parent.parent
+GPU = "H100"
+TOKENS = 10_000_000_000
+WINDOWS, LENGTH, BATCH_SIZE = 512, 1024, 8  # 524,288 tokens an update
+TOLERANCE = 0.15
+
+# what the three runs have in common: 3 updates of a model of 77 million parameters
+COMMON = [
+    f"--config={ROOT}/configs/quickstart.yaml",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=-1",
+    "--trainer.max_steps=3",
+    "--trainer.enable_progress_bar=false",
+    "--model.config.context_length=512",
+    "--model.config.emb_dim=512",
+    "--model.config.n_heads=8",
+    "--model.config.n_layers=8",
+    "--model.config.drop_rate=0",
+    "--data.train_ratio=0.5",
+    "--data.stride=8",
+    "--data.batch_size=4",
+    "--evaluation.eval_freq=2",
+    "--evaluation.eval_iter=1",
+    "--evaluation.max_new_tokens=5",
+]
+TINY = [
+    "--model.config.emb_dim=64",
+    "--model.config.context_length=32",
+    "--model.config.n_layers=2",
+]
+RUNS = {
+    "float32": ["--checkpoint.best=false"],
+    "bf16-mixed, best.ckpt kept": ["--trainer.precision=bf16-mixed"],
+    "float32, 2 micro-batches, loss by chunks, activations computed again": [
+        "--checkpoint.best=false",
+        "--trainer.accumulate_grad_batches=2",
+        "--model.loss_chunk_size=256",
+        "--model.activation_checkpointing=true",
+    ],
+}
+
+# runs the command that it is given, and says what the process's largest resident set was; not getrusage's,
+# which knows the process that it was forked from
+CHILD = """
+import sys
+from gpt_lightning.cli import main
+code = main(sys.argv[1:])
+with open("/proc/self/status") as file:
+    peak = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+print(peak)
+sys.exit(code)
+"""
+
+
+WAYS: list[tuple[int, Strategy]] = [
+    (1, "single"), (8, "ddp"), (8, "fsdp"), (64, "ddp"), (64, "fsdp"),
+]  # fmt: skip
+
+
+def planned(size: str, devices: int, strategy: Strategy) -> Plan:
+    """As ``configs/pretrain-124M.yaml`` trains, with the loss whole, on GPUs of 80 GB."""
+    step = TrainingStep(
+        replace(GPT2_SIZES[size], drop_rate=0.0),
+        BATCH_SIZE,
+        LENGTH,
+        precision="bf16-mixed",
+        device="cuda",
+    )
+    micro_batches = WINDOWS // (BATCH_SIZE * devices)
+    setting = Setting(step, devices, strategy, micro_batches, global_batch_is_given=True)
+    return plan(setting, tokens=TOKENS, peak_flops=PEAKS[GPU], device_memory=int(MEMORY[GPU]))
+
+
+COLUMNS = {
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "AdamW": ("optimizer",),
+    "bf16 copies": ("weights in autocast's precision",),
+    "in transit": ("gathered shards", "DDP's buckets", "backward pass"),
+    "activations": ("activations",),
+    "loss": ("logits and loss",),
+}
+
+
+def table(
+    sizes: Sequence[str] = tuple(GPT2_SIZES), ways: Sequence[tuple[int, Strategy]] = WAYS
+) -> str:
+    """In Markdown; GB, 10⁹ bytes."""
+    head = ["size", "devices", "", *COLUMNS, "in all", "hours"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    names = {"single": "", "ddp": "DDP", "fsdp": "FSDP2"}
+    for size, (devices, strategy) in product(sizes, ways):
+        found = planned(size, devices, strategy)
+        memory = dict(found.memory)
+        shown = [sum(memory.pop(name, 0) for name in parts) for parts in COLUMNS.values()]
+        assert not memory, f"no column shows {memory}"
+        figures = [f"{part / 1e9:.2f}" for part in (*shown, found.total)]
+        assert found.hours is not None
+        fits = "" if found.fits else " (too much)"
+        lines.append(
+            f"| {size.removeprefix('gpt2-')} | {devices} | {names[strategy]} | "
+            f"{' | '.join(figures)}{fits} | {found.hours:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def compare(settings: Sequence[str]) -> dict[str, Any]:
+    """Bytes that ``plan`` counts and that ``fit`` takes, of the same command."""
+    with tempfile.TemporaryDirectory() as folder:
+        counted = json.loads(_output(["-m", "gpt_lightning", "plan", *settings, "--json"], folder))
+        measured = int(_output(["-c", CHILD, "fit", *settings], folder).splitlines()[-1])
+    return {
+        "counted": counted["total"],
+        "measured": measured,
+        "off": counted["total"] / measured - 1,
+        "memory": counted["memory"],
+    }
+
+
+def _output(command: list[str], folder: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=folder
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", action="store_true", help="print the table alone")
+    parser.add_argument("--tiny", action="store_true", help="toy models, to see that it runs")
+    options = parser.parse_args()
+    print(table())
+    if options.table:
+        return
+    results = {}
+    for name, settings in RUNS.items():
+        found = results[name] = compare([*COMMON, *settings, *(TINY if options.tiny else [])])
+        print(
+            f"{name}: {found['counted'] / 1e9:.2f} GB counted, {found['measured'] / 1e9:.2f} measured, "
+            f"{found['off']:+.1%}"
+        )
+    bars = [at_most(f"{name}: off by", abs(r["off"]), TOLERANCE) for name, r in results.items()]
+    print(json.dumps({"machine": description("lightning"), "runs": results, "bars": bars}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""``plan``: what the run that ``fit`` would make of the same settings will take."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from gpt_lightning.cli.fit import TrainingCLI
+from gpt_lightning.cli.parsing import suggest
+from gpt_lightning.cli.tables import print_table
+from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.memory import PRECISIONS, DeviceType, TrainingStep
+from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
+from gpt_lightning.training.module import agreed_architecture
+from gpt_lightning.training.throughput import MEMORY, PEAKS, peak_flops
+
+# what fit imports and keeps when it begins: tokenizer, TensorBoard, matplotlib, threads
+LATER = 120_000_000
+
+_OWN_NAMES = {
+    None: "32-true",
+    "32": "32-true",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    "64": "64-true",
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Count what a run will take, from the settings that fit takes; it trains nothing and writes nothing.
+
+    Parameters, FLOPs a token, memory of one device at its peak part by part, KV cache, checkpoints on disk,
+    updates and hours; where it does not fit, the fewest settings to change so that it does. Memory is counted
+    by running a step on tensors without content, in the strategy, precision and kernels of the run.
+    """
+    cli = PlanCLI(arguments)
+    config = cli.config
+    for name in ("devices", "tokens", "peak", "device_memory"):
+        if config[name] is not None and not config[name] > 0:
+            raise ValueError(f"{name}: {config[name]} is too small; give more than 0")
+    if not 0.0 < config.mfu <= 1.0:
+        raise ValueError(f"mfu: {config.mfu} is no share of the peak; give e.g. 0.4")
+    setting = cli.setting()
+    peak, room = cli.peak(setting), cli.device_memory(setting)
+    found = plan(
+        setting,
+        tokens=cli.tokens(setting),
+        peak_flops=peak,
+        mfu=config.mfu,
+        device_memory=room,
+    )
+    if config.json:
+        print(json.dumps({**asdict(found), "settings": asdict(setting)}))
+    else:
+        _print(found, setting)
+
+
+class PlanCLI(TrainingCLI):
+    """Settings as ``fit`` parses them, with module and data, but no trainer: its devices may be elsewhere."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__("plan", arguments, run.__doc__)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        add = parser.add_argument
+        add(
+            "--devices",
+            type=int | None,
+            help="Over all machines; none: trainer.devices × num_nodes.",
+        )
+        add(
+            "--gpu",
+            type=str | None,
+            help=f"A GPU, for its peak and its memory: {', '.join(MEMORY)}; none: the device that is here.",
+        )
+        add("--device_memory", type=float | None, help="GB that one device has.")
+        add("--peak", type=float | None, help="TFLOP/s of one device at most.")
+        add("--mfu", type=float, default=0.4, help="Share of the peak that the run reaches.")
+        add("--tokens", type=int | None, help="To train on; none: as the trainer's steps say.")
+        add("--json", action="store_true", help="Print one JSON object and nothing else.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+    def _adopt_architecture(self) -> None:
+        config = self.config
+        if config.ckpt_path == "auto":
+            config.ckpt_path = "last" if self._has_begun() else None
+        if config.init_from in GPT2_SIZES and not config.ckpt_path:  # known before it is downloaded
+            linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
+            given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
+            named = given.get("model", {}).get("config") or {}
+            what = f"init_from: {config.init_from}"
+            adopted = agreed_architecture(what, GPT2_SIZES[config.init_from], named)
+            config.model.config = Namespace(**asdict(adopted))
+        else:
+            super()._adopt_architecture()
+
+    def setting(self) -> Setting:
+        config, trainer, data = self.config, self.config.trainer, self.config.data
+        devices = self._devices()
+        strategy, bucket_view = self._strategy(devices)
+        precision = str(trainer.precision) if trainer.precision is not None else None
+        precision = _OWN_NAMES.get(precision, precision)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision: plan does not know {precision}; {suggest(precision or '', PRECISIONS)}"
+            )
+        architecture = self.model.config
+        length = data.context_length or architecture.context_length
+        if length > architecture.context_length:
+            raise ValueError(
+                f"data.context_length: {length} is more than the model's "
+                f"{architecture.context_length}; leave it out to take the model's"
+            )
+        step = TrainingStep(
+            config=architecture,
+            batch_size=data.batch_size,
+            length=length,
+            precision=precision,
+            loss_chunk_size=config.model.loss_chunk_size,
+            activation_checkpointing=config.model.activation_checkpointing,
+            device=self._device(),
+        )
+        micro_batches, is_given = self._micro_batches(data.batch_size, length, devices)
+        saves = trainer.enable_checkpointing is not False
+        return Setting(
+            step,
+            devices=devices,
+            strategy=strategy,
+            micro_batches=micro_batches,
+            global_batch_is_given=is_given,
+            bucket_view=bucket_view,
+            base=psutil.Process().memory_info().rss + LATER if step.device == "cpu" else 0,
+            keep_best=saves and config.checkpoint.best,
+            keep_previous=saves and config.checkpoint.keep_previous,
+            asynchronous=saves and config.checkpoint.asynchronous,
+        )
+
+    def _device(self) -> DeviceType:
+        if self.config.gpu is not None and self.config.gpu not in MEMORY:
+            raise ValueError(
+                f"gpu: {self.config.gpu} is not in plan's table; {suggest(self.config.gpu, MEMORY)} "
+                "Or give --device_memory and --peak, with --trainer.accelerator gpu"
+            )
+        accelerator = self.config.trainer.accelerator
+        if self.config.gpu is not None or accelerator in ("gpu", "cuda"):
+            return "cuda"
+        if accelerator in (None, "auto") and torch.cuda.is_available():
+            return "cuda"
+        if accelerator not in (None, "auto", "cpu"):
+            raise ValueError(f"trainer.accelerator: plan knows cpu and gpu, not {accelerator}")
+        return "cpu"
+
+    def _devices(self) -> int:
+        if self.config.devices is not None:
+            return int(self.config.devices)
+        trainer = self.config.trainer
+        asked = trainer.devices
+        if isinstance(asked, list):
+            here = len(asked)
+        elif asked in (None, "auto", -1, "-1"):
+            here = max(1, torch.cuda.device_count()) if self._device() == "cuda" else 1
+        else:
+            try:
+                here = int(asked)
+            except ValueError:
+                here = len(str(asked).strip(",").split(","))
+        return max(1, here) * int(trainer.num_nodes or 1)
+
+    def _strategy(self, devices: int) -> tuple[Strategy, bool]:
+        """And whether DDP's gradients lie in its buckets."""
+        asked = self.config_init.trainer.strategy
+        if isinstance(asked, ModelParallelStrategy):
+            return ("fsdp" if devices > 1 else "single"), False
+        if isinstance(asked, DDPStrategy):
+            return "ddp", bool(asked._ddp_kwargs.get("gradient_as_bucket_view"))
+        if asked in (None, "auto") or isinstance(asked, SingleDeviceStrategy):
+            return ("ddp" if devices > 1 else "single"), False
+        if isinstance(asked, str) and asked.startswith("ddp"):
+            return "ddp", False
+        raise ValueError(
+            f"trainer.strategy: plan does not know {asked}; it knows auto, ddp, and FSDP2 as a class "
+            "(--config configs/fsdp.yaml)"
+        )
+
+    def _micro_batches(self, batch_size: int, length: int, devices: int) -> tuple[int, bool]:
+        """Accumulated on each device, and whether that follows from a global batch."""
+        data = self.config.data
+        windows = data.get("global_batch_size")
+        if tokens := data.get("global_batch_tokens"):
+            if tokens % length:
+                raise ValueError(
+                    f"data.global_batch_tokens: {tokens} is no whole number of windows of {length}; give "
+                    f"{max(1, round(tokens / length)) * length}"
+                )
+            windows = tokens // length
+        if not windows:
+            return int(self.config.trainer.accumulate_grad_batches or 1), False
+        if windows % (batch_size * devices):
+            at_once = batch_size * devices
+            raise ValueError(
+                f"data.batch_size: {batch_size} windows on {devices} device(s) do not divide the global batch "
+                f"of {windows}; give a data.batch_size that does, or a global batch of "
+                f"{max(1, round(windows / at_once)) * at_once} windows"
+            )
+        return windows // (batch_size * devices), True
+
+    def tokens(self, setting: Setting) -> int | None:
+        config = self.config
+        if config.tokens is not None:
+            return int(config.tokens)
+        limits = []
+        if config.get("max_tokens"):
+            limits.append(int(config.max_tokens))
+        if (config.trainer.max_steps or -1) > 0:
+            limits.append(config.trainer.max_steps * setting.tokens_per_update)
+        return min(limits) if limits else None
+
+    def peak(self, setting: Setting) -> float | None:
+        """FLOP/s of one device: given, of the named GPU, or of what is here."""
+        if self.config.peak is not None:
+            return float(self.config.peak) * 1e12
+        precision = setting.step.precision
+        if self.config.gpu is not None:
+            return PEAKS[self.config.gpu] if "16" in precision else None
+        if setting.step.device == "cuda" and not torch.cuda.is_available():
+            return None
+        found = peak_flops(torch.device(setting.step.device), precision)
+        if found is not None and setting.step.device == "cpu":
+            return found / setting.devices  # its processes share the cores
+        return found
+
+    def device_memory(self, setting: Setting) -> int | None:
+        """Of one device: given, of the named GPU, or of what is here."""
+        if self.config.device_memory is not None:
+            return int(self.config.device_memory * 1e9)
+        if self.config.gpu is not None:
+            return int(MEMORY[self.config.gpu])
+        if setting.step.device == "cpu":
+            return int(psutil.virtual_memory().total) // setting.devices
+        if torch.cuda.is_available():
+            return int(torch.cuda.mem_get_info()[1])
+        return None
+
+
+def _print(found: Plan, setting: Setting) -> None:
+    step = setting.step
+    print(
+        f"{found.parameters:,} parameters: {found.embedding_parameters:,} in embeddings, "
+        f"{step.config.n_layers} blocks of {found.block_parameters:,}; "
+        f"{found.flops_per_token / 1e6:,.1f} MFLOP a token, forward and backward"
+    )
+    where = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP2"}[setting.strategy]
+    print_table(
+        f"\none device of {setting.devices} ({where}, {step.device}, {step.precision}, "
+        f"{step.batch_size} × {step.length} tokens) at its peak, {_WHEN[found.peak]}",
+        [
+            {"memory": name, "GB": f"{size / 1e9:,.3f}"}
+            for name, size in {**found.memory, "in all": found.total}.items()
+        ],
+        texts=["memory"],
+    )
+    rows = {
+        "tokens an update": f"{found.tokens_per_update:,} ({step.batch_size} windows × "
+        f"{setting.devices} devices × {setting.micro_batches} micro-batches)",
+        "updates": "not known: give --tokens"
+        if found.updates is None
+        else f"{found.updates:,} for {found.tokens:,} tokens",
+        "time": _time(found, setting),
+        "a checkpoint": f"{found.checkpoint / 1e9:,.2f} GB; on disk {found.disk / 1e9:,.2f} GB at most",
+        "KV cache": f"{found.kv_cache / 1e6:,.1f} MB in float32: one text of "
+        f"{step.config.context_length:,} tokens",
+    }
+    if step.device == "cuda" and found.main_memory:
+        rows["main memory"] = (
+            f"{found.main_memory / 1e9:,.2f} GB on the first process for checkpoints"
+        )
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    print(f"{'verdict':<{width}}  {_verdict(found)}")
+
+
+_WHEN = {
+    "forward": "in the forward pass",
+    "loss": "in the loss",
+    "backward": "in the backward pass",
+    "optimizer's step": "in the optimizer's step",
+}
+
+
+def _time(found: Plan, setting: Setting) -> str:
+    if found.tokens is None:
+        return "not known: give --tokens"
+    if found.hours is None or found.peak_flops is None:
+        return "not known: give --peak TFLOPS, or --gpu"
+    shown = f"{found.hours:,.1f} hours" if found.hours >= 1 else f"{60 * found.hours:,.1f} minutes"
+    return (
+        f"{shown} at {found.mfu:.0%} of {found.peak_flops / 1e12:,.3g} TFLOP/s × {setting.devices}"
+    )
+
+
+def _verdict(found: Plan) -> str:
+    if found.device_memory is None:
+        return "what a device has is not known; give --gpu or --device_memory"
+    room = f"{found.device_memory / 1e9:,.2f} GB"
+    if found.fits:
+        return f"fits {room}"
+    if found.nearest is None:
+        assert found.least is not None
+        return (
+            f"does not fit {room}, nor with all that plan knows ({found.least / 1e9:,.2f} GB); "
+            "take a larger device, or more of them with FSDP2"
+        )
+    return f"does not fit {room}; {found.nearest.total / 1e9:,.2f} GB with {' '.join(found.nearest.options)}"

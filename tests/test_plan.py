@@ -1,0 +1,451 @@
+"""``plan``: its counts against arithmetic, against what autograd keeps, and against runs of ``fit``."""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, Command, python
+
+from gpt_lightning import GPTConfig, GPTModel, TextDataModule
+from gpt_lightning.model import cost
+from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.heap import Heap
+from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.model.memory import TrainingStep, held
+from gpt_lightning.reports.plan import Setting, memory, plan
+
+QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
+PRETRAIN = ROOT / "configs" / "pretrain-124M.yaml"
+DOC = ROOT / "docs" / "plan.md"
+
+after_windows = pytest.mark.skipif(
+    "global_batch_tokens" not in inspect.signature(TextDataModule.__init__).parameters,
+    reason="data.global_batch_tokens is not there yet",
+)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """benchmarks/plan.py, which makes the tables of the docs."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location("plan_benchmark", ROOT / "benchmarks/plan.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.mark.parametrize("size", GPT2_SIZES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_and_cache_are_the_models(size: str, tied: bool) -> None:
+    config = replace(GPT2_SIZES[size], tied_embeddings=tied)
+    with torch.device("meta"):
+        model = GPTModel(config)
+        cache = KVCache.allocate(config, 1, config.context_length, dtype=torch.bfloat16)
+    block = sum(p.numel() for p in model.trf_blocks[0].parameters())
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if re.search("emb|head", n))
+    assert cost.block_parameters(config) == block
+    assert cost.embedding_parameters(config) == embeddings
+    assert cost.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert cost.kv_cache_bytes(config, 1, config.context_length, 2) == cache.keys.nbytes * 2
+
+
+SMALL_CONFIG = GPTConfig(
+    vocab_size=5000, context_length=16, emb_dim=32, n_heads=2, n_layers=3, drop_rate=0.0
+)
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_activations_are_what_autograd_keeps(drop_rate: float, precision: str) -> None:
+    """Of a real forward pass: every storage that is kept for the backward one, once, weights left out."""
+    config = replace(SMALL_CONFIG, drop_rate=drop_rate)
+    counted = held(TrainingStep(config, 2, 16, precision=precision))
+    assert counted.phase == "loss"  # when all is kept
+    model = GPTModel(config)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    idx = torch.zeros(2, 16, dtype=torch.int64)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+    ):
+        features = model.features(idx)
+    keep(features.detach())
+    for tensor in (*model.parameters(), idx):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    cast = 0
+    if precision == "bf16-mixed":  # what autocast keeps to the end of its pass, and autograd not
+        cast = config.vocab_size * config.emb_dim + sum(
+            p.numel() for n, p in model.named_parameters() if n.endswith("bias") and "norm" not in n
+        )
+    positions = 16 * 8  # indices into the positions' embedding, which a fake pass keeps too
+    assert counted.activations + counted.copies - 2 * cast == pytest.approx(
+        sum(kept.values()), abs=positions
+    )
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_step_is_linear_in_windows_and_leaves_nothing_behind(
+    accumulate: bool, shards: int
+) -> None:
+    sizes = [
+        held(TrainingStep(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards, device="cuda"))
+        for b in (16, 32, 48)
+    ]
+    first, second, third = (size.total for size in sizes)
+    assert second - first == pytest.approx(third - second, rel=1e-3)
+    assert not torch.distributed.is_initialized()
+    assert torch.nn.functional.dropout.__module__ == "torch.nn.functional"
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_dropout_on_a_cpu_keeps_the_attention_matrix_and_on_a_gpu_not() -> None:
+    """Twice T × T a head, its dropout and both products: in float32 three of them."""
+    config = replace(SMALL_CONFIG, context_length=256, n_layers=2)
+    kept = {}
+    for rate in (0.0, 0.1):
+        for device in ("cpu", "cuda"):
+            step = TrainingStep(replace(config, drop_rate=rate), 1, 256, device=device)  # type: ignore[arg-type]
+            kept[rate, device] = held(step).activations
+    matrices = 4 * config.n_layers * config.n_heads * 256 * 256
+    assert kept[0.1, "cpu"] - kept[0.0, "cpu"] >= 3 * matrices
+    assert kept[0.1, "cuda"] - kept[0.0, "cuda"] < matrices / 10
+
+
+def test_chunks_and_checkpointing_keep_what_they_promise() -> None:
+    config = replace(SMALL_CONFIG, vocab_size=20000, n_layers=6)
+    C, N = config.emb_dim, 32 * 16
+    plain = TrainingStep(config, 32, 16, device="cuda")
+    counted = held(plain)
+    assert counted.loss >= 4 * 2 * N * config.vocab_size  # logits and their softmax
+    chunked = held(replace(plain, loss_chunk_size=64))
+    assert chunked.loss < 4 * (4 * 64 * config.vocab_size + 3 * C * (config.vocab_size + N))
+    again = held(replace(plain, activation_checkpointing=True))
+    # each block's input, the last norm's input, output and statistics
+    assert again.activations == pytest.approx(4 * N * ((6 + 2) * C + 2), abs=N)
+    assert held(replace(plain, precision="bf16-true")).total * 2 == pytest.approx(
+        counted.total, rel=0.01
+    )
+
+
+def test_heap_holds_what_is_taken_and_no_more_than_was() -> None:
+    """Whatever is taken and given back: never less than is in use, in the end next to nothing."""
+    heap, random = Heap(), Random(1)
+    in_use: dict[int, int] = {}
+    most = 0
+    for key in range(2000):
+        in_use[key] = size = random.choice([100, 5_000, 300_000, 4_000_000, 40_000_000])
+        heap.take(key, size)
+        while random.random() < 0.55 and in_use:
+            given = random.choice(list(in_use))
+            del in_use[given]
+            heap.give(given)
+        most = max(most, sum(in_use.values()))
+        assert heap.resident >= sum(in_use.values())
+    assert heap.resident < 3 * most
+    for key in in_use:
+        heap.give(key)
+    heap.give_scraps()
+    assert heap.resident <= 64 << 20
+
+
+def test_heap_gives_large_blocks_back_and_keeps_holes() -> None:
+    heap = Heap()
+    heap.take(0, 100 << 20)
+    heap.give(0)
+    assert heap.resident == 0
+    for key in range(1, 4):
+        heap.take(key, 100_000)
+    before = heap.resident
+    heap.give(2)
+    assert heap.resident == before  # a hole below what is in use
+    heap.take(4, 50_000)
+    assert heap.resident == before  # which serves the next
+
+
+def arithmetic(size: str, devices: int, strategy: str) -> dict[str, tuple[float, float]]:
+    """A row of the table by formula: bf16-mixed on a GPU without dropout, 8 windows of 1,024 on a device.
+
+    A token keeps in a block two float32 inputs of norms (8C bytes), their bfloat16 outputs (4C), q, k and v
+    (6C), attention's output (2C) and its logsumexp (4 a head), GELU's input and output (8C each), and the norms'
+    statistics (16); beside the blocks the last norm's input (4C) and statistics. From and to: where the peak is
+    in the forward pass, the last norm's output is there too, and autocast's copies of biases.
+    """
+    config = GPT2_SIZES[size]
+    C, V, L, N = config.emb_dim, config.vocab_size, config.n_layers, 8 * 1024
+    matrices = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
+    vectors = [3 * C, C, 4 * C, C, C, C, C, C]
+    block = [*matrices, *((n,) for n in vectors)]
+    shapes = [(V, C), (1024, C), (C,), (C,), *(L * block)]
+    rows = devices if strategy == "fsdp" else 1
+
+    def elements(shape: tuple[int, ...], shards: int) -> int:
+        return ceil(shape[0] / shards) * (shape[1] if len(shape) == 2 else 1)
+
+    whole = sum(elements(shape, 1) for shape in shapes)
+    share = sum(elements(shape, rows) for shape in shapes)
+    root = V * C + 1024 * C + 2 * C
+    accumulates = devices < 64
+    copies = 2 * (L * sum(a * b for a, b in matrices) + V * C)
+    in_transit = {
+        "single": 0,
+        "ddp": 4 * whole,
+        "fsdp": 2 * root + (4 * whole if accumulates else 0),
+    }
+    per_token = L * (36 * C + 16 + 4 * config.n_heads) + 4 * C + 8
+    flops = 6 * (12 * L * C * C + V * C + 2 * L * 1024 * C)
+    return {
+        "weights": (4 * share, 4 * share),
+        "AdamW": (8 * share, 8 * share),
+        "bf16 copies": (0, 0) if strategy == "fsdp" else (copies, copies + 2 * L * 9 * C),
+        "in transit": (in_transit[strategy], in_transit[strategy]),
+        "activations": (N * per_token, N * (per_token + 4 * C)),
+        "hours": (flops * 1e10 / (0.4 * 989e12 * devices) / 3600,) * 2,
+    }
+
+
+def check_rows(benchmark: ModuleType, lines: list[str]) -> None:
+    names = [name.strip() for name in lines[0].strip("|").split("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    for cells in rows:
+        row = dict(zip(names, cells, strict=True))
+        strategy = {"": "single", "DDP": "ddp", "FSDP2": "fsdp"}[cells[2]]
+        expected = arithmetic(f"gpt2-{row['size']}", int(row["devices"]), strategy)
+        for name, (low, high) in expected.items():
+            unit, rounding = (1, 0.051) if name == "hours" else (1e9, 0.0051)
+            shown = float(row[name].replace(",", ""))
+            assert low / unit - rounding <= shown <= high / unit + rounding, (cells, name)
+        parts = sum(float(row[name]) for name in benchmark.COLUMNS)
+        assert float(row["in all"].split()[0]) == pytest.approx(parts, abs=0.04)
+
+
+def documented(benchmark: ModuleType) -> list[str]:
+    lines = DOC.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| size | devices"))
+    return lines[start : start + 2 + 5 * len(GPT2_SIZES)]
+
+
+def test_documented_table_is_arithmetics(benchmark: ModuleType) -> None:
+    check_rows(benchmark, documented(benchmark))
+
+
+def test_a_documented_row_is_what_plan_counts(benchmark: ModuleType) -> None:
+    lines = benchmark.table(["gpt2-124M"], [(1, "single")]).splitlines()
+    assert lines == documented(benchmark)[:3]
+
+
+@pytest.mark.slow
+def test_documented_table_is_what_plan_counts(benchmark: ModuleType) -> None:
+    assert benchmark.table().splitlines() == documented(benchmark)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("run", range(3))
+def test_a_runs_memory_is_the_predicted_one(benchmark: ModuleType, run: int) -> None:
+    """Within 15 % of the largest resident set of ``fit`` with the same settings."""
+    settings = list(benchmark.RUNS.values())[run]
+    found = benchmark.compare([*benchmark.COMMON, *settings])
+    assert abs(found["off"]) <= 0.15, found
+
+
+def as_json(command: Command, *arguments: str) -> dict[str, Any]:
+    done = command("plan", *arguments, "--json")
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) -> None:
+    done = command("plan", QUICKSTART, *SMALL, "--trainer.max_steps=10")
+    assert (done.code, done.err) == (0, "")
+    for part in ("parameters", "MFLOP a token", "Python and libraries", "activations", "fits"):
+        assert part in done.out
+    assert os.listdir() == []
+    found = as_json(command, QUICKSTART, *SMALL, "--trainer.max_steps=10", "--peak=0.1")
+    assert os.listdir() == []
+    assert found["total"] == sum(found["memory"].values())
+    assert found["tokens_per_update"] == 2 * 16
+    assert (found["tokens"], found["updates"]) == (320, 10)
+    assert found["hours"] == pytest.approx(320 * found["flops_per_token"] / (0.1e12 * 0.4) / 3600)
+
+
+def test_a_checkpoint_is_as_large_as_predicted(command: Command, fit: Command) -> None:
+    arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1")
+    found = as_json(command, QUICKSTART, *SMALL, *arguments)
+    fit("--run=sized", *arguments)
+    folder = Path("checkpoints/sized")
+    assert (folder / "last.ckpt").stat().st_size == pytest.approx(found["checkpoint"], rel=0.01)
+    files = sum(path.stat().st_size for path in folder.glob("*.ckpt"))
+    assert files <= found["disk"]
+
+
+LONG = ["--model.config.context_length=512", "--model.config.emb_dim=256", "--model.config.n_layers=2",
+        "--data.batch_size=16", "--trainer.accumulate_grad_batches=2"]  # fmt: skip
+WIDE = ["--model.config.emb_dim=256", "--model.config.n_layers=2", "--data.batch_size=1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory_gb", "named"),
+    [
+        (LONG, 1.6, "--data.batch_size 2 --trainer.accumulate_grad_batches 16"),
+        (WIDE, 0.3, "--config configs/fsdp.yaml"),
+    ],
+)
+def test_what_does_not_fit_fits_with_what_plan_says(
+    command: Command, settings: list[str], memory_gb: float, named: str
+) -> None:
+    arguments = [
+        QUICKSTART, *settings, f"--device_memory={memory_gb}", "--gpu=H100", "--devices=8",
+    ]  # fmt: skip
+    found = as_json(command, *arguments)
+    assert found["fits"] is False
+    assert found["total"] > memory_gb * 1e9
+    options = " ".join(found["nearest"]["options"])
+    assert options == named
+    assert options in command("plan", *arguments).out
+    fsdp = "trainer: {strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy}}"
+    Path("fsdp.yaml").write_text(fsdp, encoding="utf-8")
+    words = options.replace("configs/fsdp.yaml", "fsdp.yaml").split()
+    again = as_json(command, *arguments, *words)
+    assert again["fits"] is True
+    assert again["total"] == found["nearest"]["total"]
+    assert again["tokens_per_update"] == found["tokens_per_update"]
+
+
+def test_what_cannot_fit_is_said_with_what_remains(command: Command) -> None:
+    arguments = (
+        QUICKSTART, "--gpu=T4", "--device_memory=0.01", "--data.batch_size=8",
+        "--model.activation_checkpointing=true",
+    )  # fmt: skip
+    found = as_json(command, *arguments)
+    assert (found["fits"], found["nearest"]) == (False, None)
+    assert 0.01e9 < found["least"] < found["total"]
+    assert "nor with all that plan knows" in command("plan", *arguments).out
+
+
+def test_weights_in_float16_are_stepped_without_fusing() -> None:
+    """The one optimizer that is not fused takes a value a weight, which shows where nothing else is held."""
+    step = TrainingStep(
+        replace(SMALL_CONFIG, n_layers=1), 1, 1, precision="16-mixed", device="cuda"
+    )
+    lines, when = memory(Setting(step))
+    assert when == "optimizer's step"
+    assert lines["optimizer's step"] == lines["weights"]
+
+
+def test_time_is_divided_by_devices_and_memory_is_not_told_where_it_is_not_known() -> None:
+    step = TrainingStep(SMALL_CONFIG, 2, 16, device="cuda")
+    one = plan(Setting(step), tokens=10_000, peak_flops=1e12, mfu=0.5)
+    eight = plan(Setting(step, devices=8, strategy="ddp"), tokens=10_000, peak_flops=1e12, mfu=0.5)
+    assert one.hours is not None
+    assert eight.hours == pytest.approx(one.hours / 8)
+    assert (one.updates, eight.updates) == (ceil(10_000 / 32), ceil(10_000 / 256))
+    assert one.fits is None
+    assert eight.total - one.total == one.memory["weights"]  # DDP's buckets
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_model_of_6_gigabytes_is_planned_in_one(benchmark: ModuleType, tmp_path: Path) -> None:
+    done = python(
+        "-c", benchmark.CHILD, "plan", f"--config={ROOT}/configs/gpt2.yaml",
+        "--init_from=gpt2-1558M", "--gpu=H100", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, peak = done.stdout.splitlines()
+    assert json.loads(found)["memory"]["weights"] > 6e9
+    assert int(peak) < 1e9
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--devices=0"], "devices: 0 is too small"),
+        (["--tokens=-5"], "tokens: -5 is too small"),
+        (["--peak=0"], "peak: 0.0 is too small"),
+        (["--mfu=2"], "mfu: 2.0 is no share"),
+        (["--device_memory=none"], "device_memory"),
+        (["--gpu=H1000"], "did you mean H100?"),
+        (["--trainer.strategy=deepspeed"], "trainer.strategy: plan does not know deepspeed"),
+        (["--trainer.precision=transformer-engine"], "trainer.precision: plan does not know"),
+        (["--trainer.accelerator=tpu"], "plan knows cpu and gpu, not tpu"),
+        (["--data.context_length=4096"], "data.context_length: 4096 is more than the model's"),
+        (["--model.loss_chunk_size=0"], "model.loss_chunk_size: 0 is too small"),
+        (["--model.config.n_heads=3"], "is not divisible by n_heads 3"),
+        (["--mdoel.lr=1"], "did you mean model.lr?"),
+        (["--init_from=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(command: Command, arguments: list[str], says: str) -> None:
+    done = command("plan", QUICKSTART, *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("gpt_lightning: error: ")
+    assert done.err.count("\n") == 1
+    assert says in done.err
+    assert os.listdir() == []
+
+
+def test_every_figure_of_the_recipe_has_a_source() -> None:
+    text = PRETRAIN.read_text(encoding="utf-8")
+    settings = [line for line in text.splitlines() if line.startswith("  ") and ": " in line]
+    sources = r"\[(GPT-2|GPT-3|nanoGPT|llm\.c|Chinchilla)\]|GPT-2's released|375 million|the whole run|ours|decide|has made"
+    for line in settings:
+        assert re.search(sources, line.partition("#")[2]), line
+
+
+@after_windows
+@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 32), (8, 4), (32, 1)])
+def test_the_recipe_is_the_same_update_on_any_devices(
+    command: Command, devices: int, micro_batches: int
+) -> None:
+    found = as_json(command, f"--config={PRETRAIN}", "--gpu=H100", f"--devices={devices}")
+    assert found["parameters"] == 124_439_808
+    assert found["tokens_per_update"] == 524_288
+    assert found["settings"]["micro_batches"] == micro_batches
+    assert found["fits"]
+
+
+@after_windows
+def test_a_batch_that_does_not_divide_the_global_one(command: Command) -> None:
+    done = command("plan", f"--config={PRETRAIN}", "--gpu=H100", "--data.batch_size=24")
+    assert done.code == 2
+    assert (
+        "data.batch_size: 24 windows on 1 device(s) do not divide the global batch of 512"
+        in done.err
+    )
+
+
+@after_windows
+def test_the_recipe_runs_on_one_device(fit: Command, command: Command) -> None:
+    """As it is but for its size: a model and a text that train in a second."""
+    done = command(
+        "fit", f"--config={PRETRAIN}", *SMALL, "--trainer.max_steps=2", "--model.warmup_steps=1",
+        "--model.decay_steps=2", "--model.compile=false", "--data.global_batch_tokens=128",
+        "--data.num_workers=0", "--evaluation.eval_freq=1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert (Path("checkpoints/pretrain-124M") / "last.ckpt").exists()

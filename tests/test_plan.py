@@ -1,7 +1,6 @@
 """``plan``: its counts against arithmetic, against what autograd keeps, and against runs of ``fit``."""
 
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Command, python
 
-from gpt_lightning import GPTConfig, GPTModel, TextDataModule
+from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model import cost
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.heap import Heap
@@ -28,11 +27,6 @@ from gpt_lightning.reports.plan import Setting, memory, plan
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 PRETRAIN = ROOT / "configs" / "pretrain-124M.yaml"
 DOC = ROOT / "docs" / "plan.md"
-
-after_windows = pytest.mark.skipif(
-    "global_batch_tokens" not in inspect.signature(TextDataModule.__init__).parameters,
-    reason="data.global_batch_tokens is not there yet",
-)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +411,6 @@ def test_every_figure_of_the_recipe_has_a_source() -> None:
         assert re.search(sources, line.partition("#")[2]), line
 
 
-@after_windows
 @pytest.mark.parametrize(("devices", "micro_batches"), [(1, 32), (8, 4), (32, 1)])
 def test_the_recipe_is_the_same_update_on_any_devices(
     command: Command, devices: int, micro_batches: int
@@ -429,7 +422,6 @@ def test_the_recipe_is_the_same_update_on_any_devices(
     assert found["fits"]
 
 
-@after_windows
 def test_a_batch_that_does_not_divide_the_global_one(command: Command) -> None:
     done = command("plan", f"--config={PRETRAIN}", "--gpu=H100", "--data.batch_size=24")
     assert done.code == 2
@@ -439,7 +431,6 @@ def test_a_batch_that_does_not_divide_the_global_one(command: Command) -> None:
     )
 
 
-@after_windows
 def test_the_recipe_runs_on_one_device(fit: Command, command: Command) -> None:
     """As it is but for its size: a model and a text that train in a second."""
     done = command(

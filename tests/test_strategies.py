@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SMALL, Command, python

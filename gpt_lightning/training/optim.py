@@ -11,6 +11,8 @@ from torch.optim import AdamW, Optimizer
 
 from gpt_lightning.training.sharding import load_optimizer_state, local
 
+_LARGE = 1 << 20  # elements whose squares float32 cannot sum up
+
 
 def build_adamw(
     model: nn.Module,
@@ -53,15 +55,18 @@ def learning_rate(
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Their 2-norm together, a float32 scalar; of shards the whole ones', which all ranks ask for at once.
 
-    On a CPU by rows: torch sums a whole tensor's squares up in float32, which makes the norm of the 124M's embedding
-    0.3 % too small, and another one of its shards.
+    On a CPU large ones by rows: torch sums a whole tensor's squares up in float32, which makes the norm of the
+    124M's embedding 0.3 % too small, and another one of its shards.
     """
     parts = [local(gradient) for gradient in gradients]
-    if parts and parts[0].device.type == "cpu":
-        rows = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts]
-        norm = torch.linalg.vector_norm(torch.cat([row.flatten() for row in rows]).double())
-    else:
-        norm = nn.utils.get_total_norm(parts)
+    norm = nn.utils.get_total_norm(
+        [
+            torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
+            if part.device.type == "cpu" and part.numel() > _LARGE
+            else part
+            for part in parts
+        ]
+    )
     if gradients and isinstance(gradients[0], DTensor):
         squares = norm.square()
         dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())

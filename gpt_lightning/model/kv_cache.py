@@ -16,11 +16,17 @@ class KVCache:
         keys: ``(n_layers, B, n_heads, T_max, emb_dim / n_heads)``.
         values: As ``keys``.
         length: Positions filled; :class:`~gpt_lightning.model.gpt.GPTModel` advances it.
+        at: ``(1,)``, where the next token goes, on the device; none: at ``length``. With it nothing in a step
+            depends on a number of Python's, as a CUDA graph needs, and ``width`` positions are handed out,
+            filled or not: a mask must hide the others.
+        width: See ``at``.
     """
 
     keys: Tensor
     values: Tensor
     length: int = 0
+    at: Tensor | None = None
+    width: int = 0
 
     @classmethod
     def allocate(
@@ -55,8 +61,13 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store one block's ``(B, H, T, D)`` after ``length``; return all its ``(B, H, length + T, D)``.
 
-        ``length`` itself moves only when every block has stored its part.
+        ``length`` itself moves only when every block has stored its part. Where ``at`` is given, T is 1, and
+        what returns is ``(B, H, width, D)``.
         """
+        if self.at is not None:
+            self.keys[layer].index_copy_(2, self.at, keys.to(self.keys.dtype))
+            self.values[layer].index_copy_(2, self.at, values.to(self.values.dtype))
+            return self.keys[layer, :, :, : self.width], self.values[layer, :, :, : self.width]
         end = self.length + keys.shape[2]
         assert end <= self.max_length, f"{end} positions do not fit a cache of {self.max_length}"
         self.keys[layer, :, :, self.length : end] = keys

@@ -30,13 +30,6 @@ def model() -> GPTModel:
     return model
 
 
-@pytest.fixture
-def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps as on a GPU, run as they are; widths of 8, 16, 32 and 48."""
-    monkeypatch.setattr(generate_module, "can_be_captured", lambda model: True)
-    monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -88,12 +81,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tokens_are_the_plain_paths(
-    request: pytest.FixtureRequest, model: GPTModel, name: str
+    monkeypatch: pytest.MonkeyPatch, model: GPTModel, name: str
 ) -> None:
     """Prompts of 1, 5 and 13 tokens together, on past the context of 48, where the window slides."""
     expected = streamed(model, **SETTINGS[name], generator=seeded(5))
-    request.getfixturevalue("fixed_shapes")
-    assert streamed(model, **SETTINGS[name], generator=seeded(5)) == expected
+    monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
+    assert streamed(model, **SETTINGS[name], generator=seeded(5), step="graph") == expected
     if name == "eos":
         assert any(-1 in row for row in expected)
     if name == "stopped":
@@ -102,16 +95,19 @@ def test_tokens_are_the_plain_paths(
 
 
 @pytest.mark.parametrize("at", [0, 3, 40])
+@pytest.mark.parametrize("every", [1, 64])
 def test_damaged_logits_are_refused_with_their_step(
-    fixed_shapes: None, model: GPTModel, at: int
+    monkeypatch: pytest.MonkeyPatch, model: GPTModel, at: int, every: int
 ) -> None:
     """On a GPU one looks at many steps at once; the number is still the first's."""
+    made = generate_module._Finite
+    monkeypatch.setattr(generate_module, "_Finite", lambda *_, **__: made(every))
     damaged = GPTModel(CONFIG).eval()
     damaged.load_state_dict(model.state_dict())
     with torch.no_grad():
         damaged.pos_emb.weight[2 + at] = torch.nan
     with pytest.raises(ValueError, match=rf"logits: .*\(new token {at}\)"):
-        streamed(damaged, 44, prompts=[[3, 1, 4]])
+        streamed(damaged, 44, prompts=[[3, 1, 4]], step="graph")
 
 
 def test_draws_are_torchs() -> None:
@@ -242,18 +238,14 @@ def _autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("drawn", "eos")])
 def test_graphs_on_a_gpu_give_the_plain_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    model: GPTModel,
-    name: str,
+    capsys: pytest.CaptureFixture[str], model: GPTModel, name: str
 ) -> None:
     own = GPTModel(CONFIG).cuda().eval()
     own.load_state_dict(model.state_dict())
     decoding_step._say_once.cache_clear()
     found = streamed(own, **SETTINGS[name])
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(generate_module, "can_be_captured", lambda model: False)
-    assert streamed(own, **SETTINGS[name]) == found
+    assert streamed(own, **SETTINGS[name], step="plain") == found
 
 
 @pytest.mark.gpu

@@ -66,6 +66,11 @@ class DecodingStep:
             self._capture()
         return logits
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next step of this width replays a graph."""
+        return self._graph is not None
+
     def close(self) -> None:
         """Let go of the graph, after its last replay is done."""
         if self._graph is not None:

@@ -1,6 +1,7 @@
 """A model and prompts to more tokens: prefill, then one token at a time over the KV cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from gpt_lightning.generation.sampling import Sampling, check_finite, choose
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
+Step = Literal["plain", "graph", "compiled"]
 NO_TOKEN = -1
 CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits are numbers
 
@@ -54,7 +56,7 @@ def stream_ids(
     eos_id: int | None = None,
     is_over: Callable[[int, list[int]], bool] | None = None,
     generator: torch.Generator | None = None,
-    compiled: bool = False,
+    step: Step | None = None,
 ) -> Iterator[Tensor]:
     """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row.
 
@@ -68,10 +70,9 @@ def stream_ids(
         is_over: Asked after each token, with the row's number and its new ids, whether the row ends.
         generator: Random numbers of the model's device; without one a fresh seed is taken. torch's global
             generator is untouched either way.
-        compiled: Whether the step of one token is compiled: half a minute and more, for a GPU and many tokens.
-            On a GPU the step is a CUDA graph with or without it.
-        compiled: Whether the step of one token is compiled, which takes half a minute or more and is for a GPU
-            and a large number of tokens. On a GPU the step is a CUDA graph with or without.
+        step: How one token goes through the model, by default on a GPU as a 'graph' where that can be, on a CPU
+            'plain'; see :mod:`gpt_lightning.generation.decoding_step`. 'compiled' is a graph of compiled code,
+            after half a minute and more: for many tokens on a GPU.
 
     A row that has ended yields -1; when all have, the iterator ends.
 
@@ -100,8 +101,7 @@ def stream_ids(
         eos_id,
         is_over,
         generator,
-        fixed_shapes=compiled or can_be_captured(model),
-        compiled=compiled,
+        step or ("graph" if can_be_captured(model) else "plain"),
     )
 
 
@@ -115,9 +115,7 @@ def _stream(
     eos_id: int | None,
     is_over: Callable[[int, list[int]], bool] | None,
     generator: torch.Generator | None,
-    *,
-    fixed_shapes: bool,
-    compiled: bool,
+    way: Step,
 ) -> Iterator[Tensor]:
     weight, context_length = model.tok_emb.weight, model.config.context_length
     device = weight.device
@@ -140,7 +138,7 @@ def _stream(
     written: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
     ended = torch.zeros(len(written), dtype=torch.bool, device=device)
     one_token: DecodingStep | None = None
-    finite = _Finite(every=CHECK_EVERY if fixed_shapes else 1)
+    finite = _Finite(every=1 if device.type == "cpu" else CHECK_EVERY)
 
     was_training = model.training
     model.eval()
@@ -152,7 +150,7 @@ def _stream(
                 cache = KVCache.allocate(
                     model.config,
                     len(prompts),
-                    padded_length(length) if fixed_shapes else length,
+                    length if way == "plain" else padded_length(length),
                     device,
                     weight.dtype,
                 )
@@ -163,8 +161,8 @@ def _stream(
                 if num_samples > 1:
                     cache = cache.repeat(num_samples)
                     hidden = None if hidden is None else hidden.repeat_interleave(num_samples)
-                if fixed_shapes:
-                    one_token = DecodingStep(model, cache, hidden, compiled=compiled)
+                if way != "plain":
+                    one_token = DecodingStep(model, cache, hidden, compiled=way == "compiled")
             elif cache.length < context_length:
                 last = ids[:, width - 1].clamp(min=0)
                 if one_token is not None:

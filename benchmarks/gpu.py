@@ -26,7 +26,7 @@ from typing import Any
 import gpu_decoding
 import torch
 from gpu_training import Rung, ladder, large_ladder, measure
-from machine import at_least, at_most, description, seconds_a_call
+from machine import at_least, at_most, description, peak_memory, seconds_a_call
 
 from gpt_lightning import GPTConfig
 from gpt_lightning.generation.generate import Step
@@ -78,12 +78,8 @@ class Rungs:
             entry["seconds"] = round(time.perf_counter() - began, 1)
             if cuda:
                 with suppress(RuntimeError):  # after a fault of the GPU nothing works any more
-                    entry["memory_gb"] = round(
-                        torch.cuda.max_memory_allocated(self.device) / 1e9, 2
-                    )
+                    entry = peak_memory(self.device) | entry
                     tidy()
-            else:
-                tidy()
         self.found[name] = entry
         print(f"{name:62} {summary(entry)}", flush=True)
         if self.out is not None:
@@ -134,15 +130,15 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def tidy() -> None:
+    """Nothing of the last rung is left on the GPU, nor what was compiled for its shapes."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def ceilings(device: torch.device, size: int, copied: int) -> dict[str, Any]:
+def ceilings(device: torch.device, size: int, copied: int, seconds: float) -> dict[str, Any]:
     """FLOP/s of square matrix products, bytes a second read and written by a copy."""
     found: dict[str, Any] = {}
     for name, dtype, precision in [
@@ -154,13 +150,13 @@ def ceilings(device: torch.device, size: int, copied: int) -> dict[str, Any]:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)
-        each = seconds_a_call(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 1.5)
+        each = seconds_a_call(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds)
         found[f"{name}_flop_per_s"] = 2 * size**3 / statistics.median(each)
     torch.set_float32_matmul_precision("highest")
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    each = seconds_a_call(lambda: target.copy_(source), device, 1.0)
+    each = seconds_a_call(lambda: target.copy_(source), device, seconds)
     found["copied_bytes_per_s"] = 2 * copied / statistics.median(each)
     return found
 
@@ -294,7 +290,7 @@ def main() -> None:
     rungs.run(
         "ceilings",
         8,
-        lambda: ceilings(device, *((256, 2**20) if arguments.tiny else (8192, 2**31))),
+        lambda: ceilings(device, *((256, 2**20, 0.05) if arguments.tiny else (8192, 2**31, 1.5))),
     )
     steps = ladder(rows, length)
     if arguments.only != "decoding":

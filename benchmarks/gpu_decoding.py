@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from machine import synchronize
+from machine import peak_memory, synchronize
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation.decoding_step import DecodingStep, padded_length
@@ -48,7 +48,8 @@ def measure(
         if repeat:
             steady.append(batch * (new - WARM) / (ended - warm))
             whole.append(batch * new / (ended - began))
-    return rates(steady, whole) | deviation(config, device, batch, way, prompt)
+    found = rates(steady, whole) | peak_memory(device)  # before a float32 model is held beside it
+    return found | deviation(config, device, batch, way, prompt)
 
 
 def transformers(

@@ -66,6 +66,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``memory_gb`` that tensors took on the GPU at most since that was set back; of a CPU nothing."""
+    if device.type != "cuda":
+        return {}
+    return {"memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
+
+
 def seconds_a_call(
     work: Callable[[], Any], device: torch.device, seconds: float, groups: int = 5
 ) -> list[float]:

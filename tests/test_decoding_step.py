@@ -56,8 +56,8 @@ def test_logits_are_the_plain_paths(
     padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
     caches = [KVCache.allocate(CONFIG, rows, 48, dtype=dtype) for _ in range(2)]
     for cache in caches:
-        cache.keys.fill_(torch.nan)  # what memory holds that nobody wrote
-        cache.values.fill_(torch.nan)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.fill_(torch.nan)  # what memory holds that nobody wrote
         own.features(ids[:, :width], cache, padding)
     plain, fixed = caches
     step = DecodingStep(own, fixed, padding)
@@ -140,9 +140,10 @@ class Graph:
         Graph.captures += 1
         static = self.step._static
         assert static.at is not None
-        kept = [t.clone() for t in (static.at, static.keys, static.values)]
+        written = (static.at, *static.keys, *static.values)
+        kept = [tensor.clone() for tensor in written]
         yield
-        for tensor, before in zip((static.at, static.keys, static.values), kept, strict=True):
+        for tensor, before in zip(written, kept, strict=True):
             tensor.copy_(before)
 
     def replay(self) -> None:
@@ -168,7 +169,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph.capture())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.capture())
+    monkeypatch.setattr(decoding_step, "_capture_stream", lambda device: None)
     monkeypatch.setattr(Graph, "captures", 0)
     monkeypatch.setattr(Graph, "replays", 0)
     return Graph
@@ -193,7 +195,7 @@ def test_without_a_capture_it_goes_on_and_says_so_once(
     decoding_step._say_once.cache_clear()
 
     @contextlib.contextmanager
-    def fails(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+    def fails(graph: Graph, **_: Any) -> Iterator[None]:
         raise RuntimeError("CUDA error: operation not permitted\nmore lines")
         yield
 

@@ -34,14 +34,14 @@ class DecodingStep:
     def __init__(
         self, model: GPTModel, cache: KVCache, padding: Tensor | None, *, compiled: bool = False
     ) -> None:
-        device = cache.keys.device
+        device = cache.keys[0].device
         self._model = model
         self._cache = cache
         self._padding = padding
-        self._tokens = torch.zeros(cache.keys.shape[1], dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(len(cache.keys[0]), dtype=torch.int64, device=device)
         # what no token has filled is masked, but 0 × NaN would still be NaN
-        cache.keys[:, :, :, cache.length :] = 0
-        cache.values[:, :, :, cache.length :] = 0
+        for tensor in (*cache.keys, *cache.values):
+            tensor[:, :, cache.length :] = 0
         self._static = KVCache(cache.keys, cache.values)
         self._static.at = torch.full((1,), cache.length, dtype=torch.int64, device=device)
         self._run = torch.compile(self._forward, dynamic=False) if compiled else self._forward
@@ -105,7 +105,9 @@ class DecodingStep:
             # other threads, which copy batches to the GPU, may go on meanwhile
             with (
                 torch.cuda.device(device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                torch.cuda.graph(
+                    graph, stream=_capture_stream(device), capture_error_mode="thread_local"
+                ),
             ):
                 logits = self._run()
         except RuntimeError as error:
@@ -135,6 +137,12 @@ def can_be_captured(model: GPTModel) -> bool:
         return False
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     return not hooks and not torch.is_autocast_enabled("cuda")
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,11 @@ def test_bars_are_of_what_was_measured_and_right(gpu: Any, rungs: Any) -> None:
     assert gpu.bars(rungs, "NVIDIA A100")[1] == []
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    done = python(
-        str(ROOT / "benchmarks" / "gpu.py"), env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
-    assert done.returncode == 2
-    assert "there is no CUDA GPU; give --tiny" in done.stderr
+def test_without_a_gpu_it_says_so(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings(), pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "there is no CUDA GPU; give --tiny" in capsys.readouterr().err

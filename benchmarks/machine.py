@@ -13,7 +13,7 @@ import torch
 
 
 def description(*packages: str) -> dict[str, Any]:
-    """Machine, versions and commit."""
+    """Machine, its GPU where there is one, versions and commit."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -29,13 +29,67 @@ def description(*packages: str) -> dict[str, Any]:
         check=False,
         cwd=Path(__file__).parent,
     ).stdout.strip()
-    return {
+    about = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", *packages)},
         "commit": commit,
     }
+    return about | {"gpu": gpu()} if torch.cuda.is_available() else about
+
+
+def gpu() -> dict[str, Any]:
+    """The first GPU's name, memory and what drives it."""
+    about = torch.cuda.get_device_properties(0)
+    try:
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    except OSError:
+        driver = ""
+    return {
+        "name": about.name,
+        "memory_gb": round(about.total_memory / 1e9, 1),
+        "capability": f"{about.major}.{about.minor}",
+        "driver": driver or "unknown",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``memory_gb`` that tensors took on the GPU at most since that was set back; of a CPU nothing."""
+    if device.type != "cuda":
+        return {}
+    return {"memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
+
+
+def seconds_a_call(
+    work: Callable[[], Any], device: torch.device, seconds: float, groups: int = 5
+) -> list[float]:
+    """Of each of ``groups`` rows of calls that take about ``seconds`` together; what is warm by now."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    calls = max(1, min(1000, round(seconds / groups / (time.perf_counter() - began))))
+    found = []
+    for _ in range(groups):
+        began = time.perf_counter()
+        for _ in range(calls):
+            work()
+        synchronize(device)
+        found.append((time.perf_counter() - began) / calls)
+    return found
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

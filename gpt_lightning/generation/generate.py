@@ -1,15 +1,19 @@
 """A model and prompts to more tokens: prefill, then one token at a time over the KV cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gpt_lightning.generation.sampling import Sampling, sample
+from gpt_lightning.generation.decoding_step import DecodingStep, can_be_captured, padded_length
+from gpt_lightning.generation.sampling import Sampling, check_finite, choose
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
+Step = Literal["plain", "graph", "compiled"]
 NO_TOKEN = -1
+CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits are numbers
 
 
 @torch.inference_mode()
@@ -52,6 +56,7 @@ def stream_ids(
     eos_id: int | None = None,
     is_over: Callable[[int, list[int]], bool] | None = None,
     generator: torch.Generator | None = None,
+    step: Step | None = None,
 ) -> Iterator[Tensor]:
     """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row.
 
@@ -65,6 +70,9 @@ def stream_ids(
         is_over: Asked after each token, with the row's number and its new ids, whether the row ends.
         generator: Random numbers of the model's device; without one a fresh seed is taken. torch's global
             generator is untouched either way.
+        step: How one token goes through the model, by default on a GPU as a 'graph' where that can be, on a CPU
+            'plain'; see :mod:`gpt_lightning.generation.decoding_step`. 'compiled' is a graph of compiled code,
+            after half a minute and more: for many tokens on a GPU.
 
     A row that has ended yields -1; when all have, the iterator ends.
 
@@ -85,7 +93,15 @@ def stream_ids(
             "give other text or another model"
         )
     return _stream(
-        model, prompts, max_new_tokens, sampling, num_samples, eos_id, is_over, generator
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        num_samples,
+        eos_id,
+        is_over,
+        generator,
+        step or ("graph" if can_be_captured(model) else "plain"),
     )
 
 
@@ -99,6 +115,7 @@ def _stream(
     eos_id: int | None,
     is_over: Callable[[int, list[int]], bool] | None,
     generator: torch.Generator | None,
+    way: Step,
 ) -> Iterator[Tensor]:
     weight, context_length = model.tok_emb.weight, model.config.context_length
     device = weight.device
@@ -113,22 +130,27 @@ def _stream(
         raise ValueError(
             f"max_new_tokens: {max_new_tokens} are more than memory holds; give fewer"
         ) from error
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) : width] = torch.tensor(prompt, device=device)
+    shortest = min(map(len, prompts))
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    ids[:, :width] = torch.tensor(
+        [[NO_TOKEN] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+    )
     written: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
     ended = torch.zeros(len(written), dtype=torch.bool, device=device)
+    one_token: DecodingStep | None = None
+    finite = _Finite(every=1 if device.type == "cpu" else CHECK_EVERY)
 
     was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
             if step == 0:  # prefill: each prompt once, however many samples
-                window, hidden = _window(ids[:, :width], padding, context_length)
+                window, hidden = _window(ids[:, :width], padding, shortest, context_length)
+                length = window.shape[1] + max_new_tokens
                 cache = KVCache.allocate(
                     model.config,
                     len(prompts),
-                    window.shape[1] + max_new_tokens,
+                    length if way == "plain" else padded_length(length),
                     device,
                     weight.dtype,
                 )
@@ -139,40 +161,85 @@ def _stream(
                 if num_samples > 1:
                     cache = cache.repeat(num_samples)
                     hidden = None if hidden is None else hidden.repeat_interleave(num_samples)
+                if way != "plain":
+                    one_token = DecodingStep(model, cache, hidden, compiled=way == "compiled")
             elif cache.length < context_length:
-                last = ids[:, width - 1 : width].clamp(min=0)
-                logits = model.head(model.features(last, cache, hidden)[:, -1])
+                last = ids[:, width - 1].clamp(min=0)
+                if one_token is not None:
+                    logits = one_token(last)
+                else:
+                    logits = model.head(model.features(last[:, None], cache, hidden)[:, -1])
             else:
-                window, window_padding = _window(ids[:, :width], padding, context_length)
-                logits = model.head(model.features(window, padding=window_padding)[:, -1])
+                window, hidden = _window(ids[:, :width], padding, shortest + step, context_length)
+                logits = model.head(model.features(window, padding=hidden)[:, -1])
 
-            try:
-                next_ids = sample(logits, sampling, ids=ids[:, :width], generator=generator)
-            except ValueError as error:
-                raise ValueError(f"{error} (new token {step})") from error
+            finite.add(logits, step)
+            next_ids = choose(logits, sampling, ids=ids[:, :width], generator=generator)
+            tokens: list[int] = []
             if eos_id is not None:
                 ended |= next_ids == eos_id
-            next_ids = next_ids.masked_fill(ended, NO_TOKEN)
-            if ended.all():
-                return
+            if eos_id is not None or is_over is not None:
+                next_ids = next_ids.masked_fill(ended, NO_TOKEN)
+                tokens = next_ids.tolist()  # here the host waits for a GPU, once a token
+                if all(token == NO_TOKEN for token in tokens):
+                    break
             ids[:, width] = next_ids
             width += 1
             yield next_ids
             if is_over is not None:
-                for row, token in enumerate(next_ids.tolist()):
+                for row, token in enumerate(tokens):
                     if token != NO_TOKEN:
                         written[row].append(token)
-                        ended[row] = is_over(row, written[row])
-                if ended.all():
-                    return
+                        if is_over(row, written[row]):
+                            ended[row] = True
+                            tokens[row] = NO_TOKEN
+                if all(token == NO_TOKEN for token in tokens):
+                    break
+        finite.check()
     finally:
+        if one_token is not None:
+            one_token.close()
         model.train(was_training)
 
 
-def _window(ids: Tensor, padding: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-    """The last ``length`` columns of padded ids ``(B, T)``, and how many of each row's are padding."""
-    hidden = (padding - max(0, ids.shape[1] - length)).clamp(min=0)
-    return ids[:, -length:].clamp(min=0), hidden if bool(hidden.any()) else None
+class _Finite:
+    """Refuses logits that are no numbers, looked at in the first step and then ``every`` so many at once: the
+    host waits for a GPU each time."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._first = 0
+        self._largest: list[Tensor] = []
+
+    def add(self, logits: Tensor, step: int) -> None:
+        self._largest.append(logits.amax(dim=-1))
+        if step == 0 or len(self._largest) == self._every:
+            self.check()
+
+    def check(self) -> None:
+        """Raises ``ValueError`` with the number of the first step whose logits are refused."""
+        if self._largest and not torch.isfinite(torch.stack(self._largest)).all():
+            for step, largest in enumerate(self._largest, self._first):
+                try:
+                    check_finite(largest)
+                except ValueError as error:
+                    raise ValueError(f"{error} (new token {step})") from error
+        self._first += len(self._largest)
+        self._largest.clear()
+
+
+def _window(
+    ids: Tensor, padding: Tensor, shortest: int, length: int
+) -> tuple[Tensor, Tensor | None]:
+    """The last ``length`` columns of padded ids ``(B, T)``, and how many of each row's are padding.
+
+    Args:
+        shortest: Tokens of the shortest row, which the host knows without asking a GPU.
+    """
+    window = ids[:, -length:].clamp(min=0)
+    if shortest >= window.shape[1]:
+        return window, None
+    return window, (padding - max(0, ids.shape[1] - length)).clamp(min=0)
 
 
 @torch.inference_mode()

@@ -159,14 +159,38 @@ def sample(
     Raises:
         ValueError: A row has a NaN, or no finite logit at all.
     """
-    if not torch.isfinite(logits.amax(dim=-1)).all():  # a NaN is the largest of all
+    check_finite(logits.amax(dim=-1))
+    return choose(logits, sampling, ids=ids, generator=generator)
+
+
+def check_finite(largest: Tensor) -> None:
+    """Raises ``ValueError`` where one of the rows' largest logits is no number: a NaN is the largest of all."""
+    if not torch.isfinite(largest).all():
         raise ValueError(
             "logits: a row has NaN, +inf or only -inf; the model's weights are damaged"
         )
+
+
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """:func:`sample` of logits that are known to be finite: the host does not wait for a GPU."""
     if sampling.temperature == 0.0:
         if sampling.repetition_penalty != 1.0 and ids is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
         return logits.argmax(dim=-1)
     p = probabilities(logits, sampling, ids)
+    if p.is_cuda:
+        return draw_unchecked(p, generator)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
+
+
+def draw_unchecked(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One id a row from distributions ``(B, V)``: what torch.multinomial draws, less its checks of ``p``,
+    for which the host waits twice."""
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)

@@ -1,0 +1,149 @@
+"""Decoding in benchmarks/gpu.py: greedy, bfloat16, from a prompt on; the step plain, as a graph, compiled."""
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from machine import peak_memory, synchronize
+
+from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.generation.decoding_step import DecodingStep, padded_length
+from gpt_lightning.generation.generate import Step, stream_ids
+from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.model.kv_cache import KVCache
+
+PROMPT, NEW, WARM = 64, 192, 8  # the first WARM new tokens prefill, warm up and capture
+REPEATS = 3
+
+
+def prompts(config: GPTConfig, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+def ours(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPTModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GPTModel(config).to(dtype).eval()
+
+
+def measure(
+    config: GPTConfig, device: torch.device, batch: int, way: Step, prompt: int, new: int
+) -> dict[str, Any]:
+    """Tokens a second of all rows: after the first WARM, and of whole calls, medians of REPEATS."""
+    model = ours(config, device, torch.bfloat16)
+    ids = prompts(config, batch, prompt).tolist()
+    steady, whole = [], []
+    for repeat in range(REPEATS + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        for i, _ in enumerate(stream_ids(model, ids, new, Sampling(), step=way), 1):
+            if i == WARM:
+                synchronize(device)
+                warm = time.perf_counter()
+        synchronize(device)
+        ended = time.perf_counter()
+        if repeat:
+            steady.append(batch * (new - WARM) / (ended - warm))
+            whole.append(batch * new / (ended - began))
+    found = rates(steady, whole) | peak_memory(device)  # before a float32 model is held beside it
+    return found | deviation(config, device, batch, way, prompt)
+
+
+def transformers(
+    config: GPTConfig, device: torch.device, batch: int, prompt: int, new: int
+) -> dict[str, Any]:
+    """The same of GPT2LMHeadModel.generate; what its first WARM tokens take is measured apart."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.emb_dim,
+                n_head=config.n_heads, n_layer=config.n_layers, pad_token_id=0, bos_token_id=None,
+                eos_token_id=None,
+            )
+        )  # fmt: skip
+    model = model.to(torch.bfloat16).eval()
+    ids = prompts(config, batch, prompt).to(device)
+
+    def seconds(tokens: int) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+            )
+        synchronize(device)
+        return time.perf_counter() - began
+
+    seconds(WARM)
+    steady, whole = [], []
+    for _ in range(REPEATS):
+        first, all_of_them = seconds(WARM), seconds(new)
+        steady.append(batch * (new - WARM) / max(all_of_them - first, 1e-9))
+        whole.append(batch * new / all_of_them)
+    return rates(steady, whole)
+
+
+def rates(steady: list[float], whole: list[float]) -> dict[str, Any]:
+    return {
+        name: [round(r, 1) for r in (statistics.median(each), min(each), max(each))]
+        for name, each in (("tokens_per_second", steady), ("whole_calls", whole))
+    }
+
+
+@torch.inference_mode()
+def deviation(
+    config: GPTConfig, device: torch.device, batch: int, way: Step, prompt: int
+) -> dict[str, Any]:
+    """How far the logits of 12 steps are from the plain float32 step's that reads the same tokens: the largest
+    difference in standard deviations. Tolerated is twice what the plain bfloat16 step is off by."""
+    steps = 12
+    ids = prompts(config, batch, prompt + steps).to(device)
+
+    def logits(dtype: torch.dtype, how: Step) -> torch.Tensor:
+        model = ours(config, device, dtype)
+        cache = KVCache.allocate(config, batch, padded_length(prompt + steps), device, dtype)
+        model.features(ids[:, :prompt], cache)
+        tokens = ids[:, prompt:].unbind(dim=1)
+        if how == "plain":
+            return torch.stack(
+                [model.head(model.features(t[:, None], cache)[:, -1]).float() for t in tokens]
+            )
+        step = DecodingStep(model, cache, None, compiled=how == "compiled")
+        found = torch.stack([step(t).float().clone() for t in tokens])
+        captured = step.is_captured
+        step.close()
+        if device.type == "cuda" and not captured:
+            raise RuntimeError("the step was not captured as a CUDA graph")
+        return found
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        expected = logits(torch.float32, "plain")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+    def off(how: Step) -> float:
+        return float((logits(torch.bfloat16, how) - expected).abs().max() / expected.std())
+
+    plain = off("plain")
+    if way == "plain":
+        return {"bf16_deviation": plain}
+    found = off(way)
+    return {
+        "bf16_deviation": plain,
+        "deviation": found if math.isfinite(found) else math.inf,
+        "tolerance": 2 * plain,
+    }

@@ -1,0 +1,204 @@
+"""The training ladder of benchmarks/gpu.py: from the book's model in float32 up, a change a rung."""
+
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import seconds_a_call
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.model.cost import flops_per_token
+from gpt_lightning.model.loss import PAD_VOCABULARY_TO, chunked_cross_entropy, cross_entropy
+from gpt_lightning.training.optim import build_adamw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+STEPS = 20  # whose losses are compared
+# how far from float32's losses, as a share of what these fall by in STEPS steps; by what multiplies
+TOLERANCES = {"float32": 1e-3, "TF32": 1e-2, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to train.
+
+    Attributes:
+        batch: Windows an update.
+        book: Whether it is the book's model (tests/book.py), whose attention is explicit, with its head tied.
+        fused: Whether AdamW is one kernel, as in ``fit``.
+        compiled: 'blocks' as with ``model.compile``, or all up to the loss.
+        chunk: Tokens of a chunk of the loss, the vocabulary padded; none: torch's loss over all logits.
+        cudnn: Whether attention must be cuDNN's.
+        seconds: Expected of the rung as a whole.
+    """
+
+    name: str
+    batch: int
+    seconds: float
+    book: bool = False
+    multiplies: str = "bf16"
+    fused: bool = True
+    compiled: str | None = None
+    chunk: int | None = None
+    cudnn: bool = False
+
+
+def ladder(batch: int, length: int) -> list[Rung]:
+    """Each adds one thing to the one before; the batch grows last."""
+    float32 = Rung("eager fp32 (the book's model)", batch, 45, True, "float32", fused=False)
+    tf32 = replace(float32, name="TF32", multiplies="TF32", seconds=25)
+    bf16 = replace(tf32, name="bf16", multiplies="bf16", seconds=20)
+    sdpa = replace(bf16, name="SDPA (our model)", book=False, seconds=15)
+    fused = replace(sdpa, name="fused AdamW", fused=True)
+    compiled = replace(fused, name="compiled blocks", compiled="blocks", seconds=40)
+    padded = replace(compiled, name="padded vocabulary", chunk=batch * length, seconds=20)
+    chunked = replace(padded, name="loss by chunks", chunk=min(8192, batch * length // 2))
+    return [
+        float32, tf32, bf16, sdpa, fused, compiled, padded, chunked,
+        *(replace(chunked, name=f"batch {n * batch}", batch=n * batch, seconds=25) for n in (2, 4)),
+    ]  # fmt: skip
+
+
+def large_ladder(batch: int) -> list[Rung]:
+    """For a model that needs the room: float32 for its losses, then all at once, then larger batches."""
+    float32 = Rung("eager fp32 (our model)", batch, 40, multiplies="float32")
+    all_at_once = Rung("bf16, compiled blocks, loss by chunks", 2 * batch, 45,
+                       compiled="blocks", chunk=4096)  # fmt: skip
+    return [
+        float32,
+        all_at_once,
+        *(
+            replace(all_at_once, name=f"batch {n * batch}", batch=n * batch, seconds=30)
+            for n in (4, 8)
+        ),
+    ]
+
+
+def batch_of(config: GPTConfig, rows: int, repeated: int, length: int) -> tuple[Tensor, Tensor]:
+    """Random windows and their targets, ``rows`` different ones, over and over: a larger batch has the same loss."""
+    ids = torch.randint(
+        config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0)
+    ).repeat(repeated, 1)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def book_model(ours: GPTModel) -> torch.nn.Module:
+    """The book's model with the weights of ours, its head tied."""
+    import book
+
+    theirs = book.BookGPT({**vars(ours.config), "drop_rate": 0.0})
+    weights = {}
+    for name, tensor in ours.state_dict().items():
+        if ".qkv." in name:
+            for letter, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                weights[name.replace("qkv", f"W_{letter}")] = third
+        elif "norm" in name:
+            weights[name.replace("weight", "scale").replace("bias", "shift")] = tensor
+        else:
+            weights[name] = tensor
+    missing = theirs.load_state_dict(weights, strict=False).missing_keys
+    assert all(name.endswith((".mask", "out_head.weight")) for name in missing), missing
+    theirs.out_head.weight = theirs.tok_emb.weight
+    return theirs
+
+
+def training_step(
+    rung: Rung, config: GPTConfig, rows: int, length: int, device: torch.device
+) -> Callable[[], Tensor]:
+    """An update on the same windows again; its loss, for which nothing waits."""
+    x, y = (t.to(device) for t in batch_of(config, rows, rung.batch // rows, length))
+    torch.manual_seed(0)
+    with torch.device(device):
+        ours = GPTModel(config)
+        model = book_model(ours) if rung.book else ours
+    model.train()
+    features = ours.features
+    if rung.compiled == "blocks":
+        for block in ours.trf_blocks:
+            block.compile()
+    elif rung.compiled is not None:
+        features = torch.compile(ours.features, dynamic=False)
+    optimizer = build_adamw(
+        model,
+        lr=3e-4,
+        weight_decay=0.1,
+        betas=(0.9, 0.95),
+        decay_matrices_only=True,
+        fused=rung.fused,
+    )
+    bf16 = rung.multiplies == "bf16"
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            if rung.book:
+                loss = cross_entropy(model(x), y)
+            elif rung.chunk is None:
+                loss = cross_entropy(ours.head(features(x)), y)
+            else:
+                loss = chunked_cross_entropy(
+                    features(x), ours.head_weight, y, rung.chunk, pad_vocabulary=True
+                )
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    if not rung.cudnn:
+        return step
+
+    def with_cudnn() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return step()
+
+    return with_cudnn
+
+
+def measure(
+    rung: Rung,
+    config: GPTConfig,
+    rows: int,
+    length: int,
+    device: torch.device,
+    expected: list[float] | None,
+    peaks: dict[str, float | None],
+    seconds: float,
+) -> dict[str, Any]:
+    """What a rung does a second, after STEPS steps whose losses are held against ``expected``.
+
+    Args:
+        rows: Different windows of a batch, the same for all rungs that are compared.
+        expected: Float32's losses; none: these are they.
+        peaks: FLOP/s by the name of the share that is reported.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if rung.multiplies == "float32" else "high")
+    try:
+        step = training_step(rung, config, rows, length, device)
+        losses = torch.stack([step() for _ in range(STEPS)]).tolist()
+        each = seconds_a_call(step, device, seconds)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    rates = sorted(rung.batch * length / one for one in each)
+    rate = statistics.median(rates)
+    padded = -(-config.vocab_size // PAD_VOCABULARY_TO) * PAD_VOCABULARY_TO
+    flops = flops_per_token(config, length, vocab_size=padded)
+    found = {
+        "batch": rung.batch,
+        "tokens_per_second": [round(r, 1) for r in (rate, rates[0], rates[-1])],
+        "step_ms": round(1e3 * statistics.median(each), 3),
+        **{share: round(rate * flops / peak, 4) for share, peak in peaks.items() if peak},
+        "losses": losses,
+    }
+    if expected is not None:
+        off = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+        off /= max(expected[0] - expected[-1], 1e-9)
+        found["deviation"] = off if math.isfinite(sum(losses)) else math.inf
+        found["tolerance"] = TOLERANCES[rung.multiplies]
+    return found

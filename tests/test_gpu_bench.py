@@ -1,0 +1,126 @@
+"""benchmarks/gpu.py runs through at toy size without a GPU; what fails or finds no time is said."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, python
+
+LADDER = ["eager fp32 (the book's model)", "TF32", "bf16", "SDPA (our model)", "fused AdamW",
+          "compiled blocks", "padded vocabulary", "loss by chunks"]  # fmt: skip
+
+
+def bench(*arguments: str) -> Any:
+    return python(str(ROOT / "benchmarks" / "gpu.py"), "--tiny", *arguments, cwd=ROOT,
+                  env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def test_all_rungs_run_and_are_right(tmp_path: Path) -> None:
+    done = bench("--out", str(tmp_path / "gpu.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "gpu.json").read_text()) == result
+    found = result["results"]
+    assert [name for name, entry in found.items() if {"failed", "skipped"} & set(entry)] == []
+    assert [name for name in found if name.startswith("124M training")][: len(LADDER)] == [
+        f"124M training: {name}" for name in LADDER
+    ]
+    for name, entry in found.items():
+        if name == "ceilings":
+            assert entry["bf16_flop_per_s"] > 0
+            continue
+        assert entry["tokens_per_second"][0] > 0
+        if "training" in name:
+            assert entry["losses"][-1] < entry["losses"][0]
+            assert ("deviation" in entry) == ("eager fp32" not in name)
+        elif "transformers" not in name and "plain" not in name:
+            assert entry["deviation"] <= entry["tolerance"]
+    assert {bar["name"]: bar["holds"] for bar in result["bars"]} == {
+        "every rung against float32: deviation / tolerance": True
+    }
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The benchmark as a module."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    yield gpu
+    for name in set(sys.modules) - before:
+        if name in ("gpu", "gpu_training", "gpu_decoding", "machine"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def rungs(gpu: Any, tmp_path: Path) -> Any:
+    import time
+
+    import torch
+
+    return gpu.Rungs(torch.device("cpu"), time.perf_counter() + 60, tmp_path / "out.json", {})
+
+
+def test_a_rung_that_fails_is_kept_and_the_next_goes_on(rungs: Any, tmp_path: Path) -> None:
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    rungs.run("too large", 1, fails)
+    rungs.run("small", 1, lambda: {"tokens_per_second": [5.0, 4.0, 6.0]})
+    rungs.run("long", 1000, dict)
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert found["too large"]["failed"] == (
+        "RuntimeError: CUDA out of memory. Tried to allocate 2 GiB"
+    )
+    assert found["small"]["tokens_per_second"] == [5.0, 4.0, 6.0]
+    assert found["long"]["skipped"].startswith("needs about 1000 s, ")
+
+
+def test_a_rung_that_takes_too_long_is_ended(rungs: Any) -> None:
+    def forever() -> dict[str, Any]:
+        while True:
+            pass
+
+    rungs.run("endless", 0.1, forever)
+    assert rungs.found["endless"]["failed"] == "took more than 0 s"
+
+
+def test_bars_are_of_what_was_measured_and_right(gpu: Any, rungs: Any) -> None:
+    right = {"deviation": 0.5, "tolerance": 1.0}
+    rungs.found = {
+        "124M training: a": {"tokens_per_second": [470_000.0], **right},
+        "124M training: b": {"tokens_per_second": [600_000.0], "deviation": 2.0, "tolerance": 1.0},
+        "124M training: c": {"tokens_per_second": [900_000.0]},
+        "124M decoding, batch 1: graph": {"tokens_per_second": [3000.0], **right},
+        "1558M training: a": {"skipped": "no time"},
+    }
+    held, missing = gpu.bars(rungs, "NVIDIA H200")
+    assert [(bar["name"], bar["value"], bar["holds"]) for bar in held] == [
+        ("every rung against float32: deviation / tolerance", 2.0, False),
+        ("124M training tok/s", 470_000.0, True),
+        ("124M training tok/s, stretch", 470_000.0, False),
+        ("124M decoding tok/s, batch 1, graph", 3000.0, False),
+    ]
+    assert missing == [
+        "1558M training tok/s",
+        "124M decoding tok/s, batch 1, compiled",
+        "1558M decoding tok/s, batch 1, graph",
+        "1558M decoding tok/s, batch 1, compiled",
+    ]
+    assert gpu.bars(rungs, "NVIDIA A100")[1] == []
+
+
+def test_without_a_gpu_it_says_so(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings(), pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "there is no CUDA GPU; give --tiny" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_decoding
+import gpu_training
 import torch
 from gpu_training import Rung, ladder, large_ladder, measure
 from machine import at_least, at_most, description, peak_memory, seconds_a_call
@@ -188,6 +189,16 @@ def train(
         )
 
 
+def fit(rungs: Rungs, name: str, config: GPTConfig, batch: int, length: int, updates: int) -> None:
+    rungs.run(
+        f"{name} fit",
+        100 if rungs.device.type == "cuda" else 20,
+        lambda: gpu_training.fit(
+            config, batch, length, rungs.device, updates, peak_flops(rungs.device, "bf16-mixed")
+        ),
+    )
+
+
 def decode(
     rungs: Rungs,
     name: str,
@@ -230,9 +241,12 @@ def bars(rungs: Rungs, gpu: str) -> tuple[list[dict[str, Any]], list[str]]:
         rates = [rate for n in rungs.found if n.startswith(prefix) if (rate := rungs.rate(n))]
         return max(rates, default=None)
 
+    by_fit = rungs.found.get("124M fit", {}).get("tokens_per_second", [None])[0]
     for name, value, bar in [
-        ("124M training tok/s", best("124M training"), 462_000.0),
-        ("124M training tok/s, stretch", best("124M training"), 555_000.0),
+        ("124M, the fit command: tok/s", by_fit, 462_000.0),
+        ("124M, the fit command: tok/s, stretch", by_fit, 555_000.0),
+        ("124M training tok/s, the best rung", best("124M training"), 462_000.0),
+        ("124M training tok/s, the best rung, stretch", best("124M training"), 555_000.0),
         (f"{LARGE} training tok/s", best(f"{LARGE} training"), 38_000.0),
         *(
             (
@@ -295,6 +309,7 @@ def main() -> None:
     steps = ladder(rows, length)
     if arguments.only != "decoding":
         train(rungs, "124M", small, steps, steps[0], rows, length)
+        fit(rungs, "124M", replace(small, vocab_size=50257), 2 * rows, length, 40)
         large_steps = large_ladder(large_rows)
         train(rungs, LARGE, large, large_steps, large_steps[0], large_rows, length)
     if arguments.only != "training":

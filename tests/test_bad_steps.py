@@ -168,6 +168,25 @@ def test_judged_later_it_is_judged_alike(
     assert not min(bad) or read_checkpoint(last)["global_step"] == min(bad)
 
 
+def test_an_optimizer_that_was_not_fused_goes_on_fused(
+    command: Command, watch: type[Watch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run in 16-mixed leaves it; the fused step alone can pass over an update by itself."""
+    assert fit(command, "--trainer.max_steps=2").code == 0
+    checkpoint = torch.load(LAST, weights_only=True)
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
+        group["fused"] = None
+    torch.save(checkpoint, LAST)
+    (LAST.parent / "manifest.json").unlink()
+    monkeypatch.setattr(bad_steps, "_judges_later", lambda module: True)
+    watch.kind, watch.bad = "loss", {4}
+    done = fit(command, "--ckpt_path=last", "--bad_steps=skip")
+    assert done.code == 0, done.err
+    assert "step 4: loss nan" in done.err
+    (optimizer,) = read_checkpoint(LAST)["optimizer_states"]
+    assert all(group["fused"] for group in optimizer["param_groups"])
+
+
 def test_too_many_in_a_row_stop_it(command: Command, watch: type[Watch]) -> None:
     watch.kind, watch.bad = "loss", {2, 3, 4}
     done = fit(command, "--bad_steps=skip", "--max_bad_steps=2")

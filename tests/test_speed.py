@@ -18,7 +18,7 @@ from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import throughput
-from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak
+from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 24, 1000])
@@ -56,6 +56,28 @@ def test_loss_by_chunks_holds_no_logits() -> None:
     ):
         chunked_cross_entropy(x, w, torch.zeros(1, 512, dtype=torch.int64), 64)
     assert max(kept) <= max(x.numel(), w.numel())
+
+
+def test_loss_by_chunks_in_float16_keeps_small_gradients() -> None:
+    """A scaler's factor comes after the gradients are computed: what float16 had lost would stay lost."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 256, 16, generator=generator, requires_grad=True)
+    w = (torch.randn(20000, 16, generator=generator) * 0.02).requires_grad_()
+    targets = torch.zeros(2, 256, dtype=torch.int64)
+    grads = []
+    for half in (False, True):
+        w.grad = None
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            chunked_cross_entropy(x, w, targets, 100).backward()
+        grads.append(w.grad[1:])  # of rows that are no target
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-2, atol=1e-9)
+
+
+def test_an_evaluation_computes_no_gradient() -> None:
+    x, w = torch.randn(1, 6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        chunked_cross_entropy(x, w, torch.arange(6)[None], 3)
+    assert counter.get_total_flops() == 2 * 6 * 8 * 50
 
 
 def test_no_gradient_is_computed_where_none_is_asked_for() -> None:
@@ -264,6 +286,12 @@ def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peaks() -> None:
+    assert of_gpu(PEAKS, "NVIDIA H100 80GB HBM3") == 989e12
+    assert of_gpu(PEAKS, "NVIDIA H100 PCIe") == 756e12
+    assert of_gpu(PEAKS, "NVIDIA L4") == 121e12
+    assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in ("L40", "T400", "RTX A1000", "A10G")] == [
+        None
+    ] * 4
     assert PEAKS["H100"] == 989e12  # dense, not the sparse figure
     assert list(PEAKS).index("H100 PCIe") < list(PEAKS).index("H100")
     assert list(PEAKS).index("L40S") < list(PEAKS).index("L4")

@@ -298,15 +298,16 @@ class WindowLoader:
                 yield ahead.popleft().result()
 
     def _read(self, numbers: Numbers) -> tuple[Numbers, Batch]:
-        ids = self._pinned(torch.from_numpy(self.windows.draw(numbers)))
-        inputs, targets = ids[:, :-1], ids[:, 1:]
+        ids = torch.from_numpy(self.windows.draw(numbers))
+        inputs, targets = self._pinned(ids[:, :-1]), self._pinned(ids[:, 1:])
         if not self.documents:
             return numbers, (inputs, targets)
         documents = (inputs == END_OF_TEXT_ID).cumsum(dim=1)
         return numbers, (inputs, targets, self._pinned(documents))
 
     def _pinned(self, batch: Tensor) -> Tensor:
-        return batch.pin_memory() if self.pin_memory else batch
+        # what is not contiguous would be copied to memory that is not pinned, on its way
+        return batch.contiguous().pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position in windows, so that it holds for another batch size or number of ranks too."""

@@ -42,6 +42,10 @@ def chunked_cross_entropy(
     dtype = features.dtype
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
+    if dtype == torch.float16:
+        dtype = torch.float32  # gradients of a mean are too small for it before they are scaled
+    if not torch.is_grad_enabled():
+        features, weight = features.detach(), weight.detach()
     loss: Tensor = _ChunkedCrossEntropy.apply(
         features.flatten(0, 1), weight, targets.flatten(), chunk_size, pad_vocabulary, dtype
     )

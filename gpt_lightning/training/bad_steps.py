@@ -86,6 +86,14 @@ class BadSteps(Callback):
         self._waiting: _Update | None = None
         self._good: deque[tuple[float, float]] = deque(maxlen=SPIKE_STEPS)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.precision == "16-mixed" and trainer.is_global_zero:
+            print(
+                "gpt_lightning: bad_steps: with trainer.precision 16-mixed its gradient scaler skips updates that are "
+                "not finite; bad_steps, max_bad_steps and skip_spikes have no effect",
+                file=sys.stderr,
+            )
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -58,6 +57,13 @@ def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
     return nullcontext() if rng == "global" else isolate_rng()
 
 
+def _uncompiled(module: GPTLightningModule) -> AbstractContextManager[object]:
+    """For passes of other shapes, each of which would be compiled anew."""
+    if not module.compile_blocks:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 class LossEvaluation(Callback):
     """The book's ``evaluate_model``: every ``eval_freq`` updates the losses over some batches of each split.
 
@@ -97,18 +103,13 @@ class LossEvaluation(Callback):
         self.row: dict[str, float] = {}
         self._last_step = -1
         self._grad_norm = math.nan
-        self._seconds = 0.0
+        self._began = 0.0
         self._tokens = 0
-        self._batch_began = 0.0
+        self._rate = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step - 1
-        self._seconds, self._tokens = 0.0, 0
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        self._batch_began = time.perf_counter()
+        self._began, self._tokens = self.clock.seconds(), 0
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -131,12 +132,12 @@ class LossEvaluation(Callback):
         self._last_step = step
         if due and pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - self._batch_began
         self._tokens += batch[0].numel() * trainer.world_size
         if due:
+            self._rate = self._tokens / (self.clock.seconds() - self._began)
             with self.clock.stopped(pl_module.device):
                 self._evaluate(trainer, pl_module, step)
-            self._seconds, self._tokens = 0.0, 0
+            self._began, self._tokens = self.clock.seconds(), 0
 
     def _evaluate(self, trainer: Trainer, module: GPTLightningModule, step: int) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -154,7 +155,7 @@ class LossEvaluation(Callback):
             trainer.optimizers[0].param_groups[0]["lr"],
             self._grad_norm,
             module.tokens_seen,
-            self._tokens / self._seconds,
+            self._rate,
         ]
         self.row = {"step": step, "epoch": epoch, **dict(zip(self.TAGS, figures, strict=True))}
         module.log_dict(
@@ -240,6 +241,7 @@ class TextSamples(Callback):
             _random_numbers(self.rng),
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
+            _uncompiled(pl_module),
         ):
             ids = encode_prompt(self.prompt)[-pl_module.config.context_length :]
             features = pl_module.model.features(torch.tensor([ids], device=pl_module.device))
@@ -266,6 +268,7 @@ class TextSamples(Callback):
             self.clock.stopped(pl_module.device),
             _random_numbers(self.rng),
             trainer.precision_plugin.forward_context(),
+            _uncompiled(pl_module),
         ):
             ids = generate(pl_module.model, idx, self.max_new_tokens)
         self._show(trainer, decode(ids[0].tolist()))

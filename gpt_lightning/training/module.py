@@ -190,7 +190,11 @@ class GPTLightningModule(LightningModule):
         for group, own in zip(
             self._optimizer().param_groups, self.configure_optimizers().param_groups, strict=True
         ):
-            group.update(weight_decay=own["weight_decay"], betas=own["betas"])
+            group.update(weight_decay=own["weight_decay"], betas=own["betas"], fused=own["fused"])
+            for parameter in group["params"]:
+                state = self._optimizer().state.get(parameter, {})
+                if own["fused"] and "step" in state:  # one that is not fused counts on the host
+                    state["step"] = state["step"].to(parameter.device, torch.float32)
         if self.rng == "global" and self._random_numbers is not None:
             set_global_state(self._random_numbers)  # whatever drew since, the run goes on from here
 

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.counting import MaxTokens
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -27,6 +28,7 @@ class RunProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
+        self._evaluation: LossEvaluation | None = None
         self._bar: Progress | None = None
         self._total: int | None = None
         self._began = 0.0
@@ -41,6 +43,8 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = total_steps(trainer)
+        watchers = trainer.callbacks  # type: ignore[attr-defined]
+        self._evaluation = next((c for c in watchers if isinstance(c, LossEvaluation)), None)
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in pl_module.parameters())
             print(
@@ -58,8 +62,11 @@ class RunProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        loss = trainer.callback_metrics.get("val_loss")
-        self._advance(trainer.global_step, "" if loss is None else f"val_loss {float(loss):.3f}")
+        if self._evaluation is None:
+            self._advance(trainer.global_step, "")
+            return
+        loss = self._evaluation.row.get("val_loss")
+        self._advance(trainer.global_step, "" if loss is None else f"val_loss {loss:.3f}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

@@ -1,5 +1,6 @@
 """How fast a run is: tokens a second, share of the hardware's peak, what it waits for."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -36,6 +38,7 @@ MEMORY = {
     "B200": 180e9,
     "H200": 141e9,
     "H100 PCIe": 80e9,
+    "H100 NVL": 94e9,
     "H100": 80e9,
     "A100": 80e9,
     "L40S": 48e9,
@@ -185,8 +188,12 @@ def peak_flops(device: torch.device, precision: Any) -> float | None:
         return measured_peak(torch.bfloat16 if low else torch.float32)
     if device.type != "cuda" or not low:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
+    return of_gpu(PEAKS, torch.cuda.get_device_name(device))
+
+
+def of_gpu(table: dict[str, float], name: str) -> float | None:
+    """A table's entry by what torch calls the device, in whole words: an L40 is no L4."""
+    return next((value for key, value in table.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> float:

@@ -45,6 +45,7 @@ def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
         (["--model.config.emb_dim=abc"], ["model.config.emb_dim", "abc"]),
         (["--model.config.drop_rate=1"], ["drop_rate: 1.0 is outside [0, 1)"]),
         (["--model.config.vocab_size=300"], ["vocab_size: 300", "50257"]),
+        (["--trainer.reload_dataloaders_every_n_epochs=1"], ["reload_dataloaders_every_n_epochs"]),
         (["--model.lr=-1"], ["model.lr: -1.0"]),
         (["--model.betas=[1.5,0.9]"], ["model.betas: (1.5, 0.9)"]),
         (["--model.warmup_steps=-1"], ["model.warmup_steps: -1"]),

@@ -22,6 +22,7 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.heap import Heap
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.memory import TrainingStep, held
+from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.reports.plan import Setting, memory, plan
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
@@ -270,6 +271,15 @@ def as_json(command: Command, *arguments: str) -> dict[str, Any]:
     assert done.code == 0, done.err
     found: dict[str, Any] = json.loads(done.out)
     return found
+
+
+def test_plan_counts_the_epochs_updates_as_fit_does(command: Command) -> None:
+    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=2", "--data.batch_size=3"]
+    found = as_json(command, *settings)
+    assert command("fit", *settings).code == 0
+    assert (
+        found["updates"] == read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["global_step"]
+    )
 
 
 def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -635,3 +636,74 @@ def test_a_run_cut_between_other_updates_is_refused(fit: Command, command: Comma
         "fit", QUICKSTART, *SMALL, *BARE, "--ckpt_path=last", "--data.global_batch_size=4"
     )
     refused(done, "cut after 6 windows of an epoch, which updates of 4 do not meet")
+
+
+def printed(out: str) -> list[tuple[float, float]]:
+    return [
+        (float(train), float(val))
+        for train, val in re.findall(r"Train loss ([\d.]+), Val loss ([\d.]+)", out)
+    ]
+
+
+def test_evaluations_read_the_same_windows_with_any_micro_batch(fit: Command) -> None:
+    settings = ["--data.global_batch_size=4", "--data.stride=8", "--trainer.max_steps=3",
+                "--evaluation.eval_freq=1", "--evaluation.eval_iter=1", "--evaluation.prompt=null",
+                "--model.config.drop_rate=0"]  # fmt: skip
+    found = [
+        printed(fit(f"--data.batch_size={n}", f"--run=of_{n}", *settings).out) for n in (4, 2, 1)
+    ]
+    assert len(found[0]) == 3
+    for other in found[1:]:
+        assert np.array(other) == pytest.approx(
+            np.array(found[0]), abs=1.1e-3
+        )  # three decimals are printed
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_clip_of_nothing_clips_nothing(fit: Command, value: str) -> None:
+    """As Lightning has it; a factor of 0 would stop the learning, a negative one turn it round."""
+    plain, clipped = (
+        fit(f"--run={run}", "--trainer.max_steps=3", *arguments).out
+        for run, arguments in [("plain", []), ("clipped", [f"--trainer.gradient_clip_val={value}"])]
+    )
+    assert plain == clipped
+    assert same_bits("plain", "clipped")
+
+
+def test_another_text_of_the_same_length_is_refused(
+    fit: Command, command: Command, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five " * 600)
+    fit(f"--data.text={text}", "--trainer.max_steps=2")
+    text.write_text("six two three four five " * 600)
+    done = command(
+        "fit",
+        "--config=checkpoints/quickstart/config.yaml",
+        "--trainer.max_steps=3",
+        "--ckpt_path=last",
+    )
+    assert done.code != 0
+    assert "another text of the same length" in done.err.splitlines()[-1]
+    assert last("quickstart")["global_step"] == 2
+
+
+def test_a_store_for_training_alone(fit: Command, command: Command, tmp_path: Path) -> None:
+    """It can be a part of a mixture; alone it is refused, with the remedy that helps."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"{i} one two three " * 20}) for i in range(20)))
+    assert command("prepare", str(rows), "--out=store", "--val_ratio=0").code == 0
+    fit("--trainer.max_steps=1", '--data.mixture={"store": 0.5, "sample": 0.5}')
+    done = command(
+        "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.text=store", "--run=alone"
+    )
+    assert done.code == 2
+    assert "prepare it again with more in that split (--val_ratio)" in done.err.splitlines()[-1]
+    done = command(
+        "fit",
+        f"--config={ROOT}/configs/quickstart.yaml",
+        '--data.mixture={"store": 1}',
+        "--run=alone",
+    )
+    assert done.code == 2
+    assert "none of its stores has a validation split" in done.err.splitlines()[-1]

@@ -109,11 +109,11 @@ def _refuse_a_run_that_is_there(folder: Path) -> None:
     )
 
 
-def _check_data(cli: "TrainingCLI") -> None:
+def _check_data(cli: "TrainingCLI", stage: str = "fit") -> None:
     """Read the text before anything is written: Lightning makes the loggers' files first."""
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
-    cli.datamodule.setup("fit")
+    cli.datamodule.setup(stage)
 
 
 def validate(arguments: list[str]) -> None:
@@ -124,6 +124,8 @@ def validate(arguments: list[str]) -> None:
     cli = TrainingCLI("validate", arguments)
     assert cli.source is not None
     cli.model.start_from(cli.source)
+    if _is_rank_zero():
+        _check_data(cli, "validate")
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
@@ -357,6 +359,10 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = {**self.config_init.trainer, **kwargs}
         callbacks: list[Callback] = _as_list(settings.pop("callbacks", None))
+        if settings.get("reload_dataloaders_every_n_epochs"):
+            raise ValueError(
+                "trainer.reload_dataloaders_every_n_epochs: would begin the windows' order anew each time; leave it out"
+            )
         if settings.get("enable_progress_bar") is not False:
             callbacks.append(RunProgress())
         plugins = _as_list(settings.get("plugins"))

@@ -1,6 +1,7 @@
 """``plan``: what the run that ``fit`` would make of the same settings will take."""
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from gpt_lightning.cli.fit import TrainingCLI
 from gpt_lightning.cli.parsing import suggest
 from gpt_lightning.cli.tables import print_table
+from gpt_lightning.data.corpus import VERDICT, cache_folder
+from gpt_lightning.data.tokens import read_splits
+from gpt_lightning.data.windows import Windows
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.memory import PRECISIONS, DeviceType, TrainingStep
 from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
@@ -41,8 +45,8 @@ def run(arguments: list[str]) -> None:
     cli = PlanCLI(arguments)
     config = cli.config
     for name in ("devices", "tokens", "peak", "device_memory"):
-        if config[name] is not None and not config[name] > 0:
-            raise ValueError(f"{name}: {config[name]} is too small; give more than 0")
+        if config[name] is not None and not 0 < config[name] < math.inf:
+            raise ValueError(f"{name}: {config[name]} is out of range; give more than 0")
     if not 0.0 < config.mfu <= 1.0:
         raise ValueError(f"mfu: {config.mfu} is no share of the peak; give e.g. 0.4")
     setting = cli.setting()
@@ -221,7 +225,25 @@ class PlanCLI(TrainingCLI):
             limits.append(int(config.max_tokens))
         if (config.trainer.max_steps or -1) > 0:
             limits.append(config.trainer.max_steps * setting.tokens_per_update)
+        if (epochs := config.trainer.max_epochs or -1) > 0 and (windows := self._windows(setting)):
+            at_once = setting.step.batch_size * setting.devices
+            if setting.global_batch_is_given:
+                at_once *= setting.micro_batches
+            limits.append(epochs * (windows // at_once) * at_once * setting.step.length)
         return min(limits) if limits else None
+
+    def _windows(self, setting: Setting) -> int | None:
+        """For training, where the text is here."""
+        data = self.config.data
+        texts = list(data.mixture) if data.mixture else [data.text]
+        if "verdict" in texts and not (cache_folder() / VERDICT).exists():
+            return None
+        length = setting.step.length
+        try:
+            splits = [read_splits(text, data.train_ratio).training for text in texts]
+        except OSError:
+            return None
+        return sum(len(Windows(parts, length, data.stride or length)) for parts in splits)
 
     def peak(self, setting: Setting) -> float | None:
         """FLOP/s of one device: given, of the named GPU, or of what is here."""

@@ -13,6 +13,8 @@ VERDICT_URL = (
 )
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 
+VERDICT = "the-verdict.txt"
+
 TEXT_SUFFIXES = (".txt", ".md")
 
 
@@ -80,7 +82,7 @@ def _read_file(path: Path) -> str:
 
 def _verdict() -> Path:
     """The Verdict's place in the cache, downloaded there if need be, its sum checked either way."""
-    path = cache_folder() / "the-verdict.txt"
+    path = cache_folder() / VERDICT
     if not path.exists():
         _download_verdict(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,11 +1,13 @@
 """A text as Lightning's data: split, tokenised once, cut into windows."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
 from gpt_lightning.data.mixture import Mixture
+from gpt_lightning.data.store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import JoinedWindows, Rng, WindowLoader, Windows
@@ -97,6 +99,11 @@ class TextDataModule(LightningDataModule):
         """Of a step, on all devices together."""
         return self.batch_size * self._world_size()
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a global batch, on each device; 1 where none is given."""
+        return 1 if self._global_batch() is None else self._accumulate()
+
     def setup(self, stage: str) -> None:
         texts = [self.text] if self.mixture is None else list(self.mixture)
         if self.trainer is not None and self.trainer.world_size > 1:
@@ -124,17 +131,28 @@ class TextDataModule(LightningDataModule):
             }
             for name, windows in found.items():
                 if not len(windows):
+                    if self.mixture is not None and name == "validation" and not windows.tokens:
+                        continue  # of a store for training alone; others validate
+                    if is_store(Path(text).expanduser()):
+                        raise ValueError(
+                            f"data.text: the {name} split of {text} has {windows.tokens} tokens, one window needs "
+                            f"{length + 1}; prepare it again with more in that split (--val_ratio)"
+                        )
                     raise ValueError(
                         f"data.text: the {name} split of {text} has {windows.tokens} tokens, one window "
                         f"needs {length + 1}; give more text, a smaller model.config.context_length or "
                         "another data.train_ratio"
                     )
             of_texts.append(found)
+        if not any(len(found["validation"]) for found in of_texts):
+            raise ValueError(
+                "data.mixture: none of its stores has a validation split; prepare one with --val_ratio"
+            )
         self._counts = [len(found["training"]) for found in of_texts]
         self._windows = {
             name: of_texts[0][name]
             if self.mixture is None
-            else JoinedWindows([found[name] for found in of_texts])
+            else JoinedWindows([found[name] for found in of_texts if len(found[name])])
             for name in of_texts[0]
         }
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +71,15 @@ class Windows:
         """``(N, L + 1)``"""
         return len(self), self.length + 1
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens: of each part the length, the first and the last thousand."""
+        found = blake2b(digest_size=16)
+        for part in self.parts:
+            found.update(len(part).to_bytes(8, "little"))
+            found.update(part[:1000].tobytes() + part[-1000:].tobytes())
+        return found.hexdigest()
+
     def draw(self, numbers: Numbers) -> NDArray[np.int64]:
         """The numbered windows, ``(B, L + 1)``."""
         width = self.length + 1
@@ -128,6 +138,11 @@ class JoinedWindows:
     @property
     def shape(self) -> tuple[int, int]:
         return len(self), self.sources[0].shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """As :attr:`Windows.fingerprint`."""
+        return "+".join(source.fingerprint for source in self.sources)
 
     def draw(self, numbers: Numbers) -> NDArray[np.int64]:
         """As :meth:`Windows.draw`."""
@@ -317,6 +332,7 @@ class WindowLoader:
             "order_seed": self._order_seed,
             "order_in_memory": self._in_memory,
             "windows": list(self.windows.shape),
+            "tokens": self.windows.fingerprint,
         }
         if self.mixture is not None:
             state["mixture"] = self.mixture.sources
@@ -335,6 +351,11 @@ class WindowLoader:
                 f"data: the run has seen {n} windows of {width - 1} tokens, here are {own} of "
                 f"{own_width - 1}; resume with the text, split and stride it had, or begin a new run "
                 "with --init_from"
+            )
+        if state.get("tokens", self.windows.fingerprint) != self.windows.fingerprint:
+            raise ValueError(
+                "data: the run has seen another text of the same length; resume with the text it had, or begin a new "
+                "run with --init_from"
             )
         was, here = state.get("mixture"), self.mixture.sources if self.mixture else None
         if was != here:

@@ -282,6 +282,7 @@ def _changed(setting: Setting, levers: tuple[str, ...]) -> tuple[Setting, list[s
                 options.append("--model.activation_checkpointing true")
             case "fsdp":
                 setting = replace(setting, strategy="fsdp")
+                step = replace(step, activation_checkpointing=True)  # as that file has it
                 options.append("--config configs/fsdp.yaml")
             case "bf16":
                 step = replace(step, precision="bf16-mixed")

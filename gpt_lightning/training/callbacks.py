@@ -4,6 +4,7 @@ import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def evaluation_callbacks(
 
     Args:
         eval_freq: Updates from one evaluation to the next; the first is after the first update.
-        eval_iter: Batches of each split an evaluation reads; none: all.
+        eval_iter: Batches of each split an evaluation reads, on each device; with data.global_batch_size or
+            _tokens, such batches over all; none: all windows.
         prompt: What the greedy sample after each epoch begins with; none: no samples.
         max_new_tokens: Length of that sample.
         distribution: Whether each evaluation logs how sharp the prompt's next-token distribution is.
@@ -177,9 +179,9 @@ class LossEvaluation(Callback):
         self, trainer: Trainer, module: GPTLightningModule, loader: WindowLoader
     ) -> float:
         mean = TokenMean().to(module.device)
-        for i, batch in enumerate(loader):
-            if self.eval_iter is not None and i >= self.eval_iter:
-                break
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        most = None if self.eval_iter is None else self.eval_iter * data.micro_batches
+        for batch in islice(loader, most):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             with trainer.precision_plugin.forward_context():
                 loss = module.loss(batch)

@@ -229,7 +229,7 @@ class GPTLightningModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As Lightning clips, but also where it refuses to: mixed precision with a fused AdamW."""
-        if gradient_clip_val is None:
+        if not gradient_clip_val or gradient_clip_val < 0:  # as Lightning has it
             return
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)

@@ -11,8 +11,6 @@ from torch.optim import AdamW, Optimizer
 
 from gpt_lightning.training.sharding import load_optimizer_state, local
 
-_LARGE = 1 << 20  # elements whose squares float32 cannot sum up
-
 
 def build_adamw(
     model: nn.Module,
@@ -52,6 +50,15 @@ def learning_rate(
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def _is_large(part: Tensor) -> bool:
+    return part.device.type == "cpu" and part.numel() > 1 << 14
+
+
+def _norm(part: Tensor) -> Tensor:
+    rows = torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows, dtype=torch.float64).float()
+
+
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Their 2-norm together, a float32 scalar; of shards the whole ones', which all ranks ask for at once.
 
@@ -59,14 +66,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     124M's embedding 0.3 % too small, and another one of its shards.
     """
     parts = [local(gradient) for gradient in gradients]
-    norm = nn.utils.get_total_norm(
-        [
-            torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
-            if part.device.type == "cpu" and part.numel() > _LARGE
-            else part
-            for part in parts
-        ]
-    )
+    norm = nn.utils.get_total_norm([_norm(part) if _is_large(part) else part for part in parts])
     if gradients and isinstance(gradients[0], DTensor):
         squares = norm.square()
         dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())

@@ -159,12 +159,15 @@ def test_heap_keeps_what_it_had_and_uses_it_again() -> None:
             given = random.choice(list(in_use))
             del in_use[given]
             heap.give(given)
+        if key % 50 == 0:
+            heap.give_scraps()
         most = max(most, sum(in_use.values()))
         assert heap.resident >= max(before, sum(in_use.values()))
         before = heap.resident
     assert heap.resident < 3 * most
     for key in in_use:
         heap.give(key)
+    heap.give_scraps()
     heap.take(-1, heap.resident - 1000)
     assert heap.resident == before
 

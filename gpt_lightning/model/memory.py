@@ -176,6 +176,8 @@ def _forward_and_backward(
     if zero:
         training.zero_grad()
     loss.backward()
+    if live.heap is not None:
+        live.heap.give_scraps()
 
 
 class _Training(nn.Module):

@@ -655,6 +655,87 @@ def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     assert command(*arguments, "--on_error=skip", "--shard_tokens=5000").code == 0
 
 
+def with_a_bad_row(folder: Path, kind: str, texts: Sequence[str], bad: int) -> tuple[Path, bytes]:
+    """A file with a row that cannot be read, and its bytes once that is corrected."""
+    if kind == ".txt":
+        path = folder / "b.txt"
+        good = b"".join(text.encode() + b"<|endoftext|>" for text in texts)
+        path.write_bytes(good.replace(texts[bad].encode(), b"\xff"))
+        return path, good
+    good_path = written_as(folder, kind, texts)
+    path, good = good_path.with_name(f"b{kind}"), good_path.read_bytes()
+    good_path.unlink()
+    if kind == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = [None if i == bad else text for i, text in enumerate(texts)]
+        parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=300)
+    else:
+        lines = [json.dumps({"text": text}) for text in texts]
+        lines[bad] = "{"
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(content) if kind == ".jsonl.gz" else content)
+    return path, good
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_bad_line_that_is_corrected_is_gone_on_from(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What comes later may be another file too; what was read already may not."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    texts = [f"{i} {p}" for i in range(4) for p in PARAGRAPHS]
+    first = write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
+    path, good = with_a_bad_row(tmp_path, kind, texts, len(texts) - 9)
+    write_lines(tmp_path / "c.jsonl", PARAGRAPHS[:3])
+    arguments = ["prepare", "a.jsonl", path.name, "c.jsonl", "--shard_tokens=3000"]
+    refused(command(*arguments, "--out=store"), path.name)
+    begun = everything(Path("store"))
+    assert json.loads(begun["progress.json"])["position"]["at"][:2] > [1, 0]
+    for changed, content in [(first, b"{}\n" + first.read_bytes()), (path, None)]:
+        before = changed.read_bytes()
+        if content is None:
+            write_again, _ = with_a_bad_row(tmp_path, kind, ["other", *texts[1:]], len(texts) - 9)
+            assert write_again == path
+        else:
+            changed.write_bytes(content)
+        refused(
+            command(*arguments, "--out=store"),
+            f"store: is unfinished, and {changed.name} was", "remove store to begin anew",
+        )  # fmt: skip
+        assert everything(Path("store")) == begun
+        changed.write_bytes(before)
+    path.write_bytes(good)
+    write_lines(tmp_path / "c.jsonl", PARAGRAPHS[3:9])
+    times = {p.name: p.stat().st_mtime_ns for p in Path("store").glob("train*")}
+    done = command(*arguments, "--out=store")
+    assert done.code == 0, done.err
+    assert Path("store/train-00001.u16").stat().st_mtime_ns == times["train-00001.u16"]
+    assert command(*arguments, "--out=straight").code == 0
+    assert everything(Path("store")) == everything(Path("straight"))
+
+
+def test_corrected_with_split_ratio_only_before_the_cut(command: Command, tmp_path: Path) -> None:
+    for val_ratio, goes_on in [(0.01, True), (0.6, False)]:
+        texts = [f"{i} {p}" for i in range(60) for p in PARAGRAPHS]
+        path = write_lines(tmp_path / "a.jsonl", texts)
+        good = path.read_text() + json.dumps({"text": "more"}) + "\n"
+        path.write_text(path.read_text() + "{\n")
+        arguments = ["prepare", "a.jsonl", "--split=ratio", f"--val_ratio={val_ratio}",
+                     "--shard_tokens=3000"]  # fmt: skip
+        out = f"--out=store{goes_on}"
+        refused(command(*arguments, out), "is no JSON")
+        path.write_text(good)
+        done = command(*arguments, out)
+        if goes_on:
+            assert done.code == 0, done.err
+            assert command(*arguments, "--out=straight").code == 0
+            assert everything(Path("storeTrue")) == everything(Path("straight"))
+        else:
+            refused(done, "is unfinished, and with --split ratio the sources' sizes")
+
+
 def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepared: Path) -> None:
     before = everything(prepared)
     done = command("prepare", "rows.jsonl", f"--out={prepared}", "--shard_tokens=3000")

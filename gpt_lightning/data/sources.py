@@ -25,7 +25,7 @@ SUFFIXES: dict[str, Kind] = {
 }
 _DATASET_FILES = ("state.json", "dataset_info.json")  # of datasets' save_to_disk
 _DATASETS_FILE = "dataset_dict.json"  # of several
-_ZSTD_INPUT = 512  # bytes; 12 of them may be 128 KB of text
+_ZSTD_INPUT = 256  # bytes; 12 of them may be 128 KB of text
 
 
 class DamagedError(ValueError):
@@ -240,7 +240,7 @@ def open_dataset(folder: Path) -> Any:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is wrong with one of a dozen files
         raise DamagedError(
-            f"{folder}: is damaged ({type(error).__name__}); save it anew"
+            f"{folder}: is damaged ({type(error).__name__}); save it anew, or --on_error skip"
         ) from error
 
 
@@ -255,4 +255,4 @@ def _library(name: str, path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> DamagedError:
-    return DamagedError(f"{path}: is damaged ({error}); fetch it anew")
+    return DamagedError(f"{path}: is damaged ({error}); fetch it anew, or --on_error skip")

@@ -214,22 +214,28 @@ def _zstd_blocks(raw: IO[bytes], zstandard: Any) -> Iterator[bytes]:
 def open_parquet(path: Path) -> Any:
     """A ``pyarrow.parquet.ParquetFile``."""
     _library("pyarrow", path)
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
+    with _damage_to_arrow(path):
         # by pages: a row group may be a gigabyte
         return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
 
 
 def checked(batches: Iterator[Any], path: Path) -> Iterator[Any]:
     """Arrow's batches as they are read."""
+    with _damage_to_arrow(path):
+        yield from batches
+
+
+@contextmanager
+def _damage_to_arrow(path: Path) -> Iterator[None]:
     from pyarrow import ArrowException
 
     try:
-        yield from batches
+        yield
     except (ArrowException, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise  # the machine's, not the file's
         raise _damaged(path, error) from error
 
 

@@ -103,13 +103,13 @@ def prepare(
 ) -> Prepared:
     """Tokenise the inputs into a store at ``out``; an unfinished one of the same is gone on with.
 
+    What was not read for that yet may have been corrected since, or be more or less: see ``check_begun``.
+
     Args:
         workers: Threads that tokenise.
         skip: Whether a document that cannot be read, or what is left of a damaged file, is counted (as
             one) and left out instead of raised.
         on_progress: Is told how far it is, once a piece.
-
-    What an unfinished store has not read yet may have been corrected since, or be more or less.
 
     Raises:
         ValueError, OSError: An input cannot be read, ``out`` holds something else, there is nothing to
@@ -264,10 +264,10 @@ class _Work:
             raise mistake
 
     def _write(self, piece: Piece, encoded: Encoded) -> None:
+        self._note(piece)
         with self._writing():
             for split, ids, documents, begins in encoded.tokens:
                 self.writer.append(split, ids, documents, begins=begins)
-            self._note(piece)
             self.skipped += len(encoded.problems)
             self.empty += encoded.empty
             self.problems += encoded.problems[: _PROBLEMS_KEPT - len(self.problems)]

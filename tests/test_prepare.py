@@ -204,7 +204,9 @@ def whole(corpus: list[str], tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
-def interrupted_everywhere(inputs: list[str], out: Path, settings: Settings, every: int) -> int:
+def interrupted_everywhere(
+    inputs: list[str], out: Path, settings: Settings, every: int, *, skip: bool = False
+) -> int:
     """Prepare, interrupted ``every`` pieces; returns how many times."""
     for times in range(1000):
         seen = 0
@@ -216,7 +218,7 @@ def interrupted_everywhere(inputs: list[str], out: Path, settings: Settings, eve
                 raise KeyboardInterrupt
 
         try:
-            prepare(inputs, out, settings, workers=2, on_progress=interrupt)
+            prepare(inputs, out, settings, workers=2, skip=skip, on_progress=interrupt)
             return times
         except KeyboardInterrupt:
             every += 1  # else a shard of so many pieces would never be whole
@@ -637,6 +639,73 @@ def test_skipped_are_counted(
     assert documents_of(joined(Path("store"))[0]) == ["good"] * 3
 
 
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [(".jsonl.gz", "cut"), (".jsonl.gz", "zeros"), (".jsonl.zst", "cut"), (".parquet", "zeros")],
+)
+def test_of_a_damaged_file_the_rest_is_skipped(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
+) -> None:
+    """As one; by any number of workers and after interruptions the same."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    texts = [f"{i} {p}" for i in range(6) for p in PARAGRAPHS]
+    path = written_as(tmp_path, kind, texts)
+    content = path.read_bytes()
+    middle = len(content) * 2 // 3
+    path.write_bytes(
+        content[:middle] + (bytes(200) + content[middle + 200 :] if damage == "zeros" else b"")
+    )
+    write_lines(tmp_path / "z.jsonl", PARAGRAPHS)
+    inputs = [path.name, "z.jsonl"]
+    settings = ("--shard_tokens=3000", "--val_ratio=0.2")
+    refused(command("prepare", *inputs, *settings, "--out=stopped"), path.name)
+    for workers in (1, 3):
+        out = f"--out={workers}"
+        done = command("prepare", *inputs, *settings, out, f"--workers={workers}",
+                       "--on_error=skip", "--json")  # fmt: skip
+        assert done.code == 0, done.err
+        said = json.loads(done.out)
+        # zeros in gzip's data are first another text
+        assert said["skipped"] == 1 or (kind, damage) == (".jsonl.gz", "zeros")
+        assert f"skipped: {path.name}: is damaged (" in done.err
+        assert len(PARAGRAPHS) < sum(said["documents"].values()) < 7 * len(PARAGRAPHS)
+    shards = Settings(val_ratio=0.2, shard_tokens=3000)
+    assert interrupted_everywhere(inputs, tmp_path / "cut", shards, 3, skip=True) > 2
+    assert everything(Path("1")) == everything(Path("3")) == everything(Path("cut"))
+    # stopped at it, it is gone on with
+    assert command("prepare", *inputs, *settings, "--out=stopped", "--on_error=skip").code == 0
+    assert everything(Path("stopped")) == everything(Path("1"))
+    by_ratio = command("prepare", *inputs, "--split=ratio", "--out=ratio", "--on_error=skip")
+    assert by_ratio.code == 0, by_ratio.err
+
+
+def test_a_library_that_is_missing_is_not_skipped(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    done = command("prepare", "a.jsonl.zst", "--out=store", "--on_error=skip")
+    refused(done, "a.jsonl.zst: needs zstandard to be read")
+
+
+def test_folders_that_a_glob_matches_and_links_are_read(command: Command, tmp_path: Path) -> None:
+    for name in ("g/a/deep", "g/photos", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    for i, name in enumerate(["g/a/deep/1.txt", "g/2.txt", "elsewhere/3.txt", "g/photos/cat.jpg"]):
+        (tmp_path / name).write_text(f"text {i}")
+    (tmp_path / "g" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "g")
+    for out, name in [("glob", "g/*"), ("folder", "g")]:
+        done = command("prepare", name, f"--out={out}", "--val_ratio=0", "--json")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["sources"] == 3
+    texts = ["text 1", "text 0", "text 2"]
+    assert documents_of(joined(Path("folder"))[0]) == texts
+    assert documents_of(joined(Path("glob"))[0]) == texts
+    assert read_corpus("g").split("<|endoftext|>") == texts
+    refused(command("prepare", "g/ph*", "--out=none"), "g/ph*: matches nothing to read")
+
+
 def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,6 +722,87 @@ def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     assert f"skipped: a.jsonl, line {4 * len(PARAGRAPHS) + 1}: lacks the field text\n" in done.err
     assert Path("store/train-00000.u16").stat().st_mtime_ns == shards["train-00000.u16"]
     assert command(*arguments, "--on_error=skip", "--shard_tokens=5000").code == 0
+
+
+def with_a_bad_row(folder: Path, kind: str, texts: Sequence[str], bad: int) -> tuple[Path, bytes]:
+    """A file with a row that cannot be read, and its bytes once that is corrected."""
+    if kind == ".txt":
+        path = folder / "b.txt"
+        good = b"".join(text.encode() + b"<|endoftext|>" for text in texts)
+        path.write_bytes(good.replace(texts[bad].encode(), b"\xff"))
+        return path, good
+    good_path = written_as(folder, kind, texts)
+    path, good = good_path.with_name(f"b{kind}"), good_path.read_bytes()
+    good_path.unlink()
+    if kind == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = [None if i == bad else text for i, text in enumerate(texts)]
+        parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=300)
+    else:
+        lines = [json.dumps({"text": text}) for text in texts]
+        lines[bad] = "{"
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(content) if kind == ".jsonl.gz" else content)
+    return path, good
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_bad_line_that_is_corrected_is_gone_on_from(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What comes later may be another file too; what was read already may not."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    texts = [f"{i} {p}" for i in range(4) for p in PARAGRAPHS]
+    first = write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
+    path, good = with_a_bad_row(tmp_path, kind, texts, len(texts) - 9)
+    write_lines(tmp_path / "c.jsonl", PARAGRAPHS[:3])
+    arguments = ["prepare", "a.jsonl", path.name, "c.jsonl", "--shard_tokens=3000"]
+    refused(command(*arguments, "--out=store"), path.name)
+    begun = everything(Path("store"))
+    assert json.loads(begun["progress.json"])["position"]["at"][:2] > [1, 0]
+    for changed, content in [(first, b"{}\n" + first.read_bytes()), (path, None)]:
+        before = changed.read_bytes()
+        if content is None:
+            write_again, _ = with_a_bad_row(tmp_path, kind, ["other", *texts[1:]], len(texts) - 9)
+            assert write_again == path
+        else:
+            changed.write_bytes(content)
+        refused(
+            command(*arguments, "--out=store"),
+            f"store: is unfinished, and {changed.name} was", "remove store to begin anew",
+        )  # fmt: skip
+        assert everything(Path("store")) == begun
+        changed.write_bytes(before)
+    path.write_bytes(good)
+    write_lines(tmp_path / "c.jsonl", PARAGRAPHS[3:9])
+    times = {p.name: p.stat().st_mtime_ns for p in Path("store").glob("train*")}
+    done = command(*arguments, "--out=store")
+    assert done.code == 0, done.err
+    assert Path("store/train-00001.u16").stat().st_mtime_ns == times["train-00001.u16"]
+    assert command(*arguments, "--out=straight").code == 0
+    assert everything(Path("store")) == everything(Path("straight"))
+
+
+def test_corrected_with_split_ratio_only_before_the_cut(command: Command, tmp_path: Path) -> None:
+    for val_ratio, goes_on in [(0.01, True), (0.6, False)]:
+        texts = [f"{i} {p}" for i in range(60) for p in PARAGRAPHS]
+        path = write_lines(tmp_path / "a.jsonl", texts)
+        good = path.read_text() + json.dumps({"text": "more"}) + "\n"
+        path.write_text(path.read_text() + "{\n")
+        arguments = ["prepare", "a.jsonl", "--split=ratio", f"--val_ratio={val_ratio}",
+                     "--shard_tokens=3000"]  # fmt: skip
+        out = f"--out=store{goes_on}"
+        refused(command(*arguments, out), "is no JSON")
+        path.write_text(good)
+        done = command(*arguments, out)
+        if goes_on:
+            assert done.code == 0, done.err
+            assert command(*arguments, "--out=straight").code == 0
+            assert everything(Path("storeTrue")) == everything(Path("straight"))
+        else:
+            refused(done, "is unfinished, and with --split ratio the sources' sizes")
 
 
 def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepared: Path) -> None:
@@ -698,7 +848,27 @@ def test_a_parquet_without_the_field(command: Command, tmp_path: Path) -> None:
         command("prepare", str(path), "--field=content", "--out=store"),
         "has no text content (but id, text)", "--field",
     )  # fmt: skip
-    refused(command("prepare", str(path), "--field=id", "--out=store"), "has no text id")
+    refused(
+        command("prepare", str(path), "--field=id", "--out=store"),
+        "has no text id, but int64; name",
+    )
+
+
+@pytest.mark.parametrize("kind", ["string_view", "dictionary"])
+def test_a_parquet_of_other_strings(command: Command, tmp_path: Path, kind: str) -> None:
+    """What polars and pandas' category write."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array([f"{i % 40} {PARAGRAPHS[i % 40]}" for i in range(700)])
+    other = texts.dictionary_encode() if kind == "dictionary" else texts.cast(pyarrow.string_view())
+    for name, column in [("plain", texts), ("other", other)]:
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        done = command("prepare", f"{name}.parquet", f"--out={name}", "--val_ratio=0.3")
+        assert done.code == 0, done.err
+    kinds = parquet.read_schema(tmp_path / "other.parquet").field("text").type
+    assert kind in str(kinds)
+    assert joined(Path("other")) == joined(Path("plain"))
 
 
 # --- how it runs ----------------------------------------------------------------------------------
@@ -738,3 +908,22 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 4
     assert peaks[1] < 200
+
+
+def test_a_file_that_holds_ten_thousand_times_its_size_takes_no_memory(tmp_path: Path) -> None:
+    """Peak RSS of a process, for 5 and for 80 MB of text."""
+    zstandard = pytest.importorskip("zstandard")
+    code = ("import sys; from gpt_lightning.cli import main; assert main(sys.argv[1:]) == 0; "
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
+    empty = b'{"text": "' + b" " * (1 << 20) + b'"}\n'
+    peaks = []
+    for times in (5, 80):
+        path = tmp_path / f"{times}.jsonl.zst"
+        compressor = zstandard.ZstdCompressor(level=19)
+        path.write_bytes(compressor.compress(b'{"text": "one"}\n' + empty * times))
+        assert path.stat().st_size < 20_000
+        out = f"--out={tmp_path}/{times}"
+        done = python("-c", code, "prepare", str(path), out, "--val_ratio=0", "--workers=1")
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 40

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     INPUT is a .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder or a glob of them, or a
     folder that Hugging Face's datasets has saved. A document is a text file, or what lies between
     <|endoftext|> in it; of the other kinds a row. One <|endoftext|> is put between documents. Interrupted,
-    the same command goes on from the last whole shard.
+    the same command goes on from the last whole shard; what it has not read yet may have been corrected.
     """
     settings = parse(_parser(), arguments)
     from gpt_lightning.data.prepare import Settings, prepare
@@ -157,7 +157,8 @@ def _parser() -> ArgumentParser:
         "--on_error",
         type=Literal["stop", "skip"],
         default="stop",
-        help="What to do at a document that cannot be read: stop, or leave it out and count it.",
+        help="What to do at a document that cannot be read: stop, or leave it out and count it; of a "
+        "damaged file all that follows the damage is left out, and counted as one.",
     )
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser

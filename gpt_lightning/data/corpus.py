@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,9 +62,19 @@ def text_files(path: Path) -> list[Path]:
     """The files that :func:`read_corpus` reads of a file or folder."""
     if not path.is_dir():
         return [path]
-    return sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
-    )
+    return sorted(file for file in files_under(path) if file.suffix.lower() in TEXT_SUFFIXES)
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """All files, links to files and folders followed, no folder twice."""
+    seen = set()
+    for name, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(name)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for each in sorted(names) if (path := Path(name, each)).is_file())
 
 
 def _read_file(path: Path) -> str:

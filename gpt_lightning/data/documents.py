@@ -7,14 +7,21 @@ over such a place, and nothing before it depends on what comes after.
 
 import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import chain
+from hashlib import blake2b, sha256
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
-from gpt_lightning.data.sources import Source, open_dataset, open_lines, open_parquet
+from gpt_lightning.data.sources import (
+    DamagedError,
+    Source,
+    checked,
+    open_dataset,
+    open_lines,
+    open_parquet,
+)
 from gpt_lightning.data.tokenizer import END_OF_TEXT
 
 PIECE_BYTES = 1 << 20
@@ -74,7 +81,7 @@ def content_hash(content: bytes) -> bytes:
 def read_pieces(
     sources: Sequence[Source], start: Position, *, field: str, val_ratio: float
 ) -> Iterator[Piece]:
-    """All pieces from ``start``.
+    """All pieces from ``start``. What is left of a damaged source is one, with a problem.
 
     Raises:
         ValueError, OSError: A source cannot be read, or has no ``field``.
@@ -92,6 +99,10 @@ def read_pieces(
             pieces = _read_dataset(source, begin, before, field)
         try:
             yield from pieces
+        except DamagedError as error:
+            problem = str(error).removeprefix(f"{source.path}: ")
+            after, done = Position(number + 1), before + source.bytes
+            yield Piece(source, b"", Position(number), after, done, problem=problem)
         except OSError as error:
             raise OSError(
                 f"{source.path}: cannot be read: {error.strerror or error}; check it"
@@ -268,37 +279,42 @@ def _skip(file: IO[bytes], size: int) -> None:
 def _read_parquet(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
     file = open_parquet(source.path)
     import pyarrow
+    from pyarrow import types
 
-    kind = field in file.schema_arrow.names and file.schema_arrow.field(field).type
-    if not kind or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(_no_field(source, field, file.schema_arrow.names))
+    schema = file.schema_arrow
+    if field not in schema.names:
+        raise ValueError(_no_field(source, field, schema.names))
+    kind = schema.field(field).type
+    content = kind.value_type if types.is_dictionary(kind) else kind
+    plain = types.is_string(kind) or types.is_large_string(kind)
+    if not (
+        types.is_string(content) or types.is_large_string(content) or types.is_string_view(content)
+    ):
+        raise ValueError(
+            f"{source.path}: has no text {field}, but {kind}; name the text's with --field"
+        )
     first = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
         if first + rows > begin.offset:
             batches = file.iter_batches(_ROWS, [group], [field], use_threads=False)
-            columns = (batch.column(0) for batch in _checked(batches, source.path))
+            columns = (
+                batch.column(0) if plain else batch.column(0).cast(pyarrow.large_string())
+                for batch in checked(batches, source.path)
+            )
             yield from _row_pieces(source, begin, before, file.metadata.num_rows, first, columns)
         first += rows
-
-
-def _checked(batches: Iterator[Any], path: Path) -> Iterator[Any]:
-    import pyarrow
-
-    try:
-        yield from batches
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); fetch it anew") from error
 
 
 def _read_dataset(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
     dataset = open_dataset(source.path)
     if field not in dataset.column_names:
         raise ValueError(_no_field(source, field, dataset.column_names))
-    columns = (
-        list(dataset[row : row + _ROWS][field]) for row in range(begin.offset, len(dataset), _ROWS)
+    first = begin.offset - begin.offset % _ROWS
+    columns = (list(dataset[row : row + _ROWS][field]) for row in range(first, len(dataset), _ROWS))
+    yield from _row_pieces(
+        source, begin, before, len(dataset), first, checked(columns, source.path)
     )
-    yield from _row_pieces(source, begin, before, len(dataset), begin.offset, columns)
 
 
 def _row_pieces(
@@ -328,16 +344,86 @@ def _no_field(source: Source, field: str, names: Sequence[str]) -> str:
     return f"{source.path}: has no text {field} (but {', '.join(names)}); name it with --field"
 
 
+# --- what was read --------------------------------------------------------------------------------
+
+
+def read_for(piece: Piece) -> Iterator[bytes]:
+    """What was read for a piece: a text's or lines' bytes, rows as Python writes them."""
+    begin, end = piece.at.offset, piece.after.offset
+    if piece.source.kind in ("parquet", "dataset"):
+        yield _written(piece.content)
+    elif len(piece.content) == end - begin:
+        yield piece.content
+    else:  # a mark, or what was skipped
+        with piece.source.path.open("rb") as file:
+            file.seek(begin)
+            while block := file.read(min(PIECE_BYTES, end - file.tell())):
+                yield block
+
+
+def _written(rows: Any) -> bytes:
+    rows = rows if isinstance(rows, list) else rows.to_pylist()
+    return "".join(f"{row!r}\n" for row in rows).encode(errors="surrogatepass")
+
+
+def begins_the_same(source: Source, field: str, sums: Sequence[tuple[int, str]]) -> bool:
+    """Whether a source's stretches are those that were read, and a document begins after them.
+
+    Args:
+        sums: Where each stretch ended, and its SHA-256.
+
+    Raises:
+        ValueError, OSError: It cannot be read so far.
+    """
+    if source.kind in ("parquet", "dataset"):
+        pieces = read_pieces([source], Position(), field=field, val_ratio=0)
+        written = (_written(piece.content) for piece in pieces if piece.problem is None)
+        rows = (row for block in written for row in block.splitlines(keepends=True))
+        return bool(sums) and all(
+            _sum(islice(rows, end - begin)) == expected
+            for begin, (end, expected) in zip([0, *(end for end, _ in sums)], sums, strict=False)
+        )
+    place, last = 0, b""
+    with open_lines(source.path) as (file, _):
+        for end, expected in sums:
+            digest = sha256()
+            while block := file.read(min(PIECE_BYTES, end - place)):
+                digest.update(block)
+                place += len(block)
+                last = (last + block)[-len(MARK) :]
+            if digest.hexdigest() != expected:
+                return False
+    return last.endswith(MARK if source.kind == "text" else b"\n")
+
+
+def _sum(blocks: Iterable[bytes]) -> str:
+    digest = sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
 # --- how much there is ----------------------------------------------------------------------------
 
 
-def measure(source: Source) -> int:
-    """Uncompressed bytes, or rows."""
-    if source.kind == "parquet":
-        return int(open_parquet(source.path).metadata.num_rows)
-    if source.kind == "dataset":
-        return len(open_dataset(source.path))
-    if source.path.suffix.lower() not in (".gz", ".zst"):
-        return source.bytes
-    with open_lines(source.path) as (file, _):
-        return sum(map(len, chain(iter(lambda: file.read(PIECE_BYTES), b""))))
+def measure(source: Source, *, skip: bool) -> int:
+    """Uncompressed bytes, or rows; with ``skip`` those before the damage.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    size = 0
+    try:
+        if source.kind == "parquet":
+            return int(open_parquet(source.path).metadata.num_rows)
+        if source.kind == "dataset":
+            return len(open_dataset(source.path))
+        if source.path.suffix.lower() not in (".gz", ".zst"):
+            return source.bytes
+        with open_lines(source.path) as (file, _):
+            for block in iter(lambda: file.read(PIECE_BYTES), b""):
+                size += len(block)
+    except DamagedError:
+        if not skip:
+            raise
+    return size

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ from gpt_lightning.data.documents import (
     PIECE_BYTES,
     Piece,
     Position,
+    begins_the_same,
     measure,
+    read_for,
     read_pieces,
     text_cut,
 )
@@ -100,9 +103,12 @@ def prepare(
 ) -> Prepared:
     """Tokenise the inputs into a store at ``out``; an unfinished one of the same is gone on with.
 
+    What was not read for that yet may have been corrected since, or be more or less: see ``check_begun``.
+
     Args:
         workers: Threads that tokenise.
-        skip: Whether a document that cannot be read is counted and left out instead of raised.
+        skip: Whether a document that cannot be read, or what is left of a damaged file, is counted (as
+            one) and left out instead of raised.
         on_progress: Is told how far it is, once a piece.
 
     Raises:
@@ -131,9 +137,11 @@ def prepare(
             (out / PROGRESS).unlink(missing_ok=True)
             return Prepared(out, manifest, was_there=True)
         writer = StoreWriter(out, settings.shard_tokens, about)
-        work = _Work(_with_cuts(sources, settings), settings, writer, workers, skip, on_progress)
+        work = _Work(
+            _with_cuts(sources, settings, skip), settings, writer, workers, skip, on_progress
+        )
         if (out / PROGRESS).exists():
-            _check_same(out, read_progress(out), about)
+            work.check_begun(read_progress(out), about)
             work.go_on(writer.resume())
         try:
             return work.run()
@@ -162,10 +170,48 @@ class _Work:
         self.position = Position()
         self.skipped = self.empty = 0
         self.problems: list[str] = []
+        self._sums: list[tuple[int, str]] = []  # of the source at the position: see begins_the_same
+        self._sum = sha256()
+
+    def check_begun(self, there: dict[str, Any], about: dict[str, Any]) -> None:
+        """Whether the sources begin with what was read of them for an unfinished store.
+
+        Raises:
+            ValueError: They do not, or the settings are others.
+        """
+        out, recorded = self.writer.folder, there["position"]
+        _check_settings(out, there, about)
+        at, sums = Position(*recorded["at"]), recorded.get("sums", [])
+        anew = f"remove {out} to begin anew, or give another --out"
+        known, own = _identities(there), _identities(about)
+        read = at.source + (at.offset > 0)
+        for i, before in enumerate(known[:read]):
+            now = own[i] if i < len(own) else None
+            if before == now:
+                continue
+            name = there["sources"][i]["path"]
+            if now is None or i < at.source or before[0] != now[0]:
+                why = f"{name} was read for it, and has changed or is not in its place"
+            elif at.split is not None:
+                why = f"in {name} a document was changed of which a part is written"
+            elif not begins_the_same(self.sources[i], self.settings.field, sums):
+                why = f"{name} was changed in what was read of it already"
+            else:
+                continue
+            raise ValueError(f"{out}: is unfinished, and {why}; {anew}")
+        cuts = [source.train_until for source in self.sources[:read]]
+        for i, (cut, now_cut) in enumerate(zip(recorded.get("cuts", cuts), cuts, strict=False)):
+            if cut == now_cut or (i == at.source and min(cut, now_cut) > at.offset):
+                continue
+            raise ValueError(
+                f"{out}: is unfinished, and with --split ratio the sources' sizes, which have changed, "
+                f"decide where validation begins: now elsewhere in what was read already; {anew}"
+            )
 
     def go_on(self, recorded: dict[str, Any]) -> None:
         self.position = Position(*recorded["at"])
         self.skipped, self.empty = recorded["skipped"], recorded["empty"]
+        self._sums = [(end, found) for end, found in recorded.get("sums", [])]
 
     def run(self) -> Prepared:
         gpt2_encoding()  # once, and not by all threads at once
@@ -218,10 +264,10 @@ class _Work:
             raise mistake
 
     def _write(self, piece: Piece, encoded: Encoded) -> None:
+        self._note(piece)
         with self._writing():
             for split, ids, documents, begins in encoded.tokens:
                 self.writer.append(split, ids, documents, begins=begins)
-            self.position = piece.after
             self.skipped += len(encoded.problems)
             self.empty += encoded.empty
             self.problems += encoded.problems[: _PROBLEMS_KEPT - len(self.problems)]
@@ -229,6 +275,14 @@ class _Work:
                 self._record()
         tokens = sum(split.tokens for split in self.writer.splits.values())
         self.on_progress(piece.done, sum(source.bytes for source in self.sources), tokens)
+
+    def _note(self, piece: Piece) -> None:
+        if piece.after.source != self.position.source:
+            self._sums, self._sum = [], sha256()
+        if piece.after.source == piece.at.source:
+            for block in read_for(piece):
+                self._sum.update(block)
+        self.position = piece.after
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -241,7 +295,16 @@ class _Work:
             ) from error
 
     def _record(self) -> None:
-        state = {"at": list(self.position), "skipped": self.skipped, "empty": self.empty}
+        if self.position.offset > (self._sums[-1][0] if self._sums else 0):
+            self._sums.append((self.position.offset, self._sum.hexdigest()))
+            self._sum = sha256()
+        state = {
+            "at": list(self.position),
+            "sums": self._sums,
+            "cuts": [source.train_until for source in self.sources[: self.position.source + 1]],
+            "skipped": self.skipped,
+            "empty": self.empty,
+        }
         self.writer.record(state)
 
     def _check_splits(self) -> None:
@@ -286,14 +349,14 @@ def _check_one_text(sources: Sequence[Source], settings: Settings) -> None:
     )
 
 
-def _with_cuts(sources: list[Source], settings: Settings) -> list[Source]:
+def _with_cuts(sources: list[Source], settings: Settings, skip: bool) -> list[Source]:
     """With 'ratio': where in each source the training split ends."""
     if settings.split != "ratio":
         return sources
     left = (1 - Fraction(str(settings.val_ratio))) * sum(source.bytes for source in sources)
     cut = []
     for source in sources:
-        size = measure(source)
+        size = measure(source, skip=skip)
         if left >= source.bytes:
             until = size
         elif left <= 0:
@@ -315,17 +378,22 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"{out}: holds something else ({min(there)}); give a new folder as --out")
 
 
-def _check_same(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
+def _check_settings(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
     for name, value in about["settings"].items():
         before = there["settings"].get(name)
         if before != value:
             raise ValueError(
                 f"{out}: was begun with --{name} {before}, not {value}; give that, or another --out"
             )
-    known, own = (
-        [(source["kind"], source["bytes"], source["sha256"]) for source in each["sources"]]
-        for each in (there, about)
-    )
+
+
+def _identities(about: dict[str, Any]) -> list[tuple[str, int, str]]:
+    return [(each["kind"], each["bytes"], each["sha256"]) for each in about["sources"]]
+
+
+def _check_same(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
+    _check_settings(out, there, about)
+    known, own = _identities(there), _identities(about)
     if known != own:
         differing = next(
             (i for i, (a, b) in enumerate(zip(known, own, strict=False)) if a != b),

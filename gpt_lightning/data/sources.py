@@ -3,16 +3,16 @@
 import glob
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from gpt_lightning.data.corpus import TEXT_SUFFIXES
+from gpt_lightning.data.corpus import TEXT_SUFFIXES, files_under
 from gpt_lightning.data.sums import remembered_sha256
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
@@ -25,6 +25,11 @@ SUFFIXES: dict[str, Kind] = {
 }
 _DATASET_FILES = ("state.json", "dataset_info.json")  # of datasets' save_to_disk
 _DATASETS_FILE = "dataset_dict.json"  # of several
+_ZSTD_INPUT = 256  # bytes; 12 of them may be 128 KB of text
+
+
+class DamagedError(ValueError):
+    """A file that cannot be read from some place on."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,22 @@ def _expand(name: str) -> Iterator[Source]:
         yield Source(path, kind, path.stat().st_size)
     elif glob.has_magic(name):
         matching = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [(file, _kind(file)) for file in matching if file.is_file()]
-        sources = [Source(file, kind, file.stat().st_size) for file, kind in files if kind]
+        sources = [source for match in matching for source in _of_match(match)]
         if not sources:
             raise FileNotFoundError(f"{name}: matches nothing to read; give {_KNOWN}")
         yield from sources
     else:
         raise FileNotFoundError(f"{name}: does not exist; give {_KNOWN}, a folder or a glob")
+
+
+def _of_match(path: Path) -> list[Source]:
+    """What a glob has found, which may hold nothing to read."""
+    if path.is_dir():
+        with suppress(FileNotFoundError):
+            return list(_of_folder(path))
+    elif path.is_file() and (kind := _kind(path)):
+        return [Source(path, kind, path.stat().st_size)]
+    return []
 
 
 def _of_folder(folder: Path) -> Iterator[Source]:
@@ -111,8 +125,8 @@ def _of_folder(folder: Path) -> Iterator[Source]:
         return
     files = sorted(
         (path.relative_to(folder).parts, path, kind)
-        for path in folder.rglob("*")
-        if (kind := _kind(path)) and path.is_file()
+        for path in files_under(folder)
+        if (kind := _kind(path))
     )
     if not files:
         raise FileNotFoundError(f"{folder}: holds nothing to read; expected {_KNOWN}")
@@ -136,58 +150,93 @@ def open_lines(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """A file of lines, uncompressed as it is read, and the file as it is on disk.
 
     Raises:
-        ValueError: It needs a library that is not installed, or is damaged.
+        ValueError: It needs a library that is not installed, or (as it is read) is damaged.
     """
     with path.open("rb") as raw:
         name = path.name.lower()
         if name.endswith(".gz"):
-            with gzip.open(raw) as file, _damage(path, EOFError, gzip.BadGzipFile, zlib.error):
-                yield cast(IO[bytes], file), raw
+            with gzip.open(raw) as file:
+                blocks = iter(partial(file.read1, 65536), b"")
+                text = _Uncompressed(path, blocks, (EOFError, gzip.BadGzipFile, zlib.error))
+                yield cast(IO[bytes], text), raw
         elif name.endswith(".zst"):
             zstandard = _library("zstandard", path)
-            with _damage(path, EOFError, zstandard.ZstdError):
-                yield cast(IO[bytes], _ZstdReader(raw, zstandard)), raw
+            blocks = _zstd_blocks(raw, zstandard)
+            text = _Uncompressed(path, blocks, (EOFError, zstandard.ZstdError))
+            yield cast(IO[bytes], text), raw
         else:
             yield raw, raw
 
 
-class _ZstdReader:
-    """The text of a ``.zst`` of any number of frames. zstandard's own reader takes a cut one for whole."""
+class _Uncompressed:
+    """A text that comes in blocks. Where it is damaged depends on the blocks, not on what is asked for."""
 
-    def __init__(self, raw: IO[bytes], zstandard: Any) -> None:
-        self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame: Any = None
+    def __init__(
+        self, path: Path, blocks: Iterator[bytes], errors: tuple[type[Exception], ...]
+    ) -> None:
+        self._path, self._blocks, self._errors = path, blocks, errors
         self._text = bytearray()
+        self._damage: Exception | None = None
 
     def read(self, size: int) -> bytes:
-        rest = b""
-        while len(self._text) < size:
-            compressed = rest or self._raw.read(65536)
-            if not compressed:
-                if self._frame is not None:
-                    raise EOFError("it ends within a frame")
+        while self._damage is None and len(self._text) < size:
+            try:
+                block = next(self._blocks, b"")
+            except self._errors as error:
+                self._damage = error
                 break
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._text += self._frame.decompress(compressed)
-            rest = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-            if rest and len(self._text) >= size:
-                self._raw.seek(-len(rest), os.SEEK_CUR)
+            if not block:
+                break
+            self._text += block
+        if self._damage is not None and not self._text:
+            raise _damaged(self._path, self._damage) from self._damage
         found = bytes(self._text[:size])
         del self._text[:size]
         return found
 
 
+def _zstd_blocks(raw: IO[bytes], zstandard: Any) -> Iterator[bytes]:
+    """The text of any number of frames. zstandard's own reader takes a cut one for whole."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    while compressed := raw.read(_ZSTD_INPUT):
+        while compressed:
+            frame = frame or decompressor.decompressobj()
+            if block := frame.decompress(compressed):
+                yield block
+            compressed = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+
+
 def open_parquet(path: Path) -> Any:
     """A ``pyarrow.parquet.ParquetFile``."""
     _library("pyarrow", path)
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    with _damage(path, ArrowException, OSError):
+    with _damage_to_arrow(path):
         # by pages: a row group may be a gigabyte
         return parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+def checked(batches: Iterator[Any], path: Path) -> Iterator[Any]:
+    """Arrow's batches as they are read."""
+    with _damage_to_arrow(path):
+        yield from batches
+
+
+@contextmanager
+def _damage_to_arrow(path: Path) -> Iterator[None]:
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise  # the machine's, not the file's
+        raise _damaged(path, error) from error
 
 
 def open_dataset(folder: Path) -> Any:
@@ -196,7 +245,9 @@ def open_dataset(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is wrong with one of a dozen files
-        raise ValueError(f"{folder}: is damaged ({type(error).__name__}); save it anew") from error
+        raise DamagedError(
+            f"{folder}: is damaged ({type(error).__name__}); save it anew, or --on_error skip"
+        ) from error
 
 
 def _library(name: str, path: Path) -> Any:
@@ -209,9 +260,5 @@ def _library(name: str, path: Path) -> Any:
         raise ValueError(f"{path}: needs {name} to be read; pip install {wanted}") from error
 
 
-@contextmanager
-def _damage(path: Path, *errors: type[BaseException]) -> Iterator[None]:
-    try:
-        yield
-    except errors as error:
-        raise ValueError(f"{path}: is damaged ({error}); fetch it anew") from error
+def _damaged(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(f"{path}: is damaged ({error}); fetch it anew, or --on_error skip")

@@ -132,15 +132,18 @@ def test_exercise_5_4_on_the_notebooks_own_file(command: Command, verdict: Path)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"qkv_bias": True},
+        pytest.param({"qkv_bias": True}, marks=pytest.mark.slow),
         {"seed": 7, "drop_rate": 0.0},
         pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.slow),
-        {"stride": 100, "train_ratio": 0.7, "eval_freq": 4},
+        pytest.param({"stride": 100, "train_ratio": 0.7, "eval_freq": 4}, marks=pytest.mark.slow),
         pytest.param(
             {"batch_size": 5, "train_ratio": 0.8, "eval_iter": 10, "drop_rate": 0.3},
             marks=pytest.mark.slow,
         ),
-        {"context_length": 31, "n_heads": 2, "n_layers": 1, "emb_dim": 24, "weight_decay": 0.0},
+        pytest.param(
+            {"context_length": 31, "n_heads": 2, "n_layers": 1, "emb_dim": 24, "weight_decay": 0.0},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
 )
@@ -194,7 +197,13 @@ def test_other_settings_give_the_books_digits_too(
     assert column(rows, "tokens_seen") == run.tokens_seen
 
 
-@pytest.mark.parametrize("cut", [["--trainer.max_epochs=1"], ["--trainer.max_steps=27"]])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(["--trainer.max_epochs=1"], marks=pytest.mark.slow),
+        ["--trainer.max_steps=27"],
+    ],
+)
 def test_a_run_in_the_books_mode_resumes_exactly(command: Command, cut: list[str]) -> None:
     """From an epoch's end, and in the middle of one: the order's seed and the generator are saved."""
     straight = verdict_fit(command, "--run=straight", "--trainer.max_epochs=2")

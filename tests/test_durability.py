@@ -578,7 +578,14 @@ def test_no_mutation_goes_unnoticed(
         assert refused > 0.5 * MUTATIONS / 5
 
 
-@pytest.mark.parametrize("what", ["train-00000.u16", "val-00000.u16", MANIFEST])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "train-00000.u16",
+        pytest.param("val-00000.u16", marks=pytest.mark.slow),
+        pytest.param(MANIFEST, marks=pytest.mark.slow),
+    ],
+)
 def test_no_mutation_of_stored_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:

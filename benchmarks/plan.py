@@ -36,6 +36,7 @@ COMMON = [
     "--trainer.max_epochs=-1",
     "--trainer.max_steps=3",
     "--trainer.enable_progress_bar=false",
+    "--keep_freed_memory=false",
     "--model.config.context_length=512",
     "--model.config.emb_dim=512",
     "--model.config.n_heads=8",

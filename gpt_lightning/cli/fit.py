@@ -70,7 +70,7 @@ def fit(arguments: list[str]) -> int:
             cli.checkpoints.check_room(cli.model.config)
         _check_data(cli)
     connect_ranks(cli.trainer)
-    if cli.trainer.strategy.root_device.type == "cpu":
+    if cli.config.keep_freed_memory and cli.trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     try:
         cli.trainer.fit(
@@ -254,6 +254,13 @@ class TrainingCLI(LightningCLI):
             action="append",
             help="A package, besides ours, lightning and torch, that class paths in a YAML file may "
             "name; repeatable.",
+        )
+        parser.add_argument(
+            "--keep_freed_memory",
+            type=bool,
+            default=True,
+            help="On a CPU, whether memory that a step has freed stays with the process for the next: a fourth less "
+            "time, up to 40 %% more memory.",
         )
         parser.add_argument(
             "--max_tokens",

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
     if config.json:
         print(json.dumps({**asdict(found), "settings": asdict(setting)}))
     else:
-        _print(found, setting)
+        _print(found, setting, keeps=bool(config.keep_freed_memory))
 
 
 class PlanCLI(TrainingCLI):
@@ -272,7 +272,7 @@ class PlanCLI(TrainingCLI):
         return None
 
 
-def _print(found: Plan, setting: Setting) -> None:
+def _print(found: Plan, setting: Setting, *, keeps: bool) -> None:
     step = setting.step
     print(
         f"{found.parameters:,} parameters: {found.embedding_parameters:,} in embeddings, "
@@ -303,6 +303,10 @@ def _print(found: Plan, setting: Setting) -> None:
     if step.device == "cuda" and found.main_memory:
         rows["main memory"] = (
             f"{found.main_memory / 1e9:,.2f} GB on the first process for checkpoints"
+        )
+    if step.device == "cpu" and keeps:
+        rows["freed memory"] = (
+            "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
         )
     width = max(map(len, rows))
     for name, value in rows.items():

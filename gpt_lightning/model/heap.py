@@ -2,23 +2,29 @@
 
 from bisect import bisect_left, insort
 
+LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX where pointers have 64 bits
 ALIGNMENT = (
     64  # torch's; what is cut off for it before and behind a block are scraps of about that size
 )
-TAKEN = 2  # of so many scraps one is soon a small object's; fitted, see docs/plan.md
+TAKEN = 2  # of so many scraps one is soon a small object's; fitted to three runs, see docs/plan.md
 
 
 class Heap:
-    """Blocks as malloc lays them out while a CPU trains, see ``training/allocator.py``: what is freed stays.
+    """Blocks as malloc lays them out in one arena.
 
-    Each comes from the smallest hole that is large enough, else from the heap's end. For its alignment a block
-    needs a hole a little larger than itself, so one freed beside a scrap in use does not serve a block of its
-    own size.
+    Small blocks come from a heap that grows at its end, from the smallest hole that is large enough; large ones from
+    the system, to which they go back. What is small follows what was freed, up to 32 MiB, so the activations of
+    most models are. A hole below a block in use stays resident. For its alignment a block needs a hole a
+    little larger than itself, so one freed beside a scrap in use does not serve a block of its own size.
     """
 
     def __init__(self) -> None:
-        self._end = 0
-        self._blocks: dict[int, tuple[int, int]] = {}  # key → start, size
+        self._threshold = 128 << 10  # bytes from which a block is the system's
+        self._end = 0  # of the heap
+        self._mapped = 0
+        self._blocks: dict[
+            int, tuple[int | None, int]
+        ] = {}  # key → start in the heap or none, size
         self._holes: list[tuple[int, int]] = []  # size, start
         self._starts: dict[int, int] = {}  # of holes: start → size
         self._ends: dict[int, int] = {}  # of holes: end → start
@@ -28,11 +34,15 @@ class Heap:
     @property
     def resident(self) -> int:
         """Bytes that the process holds."""
-        return self._end
+        return self._end + self._mapped
 
     def take(self, key: int, size: int) -> None:
         size = (-(-size // ALIGNMENT) + 1) * ALIGNMENT
         at = bisect_left(self._holes, (size + ALIGNMENT, 0))
+        if at == len(self._holes) and size >= self._threshold:
+            self._mapped += size
+            self._blocks[key] = None, size
+            return
         if at < len(self._holes):
             hole, start = self._holes[at]
             self._fill(hole, start)
@@ -51,7 +61,13 @@ class Heap:
             self._taken.append(start + size)
 
     def give(self, key: int) -> None:
-        self._free(*self._blocks.pop(key))
+        start, size = self._blocks.pop(key)
+        if start is not None:
+            self._free(start, size)
+            return
+        self._mapped -= size
+        if self._threshold < size <= LARGEST_THRESHOLD:
+            self._threshold = size
 
     def give_scraps(self) -> None:
         """The small objects go: autograd's graph is done with."""
@@ -66,7 +82,10 @@ class Heap:
         if (after := self._starts.get(start + size)) is not None:
             self._fill(after, start + size)
             size += after
-        self._dig(size, start)
+        if start + size == self._end and size >= 2 * self._threshold:
+            self._end = start  # trimmed
+        else:
+            self._dig(size, start)
 
     def _dig(self, size: int, start: int) -> None:
         insort(self._holes, (size, start))

@@ -392,7 +392,7 @@ def test_a_model_of_6_gigabytes_is_planned_in_one(benchmark: ModuleType, tmp_pat
         (["--devices=0"], "devices: 0 is out of range"),
         (["--tokens=-5"], "tokens: -5 is out of range"),
         (["--peak=0"], "peak: 0.0 is out of range"),
-        (["--device_memory=inf"], "device_memory: inf is out of range"),
+        (["--device_memory=.inf"], "device_memory: inf is out of range"),
         (["--mfu=2"], "mfu: 2.0 is no share"),
         (["--device_memory=none"], "device_memory"),
         (["--gpu=H1000"], "did you mean H100?"),

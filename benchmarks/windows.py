@@ -19,7 +19,8 @@ CHILD = """
 import sys, time
 import numpy as np
 from gpt_lightning.data.mixture import Mixture
-from gpt_lightning.data.windows import JoinedWindows, WindowLoader, Windows
+from gpt_lightning.data.loader import WindowLoader
+from gpt_lightning.data.windows import JoinedWindows, Windows
 
 def resident(what):
     with open("/proc/self/status") as file:

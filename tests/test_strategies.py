@@ -20,7 +20,8 @@ import torch
 from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 
-from gpt_lightning.data.windows import WindowLoader, Windows
+from gpt_lightning.data.loader import WindowLoader
+from gpt_lightning.data.windows import Windows
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training.optim import total_norm
 

@@ -18,11 +18,12 @@ from lightning.pytorch import Callback
 from test_bad_input import refused
 
 from gpt_lightning import GPTConfig, GPTModel, TextDataModule, load_model
-from gpt_lightning.data import windows as windows_module
+from gpt_lightning.data import loader as loader_module
+from gpt_lightning.data.loader import WindowLoader
 from gpt_lightning.data.mixture import Mixture
 from gpt_lightning.data.order import Bijection, shuffled
 from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
-from gpt_lightning.data.windows import JoinedWindows, WindowLoader, Windows
+from gpt_lightning.data.windows import JoinedWindows, Windows
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training.averages import TokenMean
 from gpt_lightning.training.verify_resume import compare_checkpoints
@@ -119,7 +120,7 @@ def test_order_looks_random(make: Callable[[int, int], Any]) -> None:
 @pytest.mark.parametrize("most", [10, 1000])
 def test_a_pass_is_gone_on_with_at_once(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the order as an array and computed; with another batch size, and in the passes after."""
-    monkeypatch.setattr(windows_module, "MOST_IN_MEMORY", most)
+    monkeypatch.setattr(loader_module, "MOST_IN_MEMORY", most)
 
     def loader(batch_size: int) -> WindowLoader:
         tokens = Windows([some_tokens(4 * 24 + 1)], 4, 4)
@@ -140,7 +141,7 @@ def test_a_pass_is_gone_on_with_at_once(most: int, monkeypatch: pytest.MonkeyPat
 
 def test_a_position_from_before_there_was_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch goes on in the order of an array, whatever their number."""
-    monkeypatch.setattr(windows_module, "MOST_IN_MEMORY", 10)
+    monkeypatch.setattr(loader_module, "MOST_IN_MEMORY", 10)
     loader = WindowLoader(Windows([some_tokens(49)], 4, 4), 3, shuffle=True, drop_last=True)
     state = {"epoch": 1, "windows_seen": 6, "order_seed": 99, "windows": [12, 5]}
     loader.load_state_dict(state)
@@ -192,7 +193,7 @@ def test_stream_is_the_same_on_any_number_of_devices(
         other = Path(__file__).parent / "book.py"
         settings["mixture"] = {"sample": 1.0, str(other): 3.0}
     if source == "bijection":
-        monkeypatch.setattr(windows_module, "MOST_IN_MEMORY", 10)
+        monkeypatch.setattr(loader_module, "MOST_IN_MEMORY", 10)
     expected = updates(1, 1, 0, **settings)
     assert len(expected) == 2 * (len(data_on(1, 0, **settings)._windows["training"]) // 32) > 3
     assert all(len(update) == 32 for update in expected)

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import sys
-import types
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.windows import Rng
+from gpt_lightning.data.loader import Rng
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
 from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.allocator import keep_freed_memory
@@ -28,7 +26,6 @@ from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callback
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
 from gpt_lightning.training.counting import BatchCounts, MaxTokens
 from gpt_lightning.training.elastic import connect_ranks
-from gpt_lightning.training.figures import attempt
 from gpt_lightning.training.history import RunHistory
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
@@ -36,6 +33,7 @@ from gpt_lightning.training.progress import RunProgress
 from gpt_lightning.training.saving import RunCheckpoints, checkpointing
 from gpt_lightning.training.sharding import check_strategy
 from gpt_lightning.training.throughput import Throughput, TrainingClock
+from gpt_lightning.training.traces import ConfigOfRun, RunLogger, keep_tensorflow_out
 
 RUNS = Path("checkpoints")
 
@@ -145,44 +143,6 @@ def _print_validation(metrics: dict[str, float], *, as_json: bool) -> None:
             f"bits/byte {metrics[f'{split}_bits_per_byte']:.4f}  "
             f"tokens {metrics[f'{split}_tokens']:,}"
         )
-
-
-class ConfigOfRun(SaveConfigCallback):
-    """Keeps a new run's configuration beside its checkpoints; a resumed run keeps the one it has."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
-        super().__init__(parser, config, save_to_log_dir=False)
-        self.folder = folder
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        path = self.folder / "config.yaml"
-        if path.exists():
-            return
-        config = self.config.clone()
-        for act in (
-            "config",
-            "ckpt_path",
-            "init_from",
-            "init_optimizer",
-            "allow_import",
-        ):  # done once, not settings
-            config.pop(act, None)
-        begun = ""
-        if self.config.init_from:
-            with_optimizer = " --init_optimizer true" if self.config.init_optimizer else ""
-            begun = f"# begun with --init_from {self.config.init_from}{with_optimizer}\n"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(begun + self.parser.dump(config, skip_validation=True), encoding="utf-8")
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard's event files in the run's folder, without ``hparams.yaml``: config.yaml says it all."""
-
-    def save(self) -> None:
-        attempt(self.experiment.flush)
-
-    def finalize(self, status: str) -> None:
-        attempt(lambda: super(RunLogger, self).finalize(status))
 
 
 class TrainingCLI(LightningCLI):
@@ -429,7 +389,7 @@ class TrainingCLI(LightningCLI):
         if self.verb != "fit":
             return False
         if chosen is None or chosen is True:
-            _keep_tensorflow_out()
+            keep_tensorflow_out()
             return RunLogger(
                 save_dir=self.folder.parent,
                 name=self.folder.name,
@@ -445,9 +405,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _keep_tensorflow_out() -> None:
-    """TensorBoard imports TensorFlow where it is installed, 6 s and 500 MB, unless this module exists."""
-    name = "tensorboard.compat.notf"
-    sys.modules.setdefault(name, types.ModuleType(name))

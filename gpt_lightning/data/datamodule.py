@@ -6,11 +6,12 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from gpt_lightning.data.loader import Rng, WindowLoader
 from gpt_lightning.data.mixture import Mixture
 from gpt_lightning.data.store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import JoinedWindows, Rng, WindowLoader, Windows
+from gpt_lightning.data.windows import JoinedWindows, Windows
 
 
 class TextDataModule(LightningDataModule):

@@ -95,6 +95,7 @@ def check_records(path: Path) -> None:
             damaged = records.testzip()
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
+    # what zipfile raises of damaged bytes; NotImplementedError: they name a compression that it does not know
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             RuntimeError, UnicodeDecodeError, OSError) as error:  # fmt: skip
         raise ValueError(

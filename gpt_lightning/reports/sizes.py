@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from gpt_lightning.data.loader import WindowLoader
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt
 from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import WindowLoader, Windows
+from gpt_lightning.data.windows import Windows
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling, seeded
 from gpt_lightning.generation.text import generate_texts

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.data.loader import Batch, WindowLoader
 from gpt_lightning.training.figures import log_figures
 from gpt_lightning.training.module import GPTLightningModule
 

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.loader import Batch, Rng, WindowLoader
 from gpt_lightning.data.tokenizer import decode, encode_prompt
-from gpt_lightning.data.windows import Batch, Rng, WindowLoader
 from gpt_lightning.generation.generate import generate
 from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.averages import TokenMean

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.windows import WindowLoader
+from gpt_lightning.data.loader import WindowLoader
 from gpt_lightning.training.module import GPTLightningModule
 
 

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpt_lightning.data.loader import Batch, Rng
 from gpt_lightning.data.tokenizer import byte_lengths
-from gpt_lightning.data.windows import Batch, Rng
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy

@@ -11,7 +11,7 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.data.loader import Batch, WindowLoader
 from gpt_lightning.model.cost import flops_per_token
 from gpt_lightning.training.figures import log_figures
 from gpt_lightning.training.module import GPTLightningModule

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from gpt_lightning.data.windows import Batch, WindowLoader
+from gpt_lightning.data.loader import Batch, WindowLoader
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training.checkpoint import LAST
 

@@ -7,10 +7,9 @@ over such a place, and nothing before it depends on what comes after.
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
-from itertools import islice
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
@@ -342,65 +341,6 @@ def _row_pieces(
 
 def _no_field(source: Source, field: str, names: Sequence[str]) -> str:
     return f"{source.path}: has no text {field} (but {', '.join(names)}); name it with --field"
-
-
-# --- what was read --------------------------------------------------------------------------------
-
-
-def read_for(piece: Piece) -> Iterator[bytes]:
-    """What was read for a piece: a text's or lines' bytes, rows as Python writes them."""
-    begin, end = piece.at.offset, piece.after.offset
-    if piece.source.kind in ("parquet", "dataset"):
-        yield _written(piece.content)
-    elif len(piece.content) == end - begin:
-        yield piece.content
-    else:  # a mark, or what was skipped
-        with piece.source.path.open("rb") as file:
-            file.seek(begin)
-            while block := file.read(min(PIECE_BYTES, end - file.tell())):
-                yield block
-
-
-def _written(rows: Any) -> bytes:
-    rows = rows if isinstance(rows, list) else rows.to_pylist()
-    return "".join(f"{row!r}\n" for row in rows).encode(errors="surrogatepass")
-
-
-def begins_the_same(source: Source, field: str, sums: Sequence[tuple[int, str]]) -> bool:
-    """Whether a source's stretches are those that were read, and a document begins after them.
-
-    Args:
-        sums: Where each stretch ended, and its SHA-256.
-
-    Raises:
-        ValueError, OSError: It cannot be read so far.
-    """
-    if source.kind in ("parquet", "dataset"):
-        pieces = read_pieces([source], Position(), field=field, val_ratio=0)
-        written = (_written(piece.content) for piece in pieces if piece.problem is None)
-        rows = (row for block in written for row in block.splitlines(keepends=True))
-        return bool(sums) and all(
-            _sum(islice(rows, end - begin)) == expected
-            for begin, (end, expected) in zip([0, *(end for end, _ in sums)], sums, strict=False)
-        )
-    place, last = 0, b""
-    with open_lines(source.path) as (file, _):
-        for end, expected in sums:
-            digest = sha256()
-            while block := file.read(min(PIECE_BYTES, end - place)):
-                digest.update(block)
-                place += len(block)
-                last = (last + block)[-len(MARK) :]
-            if digest.hexdigest() != expected:
-                return False
-    return last.endswith(MARK if source.kind == "text" else b"\n")
-
-
-def _sum(blocks: Iterable[bytes]) -> str:
-    digest = sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # --- how much there is ----------------------------------------------------------------------------

@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from gpt_lightning.data.begun import check_begun, check_same, read_for
 from gpt_lightning.data.documents import (
     MARK,
     PIECE_BYTES,
     Piece,
     Position,
-    begins_the_same,
     measure,
-    read_for,
     read_pieces,
     text_cut,
 )
@@ -132,7 +131,7 @@ def prepare(
     with _locked(out):
         if (out / MANIFEST).exists():
             manifest = read_manifest(out)
-            _check_same(out, manifest, about)
+            check_same(out, manifest, about)
             check_shards(out, manifest)
             (out / PROGRESS).unlink(missing_ok=True)
             return Prepared(out, manifest, was_there=True)
@@ -141,7 +140,7 @@ def prepare(
             _with_cuts(sources, settings, skip), settings, writer, workers, skip, on_progress
         )
         if (out / PROGRESS).exists():
-            work.check_begun(read_progress(out), about)
+            check_begun(out, read_progress(out), about, work.sources)
             work.go_on(writer.resume())
         try:
             return work.run()
@@ -172,41 +171,6 @@ class _Work:
         self.problems: list[str] = []
         self._sums: list[tuple[int, str]] = []  # of the source at the position: see begins_the_same
         self._sum = sha256()
-
-    def check_begun(self, there: dict[str, Any], about: dict[str, Any]) -> None:
-        """Whether the sources begin with what was read of them for an unfinished store.
-
-        Raises:
-            ValueError: They do not, or the settings are others.
-        """
-        out, recorded = self.writer.folder, there["position"]
-        _check_settings(out, there, about)
-        at, sums = Position(*recorded["at"]), recorded.get("sums", [])
-        anew = f"remove {out} to begin anew, or give another --out"
-        known, own = _identities(there), _identities(about)
-        read = at.source + (at.offset > 0)
-        for i, before in enumerate(known[:read]):
-            now = own[i] if i < len(own) else None
-            if before == now:
-                continue
-            name = there["sources"][i]["path"]
-            if now is None or i < at.source or before[0] != now[0]:
-                why = f"{name} was read for it, and has changed or is not in its place"
-            elif at.split is not None:
-                why = f"in {name} a document was changed of which a part is written"
-            elif not begins_the_same(self.sources[i], self.settings.field, sums):
-                why = f"{name} was changed in what was read of it already"
-            else:
-                continue
-            raise ValueError(f"{out}: is unfinished, and {why}; {anew}")
-        cuts = [source.train_until for source in self.sources[:read]]
-        for i, (cut, now_cut) in enumerate(zip(recorded.get("cuts", cuts), cuts, strict=False)):
-            if cut == now_cut or (i == at.source and min(cut, now_cut) > at.offset):
-                continue
-            raise ValueError(
-                f"{out}: is unfinished, and with --split ratio the sources' sizes, which have changed, "
-                f"decide where validation begins: now elsewhere in what was read already; {anew}"
-            )
 
     def go_on(self, recorded: dict[str, Any]) -> None:
         self.position = Position(*recorded["at"])
@@ -376,34 +340,6 @@ def _check_out(out: Path) -> None:
     there = {path.name for path in out.iterdir()} - _HIDDEN if out.exists() else set()
     if there and not is_store(out):
         raise ValueError(f"{out}: holds something else ({min(there)}); give a new folder as --out")
-
-
-def _check_settings(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
-    for name, value in about["settings"].items():
-        before = there["settings"].get(name)
-        if before != value:
-            raise ValueError(
-                f"{out}: was begun with --{name} {before}, not {value}; give that, or another --out"
-            )
-
-
-def _identities(about: dict[str, Any]) -> list[tuple[str, int, str]]:
-    return [(each["kind"], each["bytes"], each["sha256"]) for each in about["sources"]]
-
-
-def _check_same(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
-    _check_settings(out, there, about)
-    known, own = _identities(there), _identities(about)
-    if known != own:
-        differing = next(
-            (i for i, (a, b) in enumerate(zip(known, own, strict=False)) if a != b),
-            min(len(known), len(own)),
-        )
-        named = (about if differing < len(own) else there)["sources"][differing]["path"]
-        raise ValueError(
-            f"{out}: holds a store of other sources ({len(known)}, now {len(own)}; the first that "
-            f"differs: {named}); give another --out"
-        )
 
 
 @contextmanager

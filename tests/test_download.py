@@ -23,6 +23,7 @@ from filelock import FileLock
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.pretrained import download as module
+from gpt_lightning.pretrained import fetch as fetching
 from gpt_lightning.pretrained.download import (
     HUB_FILES,
     OPENAI_FILES,
@@ -225,7 +226,7 @@ def quietly(name: str, done: int, size: int | None) -> None: ...
 @pytest.fixture
 def one(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
     """Fetch ``/a`` from the host, and then from the other ``urls``."""
-    monkeypatch.setattr(module, "_PIECE", 1000)
+    monkeypatch.setattr(fetching, "_PIECE", 1000)
     host.files["/a"] = noise(200_000)
 
     def run(*faults: str, known: Known | None = None, urls: tuple[str, ...] = ()) -> bytes:
@@ -302,7 +303,7 @@ def test_an_answer_without_end(
 ) -> None:
     with pytest.raises(OSError, match="goes on after 90 bytes"):
         one("chunked", "chunked", known=Known(90))
-    monkeypatch.setattr(module, "_MOST", 5_000)
+    monkeypatch.setattr(fetching, "_MOST", 5_000)
     with pytest.raises(OSError, match="goes on after 5,000 bytes"):
         one("chunked")
     assert not visible(tmp_path)
@@ -356,8 +357,8 @@ def test_refused(
 def test_no_room(
     one: Callable[..., bytes], host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    usage = fetching.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(OSError, match="needs 200,000 bytes, the disk has 100,000 left"):
         one()
     assert len(host.ranges("/a")) == 1
@@ -369,7 +370,7 @@ def test_disk_that_fills_up(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(fetching.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         one()
     assert not visible(tmp_path)
@@ -399,7 +400,7 @@ def test_openai_sizes_that_are_known(
     command: Command, host: Host, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a host has instead of the real files is refused by its size, before it is fetched."""
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
     serve_openai(host, name)
     done = command("download", name, "--source=openai", f"--mirror={host.url}")
     refused(done, "hparams.json of", "bytes of it, not 9", str(folder_of(name, "openai")))
@@ -546,7 +547,7 @@ def test_a_web_page_is_no_config(host: Host) -> None:
 def test_no_network(
     command: Command, name: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
     files = HUB_FILES if source == "hub" else OPENAI_FILES
     done = command("download", name, f"--source={source}")
     folder = folder_of(name, "hub" if source == "hub" else "openai")

@@ -1,9 +1,6 @@
 """GPT-2's public files, from Hugging Face's hub or OpenAI's hosts, into the cache."""
 
-import base64
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -11,27 +8,28 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import requests
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from gpt_lightning.data.corpus import cache_folder
 from gpt_lightning.data.manifest import MANIFEST, damaged_files, write_manifest
+from gpt_lightning.pretrained.fetch import (
+    ATTEMPTS,
+    NOT_HERE,
+    Known,
+    NotHereError,
+    OnBytes,
+    brief,
+    check,
+    fetch,
+    has_digest,
+    put,
+)
 
 Host = Literal["hub", "openai"]
-# called with a file's name, its bytes so far and its bytes in all, where they are known
-OnBytes = Callable[[str, int, int | None], None]
-
-
-class Known(NamedTuple):
-    """What is known of a file beforehand; sums as 'md5:…' or 'sha256:…'."""
-
-    size: int | None = None
-    digest: str | None = None
-
-
 _HUB = {  # repository, revision, what is known of model.safetensors
     "gpt2-124M": (
         "openai-community/gpt2",
@@ -86,22 +84,9 @@ _BY_SIZE = {
     },
 }
 
-_ATTEMPTS = 3  # at each host, without a byte more than before
-_TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
-_PIECE = 1 << 18  # bytes; of a piece that breaks off nothing is kept
-_NOT_HERE = (401, 403, 404, 410)
-_MOST = 10_000_000_000  # bytes of a file whose size nobody tells; the largest has 6.4 GB
-_PAGE = (b"<!doctype", b"<html", b"<?xml")
-
-
-class _NotHere(requests.RequestException):
-    """This host does not have the file; asking it again changes nothing."""
-
 
 def folder_of(name: str, host: Host) -> Path:
     """Where the files of a size are, or are to be put by hand."""
-    from gpt_lightning.data.corpus import cache_folder  # which imports torch
-
     return cache_folder() / name / host
 
 
@@ -223,154 +208,12 @@ def _recorded(folder: Path) -> set[str]:
     return set(json.loads(path.read_text(encoding="utf-8"))["files"]) if path.exists() else set()
 
 
-def fetch(
-    urls: Sequence[str], path: Path, known: Known, on_bytes: OnBytes, pause: float = 1.0
-) -> None:
-    """The first of ``urls`` that gives the file whole. Each is given up after three attempts that brought
-    nothing, with what it gave until then kept for another run.
-
-    Raises:
-        OSError: None does, with the cause for each; or the file cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    causes = []
-    for url in urls:
-        furthest, failures = 0, 0
-        while failures < _ATTEMPTS:
-            try:
-                told = _fetch_once(url, part, known, on_bytes)
-                _check(part, known, told)
-                _put(part, path)
-                _origin(part).unlink(missing_ok=True)
-                return
-            except requests.RequestException as error:
-                last = error
-            reached = part.stat().st_size if part.exists() else 0
-            if not reached:
-                _origin(part).unlink(missing_ok=True)
-            failures = 0 if reached > furthest else failures + 1
-            furthest = max(furthest, reached)
-            if isinstance(last, _NotHere):
-                break
-            if failures < _ATTEMPTS:
-                time.sleep(pause * 2 ** max(failures - 1, 0))
-        causes.append(f"{urlsplit(url).netloc}: {_brief(last)}")
-    raise OSError(", ".join(causes)) from last
-
-
-def _origin(part: Path) -> Path:
-    """What says where ``part`` is from: only the rest of the same file may go behind it."""
-    return part.with_suffix(".origin")
-
-
-def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | None:
-    """Go on with ``part``, or begin it; returns the sum that the host says the file has."""
-    begun = _begun(url, part)
-    have = part.stat().st_size if begun else 0
-    headers = {"Accept-Encoding": "identity"}
-    if begun and have:
-        headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
-        if answer.status_code in _NOT_HERE:
-            raise _NotHere(f"{answer.status_code} {answer.reason}")
-        if answer.status_code == 416:  # nothing after what is here, which may be too much
-            part.unlink()
-            raise requests.ConnectionError(f"has no more bytes than {have:,}")
-        if not answer.ok:
-            raise requests.HTTPError(f"{answer.status_code} {answer.reason}")
-        if "text/html" in answer.headers.get("Content-Type", ""):
-            raise _NotHere("answers with a web page, not with the file")
-        goes_on = answer.status_code == 206
-        if goes_on and (
-            not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            or answer.headers.get("ETag") != begun.get("etag")
-        ):
-            part.unlink()
-            raise requests.ConnectionError("does not go on with the same file")
-        if not goes_on:
-            have = 0
-            # the sum of the whole file, which an answer with a part of it does not tell
-            begun = {
-                "url": url,
-                "etag": answer.headers.get("ETag"),
-                "md5": answer.headers.get("Content-MD5"),
-            }
-            part.unlink(missing_ok=True)
-            _origin(part).write_text(json.dumps(begun), encoding="utf-8")
-        rest = answer.headers.get("Content-Length", "")
-        if not rest.isdigit() and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-            raise _NotHere("does not say how long the file is")
-        size = have + int(rest) if rest.isdigit() else known.size
-        if known.size not in (None, size):
-            raise _NotHere(f"has {size:,} bytes of it, not {known.size:,}")
-        if size and size - have > (free := shutil.disk_usage(part.parent).free):
-            raise OSError(f"needs {size - have:,} bytes, the disk has {free:,} left")
-        with part.open("ab") as file:
-            for piece in answer.iter_content(_PIECE):
-                have += len(piece)
-                if have > (size or _MOST):
-                    break
-                file.write(piece)
-                on_bytes(part.name[1 : -len(".part")], have, size)
-    if have > (size or _MOST):
-        part.unlink()
-        raise _NotHere(f"goes on after {size or _MOST:,} bytes, which should be all")
-    if size is not None and have < size:
-        raise requests.ConnectionError(f"broke off after {have:,} of {size:,} bytes")
-    return f"md5:{_hex(begun['md5'])}" if begun.get("md5") else None
-
-
-def _begun(url: str, part: Path) -> dict[str, Any]:
-    """What is known of the file that ``part`` is the beginning of, where it is from ``url``."""
-    try:
-        begun = json.loads(_origin(part).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(begun, dict) or begun.get("url") != url or not part.exists():
-        return {}
-    return begun
-
-
-def _hex(md5: str) -> str:
-    """Of a Content-MD5 header, which is in base64; one that is not equals no sum."""
-    try:
-        return base64.b64decode(md5).hex()
-    except ValueError:
-        return md5
-
-
-def _check(part: Path, known: Known, told: str | None = None) -> None:
-    """Remove a file that is not what it should be, and say so by a ``RequestException``."""
-    with part.open("rb") as file:
-        page = file.read(64).lstrip().lower().startswith(_PAGE)
-    if page:
-        part.unlink()
-        raise _NotHere("answers with a web page, not with the file")
-    size = part.stat().st_size
-    cause = None
-    if known.size not in (None, size):
-        cause = f"gave {size:,} bytes, not {known.size:,}"
-    for digest in (known.digest, told):
-        if cause is None and digest and not _has_digest(part, digest):
-            cause = f"gave a file without the sum {digest}"
-    if cause:
-        part.unlink()
-        raise requests.ConnectionError(cause)
-
-
-def _put(part: Path, path: Path) -> None:
-    """Give a whole file its name, after its bytes are on the disk."""
-    with part.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def _fits(path: Path, known: Known) -> bool:
     if known.size not in (None, path.stat().st_size):
         return False
     if known.digest is None and not _opens(path):
         return False
-    return known.digest is None or _has_digest(path, known.digest)
+    return known.digest is None or has_digest(path, known.digest)
 
 
 def _opens(path: Path) -> bool:
@@ -384,12 +227,6 @@ def _opens(path: Path) -> bool:
     except (SafetensorError, ValueError):
         return False
     return True
-
-
-def _has_digest(path: Path, digest: str) -> bool:
-    algorithm, _, expected = digest.partition(":")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() == expected
 
 
 def _known(name: str, host: Host, file: str) -> Known:
@@ -412,7 +249,7 @@ def _fetch_from_hub(
     logging.set_verbosity_error()  # it reports every attempt
     causes = []
     for endpoint in [mirror.rstrip("/"), ENDPOINT] if mirror else [ENDPOINT]:
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(pause * 2 ** (attempt - 1))
             try:
@@ -421,9 +258,9 @@ def _fetch_from_hub(
             except Exception as error:  # those of httpx, httpx2 or requests, by version
                 last = error
                 answer = getattr(error, "response", None)
-                if isinstance(error, _NotHere) or getattr(answer, "status_code", 0) in _NOT_HERE:
+                if isinstance(error, NotHereError) or getattr(answer, "status_code", 0) in NOT_HERE:
                     break
-        causes.append(f"{urlsplit(endpoint).netloc}: {_brief(last)}")
+        causes.append(f"{urlsplit(endpoint).netloc}: {brief(last)}")
     raise OSError(", ".join(causes)) from last
 
 
@@ -454,8 +291,8 @@ def _fetch_from_endpoint(
             **bar,
         )
     )
-    _check(fetched, known, told)
-    _put(fetched, path)
+    check(fetched, known, told)
+    put(fetched, path)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -474,10 +311,3 @@ def _bar(name: str, size: int | None, on_bytes: OnBytes) -> type:
             return None
 
     return Bar
-
-
-def _brief(error: BaseException) -> str:
-    """The innermost cause, which says what happened and not who noticed."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return re.sub(" for url.*", "", " ".join(str(error).split()))[:160] or type(error).__name__

@@ -23,11 +23,10 @@ from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.checkpoint import (
     DurableCheckpointIO,
     check_content,
-    checkpoint_to_resume,
     damage_of,
-    newest_whole,
     read_manifest,
 )
+from gpt_lightning.training.resumed_from import checkpoint_to_resume, newest_whole
 from gpt_lightning.training.verify_resume import compare_checkpoints
 
 RUN = Path("checkpoints/quickstart")
@@ -75,6 +74,7 @@ from pathlib import Path
 from test_durability import same_bits, small_checkpoint
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import checkpoint as module
+from gpt_lightning.training.resumed_from import newest_whole
 
 folder = Path(sys.argv[1])
 old, new = small_checkpoint(1), small_checkpoint(2)
@@ -119,7 +119,7 @@ while True:
         io.save_checkpoint(new, run / "last.ckpt")
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = module.newest_whole(run)
+    found = newest_whole(run)
     state = read_checkpoint(found)
     whole = same_bits(state, old) or same_bits(state, new)
     assert whole and found.name == "last.ckpt", (point, found)
@@ -129,7 +129,7 @@ while True:
     later = module.DurableCheckpointIO()
     later.load_checkpoint(found)
     later.save_checkpoint(small_checkpoint(3), run / "last.ckpt")
-    assert same_bits(read_checkpoint(module.newest_whole(run)), small_checkpoint(3))
+    assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(3))
     assert same_bits(read_checkpoint(run / "previous.ckpt"), state)
     assert module.damage_of(run / "previous.ckpt", module.read_manifest(run)) == ""
     assert {p.name for p in run.iterdir()} == {"last.ckpt", "previous.ckpt", "manifest.json"}
@@ -183,7 +183,8 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_durability import same_bits, small_checkpoint
 from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training.checkpoint import DurableCheckpointIO, newest_whole
+from gpt_lightning.training.checkpoint import DurableCheckpointIO
+from gpt_lightning.training.resumed_from import newest_whole
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Path(sys.argv[1])

@@ -23,13 +23,14 @@ from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.allocator import keep_freed_memory
 from gpt_lightning.training.bad_steps import BadSteps, OnBadStep
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
-from gpt_lightning.training.checkpoint import LAST, PREVIOUS, checkpoint_to_resume
+from gpt_lightning.training.checkpoint import LAST, PREVIOUS
 from gpt_lightning.training.counting import BatchCounts, MaxTokens
 from gpt_lightning.training.elastic import connect_ranks
 from gpt_lightning.training.history import RunHistory
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
+from gpt_lightning.training.resumed_from import checkpoint_to_resume
 from gpt_lightning.training.saving import RunCheckpoints, checkpointing
 from gpt_lightning.training.sharding import check_strategy
 from gpt_lightning.training.throughput import Throughput, TrainingClock

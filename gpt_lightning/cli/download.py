@@ -7,21 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import TaskID
 
+from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
 from gpt_lightning.cli.parsing import parse, suggest
 from gpt_lightning.model.config import GPT2_SIZES
-
-SECONDS_BETWEEN_LINES = 10.0
 
 # as Hugging Face calls them
 _HUB_NAMES = {
@@ -69,15 +59,7 @@ class _Shown:
     """A bar for each file on a terminal, else a plain line at intervals, on stderr."""
 
     def __init__(self) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
+        self._bars = bars_of_bytes()
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 

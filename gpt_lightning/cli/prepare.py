@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
+from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
 from gpt_lightning.cli.parsing import parse
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 def run(arguments: list[str]) -> None:
@@ -92,17 +81,7 @@ class _Shown:
     """A bar on a terminal, else a plain line at intervals, on stderr."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
+        self._bar = bars_of_bytes()
         self._first: tuple[float, int] | None = None
         self._last_line = time.monotonic()
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import book
 import numpy as np
 import pytest
@@ -123,6 +125,14 @@ def test_tokenizer_is_gpt2s() -> None:
     assert encode_prompt("Every effort moves you") == [6109, 3626, 6100, 345]
     text = "Ünïcode, emoji 🦜, tabs\tand\n\nnewlines  with   spaces"
     assert decode(encode_prompt(text)) == text
+
+
+def test_threads_share_no_encoding() -> None:
+    """With one for all, two threads need up to 1.6 times the processor time of one: see its docstring."""
+    with ThreadPoolExecutor(1) as pool:
+        of_another = pool.submit(gpt2_encoding).result()
+    assert gpt2_encoding() is gpt2_encoding() is not of_another
+    assert of_another.encode("Every effort") == gpt2_encoding().encode("Every effort")
 
 
 def test_end_of_text_is_a_mark_in_a_corpus_and_plain_text_in_a_prompt() -> None:

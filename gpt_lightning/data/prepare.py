@@ -39,7 +39,7 @@ from gpt_lightning.data.store import (
     read_manifest,
     read_progress,
 )
-from gpt_lightning.data.tokenizer import gpt2_encoding
+from gpt_lightning.data.tokenizer import token_ranks
 
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 
@@ -178,7 +178,7 @@ class _Work:
         self._sums = [(end, found) for end, found in recorded.get("sums", [])]
 
     def run(self) -> Prepared:
-        gpt2_encoding()  # once, and not by all threads at once
+        token_ranks()  # read once, and not by all threads at once
         before = [(s.path, s.path.stat().st_mtime_ns) for s in self.sources]
         with self._writing():
             self._record()

@@ -15,9 +15,9 @@ import sys
 import tempfile
 import time
 import warnings
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,7 +28,6 @@ from gpt_lightning.cli import main as command
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.cost import flops_per_token
 from gpt_lightning.model.loss import cross_entropy
-from gpt_lightning.training.allocator import keep_freed_memory
 from gpt_lightning.training.optim import build_adamw
 from gpt_lightning.training.throughput import measured_peak
 
@@ -109,22 +108,32 @@ def matrix_peak(size: int = 3072, rounds: int = 5) -> float:
     return max(measured_peak(torch.bfloat16, size, 3) for _ in range(rounds))
 
 
-class Clock(Callback):
-    """When each step of a fit began."""
+BLOCK = 50  # steps, so that each has one logging
 
-    began: list[float] = []  # noqa: RUF012 — the command makes the object, the benchmark reads
+
+class Turns(Callback):
+    """Takes as many plain steps after each block of a fit's, and notes the seconds a step of both."""
+
+    plain_step: Callable[[], None]  # the command makes the object, the benchmark sets and reads
+    seconds: ClassVar[list[tuple[float, float]]] = []
+    _began = 0.0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.began.append(time.perf_counter())
+        now = time.perf_counter()
+        if trainer.global_step % BLOCK:
+            return
+        for _ in range(BLOCK):
+            Turns.plain_step()
+        ended = time.perf_counter()
+        if trainer.global_step >= 2 * BLOCK:
+            self.seconds.append(((now - self._began) / BLOCK, (ended - now) / BLOCK))
+        self._began = time.perf_counter()
 
 
-def lightnings_cost(repeats: int, steps: int = 600) -> dict[str, list[float]]:
-    """Seconds a step of a very small model by the fit command and by a plain loop, in one process.
-
-    Of blocks of 50 steps, so that each has one logging; of each repeat the median block.
-    """
+def lightnings_cost(steps: int) -> list[tuple[float, float]]:
+    """Seconds a step of a very small model by the fit command, and by a plain loop, in one process by turns."""
     length = 4
     config = GPTConfig(
         context_length=length, emb_dim=4, n_heads=1, n_layers=1, drop_rate=0.0, vocab_size=50257
@@ -134,36 +143,26 @@ def lightnings_cost(repeats: int, steps: int = 600) -> dict[str, list[float]]:
         model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), decay_matrices_only=True
     )
     ids = torch.randint(config.vocab_size, (1, length + 1))
+
+    def plain_step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+        optimizer.step()
+
+    Turns.plain_step = plain_step
     settings = [
         f"--model.config.{key}={value}" for key, value in vars(config).items() if value is not None
     ]
-    found: dict[str, list[float]] = {"fit": [], "a plain loop": []}
-
-    def block(began: list[float]) -> float:
-        edges = began[100::50]
-        return statistics.median((b - a) / 50 for a, b in pairwise(edges))
-
-    keep_freed_memory()
-    for _ in range(repeats):
-        began = []
-        for _ in range(steps):
-            began.append(time.perf_counter())
-            optimizer.zero_grad(set_to_none=True)
-            cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
-            optimizer.step()
-        found["a plain loop"].append(block(began))
-        Clock.began.clear()
-        with tempfile.TemporaryDirectory() as scratch:
-            code = command(
-                ["fit", *settings, "--data.text=sample", "--data.batch_size=1", "--trainer.accelerator=cpu",
-                 f"--trainer.default_root_dir={scratch}", "--evaluation.eval_freq=100000",
-                 "--evaluation.prompt=null", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1",
-                 "--checkpoint.every_n_train_steps=100000", f"--allow_import={__name__}",
-                 f"--trainer.callbacks+={__name__}.Clock"]
-            )  # fmt: skip
-        assert code == 0, "fit failed"
-        found["fit"].append(block(Clock.began))
-    return found
+    with tempfile.TemporaryDirectory() as scratch:
+        code = command(
+            ["fit", *settings, "--data.text=sample", "--data.batch_size=1", "--trainer.accelerator=cpu",
+             f"--trainer.default_root_dir={scratch}", "--evaluation.eval_freq=100000",
+             "--evaluation.prompt=null", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1",
+             "--checkpoint.every_n_train_steps=100000", f"--allow_import={__name__}",
+             f"--trainer.callbacks+={__name__}.Turns"]
+        )  # fmt: skip
+    assert code == 0, "fit failed"
+    return Turns.seconds
 
 
 BOOKS_RUN = """
@@ -249,13 +248,13 @@ def main() -> None:
                 0.75,
             ),
         ]
-    cost = lightnings_cost(arguments.repeats, 200 if arguments.tiny else 600)
-    per_step = {way: 1e3 * statistics.median(values) for way, values in cost.items()}
-    print(
-        "a very small model: " + ", ".join(f"{w} {ms:.2f} ms a step" for w, ms in per_step.items())
-    )
-    between = [fit - plain for fit, plain in zip(*cost.values(), strict=True)]
-    bars.append(at_most("Lightning's cost a step in ms", 1e3 * statistics.median(between), 0.5))
+    blocks = lightnings_cost(400 if arguments.tiny else 3000)
+    fit, plain = (1e3 * statistics.median(of_one) for of_one in zip(*blocks, strict=True))
+    between = sorted(1e3 * (one - other) for one, other in blocks)
+    low, high = between[len(between) // 4], between[-1 - len(between) // 4]
+    print(f"a very small model: fit {fit:.2f} ms a step, a plain loop {plain:.2f}; between them {statistics.median(between):.2f}"
+          f" (half of the blocks {low:.2f} – {high:.2f})", flush=True)  # fmt: skip
+    bars.append(at_most("Lightning's cost a step in ms", statistics.median(between), 0.5))
     if arguments.book_run:
         ours, book = book_run(10)
         print(f"the book's run: {ours:.0f} s, the book's loop {book:.0f} s")

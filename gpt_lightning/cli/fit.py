@@ -27,6 +27,7 @@ from gpt_lightning.training.checkpoint import LAST, PREVIOUS
 from gpt_lightning.training.counting import BatchCounts, MaxTokens
 from gpt_lightning.training.elastic import connect_ranks
 from gpt_lightning.training.history import RunHistory
+from gpt_lightning.training.hook_calls import Unprofiled, pass_over_idle_hooks
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
@@ -360,7 +361,10 @@ class TrainingCLI(LightningCLI):
             plugins.append(checkpoint_io)
             if settings.get("limit_val_batches") is None:
                 settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
+        pass_over_idle_hooks(callbacks)
         settings["callbacks"] = callbacks
+        if settings.get("profiler") is None and not settings.get("barebones"):
+            settings["profiler"] = Unprofiled()
         settings["logger"] = self._loggers(settings.get("logger"))
         settings["plugins"] = plugins
         settings["enable_checkpointing"] = saves

@@ -22,22 +22,14 @@ SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
 
 
 class _Update:
-    """Loss and gradient norm of one, and where it is to be read later, on their way from a GPU."""
+    """Loss and gradient norm of one, ``(2,)``, on their way from a GPU."""
 
-    def __init__(
-        self,
-        step: int,
-        windows: list[NDArray[np.int64]],
-        figures: Tensor,
-        *,
-        copied: bool = False,
-    ) -> None:
+    def __init__(self, step: int, windows: list[NDArray[np.int64]], figures: Tensor) -> None:
         self.step = step
         self.windows = windows
-        self._figures = figures
+        self._figures = figures.to("cpu", non_blocking=True)
         self._arrived: torch.cuda.Event | None = None
-        if copied and figures.is_cuda:
-            self._figures = figures.to("cpu", non_blocking=True)
+        if figures.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -119,17 +111,16 @@ class BadSteps(Callback):
         loss, grad_norm = self._loss.float(), pl_module.grad_norm().float()
         if trainer.world_size > 1:
             loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
-        figures = torch.stack([loss, grad_norm])
+        both = torch.stack([loss, grad_norm])
         if self.skip_spikes or not _judges_later(pl_module):
-            if not self._is_good(trainer, _Update(trainer.global_step, self._windows, figures)):
-                optimizer.zero_grad(
-                    set_to_none=True
-                )  # AdamW passes over parameters without gradient
+            if not self._is_good(trainer, trainer.global_step, self._windows, *both.tolist()):
+                # AdamW passes over parameters without gradient
+                optimizer.zero_grad(set_to_none=True)
             return
         self._judge_waiting(trainer)
         # the fused step reads it where it runs, and leaves everything as it was where it is 1
-        optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
-        self._waiting = _Update(trainer.global_step, self._windows, figures, copied=True)
+        optimizer.found_inf = (~both.isfinite().all()).float()  # type: ignore[attr-defined]
+        self._waiting = _Update(trainer.global_step, self._windows, both)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge_waiting(trainer)
@@ -143,10 +134,16 @@ class BadSteps(Callback):
     def _judge_waiting(self, trainer: Trainer) -> None:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._is_good(trainer, waiting)
+            self._is_good(trainer, waiting.step, waiting.windows, *waiting.read())
 
-    def _is_good(self, trainer: Trainer, update: "_Update") -> bool:
-        loss, grad_norm = update.read()
+    def _is_good(
+        self,
+        trainer: Trainer,
+        step: int,
+        of_batches: list[NDArray[np.int64]],
+        loss: float,
+        grad_norm: float,
+    ) -> bool:
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         spike = finite and self.skip_spikes and self._is_spike(loss, grad_norm)
         if finite and not spike:
@@ -154,12 +151,12 @@ class BadSteps(Callback):
             if self.skip_spikes:
                 self._good.append((loss, grad_norm))
             return True
-        windows = [int(number) for batch in update.windows for number in batch]
+        windows = [int(number) for batch in of_batches for number in batch]
         if trainer.world_size > 1:  # all ranks see the same figures, and come here together
             of_ranks: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(of_ranks, windows)
             windows = [number for own in of_ranks for number in own]
-        what = f"step {update.step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
+        what = f"step {step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}"
         where = f"windows {', '.join(map(str, windows)) or 'unknown'}"
         if not spike and self.action == "stop":
             raise FloatingPointError(
@@ -179,7 +176,7 @@ class BadSteps(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-        log_figures(trainer, {"bad_steps": float(self.skipped)}, update.step)
+        log_figures(trainer, {"bad_steps": float(self.skipped)}, step)
         return False
 
     def _is_spike(self, loss: float, grad_norm: float) -> bool:

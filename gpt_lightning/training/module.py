@@ -115,6 +115,12 @@ class GPTLightningModule(LightningModule):
         self._start_with_moments = False
         self._random_numbers: dict[str, Tensor] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # Lightning's note of the hook it is in, 40 times a step
+            self.__dict__[name] = value  # without a look at parameters, buffers and modules
+        else:
+            super().__setattr__(name, value)
+
     def start_from(self, source: Source, *, with_optimizer: bool = False) -> None:
         """Begin the run with old weights, and old moments if asked, in place of fresh ones.
 

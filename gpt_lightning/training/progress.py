@@ -20,6 +20,7 @@ from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.counting import MaxTokens
 
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LOOKS = 0.1  # of the bar at how far the run is, and of the terminal at the bar
 
 
 class RunProgress(ProgressBar):
@@ -34,6 +35,9 @@ class RunProgress(ProgressBar):
         self._began = 0.0
         self._first = 0
         self._last_line = 0.0
+        self._shown = 0.0
+        self._done = 0
+        self._note = ""
 
     def disable(self) -> None:
         self._enabled = False
@@ -113,18 +117,23 @@ class RunProgress(ProgressBar):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            refresh_per_second=1 / SECONDS_BETWEEN_LOOKS,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
         self._bar.start()
+        self._done, self._note = done, ""
         self._bar.add_task(what, total=total, completed=done, note="")
 
     def _advance(self, done: int, note: str) -> None:
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
-            return
         now = time.monotonic()
+        if self._bar is not None:
+            self._done, self._note = done, note
+            if now - self._shown >= SECONDS_BETWEEN_LOOKS:
+                self._shown = now
+                self._show()
+            return
         if now - self._last_line < SECONDS_BETWEEN_LINES or done == self._first:
             return
         self._last_line = now
@@ -133,8 +142,13 @@ class RunProgress(ProgressBar):
         eta = "" if self._total is None else f", eta {(self._total - done) * seconds:.0f} s"
         print(f"step {done}{of}, {seconds:.2f} s a step{eta}", file=sys.stderr, flush=True)
 
+    def _show(self) -> None:
+        assert self._bar is not None
+        self._bar.update(self._bar.task_ids[0], completed=self._done, note=self._note)
+
     def _stop(self) -> None:
         if self._bar is not None:
+            self._show()
             self._bar.stop()
             self._bar = None
 

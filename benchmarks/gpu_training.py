@@ -37,6 +37,7 @@ class Rung:
         book: Whether it is the book's model (tests/book.py), whose attention is explicit, with its head tied.
         fused: Whether AdamW is one kernel, as in ``fit``.
         compiled: 'blocks' as with ``model.compile``, or all up to the loss.
+        compiled_loss: Whether the loss by chunks is compiled too, as with ``model.compile``.
         chunk: Tokens of a chunk of the loss, the vocabulary padded; none: torch's loss over all logits.
         cudnn: Whether attention must be cuDNN's.
         seconds: Expected of the rung as a whole.
@@ -49,6 +50,7 @@ class Rung:
     multiplies: str = "bf16"
     fused: bool = True
     compiled: str | None = None
+    compiled_loss: bool = False
     chunk: int | None = None
     cudnn: bool = False
 
@@ -63,9 +65,10 @@ def ladder(batch: int, length: int) -> list[Rung]:
     compiled = replace(fused, name="compiled blocks", compiled="blocks", seconds=40)
     padded = replace(compiled, name="padded vocabulary", chunk=batch * length, seconds=20)
     chunked = replace(padded, name="loss by chunks", chunk=min(8192, batch * length // 2))
+    compiled_loss = replace(chunked, name="compiled loss", compiled_loss=True)
     return [
-        float32, tf32, bf16, sdpa, fused, compiled, padded, chunked,
-        *(replace(chunked, name=f"batch {n * batch}", batch=n * batch, seconds=25) for n in (2, 4)),
+        float32, tf32, bf16, sdpa, fused, compiled, padded, chunked, compiled_loss,
+        *(replace(compiled_loss, name=f"batch {n * batch}", batch=n * batch, seconds=25) for n in (2, 4)),
     ]  # fmt: skip
 
 
@@ -73,7 +76,7 @@ def large_ladder(batch: int) -> list[Rung]:
     """For a model that needs the room: float32 for its losses, then all at once, then larger batches."""
     float32 = Rung("eager fp32 (our model)", batch, 40, multiplies="float32")
     all_at_once = Rung("bf16, compiled blocks, loss by chunks", 2 * batch, 45,
-                       compiled="blocks", chunk=4096)  # fmt: skip
+                       compiled="blocks", compiled_loss=True, chunk=4096)  # fmt: skip
     return [
         float32,
         all_at_once,
@@ -147,7 +150,12 @@ def training_step(
                 loss = cross_entropy(ours.head(features(x)), y)
             else:
                 loss = chunked_cross_entropy(
-                    features(x), ours.head_weight, y, rung.chunk, pad_vocabulary=True
+                    features(x),
+                    ours.head_weight,
+                    y,
+                    rung.chunk,
+                    pad_vocabulary=True,
+                    compiled=rung.compiled_loss,
                 )
         loss.backward()
         optimizer.step()

@@ -6,6 +6,7 @@ A small model's step on a GPU takes less time than Python needs to launch its tw
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,10 @@ class DecodingStep:
             tensor[:, :, cache.length :] = 0
         self._static = KVCache(cache.keys, cache.values)
         self._static.at = torch.full((1,), cache.length, dtype=torch.int64, device=device)
-        self._run = torch.compile(self._forward, dynamic=False) if compiled else self._forward
+        self._run = self._forward
+        if compiled:  # on a GPU a product with one row as a kernel of its own, with what is before and after it
+            tuned: dict[str, Any] = {"coordinate_descent_tuning": device.type == "cuda"}
+            self._run = torch.compile(self._forward, dynamic=False, options=tuned)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._captures = can_be_captured(model)

@@ -56,7 +56,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         drop_rate = self.drop_rate if self.training else 0.0
-        if mask is None and self.training and _products_are_faster(q):
+        if cache is not None and cache.at is not None and torch.compiler.is_compiling():
+            assert mask is not None
+            y = attention_of_one(q, k, v, mask)
+        elif mask is None and self.training and _products_are_faster(q):
             y = causal_attention_by_products(q, k, v, drop_rate)
         else:
             y = F.scaled_dot_product_attention(
@@ -86,6 +89,16 @@ def causal_attention_by_products(q: Tensor, k: Tensor, v: Tensor, drop_rate: flo
     )
     weights = F.dropout(scores.softmax(dim=-1), drop_rate)
     return (weights @ v.reshape(B * H, T, D)).view(B, H, T, D)
+
+
+def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``scaled_dot_product_attention`` of one query, ``(B, H, 1, D)``, in sums that a compiler makes kernels of.
+
+    Torch's own kernels are made for many queries: one leaves most of a GPU idle.
+    """
+    scores = (q.float() * k.float()).sum(dim=-1) * q.shape[-1] ** -0.5 + mask[:, :, 0]
+    weights = scores.softmax(dim=-1)[..., None]
+    return (weights * v.float()).sum(dim=-2, keepdim=True).to(v.dtype)
 
 
 class FeedForward(nn.Module):

@@ -4,6 +4,8 @@ N tokens (B × T), C ``emb_dim``, V ``vocab_size``. The logits of N tokens are t
 step: at B 4, T 1024 they take 0.8 GB in float32, and as much again for their gradient.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ def chunked_cross_entropy(
     chunk_size: int,
     *,
     pad_vocabulary: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """:func:`cross_entropy` of ``features @ weight.T``, of ``chunk_size`` tokens at a time.
 
@@ -47,9 +50,36 @@ def chunked_cross_entropy(
     if not torch.is_grad_enabled():
         features, weight = features.detach(), weight.detach()
     loss: Tensor = _ChunkedCrossEntropy.apply(
-        features.flatten(0, 1), weight, targets.flatten(), chunk_size, pad_vocabulary, dtype
+        features.flatten(0, 1),
+        weight,
+        targets.flatten(),
+        chunk_size,
+        pad_vocabulary,
+        dtype,
+        compiled,
     )
     return loss
+
+
+def _loss_and_gradient(
+    logits: Tensor, targets: Tensor, vocab_size: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """A chunk's summed loss, and the gradient of the mean over ``tokens`` by its logits, in their dtype.
+
+    For a compiler; :class:`_ChunkedCrossEntropy` has the same in steps that take no memory of their own.
+    """
+    dtype, logits = logits.dtype, logits.float()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    logits = torch.where(columns < vocab_size, logits, -torch.inf)
+    log_z = logits.logsumexp(dim=-1)
+    loss = (log_z - logits.gather(1, targets[:, None])[:, 0]).sum()
+    p = (logits - log_z[:, None]).exp()
+    return loss, ((p - (columns == targets[:, None]).float()) / tokens).to(dtype)
+
+
+@cache
+def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,6 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         pad_vocabulary: bool,
         dtype: torch.dtype,
+        compiled: bool,
     ) -> Tensor:
         N, V = len(features), len(weight)
         wants = ctx.needs_input_grad[:2]
@@ -74,7 +105,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_w = torch.zeros(w.shape, dtype=weight.dtype, device=w.device) if wants[1] else None
             for start in range(0, N, chunk_size):
                 part = slice(start, start + chunk_size)
-                logits = (x[part] @ w.t()).float()
+                logits = x[part] @ w.t()
+                if compiled and any(wants):
+                    loss, grad = _compiled_loss_and_gradient()(logits, targets[part], V, N)
+                    total += loss
+                    _add_gradients(grad, x[part], w, grad_x, grad_w, part)
+                    continue
+                logits = logits.float()
                 logits[:, V:] = -torch.inf
                 log_z = logits.logsumexp(dim=-1)
                 target = targets[part, None]
@@ -85,14 +122,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad = logits.sub_(log_z[:, None]).exp_()
                 grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
                 grad = grad.div_(N).to(dtype)
-                if grad_x is not None:
-                    grad_x[part] = grad @ w
-                if grad_w is not None:
-                    grad_w += grad.t() @ x[part]
+                _add_gradients(grad, x[part], w, grad_x, grad_w, part)
         ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[:V])
         return total / N
 
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else g.mul_(scale[0]) for g in ctx.saved_tensors)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
+
+
+def _add_gradients(
+    by_logits: Tensor,
+    x: Tensor,
+    w: Tensor,
+    grad_x: Tensor | None,
+    grad_w: Tensor | None,
+    part: slice,
+) -> None:
+    if grad_x is not None:
+        grad_x[part] = by_logits @ w
+    if grad_w is not None:
+        grad_w += by_logits.t() @ x

@@ -192,7 +192,7 @@ def train(
 def fit(rungs: Rungs, name: str, config: GPTConfig, batch: int, length: int, updates: int) -> None:
     rungs.run(
         f"{name} fit",
-        100 if rungs.device.type == "cuda" else 20,
+        45 if rungs.device.type == "cuda" else 20,
         lambda: gpu_training.fit(
             config, batch, length, rungs.device, updates, peak_flops(rungs.device, "bf16-mixed")
         ),
@@ -313,21 +313,20 @@ def main() -> None:
         large_steps = large_ladder(large_rows)
         train(rungs, LARGE, large, large_steps, large_steps[0], large_rows, length)
     if arguments.only != "training":
-        decode(rungs, "124M", small, [("plain", 15), ("graph", 10)], lengths)
-        decode(rungs, LARGE, large, [("plain", 25), ("graph", 20)], lengths)
+        decode(rungs, "124M", small, [("plain", 18), ("graph", 5), ("compiled", 30)], lengths)
         if peer:
-            decode_peer(rungs, "124M", small, 20, lengths)
-        decode(rungs, "124M", small, [("compiled", 50)], lengths)
-        if peer:
-            decode_peer(rungs, LARGE, large, 40, lengths)
+            decode_peer(rungs, "124M", small, 16, lengths)
+        decode(rungs, LARGE, large, [("plain", 25), ("graph", 8)], lengths)
     if arguments.only != "decoding":
         last = steps[-1]
-        more = [replace(last, name=f"{last.name}, all compiled", compiled="model", seconds=70)]
+        more = [replace(last, name=f"{last.name}, all compiled", compiled="model", seconds=30)]
         if device.type == "cuda":
             more.insert(0, replace(last, name=f"{last.name}, cuDNN's attention", cudnn=True))
         train(rungs, "124M", small, more, steps[0], rows, length)
     if arguments.only != "training":
-        decode(rungs, LARGE, large, [("compiled", 100)], lengths)
+        decode(rungs, LARGE, large, [("compiled", 150)], lengths)
+        if peer:
+            decode_peer(rungs, LARGE, large, 30, lengths)
 
     held, missing = bars(rungs, machine.get("gpu", {}).get("name", ""))
     for bar in held:

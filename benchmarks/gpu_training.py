@@ -57,31 +57,31 @@ class Rung:
 
 def ladder(batch: int, length: int) -> list[Rung]:
     """Each adds one thing to the one before; the batch grows last."""
-    float32 = Rung("eager fp32 (the book's model)", batch, 45, True, "float32", fused=False)
-    tf32 = replace(float32, name="TF32", multiplies="TF32", seconds=25)
-    bf16 = replace(tf32, name="bf16", multiplies="bf16", seconds=20)
-    sdpa = replace(bf16, name="SDPA (our model)", book=False, seconds=15)
+    float32 = Rung("eager fp32 (the book's model)", batch, 16, True, "float32", fused=False)
+    tf32 = replace(float32, name="TF32", multiplies="TF32", seconds=11)
+    bf16 = replace(tf32, name="bf16", multiplies="bf16", seconds=11)
+    sdpa = replace(bf16, name="SDPA (our model)", book=False, seconds=9)
     fused = replace(sdpa, name="fused AdamW", fused=True)
-    compiled = replace(fused, name="compiled blocks", compiled="blocks", seconds=40)
-    padded = replace(compiled, name="padded vocabulary", chunk=batch * length, seconds=20)
+    compiled = replace(fused, name="compiled blocks", compiled="blocks", seconds=20)
+    padded = replace(compiled, name="padded vocabulary", chunk=batch * length, seconds=10)
     chunked = replace(padded, name="loss by chunks", chunk=min(8192, batch * length // 2))
     compiled_loss = replace(chunked, name="compiled loss", compiled_loss=True)
     return [
         float32, tf32, bf16, sdpa, fused, compiled, padded, chunked, compiled_loss,
-        *(replace(compiled_loss, name=f"batch {n * batch}", batch=n * batch, seconds=25) for n in (2, 4)),
+        *(replace(compiled_loss, name=f"batch {n * batch}", batch=n * batch, seconds=14) for n in (2, 4)),
     ]  # fmt: skip
 
 
 def large_ladder(batch: int) -> list[Rung]:
     """For a model that needs the room: float32 for its losses, then all at once, then larger batches."""
-    float32 = Rung("eager fp32 (our model)", batch, 40, multiplies="float32")
-    all_at_once = Rung("bf16, compiled blocks, loss by chunks", 2 * batch, 45,
+    float32 = Rung("eager fp32 (our model)", batch, 20, multiplies="float32")
+    all_at_once = Rung("bf16, compiled blocks, loss by chunks", 2 * batch, 20,
                        compiled="blocks", compiled_loss=True, chunk=4096)  # fmt: skip
     return [
         float32,
         all_at_once,
         *(
-            replace(all_at_once, name=f"batch {n * batch}", batch=n * batch, seconds=30)
+            replace(all_at_once, name=f"batch {n * batch}", batch=n * batch, seconds=20)
             for n in (4, 8)
         ),
     ]

@@ -2,8 +2,8 @@
 
 First the table of docs/plan.md, GPT-2's four sizes on 1, 8 and 64 GPUs, which takes seconds; --table prints it
 alone. Then three real runs of `fit` on the CPU, each in a process of its own, whose largest resident set is
-compared with what `plan` had counted for the same command; with --gpu five on the GPU, whose tensors at most
-(`torch.cuda.max_memory_allocated`) are. The last line is JSON.
+compared with what `plan` had counted for the same command; with --gpu, instead, five on the GPU, and the
+most that tensors took of it (`torch.cuda.max_memory_allocated`). The last line is JSON.
 """
 
 import argparse
@@ -213,7 +213,8 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="on a CUDA GPU")
     parser.add_argument("--tiny", action="store_true", help="toy models, to see that it runs")
     options = parser.parse_args()
-    print(table())
+    if not options.gpu:
+        print(table())
     if options.table:
         return
     results = {}

@@ -6,6 +6,7 @@ A small model's step on a GPU takes less time than Python needs to launch its tw
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,14 @@ class DecodingStep:
         padding: ``(B,)``, see :meth:`GPTModel.features`.
         compiled: Whether the step is compiled first, which takes half a minute and more a width, and fuses
             its small kernels.
+
+    Attributes:
+        largest: ``(B,)``, of the logits of the last call; which the next one overwrites too.
+        likeliest: ``(B,)``, the ids of these, of equal ones the lowest.
     """
+
+    largest: Tensor
+    likeliest: Tensor
 
     def __init__(
         self, model: GPTModel, cache: KVCache, padding: Tensor | None, *, compiled: bool = False
@@ -45,16 +53,19 @@ class DecodingStep:
             tensor[:, :, cache.length :] = 0
         self._static = KVCache(cache.keys, cache.values)
         self._static.at = torch.full((1,), cache.length, dtype=torch.int64, device=device)
-        self._run = self._forward
+        self._run: Callable[[], tuple[Tensor, Tensor, Tensor]] = self._forward
         if compiled:  # on a GPU a product with one row as a kernel of its own, with what is before and after it
             tuned: dict[str, Any] = {"coordinate_descent_tuning": device.type == "cuda"}
             self._run = torch.compile(self._forward, dynamic=False, options=tuned)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None
         self._captures = can_be_captured(model)
 
     def __call__(self, last: Tensor) -> Tensor:
-        """The newest ids ``(B,)`` → the next tokens' logits ``(B, V)``, which the next call overwrites."""
+        """The newest ids ``(B,)`` → the next tokens' logits ``(B, V)``, which the next call overwrites.
+
+        Of a row that has ended the id is below 0, and its logits mean nothing.
+        """
         cache = self._cache
         if cache.length >= self._static.width:
             self.close()  # a graph's widths are its own
@@ -63,9 +74,10 @@ class DecodingStep:
         cache.length += 1
         if self._graph is not None:
             self._graph.replay()
-            assert self._logits is not None
-            return self._logits
-        logits = self._run()
+            assert self._found is not None
+            logits, self.largest, self.likeliest = self._found
+            return logits
+        logits, self.largest, self.likeliest = self._run()
         if self._captures:
             self._capture()
         return logits
@@ -79,9 +91,9 @@ class DecodingStep:
         """Let go of the graph, after its last replay is done."""
         if self._graph is not None:
             torch.cuda.synchronize(self._tokens.device)
-            self._graph = self._logits = None
+            self._graph = self._found = None
 
-    def _forward(self) -> Tensor:
+    def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
         model, cache, padding = self._model, self._static, self._padding
         position = cache.at
         assert position is not None
@@ -91,7 +103,7 @@ class DecodingStep:
         if padding is not None:
             seen = seen & (columns >= padding[:, None])  # (B, width)
             positions = (position - padding)[:, None]  # (B, 1)
-        x = model.tok_emb(self._tokens[:, None]) + model.pos_emb(positions)
+        x = model.tok_emb(self._tokens.clamp(min=0)[:, None]) + model.pos_emb(positions)
         # kernels for a mask read it as numbers of the queries' kind
         mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]  # (B or 1, 1, 1, width)
@@ -99,7 +111,7 @@ class DecodingStep:
             x = block(x, cache, mask)
         logits = model.head(model.final_norm(x)[:, -1])
         position.add_(1)
-        return logits
+        return logits, logits.amax(dim=-1), logits.argmax(dim=-1)
 
     def _capture(self) -> None:
         device = self._tokens.device
@@ -113,13 +125,13 @@ class DecodingStep:
                     graph, stream=_capture_stream(device), capture_error_mode="thread_local"
                 ),
             ):
-                logits = self._run()
+                found = self._run()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a capture that fails does not give it back
             self._captures = False
             _say_once(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return
-        self._graph, self._logits = graph, logits
+        self._graph, self._found = graph, found
 
 
 def padded_length(length: int) -> int:

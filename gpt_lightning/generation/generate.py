@@ -138,12 +138,14 @@ def _stream(
     written: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
     ended = torch.zeros(len(written), dtype=torch.bool, device=device)
     one_token: DecodingStep | None = None
+    takes_likeliest = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
     finite = _Finite(every=1 if device.type == "cpu" else CHECK_EVERY)
 
     was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
+            largest = likeliest = None
             if step == 0:  # prefill: each prompt once, however many samples
                 window, hidden = _window(ids[:, :width], padding, shortest, context_length)
                 length = window.shape[1] + max_new_tokens
@@ -164,17 +166,22 @@ def _stream(
                 if way != "plain":
                     one_token = DecodingStep(model, cache, hidden, compiled=way == "compiled")
             elif cache.length < context_length:
-                last = ids[:, width - 1].clamp(min=0)
+                last = ids[:, width - 1]
                 if one_token is not None:
                     logits = one_token(last)
+                    largest, likeliest = one_token.largest.clone(), one_token.likeliest
                 else:
-                    logits = model.head(model.features(last[:, None], cache, hidden)[:, -1])
+                    last = last.clamp(min=0)[:, None]
+                    logits = model.head(model.features(last, cache, hidden)[:, -1])
             else:
                 window, hidden = _window(ids[:, :width], padding, shortest + step, context_length)
                 logits = model.head(model.features(window, padding=hidden)[:, -1])
 
-            finite.add(logits, step)
-            next_ids = choose(logits, sampling, ids=ids[:, :width], generator=generator)
+            finite.add(logits.amax(dim=-1) if largest is None else largest, step)
+            if likeliest is not None and takes_likeliest:
+                next_ids = likeliest.clone()
+            else:
+                next_ids = choose(logits, sampling, ids=ids[:, :width], generator=generator)
             tokens: list[int] = []
             if eos_id is not None:
                 ended |= next_ids == eos_id
@@ -211,8 +218,9 @@ class _Finite:
         self._first = 0
         self._largest: list[Tensor] = []
 
-    def add(self, logits: Tensor, step: int) -> None:
-        self._largest.append(logits.amax(dim=-1))
+    def add(self, largest: Tensor, step: int) -> None:
+        """Of each row's logits."""
+        self._largest.append(largest)
         if step == 0 or len(self._largest) == self._every:
             self.check()
 

@@ -14,7 +14,18 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.kv_cache import KVCache
 
 
-class QKVProjection(nn.Linear):
+class Linear(nn.Linear):
+    """Torch's; but of one row a compiler is given product and bias apart, so that it makes one kernel of them
+    and their neighbours, where it would ask a library for many rows' kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and torch.compiler.is_compiling():
+            y = F.linear(x, self.weight)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
+
+
+class QKVProjection(Linear):
     """Query, key and value projections in one matrix: ``(B, T, C)`` → ``(B, T, 3C)``.
 
     Initial weights are drawn as the book draws them, one projection after the other, weight before
@@ -40,7 +51,7 @@ class CausalSelfAttention(nn.Module):
         self.n_heads = config.n_heads
         self.drop_rate = config.attention_drop_rate
         self.qkv = QKVProjection(config.emb_dim, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
+        self.out_proj = Linear(config.emb_dim, config.emb_dim)
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
@@ -105,9 +116,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(config.emb_dim, 4 * config.emb_dim),
+            Linear(config.emb_dim, 4 * config.emb_dim),
             nn.GELU(approximate="tanh"),
-            nn.Linear(4 * config.emb_dim, config.emb_dim),
+            Linear(4 * config.emb_dim, config.emb_dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What preparing a corpus costs: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
 
 A varied text that it makes itself, half plain text, half JSON lines, is prepared by one, two and
-four workers, and by two that are killed five times; and a store of 10⁹ tokens (a sparse file) is opened and
-windows are drawn from it. The last line is JSON.
+four workers, and by two that are killed five times; and a store of 10⁹ tokens (a sparse file) is opened, from
+which windows.py draws. The last line is JSON.
 """
 
 import argparse
@@ -39,7 +39,7 @@ with open("/proc/self/status") as file:
 sys.exit(code)
 """
 
-# growth of resident memory, seconds to open, tokens a second
+# seconds to open, growth of resident memory
 OPEN = """
 import json, sys, time
 from gpt_lightning.data.tokens import read_splits

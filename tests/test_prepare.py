@@ -549,6 +549,7 @@ def refused(done: Done, *parts: str) -> None:
 
 
 GOOD = b'{"text": "good"}\n'
+BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -572,6 +573,8 @@ GOOD = b'{"text": "good"}\n'
         ("a.parquet", b"no parquet", "a.parquet: is damaged ("),
         ("a.txt", b" \n\n ", "a.txt: holds no document with text"),
         ("a.jsonl", b"", "a.jsonl: holds no document with text"),
+        ("a.jsonl", GOOD + BLANKS, "a.jsonl, line 2: has more blanks in a row than the tokenizer"),
+        ("a.txt", b"a" + b" " * 1_500_000 + b"b", "a.txt, from byte 1: has more blanks in a row"),
         ("a.csv", b"a,b", "a.csv: is of no known kind; give .txt, .md, .jsonl"),
     ],
 )  # fmt: skip
@@ -583,7 +586,7 @@ def test_what_cannot_be_read(
     content: bytes,
     part: str,
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
     (tmp_path / name).write_bytes(content)
     refused(command("prepare", name, "--out=deep/store", "--val_ratio=0"), part)
     assert os.listdir(tmp_path) == [name]
@@ -637,6 +640,15 @@ def test_skipped_are_counted(
         "skipped: a.jsonl, line 5: lacks the field text",
     ]
     assert documents_of(joined(Path("store"))[0]) == ["good"] * 3
+
+
+def test_what_the_tokenizer_does_not_take_is_skipped(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + BLANKS + GOOD)
+    arguments = ("prepare", "a.jsonl", "--out=store", "--val_ratio=0", "--on_error=skip")
+    done = command(*arguments, "--json")
+    assert (done.code, json.loads(done.out)["skipped"]) == (0, 1)
+    assert "skipped: a.jsonl, line 2: has more blanks in a row" in done.err
+    assert documents_of(joined(Path("store"))[0]) == ["good"] * 2
 
 
 @pytest.mark.parametrize(
@@ -828,6 +840,44 @@ def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepare
         command("prepare", "rows.jsonl", "--out=photos"), "photos: holds something else (cat.jpg)"
     )
     refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is no folder")
+
+
+@pytest.mark.parametrize("name", ["mine.u16", "train-00000.u16", "progress.json"])
+def test_what_another_wrote_stays(command: Command, tmp_path: Path, name: str) -> None:
+    """In a folder without a record of prepare's, however it is called."""
+    (tmp_path / "rows.jsonl").write_bytes(GOOD + b"{\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("precious")
+    refused(command("prepare", "rows.jsonl", "--out=out"), f"out: holds something else ({name})")
+    assert everything(tmp_path / "out") == {name: b"precious"}
+
+
+def test_what_lies_beside_an_unfinished_store_stays(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
+    with (tmp_path / "rows.jsonl").open("ab") as file:
+        file.write(b"{\n")
+    arguments = ("prepare", "rows.jsonl", "--out=out", "--shard_tokens=1000", "--val_ratio=0")
+    refused(command(*arguments), "is no JSON")
+    (tmp_path / "out" / "mine.u16").write_text("precious")
+    assert command(*arguments, "--on_error=skip").code == 0
+    assert (tmp_path / "out" / "mine.u16").read_text() == "precious"
+
+
+def test_a_split_that_stays_empty_is_known_before(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of plain texts: their documents' hashes say it before a token is made."""
+    for name, text in [("a.txt", "one<|endoftext|> \n"), ("b.txt", "two " * 2000)]:
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("gpt_lightning.data.prepare.StoreWriter", None)
+    refused(
+        command("prepare", "a.txt", "b.txt", "--out=out", "--val_ratio=1e-9"),
+        "none of 2 document(s) is for validation",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

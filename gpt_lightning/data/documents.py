@@ -26,6 +26,7 @@ from gpt_lightning.data.tokenizer import END_OF_TEXT
 PIECE_BYTES = 1 << 20
 LONGEST = 1 << 25  # bytes of a line, or of a text without a place to cut
 MARK = END_OF_TEXT.encode()
+_LOOK = 1024  # bytes of a document that say whether it holds anything
 _ROWS = 256  # read from a parquet file at a time
 
 _BEFORE_SPACE = re.compile(rb"(?:[!-~]|[\xc2-\xf4][\x80-\xbf]{1,3})(?=[ \n\r])")
@@ -210,6 +211,20 @@ def _scan(file: IO[bytes], offset: int, end: int) -> tuple[bytes, int, str | Non
         kept = block[-keep:]
     take(kept, final=True)
     return digest.digest(), following, problem
+
+
+def document_hashes(sources: Sequence[Source]) -> Iterator[bytes]:
+    """Of the documents of plain texts that are UTF-8 and no mere white space."""
+    for source in sources:
+        offset = 0
+        with source.path.open("rb") as file:
+            while offset < source.bytes:
+                digest, following, problem = _scan(file, offset, source.bytes)
+                file.seek(offset)
+                begin = file.read(min(_LOOK, following - offset)).split(MARK)[0]
+                if problem is None and (begin.strip() or following - offset > _LOOK):
+                    yield digest
+                offset = following
 
 
 def text_cut(path: Path, at_least: int, size: int) -> int:

@@ -41,6 +41,11 @@ class _Document(NamedTuple):
     content: bytes
 
 
+class _Text(NamedTuple):
+    place: str
+    text: str
+
+
 class _Problem(NamedTuple):
     message: str
 
@@ -58,12 +63,15 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
     encoded = Encoded()
     if piece.part:
         assert piece.split is not None
-        text = _plain(piece.content)
-        encoded.tokens.append(
-            Tokens(piece.split, encode_documents([text]), int(piece.begins), piece.begins)
-        )
+        try:
+            ids = encode_documents([_plain(piece.content)])
+        except ValueError as error:
+            place = f"{piece.source.path}, from byte {piece.at.offset}"
+            raise ValueError(f"{place}: {error}") from error
+        encoded.tokens.append(Tokens(piece.split, ids, int(piece.begins), piece.begins))
         return encoded
-    texts: dict[Split, list[str]] = {"train": [], "val": []}
+    texts: dict[Split, list[_Text]] = {"train": [], "val": []}
+    problems: list[_Problem] = []
     for document in _documents(piece, name):
         if isinstance(document, _Document):
             try:
@@ -80,15 +88,36 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
         if isinstance(document, _Problem):
             if not skip:
                 raise ValueError(document.message)
-            encoded.problems.append(document.message)
+            problems.append(document)
         elif text.strip():
-            texts[_split(piece, document, val_ratio)].append(text)
+            texts[_split(piece, document, val_ratio)].append(_Text(document.place, text))
         elif piece.source.kind != "text":  # where nothing follows a mark, nothing is missed
             encoded.empty += 1
     for split, own in texts.items():
-        if own:
-            encoded.tokens.append(Tokens(split, encode_documents(own), len(own), True))
+        ids, of, refused = _tokenised(own)
+        if refused and not skip:
+            raise ValueError(refused[0].message)
+        problems += refused
+        if of:
+            encoded.tokens.append(Tokens(split, ids, of, True))
+    encoded.problems = [problem.message for problem in problems]
     return encoded
+
+
+def _tokenised(texts: list[_Text]) -> tuple[NDArray[np.uint16], int, list[_Problem]]:
+    """Their ids, of how many they are, and those that the tokenizer does not take."""
+    refused = []
+    try:
+        return encode_documents([text.text for text in texts]), len(texts), []
+    except ValueError:
+        kept = []
+        for text in texts:
+            try:
+                encode_documents([text.text])
+                kept.append(text.text)
+            except ValueError as error:
+                refused.append(_Problem(f"{text.place}: {error}"))
+    return encode_documents(kept), len(kept), refused
 
 
 def _split(piece: Piece, document: _Document, val_ratio: float) -> Split:

@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 
 from gpt_lightning.data.begun import check_begun, check_same, read_for
 from gpt_lightning.data.documents import (
-    MARK,
-    PIECE_BYTES,
     Piece,
     Position,
+    document_hashes,
     measure,
     read_pieces,
+    split_of,
     text_cut,
 )
 from gpt_lightning.data.encoding import Encoded, encode_piece
@@ -35,9 +35,9 @@ from gpt_lightning.data.store import (
     StoreWriter,
     check_shards,
     hidden,
-    is_store,
     read_manifest,
     read_progress,
+    was_written_here,
 )
 from gpt_lightning.data.tokenizer import token_ranks
 
@@ -120,7 +120,7 @@ def prepare(
     sources = find_sources(inputs)
     _check_out(out)
     sources = with_sums(sources, workers)
-    _check_one_text(sources, settings)
+    _check_texts(sources, settings)
     about = {
         "settings": asdict(settings),
         "sources": [
@@ -166,6 +166,7 @@ class _Work:
     ) -> None:
         self.sources, self.settings, self.writer = sources, settings, writer
         self.workers, self.skip, self.on_progress = workers, skip, on_progress
+        self._bytes = sum(source.bytes for source in sources)
         self.position = Position()
         self.skipped = self.empty = 0
         self.problems: list[str] = []
@@ -238,7 +239,7 @@ class _Work:
             if self.writer.has_whole_shards_to_record:
                 self._record()
         tokens = sum(split.tokens for split in self.writer.splits.values())
-        self.on_progress(piece.done, sum(source.bytes for source in self.sources), tokens)
+        self.on_progress(piece.done, self._bytes, tokens)
 
     def _note(self, piece: Piece) -> None:
         if piece.after.source != self.position.source:
@@ -295,22 +296,24 @@ def _nothing_in(name: str, documents: int, settings: Settings) -> str:
     )
 
 
-def _check_one_text(sources: Sequence[Source], settings: Settings) -> None:
-    """One document cannot be split by its hash, which is better known before it is tokenised."""
-    if len(sources) > 1 or sources[0].kind != "text" or settings.split != "hash":
+def _check_texts(sources: Sequence[Source], settings: Settings) -> None:
+    """Few documents may all be of one split, which is better known before they are tokenised."""
+    ratio = settings.val_ratio
+    if settings.split != "hash" or ratio == 0 or any(s.kind != "text" for s in sources):
         return
-    if settings.val_ratio == 0:
-        return
-    with sources[0].path.open("rb") as file:
-        kept = b""
-        while block := file.read(PIECE_BYTES):
-            if MARK in kept + block:
-                return
-            kept = block[1 - len(MARK) :]
-    raise ValueError(
-        f"split: {sources[0].path} is one document, which the hash of its content puts in one split; "
-        "give --split ratio, or --val_ratio 0 for training alone"
-    )
+    documents, found = 0, set()
+    for digest in document_hashes(sources):
+        documents += 1
+        found.add(split_of(digest, ratio))
+        if len(found) == 2:
+            return
+    if documents == 1:
+        raise ValueError(
+            f"split: {sources[0].path} is one document, which the hash of its content puts in one split; "
+            "give --split ratio, or --val_ratio 0 for training alone"
+        )
+    if documents:
+        raise ValueError(_nothing_in("val" if "train" in found else "train", documents, settings))
 
 
 def _with_cuts(sources: list[Source], settings: Settings, skip: bool) -> list[Source]:
@@ -338,7 +341,7 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is no folder; give another --out")
     there = {path.name for path in out.iterdir()} - _HIDDEN if out.exists() else set()
-    if there and not is_store(out):
+    if there and not was_written_here(out):
         raise ValueError(f"{out}: holds something else ({min(there)}); give a new folder as --out")
 
 

@@ -7,6 +7,7 @@ each split was when a shard was last completed, and where the sources go on from
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ PROGRESS = "progress.json"
 SPLITS = ("train", "val")
 TOKENIZER = {"name": "gpt2", **VOCABULARY_SHA256}
 _SUFFIX = ".u16"
+_SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}\{_SUFFIX}")
 
 
 def is_store(folder: Path) -> bool:
@@ -34,6 +36,12 @@ def is_store(folder: Path) -> bool:
         return True
     manifest = folder / MANIFEST
     return manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+
+
+def was_written_here(folder: Path) -> bool:
+    """Whether a manifest or progress says that this wrote the folder; shards alone may be anyone's."""
+    records = (folder / MANIFEST, folder / PROGRESS)
+    return any(path.is_file() and FORMAT.encode() in path.read_bytes() for path in records)
 
 
 def open_store(folder: Path) -> dict[str, list[NDArray[np.uint16]]]:
@@ -270,7 +278,7 @@ class StoreWriter:
                 self._reopen(growing, state["sha256"])
         known = {shard["name"] for split in self.splits.values() for shard in split.shards}
         known |= {split.shard_name for split in self.splits.values() if split.filled}
-        for path in self.folder.glob(f"*{_SUFFIX}"):
+        for path in self._written():
             if path.name not in known:
                 path.unlink()
         self._recorded_shards = self.shards
@@ -313,11 +321,15 @@ class StoreWriter:
                     growing.file.close()
                 growing.file = None
 
+    def _written(self) -> list[Path]:
+        """Shards by their names; another's file stays."""
+        return [path for path in self.folder.iterdir() if _SHARD.fullmatch(path.name)]
+
     def remove(self) -> None:
-        """Leave nothing."""
+        """Leave nothing of its own."""
         self.close()
         for path in [
-            *self.folder.glob(f"*{_SUFFIX}"),
+            *self._written(),
             self.folder / PROGRESS,
             hidden(self.folder / PROGRESS),
         ]:

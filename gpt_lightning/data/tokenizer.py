@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
@@ -81,20 +81,31 @@ def byte_lengths() -> "torch.Tensor":
     )
 
 
+def _ids(text: str, **special: Any) -> NDArray[np.uint32]:
+    try:
+        return gpt2_encoding().encode_to_numpy(text, **special)
+    except ValueError as error:  # its regular expression's stack is full
+        raise ValueError(
+            "has more blanks in a row than the tokenizer can read, about a million; shorten them"
+        ) from error
+
+
 def encode_corpus(text: str) -> NDArray[np.uint16]:
-    """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents."""
-    ids = gpt2_encoding().encode_to_numpy(text, allowed_special={END_OF_TEXT})
-    return ids.astype(np.uint16)
+    """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents.
+
+    Raises:
+        ValueError: There are about a million blanks in a row; without the text's name.
+    """
+    return _ids(text, allowed_special={END_OF_TEXT}).astype(np.uint16)
 
 
 def encode_documents(documents: Sequence[str]) -> NDArray[np.uint16]:
     """Token ids of documents with one ``<|endoftext|>`` between them; in a document it is plain characters."""
     if not any(END_OF_TEXT in document for document in documents):
         return encode_corpus(END_OF_TEXT.join(documents))
-    encoding = gpt2_encoding()
     parts: list[NDArray[np.uint32]] = []
     for document in documents:
-        parts.append(encoding.encode_to_numpy(document, disallowed_special=()))
+        parts.append(_ids(document, disallowed_special=()))
         parts.append(np.array([END_OF_TEXT_ID], dtype=np.uint32))
     return np.concatenate(parts[:-1]).astype(np.uint16)
 

@@ -24,6 +24,7 @@ from gpt_lightning.data.sums import remembered_sha256
 from gpt_lightning.data.tokenizer import encode_corpus
 
 WORTH_KEEPING = 1_000_000  # bytes of text, a tenth of a second to tokenise
+WORTH_PREPARING = 500_000_000  # a minute, and five times as much memory
 _SHARD_TOKENS = 1 << 40  # a text of this length was in memory
 
 
@@ -48,21 +49,22 @@ def read_splits(text: str, train_ratio: float) -> Splits:
     """
     path = Path(text).expanduser()
     if text in ("verdict", "sample"):
-        return _in_memory(*_split(text, train_ratio))
+        return _in_memory(text, train_ratio)
     if is_store(path):
         prepared = Splits(*open_store(path).values())
         _say_if_other_ratio(path, train_ratio)
         return prepared
     folder = _kept(path, train_ratio)
     if folder is None:
-        return _in_memory(*_split(text, train_ratio))
+        return _in_memory(text, train_ratio)
     if folder.exists():
         try:
             return Splits(*open_store(folder).values())
         except (ValueError, OSError):
             print(f"gpt_lightning: {folder}: is damaged; tokenising anew", file=sys.stderr)
             _remove(folder)
-    splits = _in_memory(*_split(text, train_ratio))
+    _say_if_long(path)
+    splits = _in_memory(text, train_ratio)
     with suppress(OSError, ValueError):
         _keep(splits, folder)
         return Splits(*open_store(folder).values())
@@ -75,8 +77,12 @@ def _split(text: str, train_ratio: float) -> tuple[str, str]:
     return characters[:split], characters[split:]
 
 
-def _in_memory(training: str, validation: str) -> Splits:
-    return Splits([encode_corpus(training)], [encode_corpus(validation)])
+def _in_memory(text: str, train_ratio: float) -> Splits:
+    training, validation = _split(text, train_ratio)
+    try:
+        return Splits([encode_corpus(training)], [encode_corpus(validation)])
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
 
 
 @cache
@@ -87,6 +93,16 @@ def _say_if_other_ratio(path: Path, train_ratio: float) -> None:
         print(
             f"gpt_lightning: data.train_ratio: {train_ratio} has no effect on {path}, of which prepare "
             f"put {own:g} into training",
+            file=sys.stderr,
+        )
+
+
+def _say_if_long(path: Path) -> None:
+    size = sum(file.stat().st_size for file in text_files(path))
+    if size >= WORTH_PREPARING:
+        print(
+            f"gpt_lightning: data.text: {path} is {size / 1e9:.1f} GB, tokenised in memory and by one processor; "
+            "the command prepare does it in little memory and by all",
             file=sys.stderr,
         )
 

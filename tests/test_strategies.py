@@ -27,7 +27,7 @@ from gpt_lightning.training.optim import total_norm
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
 DDP = (f"--config={ROOT}/configs/ddp.yaml", "--trainer.devices=2")
-FSDP = (f"--config={ROOT}/configs/fsdp.yaml", "--trainer.devices=2")
+FSDP = (f"--config={ROOT}/configs/fsdp.yaml", "--trainer.devices=2", "--trainer.precision=32-true")
 CONFIG = (f"--config={ROOT}/configs/quickstart.yaml", *SMALL)
 # windows that no split of the validation text comes out even with, and a bound that every gradient meets
 RUN = (
@@ -317,7 +317,7 @@ def test_two_nodes_under_torchrun(folder: Path) -> None:
                if x.startswith("torchrun")]  # fmt: skip
     config = "--config configs/quickstart.yaml --config configs/fsdp.yaml"
     assert config in line
-    own = " ".join((*CONFIG, *RUN, FSDP[0], "--data.batch_size=2", "--trainer.max_steps=20",
+    own = " ".join((*CONFIG, *RUN, FSDP[0], FSDP[2], "--data.batch_size=2", "--trainer.max_steps=20",
                     "--trainer.accumulate_grad_batches=2"))  # fmt: skip
     line = (
         line.replace(config, own)
@@ -362,7 +362,7 @@ def test_the_slurm_script_with_a_stand_in_for_srun(tmp_path: Path) -> None:
         (tools / name).chmod(0o755)
     script = block_after("Several machines: SLURM")
     own = " ".join((*CONFIG, "--trainer.max_epochs=-1", "--trainer.max_steps=100000",
-                    "--evaluation.prompt=null", FSDP[0], "--checkpoint.every_n_train_steps=20"))  # fmt: skip
+                    "--evaluation.prompt=null", FSDP[0], FSDP[2], "--checkpoint.every_n_train_steps=20"))  # fmt: skip
     script = script.replace("--config configs/quickstart.yaml --config configs/fsdp.yaml", own)
     script = script.replace("--trainer.devices 8", "--trainer.devices 1")
     (tmp_path / "job.sh").write_text(script)

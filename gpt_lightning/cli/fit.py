@@ -44,6 +44,11 @@ def _quiet_lightning() -> None:
     """Lightning's tips and the warnings that no user of this command can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # what a profiler that was asked for has measured is no tip
+    reports = logging.getLogger("lightning.pytorch.profilers")
+    reports.setLevel(logging.INFO)
+    reports.propagate = False
+    reports.handlers = [logging.StreamHandler()]
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # evaluation.eval_freq decides when figures are logged
     warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training import throughput
+from gpt_lightning.training import callbacks, saving, throughput
+from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.hook_calls import pass_over_idle_hooks
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.saving import RunCheckpoints
 from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
 
 
@@ -259,6 +263,51 @@ def test_a_stopped_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 50
     now[0] += 3
     assert clock.seconds() - began == 5
+
+
+def test_the_clock_stands_while_a_run_does_not_train(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of work takes so many seconds more; a step's are those of training, which takes 1."""
+    now = 0.0
+    done = set()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def takes(owner: Any, name: str, seconds: float) -> None:
+        plain = getattr(owner, name)
+
+        def slow(*arguments: Any, **settings: Any) -> Any:
+            nonlocal now
+            now += seconds
+            done.add(name)
+            return plain(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
+    kinds = [
+        (throughput, "measured_peak"),
+        (LossEvaluation, "_mean_loss"),
+        (callbacks, "entropy"),
+        (callbacks, "generate"),
+        (RunCheckpoints, "_save"),
+        (saving, "copy_of"),
+        (GPTLightningModule, "validation_step"),
+    ]
+    for number, (owner, name) in enumerate(kinds):
+        takes(owner, name, 10.0 * 2**number)
+    takes(GPTLightningModule, "training_step", 1.0)
+    # an epoch has 15 updates
+    fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
+        "--evaluation.eval_freq=1", "--evaluation.distribution=true", "--trainer.limit_val_batches=2",
+        "--checkpoint.every_n_train_steps=3")  # fmt: skip
+    assert done == {"training_step", *(name for _, name in kinds)}
+    events = EventAccumulator("checkpoints/quickstart").Reload()
+    steps = [event.value for event in events.Scalars("throughput/step_seconds")]
+    assert len(steps) == 33
+    assert set(steps) == {1.0}
+    rates = [event.value for event in events.Scalars("tokens_per_second")]
+    assert set(rates[1:]) <= {16.0, 32.0}  # the last batch of an epoch has one window
 
 
 def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,21 +56,29 @@ class TrainingClock:
 
     def __init__(self) -> None:
         self._stopped = 0.0
+        self._stopped_at = 0.0
 
     def seconds(self) -> float:
+        """Not while it is stopped."""
         return time.perf_counter() - self._stopped
+
+    def stop(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was begun before belongs to training
+        self._stopped_at = time.perf_counter()
+
+    def go_on(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._stopped += time.perf_counter() - self._stopped_at
 
     @contextmanager
     def stopped(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what was begun before belongs to training
-        began = time.perf_counter()
+        self.stop(device)
         try:
             yield
         finally:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self._stopped += time.perf_counter() - began
+            self.go_on(device)
 
 
 class Throughput(Callback):
@@ -142,6 +150,12 @@ class Throughput(Callback):
             log_figures(trainer, self.figures, trainer.global_step - 1)
         self._began, self._loading = now, waited
         self._tokens = self._steps = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.stop(pl_module.device)  # Lightning's loop, with trainer.limit_val_batches
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.go_on(pl_module.device)
 
     def _ask_peak(self, trainer: Trainer, module: LightningModule) -> None:
         self._asked_peak = True

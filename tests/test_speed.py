@@ -53,6 +53,27 @@ def test_loss_by_chunks_is_the_loss(chunk_size: int, pad_vocabulary: bool) -> No
             torch.testing.assert_close(by_chunks, plain, atol=tolerance, rtol=tolerance)
 
 
+def test_loss_by_chunks_in_bf16_is_as_exact_as_whole() -> None:
+    """However many the chunks: their gradients by the head's weight are summed in float32."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 2048, 16, generator=generator).bfloat16()
+    w = (torch.randn(100, 16, generator=generator) * 0.3).bfloat16()
+    targets = torch.randint(100, (1, 2048), generator=generator)
+    exact = w.float().requires_grad_()
+    cross_entropy(x.float() @ exact.t(), targets).backward()
+    errors = []
+    for chunk_size in (None, 1024, 4):
+        weight = w.clone().requires_grad_()
+        if chunk_size is None:
+            cross_entropy(x @ weight.t(), targets).backward()
+        else:
+            chunked_cross_entropy(x, weight, targets, chunk_size).backward()
+        assert weight.grad is not None
+        assert weight.grad.dtype == torch.bfloat16
+        errors.append(float((weight.grad.float() - exact.grad).norm() / exact.grad.norm()))
+    assert max(errors[1:]) < 1.5 * errors[0], errors
+
+
 def test_loss_by_chunks_holds_no_logits() -> None:
     """What stays for the backward pass is of the features' and the weight's shape."""
     x = torch.randn(1, 512, 8, requires_grad=True)
@@ -190,6 +211,14 @@ def test_compiled_blocks_are_the_plain_ones(fit: Command, tmp_path: Path) -> Non
     compiled = read_checkpoint(Path("checkpoints/compiled/last.ckpt"))["state_dict"]
     for ours, theirs in zip(compiled.values(), plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [[], ["--model.loss_chunk_size=10"]])
+def test_a_run_in_float64(fit: Command, chunk: list[str]) -> None:
+    fit("--trainer.max_steps=2", "--trainer.precision=64-true", "--trainer.gradient_clip_val=1",
+        *chunk)  # fmt: skip
+    weights = read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["state_dict"].values()
+    assert all(weight.dtype == torch.float64 for weight in weights)
 
 
 def test_attention_dropout_apart(fit: Command) -> None:

@@ -399,6 +399,10 @@ def test_peaks() -> None:
     assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in ("L40", "T400", "RTX A1000", "A10G")] == [
         None
     ] * 4
+    assert of_gpu(PEAKS, "NVIDIA H100 NVL") == 835e12
+    less = ["H200 NVL", "H100 80GB HBM3 MIG 1g.10gb", "H100 NVL MIG 1g.12gb", "A100-SXM4-40GB MIG 3g.20gb",
+            "GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 D"]  # fmt: skip
+    assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in less] == [None] * len(less)
     assert PEAKS["H100"] == 989e12  # dense, not the sparse figure
     assert list(PEAKS).index("H100 PCIe") < list(PEAKS).index("H100")
     assert list(PEAKS).index("L40S") < list(PEAKS).index("L4")

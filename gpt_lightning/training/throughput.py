@@ -205,9 +205,16 @@ def peak_flops(device: torch.device, precision: Any) -> float | None:
     return of_gpu(PEAKS, torch.cuda.get_device_name(device))
 
 
+# a word in a device's name that makes it less than the card without: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+_LESS = re.compile(r"\b(MIG|NVL|Laptop|D)\b")
+
+
 def of_gpu(table: dict[str, float], name: str) -> float | None:
-    """A table's entry by what torch calls the device, in whole words: an L40 is no L4."""
-    return next((value for key, value in table.items() if re.search(rf"\b{key}\b", name)), None)
+    """A table's entry by what torch calls the device, in whole words: an L40 is no L4, a slice no whole card."""
+    key = next((key for key in table if re.search(rf"\b{key}\b", name)), None)
+    if key is None or set(_LESS.findall(name)) - set(_LESS.findall(key)):
+        return None
+    return table[key]
 
 
 def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> float:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,15 +45,16 @@ class Worker:
     """A process that takes steps when it is asked to."""
 
     def __init__(self, python: str, way: str, settings: dict[str, Any]) -> None:
+        self._way = way
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 — open while the process lives
         self._process = subprocess.Popen(
             [python, str(HERE / "peers.py"), way, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
         )
-        if self._read() != "ready":
-            raise RuntimeError(f"{way}: {python} {HERE / 'peers.py'} did not begin")
+        self._read()  # "ready"
 
     def step(self) -> float:
         """Its seconds."""
@@ -64,16 +66,24 @@ class Worker:
 
     def end(self) -> None:
         self._process.communicate()
+        self._errors.close()
 
     def _ask(self, what: str) -> str:
         assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has died; reading says why
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
         return self._read()
 
     def _read(self) -> str:
         assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        if line := self._process.stdout.readline():
+            return line.strip()
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        raise RuntimeError(f"{self._way}: ended with {code}: {last}")
 
 
 def measure(

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,6 +186,17 @@ def test_an_optimizer_that_was_not_fused_goes_on_fused(
     assert "step 4: loss nan" in done.err
     (optimizer,) = read_checkpoint(LAST)["optimizer_states"]
     assert all(group["fused"] for group in optimizer["param_groups"])
+
+
+def test_what_16_mixed_does_without_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU Lightning takes bf16-mixed in its place."""
+    for rank_zero in (True, False):
+        trainer: Any = SimpleNamespace(precision="16-mixed", is_global_zero=rank_zero)
+        BadSteps().on_train_start(trainer, None)  # type: ignore[arg-type]
+        err = capsys.readouterr().err
+        assert err.count("\n") == rank_zero
+        for part in ("trainer.precision: ", "bad_steps", "not fused", "loss by chunks"):
+            assert (part in err) == rank_zero
 
 
 def test_too_many_in_a_row_stop_it(command: Command, watch: type[Watch]) -> None:

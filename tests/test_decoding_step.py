@@ -161,7 +161,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
 
     monkeypatch.setattr(DecodingStep, "__init__", made)
     for module in (generate_module, decoding_step):
-        monkeypatch.setattr(module, "can_be_captured", lambda model: True)
+        monkeypatch.setattr(module, "obstacle_to_capture", lambda model: None)
     monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
@@ -210,7 +210,7 @@ def test_without_a_capture_it_goes_on_and_says_so_once(
 
 def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing on a CPU; on a GPU no hooks, no autocast."""
-    assert not decoding_step.can_be_captured(model)
+    assert decoding_step.obstacle_to_capture(model) == "the model is on cpu"
 
     class OnCuda:
         device = torch.device("cuda")
@@ -218,11 +218,25 @@ def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatc
     other = GPTModel(CONFIG)
     del other.tok_emb.weight
     other.tok_emb.weight = OnCuda()  # type: ignore[assignment]
-    assert decoding_step.can_be_captured(other)
+    assert decoding_step.obstacle_to_capture(other) is None
     with _autocast(monkeypatch):
-        assert not decoding_step.can_be_captured(other)
+        assert decoding_step.obstacle_to_capture(other) == "autocast is on"
     other.trf_blocks[0].register_forward_pre_hook(lambda *_: None)
-    assert not decoding_step.can_be_captured(other)
+    assert decoding_step.obstacle_to_capture(other) == "it has hooks"
+
+
+def test_a_graph_that_was_asked_for_and_cannot_be_is_said(
+    model: GPTModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoding_step._say_once.cache_clear()
+    streamed(model)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        streamed(model, step="graph")
+    assert capsys.readouterr().err == (
+        "gpt_lightning: generate: the step could not be captured as a CUDA graph (the model is on cpu); "
+        "it runs without, slower\n"
+    )
 
 
 @contextlib.contextmanager

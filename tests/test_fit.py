@@ -13,6 +13,8 @@ from conftest import ROOT, SMALL, Command, python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning import GPTLightningModule, load_model
+from gpt_lightning.cli import fit as fit_module
+from gpt_lightning.model.gpt import TransformerBlock
 from gpt_lightning.training.callbacks import LossEvaluation, TextSamples
 
 
@@ -437,3 +439,47 @@ def test_two_processes_are_one(fit: Command, tmp_path: Path) -> None:
     done = python(*validate, "--ckpt_path=last", "--json", cwd=tmp_path)
     alone = python(*validate, "--ckpt_path=last", "--json", "--trainer.devices=1", cwd=tmp_path)
     assert json.loads(done.stdout) == pytest.approx(json.loads(alone.stdout), abs=1e-5)
+
+
+# --- settings without effect ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], []),
+        (["--keep_freed_memory=true"], ["keep_freed_memory"]),
+        (["--keep_freed_memory=false"], []),
+        (["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=2",
+          "--trainer.num_sanity_val_steps=1", "--trainer.log_every_n_steps=5"],
+         ["trainer.val_check_interval", "trainer.check_val_every_n_epoch",
+          "trainer.num_sanity_val_steps", "trainer.log_every_n_steps"]),
+        (["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"], []),
+        (["--trainer.num_sanity_val_steps=0", "--evaluation.prompt=null",
+          "--evaluation.max_new_tokens=50"], []),
+        (["--trainer.log_every_n_steps=5",
+          "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"], []),
+        (["--evaluation.prompt=null"], ["evaluation.max_new_tokens"]),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_said(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: list[str]
+) -> None:
+    """Once each, and in no run whose settings all count. As where there is no glibc."""
+    monkeypatch.setattr(fit_module, "keep_freed_memory", lambda: False)
+    lines = fit("--trainer.max_steps=1", *arguments).err.splitlines()
+    said = [line for line in lines if line.startswith("gpt_lightning: ")]
+    assert [line.split(": ")[1] for line in said] == told
+    assert all("no effect" in line for line in said)
+
+
+@pytest.mark.parametrize("rng", ["step", "global"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_dropout_is_said(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, rng: str, dropout: float
+) -> None:
+    monkeypatch.setattr(TransformerBlock, "compile", lambda self: None)  # for time
+    err = fit("--trainer.max_steps=1", "--model.compile=true", "--model.config.drop_rate=0",
+              f"--model.config.attn_drop_rate={dropout}", f"--rng={rng}").err  # fmt: skip
+    assert ("model.compile: compiled blocks draw other numbers" in err) == (dropout > 0)
+    assert ("not the book's" in err) == (dropout > 0 and rng == "global")

@@ -129,3 +129,14 @@ def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> No
     assert result["bars"]
     assert all({"name", "value", "holds"} <= set(bar) for bar in result["bars"])
     assert result["machine"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("ready", ["", "echo ready\nread line\n"])
+def test_a_peer_that_dies_says_why(tmp_path: Path, ready: str) -> None:
+    """benchmarks/training.py, of a process that ends before it is ready, or instead of a step."""
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\n{ready}echo 'MemoryError: none left' >&2\nexit 3\n")
+    peer.chmod(0o755)
+    program = f"from training import Worker; Worker({str(peer)!r}, 'litgpt', {{}}).step()"
+    done = python("-c", program, cwd=ROOT / "benchmarks")
+    assert done.stderr.endswith("RuntimeError: litgpt: ended with 3: MemoryError: none left\n")

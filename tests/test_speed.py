@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training import throughput
+from gpt_lightning.training import callbacks, saving, throughput
+from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.hook_calls import pass_over_idle_hooks
+from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.saving import RunCheckpoints
 from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
 
 
@@ -47,6 +51,27 @@ def test_loss_by_chunks_is_the_loss(chunk_size: int, pad_vocabulary: bool) -> No
             found.append([loss.detach(), features.grad, weight.grad])
         for plain, by_chunks in zip(*found, strict=True):
             torch.testing.assert_close(by_chunks, plain, atol=tolerance, rtol=tolerance)
+
+
+def test_loss_by_chunks_in_bf16_is_as_exact_as_whole() -> None:
+    """However many the chunks: their gradients by the head's weight are summed in float32."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 2048, 16, generator=generator).bfloat16()
+    w = (torch.randn(100, 16, generator=generator) * 0.3).bfloat16()
+    targets = torch.randint(100, (1, 2048), generator=generator)
+    exact = w.float().requires_grad_()
+    cross_entropy(x.float() @ exact.t(), targets).backward()
+    errors = []
+    for chunk_size in (None, 1024, 4):
+        weight = w.clone().requires_grad_()
+        if chunk_size is None:
+            cross_entropy(x @ weight.t(), targets).backward()
+        else:
+            chunked_cross_entropy(x, weight, targets, chunk_size).backward()
+        assert weight.grad is not None
+        assert weight.grad.dtype == torch.bfloat16
+        errors.append(float((weight.grad.float() - exact.grad).norm() / exact.grad.norm()))
+    assert max(errors[1:]) < 1.5 * errors[0], errors
 
 
 def test_loss_by_chunks_holds_no_logits() -> None:
@@ -188,6 +213,14 @@ def test_compiled_blocks_are_the_plain_ones(fit: Command, tmp_path: Path) -> Non
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("chunk", [[], ["--model.loss_chunk_size=10"]])
+def test_a_run_in_float64(fit: Command, chunk: list[str]) -> None:
+    fit("--trainer.max_steps=2", "--trainer.precision=64-true", "--trainer.gradient_clip_val=1",
+        *chunk)  # fmt: skip
+    weights = read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["state_dict"].values()
+    assert all(weight.dtype == torch.float64 for weight in weights)
+
+
 def test_attention_dropout_apart(fit: Command) -> None:
     config = GPTConfig(drop_rate=0.1, attn_drop_rate=0.0, emb_dim=32, n_heads=2, n_layers=1)
     assert GPTModel(config).trf_blocks[0].att.drop_rate == 0.0
@@ -261,6 +294,51 @@ def test_a_stopped_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.seconds() - began == 5
 
 
+def test_the_clock_stands_while_a_run_does_not_train(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of work takes so many seconds more; a step's are those of training, which takes 1."""
+    now = 0.0
+    done = set()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def takes(owner: Any, name: str, seconds: float) -> None:
+        plain = getattr(owner, name)
+
+        def slow(*arguments: Any, **settings: Any) -> Any:
+            nonlocal now
+            now += seconds
+            done.add(name)
+            return plain(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
+    kinds = [
+        (throughput, "measured_peak"),
+        (LossEvaluation, "_mean_loss"),
+        (callbacks, "entropy"),
+        (callbacks, "generate"),
+        (RunCheckpoints, "_save"),
+        (saving, "copy_of"),
+        (GPTLightningModule, "validation_step"),
+    ]
+    for number, (owner, name) in enumerate(kinds):
+        takes(owner, name, 10.0 * 2**number)
+    takes(GPTLightningModule, "training_step", 1.0)
+    # an epoch has 15 updates
+    fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
+        "--evaluation.eval_freq=1", "--evaluation.distribution=true", "--trainer.limit_val_batches=2",
+        "--checkpoint.every_n_train_steps=3")  # fmt: skip
+    assert done == {"training_step", *(name for _, name in kinds)}
+    events = EventAccumulator("checkpoints/quickstart").Reload()
+    steps = [event.value for event in events.Scalars("throughput/step_seconds")]
+    assert len(steps) == 33
+    assert set(steps) == {1.0}
+    rates = [event.value for event in events.Scalars("tokens_per_second")]
+    assert set(rates[1:]) <= {16.0, 32.0}  # the last batch of an epoch has one window
+
+
 def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
     fit("--trainer.max_steps=14", "--trainer.max_epochs=-1", "--throughput.every_n_steps=4",
@@ -311,7 +389,7 @@ def test_idle_hooks_are_passed_over_and_no_others() -> None:
 
 def test_a_profiler_that_is_asked_for_measures(fit: Command) -> None:
     done = fit("--trainer.max_steps=2", "--trainer.profiler=simple")
-    assert "[Callback]BadSteps.on_before_optimizer_step" in done.out + done.err
+    assert done.err.count("[Callback]BadSteps.on_before_optimizer_step") == 1
 
 
 def test_peaks() -> None:
@@ -321,6 +399,10 @@ def test_peaks() -> None:
     assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in ("L40", "T400", "RTX A1000", "A10G")] == [
         None
     ] * 4
+    assert of_gpu(PEAKS, "NVIDIA H100 NVL") == 835e12
+    less = ["H200 NVL", "H100 80GB HBM3 MIG 1g.10gb", "H100 NVL MIG 1g.12gb", "A100-SXM4-40GB MIG 3g.20gb",
+            "GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 D"]  # fmt: skip
+    assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in less] == [None] * len(less)
     assert PEAKS["H100"] == 989e12  # dense, not the sparse figure
     assert list(PEAKS).index("H100 PCIe") < list(PEAKS).index("H100")
     assert list(PEAKS).index("L40S") < list(PEAKS).index("L4")

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.remarks import remarks
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import Rng
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
@@ -44,6 +45,11 @@ def _quiet_lightning() -> None:
     """Lightning's tips and the warnings that no user of this command can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # what a profiler that was asked for has measured is no tip
+    reports = logging.getLogger("lightning.pytorch.profilers")
+    reports.setLevel(logging.INFO)
+    reports.propagate = False
+    reports.handlers = [logging.StreamHandler()]
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # evaluation.eval_freq decides when figures are logged
     warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")
@@ -70,8 +76,13 @@ def fit(arguments: list[str]) -> int:
             cli.checkpoints.check_room(cli.model.config)
         _check_data(cli)
     connect_ranks(cli.trainer)
-    if cli.config.keep_freed_memory and cli.trainer.strategy.root_device.type == "cpu":
-        keep_freed_memory()
+    on_cpu = cli.trainer.strategy.root_device.type == "cpu"
+    keeps = bool(config.keep_freed_memory) and on_cpu and keep_freed_memory()
+    if _is_rank_zero():
+        for remark in remarks(
+            config, cli.trainer, cli.model.config, arguments, keeps_freed_memory=keeps
+        ):
+            print(f"gpt_lightning: {remark}", file=sys.stderr)
     try:
         cli.trainer.fit(
             cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True

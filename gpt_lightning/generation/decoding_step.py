@@ -23,7 +23,7 @@ class DecodingStep:
     """A model's step over a cache that the prompts have filled.
 
     On CUDA the first step of each width runs as it is, which warms up what a capture must not, and is then
-    captured; where that fails, this is said once and all steps run as the first. On a CPU they always do.
+    captured; where that fails, or cannot be, this is said once and all steps run as the first.
     The plain path may take over the cache at any time.
 
     Args:
@@ -59,7 +59,10 @@ class DecodingStep:
             self._run = torch.compile(self._forward, dynamic=False, options=tuned)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: tuple[Tensor, Tensor, Tensor] | None = None
-        self._captures = can_be_captured(model)
+        obstacle = obstacle_to_capture(model)
+        self._captures = obstacle is None
+        if obstacle is not None:
+            _say_once(obstacle)
 
     def __call__(self, last: Tensor) -> Tensor:
         """The newest ids ``(B,)`` → the next tokens' logits ``(B, V)``, which the next call overwrites.
@@ -146,13 +149,15 @@ def _width(needed: int, most: int) -> int:
     return min(width, most)
 
 
-def can_be_captured(model: GPTModel) -> bool:
-    """On CUDA, but that a replay runs no hooks, such as gather sharded weights, and autocast's copies of weights
-    do not last."""
-    if model.tok_emb.weight.device.type != "cuda":
-        return False
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return not hooks and not torch.is_autocast_enabled("cuda")
+def obstacle_to_capture(model: GPTModel) -> str | None:
+    """None on CUDA, but that a replay runs no hooks, such as gather sharded weights, and autocast's copies of
+    weights do not last."""
+    kind = model.tok_emb.weight.device.type
+    if kind != "cuda":
+        return f"the model is on {kind}"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "it has hooks"
+    return "autocast is on" if torch.is_autocast_enabled("cuda") else None
 
 
 @functools.cache

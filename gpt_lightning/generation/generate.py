@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt_lightning.generation.decoding_step import DecodingStep, can_be_captured, padded_length
+from gpt_lightning.generation.decoding_step import DecodingStep, obstacle_to_capture, padded_length
 from gpt_lightning.generation.sampling import Sampling, check_finite, choose
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
@@ -101,7 +101,7 @@ def stream_ids(
         eos_id,
         is_over,
         generator,
-        step or ("graph" if can_be_captured(model) else "plain"),
+        step or ("plain" if obstacle_to_capture(model) else "graph"),
     )
 
 

@@ -17,7 +17,8 @@ class GPTConfig:
         n_layers: Number of transformer blocks.
         drop_rate: Dropout after the embeddings, on the attention weights and before each shortcut.
         attn_drop_rate: Dropout on the attention weights where it is another: with any, attention leaves its
-            fastest kernels, on a CPU by a factor of 1.5 to 4; none: drop_rate.
+            fastest kernels, on a CPU by a factor of 1.5 to 4; none: drop_rate. On a CPU in bfloat16 windows up to
+            512 draw other numbers for it than torch's kernel does.
         qkv_bias: Whether the query, key and value projections have a bias (GPT-2 has, the book not).
         tied_embeddings: Whether the output head is the token embedding (GPT-2), else it has weights of
             its own (the book). A tied model starts from GPT-2's initial weights, an untied one from the

@@ -102,7 +102,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 w = F.pad(w, (0, 0, 0, -V % PAD_VOCABULARY_TO))
             total = torch.zeros((), dtype=torch.float32, device=x.device)
             grad_x = torch.empty_like(features) if wants[0] else None
-            grad_w = torch.zeros(w.shape, dtype=weight.dtype, device=w.device) if wants[1] else None
+            # of many chunks, which 16 bits would round to their sum one by one
+            sums = torch.promote_types(weight.dtype, torch.float32)
+            grad_w = torch.zeros(w.shape, dtype=sums, device=w.device) if wants[1] else None
             for start in range(0, N, chunk_size):
                 part = slice(start, start + chunk_size)
                 logits = x[part] @ w.t()
@@ -123,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
                 grad = grad.div_(N).to(dtype)
                 _add_gradients(grad, x[part], w, grad_x, grad_w, part)
-        ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[:V])
+        ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[:V].to(weight.dtype))
         return total / N
 
     @staticmethod

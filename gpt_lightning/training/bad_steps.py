@@ -81,8 +81,9 @@ class BadSteps(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.precision == "16-mixed" and trainer.is_global_zero:
             print(
-                "gpt_lightning: bad_steps: with trainer.precision 16-mixed its gradient scaler skips updates that are "
-                "not finite; bad_steps, max_bad_steps and skip_spikes have no effect",
+                "gpt_lightning: trainer.precision: with 16-mixed a gradient scaler skips updates that are not finite; "
+                "bad_steps, max_bad_steps and skip_spikes have no effect, AdamW is not fused, and a loss by chunks "
+                "is computed in float32",
                 file=sys.stderr,
             )
 

@@ -248,9 +248,9 @@ class TextSamples(Callback):
             ids = encode_prompt(self.prompt)[-pl_module.config.context_length :]
             features = pl_module.model.features(torch.tensor([ids], device=pl_module.device))
             p = pl_module.model.head(features[:, -1]).float().softmax(dim=-1)[0]
+            nats, largest = float(entropy(p)), float(p.max())
         pl_module.train()
-        nats = float(entropy(p))
-        figures = dict(zip(self.TAGS, (nats, math.exp(nats), float(p.max())), strict=True))
+        figures = dict(zip(self.TAGS, (nats, math.exp(nats), largest), strict=True))
         log_figures(trainer, figures, int(row["step"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

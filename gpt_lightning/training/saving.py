@@ -155,7 +155,8 @@ class RunCheckpoints(Checkpoint):
         if self.best and row.get("step") == step - 1 and self._is_lowest(row["val_loss"]):
             self.best_val_loss = row["val_loss"]
             self._best = self._being_written = None  # memory for the copy
-            self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
+            with self.clock.stopped(pl_module.device):
+                self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
         ends = trainer.should_stop or step == total_steps(trainer)
         if ends or self._is_due(trainer):
             with self.clock.stopped(pl_module.device):

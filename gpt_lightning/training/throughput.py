@@ -56,21 +56,29 @@ class TrainingClock:
 
     def __init__(self) -> None:
         self._stopped = 0.0
+        self._stopped_at = 0.0
 
     def seconds(self) -> float:
+        """Not while it is stopped."""
         return time.perf_counter() - self._stopped
+
+    def stop(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what was begun before belongs to training
+        self._stopped_at = time.perf_counter()
+
+    def go_on(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._stopped += time.perf_counter() - self._stopped_at
 
     @contextmanager
     def stopped(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what was begun before belongs to training
-        began = time.perf_counter()
+        self.stop(device)
         try:
             yield
         finally:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self._stopped += time.perf_counter() - began
+            self.go_on(device)
 
 
 class Throughput(Callback):
@@ -143,6 +151,12 @@ class Throughput(Callback):
         self._began, self._loading = now, waited
         self._tokens = self._steps = 0
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.stop(pl_module.device)  # Lightning's loop, with trainer.limit_val_batches
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.go_on(pl_module.device)
+
     def _ask_peak(self, trainer: Trainer, module: LightningModule) -> None:
         self._asked_peak = True
         with self.clock.stopped(module.device):
@@ -191,9 +205,16 @@ def peak_flops(device: torch.device, precision: Any) -> float | None:
     return of_gpu(PEAKS, torch.cuda.get_device_name(device))
 
 
+# a word in a device's name that makes it less than the card without: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+_LESS = re.compile(r"\b(MIG|NVL|Laptop|D)\b")
+
+
 def of_gpu(table: dict[str, float], name: str) -> float | None:
-    """A table's entry by what torch calls the device, in whole words: an L40 is no L4."""
-    return next((value for key, value in table.items() if re.search(rf"\b{key}\b", name)), None)
+    """A table's entry by what torch calls the device, in whole words: an L40 is no L4, a slice no whole card."""
+    key = next((key for key in table if re.search(rf"\b{key}\b", name)), None)
+    if key is None or set(_LESS.findall(name)) - set(_LESS.findall(key)):
+        return None
+    return table[key]
 
 
 def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> float:

@@ -1,0 +1,54 @@
+"""What a run's settings do that is easily missed: nothing at all, or another result."""
+
+from collections.abc import Iterator
+from inspect import signature
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.callbacks import evaluation_callbacks
+
+# settings of Lightning's own validation, with the values of those who do not ask for it
+_VALIDATION = {
+    "val_check_interval": (None,),
+    "check_val_every_n_epoch": (1,),
+    "num_sanity_val_steps": (None, 0),
+}
+_LENGTH = signature(evaluation_callbacks).parameters["max_new_tokens"].default
+
+
+def remarks(
+    config: Namespace,
+    trainer: Trainer,
+    architecture: GPTConfig,
+    arguments: list[str],
+    *,
+    keeps_freed_memory: bool,
+) -> Iterator[str]:
+    """One line each, for a run that is about to begin.
+
+    Args:
+        arguments: The command line, where alone a default that was asked for differs from one that was not.
+        keeps_freed_memory: Whether it does.
+    """
+    asked = any(argument.startswith("--keep_freed_memory") for argument in arguments)
+    if config.keep_freed_memory and asked and not keeps_freed_memory:
+        yield "keep_freed_memory: has no effect but on a CPU with glibc's malloc"
+    if config.model.compile and max(architecture.drop_rate, architecture.attention_drop_rate) > 0:
+        book = ", so the losses are not the book's" if config.rng == "global" else ""
+        yield f"model.compile: compiled blocks draw other numbers for dropout than plain ones{book}"
+    if trainer.limit_val_batches == 0:
+        for name, unasked in _VALIDATION.items():
+            if config.trainer[name] not in unasked:
+                yield (
+                    f"trainer.{name}: has no effect, evaluation.eval_freq says when losses are computed; "
+                    "with trainer.limit_val_batches Lightning validates too"
+                )
+    if config.trainer.log_every_n_steps is not None and not config.trainer.callbacks:
+        yield (
+            "trainer.log_every_n_steps: has no effect, evaluation.eval_freq and throughput.every_n_steps say when "
+            "figures are logged"
+        )
+    if config.evaluation.prompt is None and config.evaluation.max_new_tokens != _LENGTH:
+        yield "evaluation.max_new_tokens: has no effect without evaluation.prompt"

@@ -434,6 +434,28 @@ def test_what_does_not_fit_fits_with_what_plan_says(
     assert again["tokens_per_update"] == found["tokens_per_update"]
 
 
+FSDP = f"--config={ROOT}/configs/fsdp.yaml"
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_fsdp_is_not_proposed_with_a_precision_that_fit_refuses_with_it(
+    command: Command, precision: str
+) -> None:
+    arguments = [QUICKSTART, *WIDE, f"--trainer.precision={precision}", "--gpu=T4", "--devices=8"]
+    found = as_json(command, *arguments, "--device_memory=0.3")
+    assert found["fits"] is False
+    assert found["nearest"] is None or "configs/fsdp.yaml" not in str(found["nearest"]["options"])
+    assert "FSDP2" not in command("plan", *arguments, "--device_memory=0.3").out
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16", "64-true"])
+def test_fsdp_with_a_precision_that_fit_refuses(command: Command, precision: str) -> None:
+    settings = [QUICKSTART, FSDP, *SMALL, f"--trainer.precision={precision}"]
+    done, fits = command("plan", *settings, "--devices=2"), command("fit", *settings)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == fits.err
+
+
 def test_what_cannot_fit_is_said_with_what_remains(command: Command) -> None:
     arguments = (
         QUICKSTART, "--gpu=T4", "--device_memory=0.01", "--data.batch_size=8",

@@ -18,7 +18,7 @@ from gpt_lightning.data.corpus import VERDICT, cache_folder
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import Windows
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.memory import PRECISIONS, DeviceType, TrainingStep
+from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
 from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
 from gpt_lightning.training.module import agreed_architecture
 from gpt_lightning.training.throughput import MEMORY, PEAKS, peak_flops
@@ -109,13 +109,13 @@ class PlanCLI(TrainingCLI):
     def setting(self) -> Setting:
         config, trainer, data = self.config, self.config.trainer, self.config.data
         devices = self._devices()
-        strategy, bucket_view = self._strategy(devices)
         precision = str(trainer.precision) if trainer.precision is not None else None
         precision = _OWN_NAMES.get(precision, precision)
         if precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision: plan does not know {precision}; {suggest(precision or '', PRECISIONS)}"
             )
+        strategy, bucket_view = self._strategy(devices, precision)
         architecture = self.model.config
         length = data.context_length or architecture.context_length
         if length > architecture.context_length:
@@ -178,10 +178,16 @@ class PlanCLI(TrainingCLI):
                 here = len(str(asked).strip(",").split(","))
         return max(1, here) * int(trainer.num_nodes or 1)
 
-    def _strategy(self, devices: int) -> tuple[Strategy, bool]:
+    def _strategy(self, devices: int, precision: str) -> tuple[Strategy, bool]:
         """And whether DDP's gradients lie in its buckets."""
         asked = self.config_init.trainer.strategy
         if isinstance(asked, ModelParallelStrategy):
+            if precision not in SHARDED_PRECISIONS:  # what fit's trainer says
+                raise ValueError(
+                    "trainer: The `ModelParallelStrategy` does not support "
+                    f"`Fabric(..., precision={precision!r})`. Choose a different precision among: "
+                    f"{', '.join(SHARDED_PRECISIONS)}."
+                )
             return ("fsdp" if devices > 1 else "single"), False
         if isinstance(asked, DDPStrategy):
             return "ddp", bool(asked._ddp_kwargs.get("gradient_as_bucket_view"))
@@ -311,7 +317,7 @@ def _print(found: Plan, setting: Setting, *, keeps: bool) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    print(f"{'verdict':<{width}}  {_verdict(found)}")
+    print(f"{'verdict':<{width}}  {_verdict(found, step.precision)}")
 
 
 _WHEN = {
@@ -333,7 +339,7 @@ def _time(found: Plan, setting: Setting) -> str:
     )
 
 
-def _verdict(found: Plan) -> str:
+def _verdict(found: Plan, precision: str) -> str:
     if found.device_memory is None:
         return "what a device has is not known; give --gpu or --device_memory"
     room = f"{found.device_memory / 1e9:,.2f} GB"
@@ -341,8 +347,9 @@ def _verdict(found: Plan) -> str:
         return f"fits {room}"
     if found.nearest is None:
         assert found.least is not None
+        can_shard = precision in SHARDED_PRECISIONS
         return (
             f"does not fit {room}, nor with all that plan knows ({found.least / 1e9:,.2f} GB); "
-            "take a larger device, or more of them with FSDP2"
+            f"take a larger device{', or more of them with FSDP2' if can_shard else ''}"
         )
     return f"does not fit {room}; {found.nearest.total / 1e9:,.2f} GB with {' '.join(found.nearest.options)}"

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.model import cost
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.heap import Heap
@@ -391,6 +392,66 @@ def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) ->
     assert found["hours"] == pytest.approx(320 * found["flops_per_token"] / (0.1e12 * 0.4) / 3600)
 
 
+def everything_under(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_epochs_of_a_long_text_or_a_store_are_counted_without_writing(command: Command) -> None:
+    """By plan alone, by fit's tokens in the cache, and by a manifest."""
+    text = Path("long.txt")
+    text.write_text("The quick brown fox is 9 years old.\n" * 32_000, encoding="utf-8")
+    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", "--data.stride=20000"]
+    before = everything_under(Path())
+    found = as_json(command, *settings, "--data.text=long.txt")
+    assert everything_under(Path()) == before
+    assert command("fit", *settings, "--data.text=long.txt").code == 0
+    assert Path("cache/tokens").is_dir()
+    steps = read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["global_step"]
+    assert (
+        command("prepare", "long.txt", "--out=store", "--split=ratio", "--val_ratio=0.9").code == 0
+    )
+    before = everything_under(Path())
+    assert as_json(command, *settings, "--data.text=long.txt")["updates"] == steps
+    stored = as_json(command, *settings, "--data.text=store")
+    assert everything_under(Path()) == before
+    assert (found["updates"], stored["updates"]) == (steps, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("no.txt", b"caf\xe9", "no.txt is not UTF-8"),
+        ("store/manifest.json", b'{"format": "gpt_lightning token store 1"}', "is damaged"),
+        ("other.txt", b"there", "nowhere.txt does not exist"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_said_and_the_rest_counted(
+    command: Command, name: str, content: bytes, says: str
+) -> None:
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    text = "nowhere.txt" if name == "other.txt" else name.split("/")[0]
+    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", f"--data.text={text}"]
+    found = as_json(command, *settings)
+    assert (found["updates"], found["total"] > 0) == (None, True)
+    assert says in found["notes"]["text"]
+    done = command("plan", *settings)
+    assert (done.code, done.err) == (0, "")
+    assert [line for line in done.out.splitlines() if line.startswith("text ") and says in line]
+
+
+def test_what_is_set_and_not_counted_is_said(command: Command) -> None:
+    settings = [QUICKSTART, *SMALL, "--trainer.max_steps=1", "--keep_freed_memory=false"]
+    assert as_json(command, *settings)["notes"] == {}
+    settings += ["--data.document_boundaries=true", "--model.compile=true"]
+    notes = as_json(command, *settings)["notes"]
+    assert set(notes) == {"document_boundaries", "compile"}
+    lines = command("plan", *settings).out.splitlines()
+    for name, line in notes.items():
+        assert any(each.startswith(name) and each.endswith(line) for each in lines)
+
+
 def test_a_checkpoint_is_as_large_as_predicted(command: Command, fit: Command) -> None:
     arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1")
     found = as_json(command, QUICKSTART, *SMALL, *arguments)
@@ -448,7 +509,7 @@ def test_fsdp_is_not_proposed_with_a_precision_that_fit_refuses_with_it(
     assert "FSDP2" not in command("plan", *arguments, "--device_memory=0.3").out
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "16", "64-true"])
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
 def test_fsdp_with_a_precision_that_fit_refuses(command: Command, precision: str) -> None:
     settings = [QUICKSTART, FSDP, *SMALL, f"--trainer.precision={precision}"]
     done, fits = command("plan", *settings, "--devices=2"), command("fit", *settings)
@@ -548,6 +609,54 @@ def test_the_recipe_is_the_same_update_on_any_devices(
     assert found["tokens_per_update"] == 524_288
     assert found["settings"]["micro_batches"] == micro_batches
     assert found["fits"]
+
+
+def test_the_recipes_header_says_what_plan_counts(command: Command) -> None:
+    header = PRETRAIN.read_text(encoding="utf-8").partition("\nrun:")[0]
+    said = re.search(
+        r"counts ([\d.]+) GB of memory on one device \(([\d.]+) on each of eight\) and, at\n"
+        r"# 40 % of an H100's peak, (\d+) hours on one",
+        header,
+    )
+    assert said is not None
+    one, eight = (
+        as_json(command, f"--config={PRETRAIN}", "--gpu=H100", f"--devices={devices}")
+        for devices in (1, 8)
+    )
+    assert said.groups() == (
+        f"{one['total'] / 1e9:.1f}", f"{eight['total'] / 1e9:.1f}", f"{one['hours']:.0f}",
+    )  # fmt: skip
+    named = set(re.findall(r"\[([\w. -]+)\]", header))
+    assert named == set(re.findall(r"^#   \[([\w. -]+)\]", header, re.M))
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "most", "nearest"),
+    [(5, 2, None, 6), (5, 2, 5, 4), (1, 4, 7, 4), (7, 3, 15, 6), (9, 2, 9, 8), (3, 4, None, 4)],
+)
+def test_the_nearest_batch(value: int, step: int, most: int | None, nearest: int) -> None:
+    assert nearest_multiple(value, step, most) == nearest
+
+
+def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
+    settings = [QUICKSTART, *SMALL]
+    for batch, nearest in (("size=5", "6"), ("tokens=100", "96"), ("tokens=80", "96")):
+        arguments = [*settings, f"--data.global_batch_{batch}"]
+        said = command("fit", *arguments).err, command("plan", *arguments).err
+        # windows or tokens, as each names them
+        assert said[0].rstrip().endswith(nearest)
+        assert f" {6 if batch == 'tokens=80' else nearest}" in said[1]
+
+
+def test_a_nearest_batch_is_of_no_more_windows_than_there_are(command: Command) -> None:
+    arguments = [QUICKSTART, *SMALL, "--data.stride=130", "--data.global_batch_size=5"]
+    assert (
+        as_json(command, *arguments[:-1], "--trainer.max_epochs=1", "--data.batch_size=1")[
+            "updates"
+        ]
+        == 5
+    )
+    assert command("fit", *arguments).err.rstrip().endswith("the nearest that can is 4")
 
 
 def test_a_batch_that_does_not_divide_the_global_one(command: Command) -> None:

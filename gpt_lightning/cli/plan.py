@@ -15,8 +15,9 @@ from gpt_lightning.cli.fit import TrainingCLI
 from gpt_lightning.cli.parsing import suggest
 from gpt_lightning.cli.tables import print_table
 from gpt_lightning.data.corpus import VERDICT, cache_folder
-from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import Windows
+from gpt_lightning.data.datamodule import nearest_multiple
+from gpt_lightning.data.tokens import count_training_tokens
+from gpt_lightning.data.windows import window_count
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
 from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
@@ -58,16 +59,24 @@ def run(arguments: list[str]) -> None:
         mfu=config.mfu,
         device_memory=room,
     )
+    cli.note_what_is_not_counted(setting)
     if config.json:
-        print(json.dumps({**asdict(found), "settings": asdict(setting)}))
+        print(json.dumps({**asdict(found), "settings": asdict(setting), "notes": cli.notes}))
     else:
-        _print(found, setting, keeps=bool(config.keep_freed_memory))
+        _print(found, setting, cli.notes)
 
 
 class PlanCLI(TrainingCLI):
-    """Settings as ``fit`` parses them, with module and data, but no trainer: its devices may be elsewhere."""
+    """Settings as ``fit`` parses them, with module and data, but no trainer: its devices may be elsewhere.
+
+    Attributes:
+        notes: A line each on what the figures do not say, by what it is about.
+    """
+
+    notes: dict[str, str]
 
     def __init__(self, arguments: list[str]) -> None:
+        self.notes = {}
         super().__init__("plan", arguments, run.__doc__)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -147,6 +156,20 @@ class PlanCLI(TrainingCLI):
             asynchronous=saves and config.checkpoint.asynchronous,
         )
 
+    def note_what_is_not_counted(self, setting: Setting) -> None:
+        if setting.step.device == "cpu" and self.config.keep_freed_memory:
+            self.notes["freed memory"] = (
+                "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
+            )
+        if self.config.data.document_boundaries:
+            self.notes["document_boundaries"] = (
+                "not counted: attention's masks, and its kernels that keep more than the fast ones"
+            )
+        if self.config.model.compile:
+            self.notes["compile"] = (
+                "not counted: compiled blocks keep less for the backward pass than this"
+            )
+
     def _device(self) -> DeviceType:
         if self.config.gpu is not None and self.config.gpu not in MEMORY:
             raise ValueError(
@@ -208,7 +231,7 @@ class PlanCLI(TrainingCLI):
             if tokens % length:
                 raise ValueError(
                     f"data.global_batch_tokens: {tokens} is no whole number of windows of {length}; give "
-                    f"{max(1, round(tokens / length)) * length}"
+                    f"{nearest_multiple(tokens, length * batch_size * devices)}"
                 )
             windows = tokens // length
         if not windows:
@@ -218,7 +241,7 @@ class PlanCLI(TrainingCLI):
             raise ValueError(
                 f"data.batch_size: {batch_size} windows on {devices} device(s) do not divide the global batch "
                 f"of {windows}; give a data.batch_size that does, or a global batch of "
-                f"{max(1, round(windows / at_once)) * at_once} windows"
+                f"{nearest_multiple(windows, at_once)} windows"
             )
         return windows // (batch_size * devices), True
 
@@ -239,17 +262,18 @@ class PlanCLI(TrainingCLI):
         return min(limits) if limits else None
 
     def _windows(self, setting: Setting) -> int | None:
-        """For training, where the text is here."""
+        """For training, where the text is here and can be read."""
         data = self.config.data
         texts = list(data.mixture) if data.mixture else [data.text]
         if "verdict" in texts and not (cache_folder() / VERDICT).exists():
             return None
         length = setting.step.length
         try:
-            splits = [read_splits(text, data.train_ratio).training for text in texts]
-        except OSError:
+            counts = [count_training_tokens(text, data.train_ratio) for text in texts]
+        except (ValueError, OSError) as error:
+            self.notes["text"] = " ".join(str(error).split())
             return None
-        return sum(len(Windows(parts, length, data.stride or length)) for parts in splits)
+        return sum(window_count(tokens, length, data.stride or length) for tokens in counts)
 
     def peak(self, setting: Setting) -> float | None:
         """FLOP/s of one device: given, of the named GPU, or of what is here."""
@@ -278,7 +302,7 @@ class PlanCLI(TrainingCLI):
         return None
 
 
-def _print(found: Plan, setting: Setting, *, keeps: bool) -> None:
+def _print(found: Plan, setting: Setting, notes: dict[str, str]) -> None:
     step = setting.step
     print(
         f"{found.parameters:,} parameters: {found.embedding_parameters:,} in embeddings, "
@@ -310,10 +334,7 @@ def _print(found: Plan, setting: Setting, *, keeps: bool) -> None:
         rows["main memory"] = (
             f"{found.main_memory / 1e9:,.2f} GB on the first process for checkpoints"
         )
-    if step.device == "cpu" and keeps:
-        rows["freed memory"] = (
-            "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
-        )
+    rows |= notes
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")

@@ -14,14 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SMALL, Command, python
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.model import cost
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.heap import Heap
 from gpt_lightning.model.kv_cache import KVCache
-from gpt_lightning.model.memory import TrainingStep, held
+from gpt_lightning.model.memory import TrainingStep, _as_on_cuda, held
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.reports.plan import Setting, memory, plan
 
@@ -130,6 +135,54 @@ def test_dropout_on_a_cpu_keeps_the_attention_matrix_and_on_a_gpu_not() -> None:
     assert kept[0.1, "cuda"] - kept[0.0, "cuda"] < matrices / 10
 
 
+def operations_of_the_loss(device: str) -> list[tuple[str, list[torch.dtype]]]:
+    """Of bfloat16 logits under that device's autocast: what is computed, in which types."""
+    found = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.namespace == "aten":
+                results = [t.dtype for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+                found.append((str(func), results))
+            return out
+
+    with FakeTensorMode():
+        logits = torch.empty(4, 7, dtype=torch.bfloat16, device=device)
+        targets = torch.zeros(4, dtype=torch.int64, device=device)
+        before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        torch.set_autocast_enabled(device, True)  # torch.autocast asks whether there is a GPU
+        torch.set_autocast_dtype(device, torch.bfloat16)
+        try:
+            with Noted():
+                F.cross_entropy(logits, targets)
+        finally:
+            torch.set_autocast_enabled(device, before[0])
+            torch.set_autocast_dtype(device, before[1])
+    return found
+
+
+def test_a_gpus_loss_in_autocast_is_torchs() -> None:
+    """The stand-in for it runs the operations that torch sends to a GPU, in their types."""
+    theirs = operations_of_the_loss("cuda")
+    with _as_on_cuda(torch.bfloat16):
+        assert operations_of_the_loss("cpu") == theirs
+    assert operations_of_the_loss("cpu") != theirs
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_a_gpus_loss_in_autocast_is_ten_bytes_a_logit(precision: str) -> None:
+    """Softmax's logarithm in 2, its copy in float32 and the copy's gradient."""
+    config = replace(SMALL_CONFIG, vocab_size=20000)
+    counted = held(TrainingStep(config, 32, 16, precision=precision, device="cuda"))
+    assert counted.phase == "loss"
+    assert counted.loss == pytest.approx(10 * 32 * 16 * config.vocab_size, rel=0.001)
+    whole = held(TrainingStep(config, 32, 16, device="cuda"))  # softmax, its and logits' gradient
+    assert whole.loss == pytest.approx(12 * 32 * 16 * config.vocab_size, rel=0.001)
+
+
 def test_chunks_and_checkpointing_keep_what_they_promise() -> None:
     config = replace(SMALL_CONFIG, vocab_size=20000, n_layers=6)
     C, N = config.emb_dim, 32 * 16
@@ -188,6 +241,10 @@ def arithmetic(size: str, devices: int, strategy: str) -> dict[str, tuple[float,
     (6C), attention's output (2C) and its logsumexp (4 a head), GELU's input and output (8C each), and the norms'
     statistics (16); beside the blocks the last norm's input (4C) and statistics. From and to: where the peak is
     in the forward pass, the last norm's output is there too, and autocast's copies of biases.
+
+    The loss holds 10 bytes a logit when its backward pass begins and 8 at the end of its forward pass, when the
+    gradients of the update before are there still; and features or their gradients, with FSDP2 up to three of 2NC. With
+    FSDP2 the root's gradients alone are there at the peak.
     """
     config = GPT2_SIZES[size]
     C, V, L, N = config.emb_dim, config.vocab_size, config.n_layers, 8 * 1024
@@ -210,14 +267,21 @@ def arithmetic(size: str, devices: int, strategy: str) -> dict[str, tuple[float,
         "ddp": 4 * whole,
         "fsdp": 2 * root + (4 * whole if accumulates else 0),
     }
+    in_forward = strategy != "fsdp" and not accumulates and 4 * whole > 2 * N * V
+    gradients = 4 * whole if accumulates or in_forward else 0
+    if strategy == "fsdp":
+        gradients = 4 * sum(elements(shape, rows) for shape in shapes[:4])
+    logits = (8 if in_forward else 10) * N * V
     per_token = L * (36 * C + 16 + 4 * config.n_heads) + 4 * C + 8
     flops = 6 * (12 * L * C * C + V * C + 2 * L * 1024 * C)
     return {
         "weights": (4 * share, 4 * share),
+        "gradients": (gradients, gradients),
         "AdamW": (8 * share, 8 * share),
         "bf16 copies": (0, 0) if strategy == "fsdp" else (copies, copies + 2 * L * 9 * C),
         "in transit": (in_transit[strategy], in_transit[strategy]),
         "activations": (N * per_token, N * (per_token + 4 * C)),
+        "loss": (logits + 2 * N * C, logits + (6 if strategy == "fsdp" else 2) * N * C),
         "hours": (flops * 1e10 / (0.4 * 989e12 * devices) / 3600,) * 2,
     }
 
@@ -233,6 +297,7 @@ def check_rows(benchmark: ModuleType, lines: list[str]) -> None:
             unit, rounding = (1, 0.051) if name == "hours" else (1e9, 0.0051)
             shown = float(row[name].replace(",", ""))
             assert low / unit - rounding <= shown <= high / unit + rounding, (cells, name)
+        assert set(expected) == {*benchmark.COLUMNS, "hours"}
         parts = sum(float(row[name]) for name in benchmark.COLUMNS)
         assert float(row["in all"].split()[0]) == pytest.approx(parts, abs=0.04)
 
@@ -267,6 +332,36 @@ def test_a_runs_memory_is_the_predicted_one(benchmark: ModuleType, run: int) -> 
     assert abs(found["off"]) <= 0.15, found
 
 
+def gpu_rows() -> dict[str, list[str]]:
+    lines = DOC.read_text(encoding="utf-8").split("### On a GPU")[1].splitlines()
+    table = [line.strip("|").split("|") for line in lines if line.startswith("|")][2:]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in table}
+
+
+def test_documented_gpu_runs_are_the_measured_ones(benchmark: ModuleType) -> None:
+    result = json.loads((ROOT / "benchmarks/results/h200-plan.json").read_text(encoding="utf-8"))
+    rows = gpu_rows()
+    assert list(rows) == list(result["runs"]) == list(benchmark.GPU_RUNS)
+    for name, found in result["runs"].items():
+        counted, measured, off, then = rows[name]
+        assert measured == f"{found['measured'] / 1e9:.3f} GB"
+        assert then == f"{found['counted'] / 1e9:.3f} GB"
+        shown = float(counted.split()[0]) * 1e9 / found["measured"] - 1
+        assert off == f"{100 * shown:+.1f} %".replace("-", "−")
+        assert abs(shown) <= benchmark.TOLERANCE_ON_GPU
+
+
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[] if run == 1 else pytest.mark.slow) for run in range(5)]
+)
+def test_documented_gpu_runs_are_what_plan_counts(
+    benchmark: ModuleType, command: Command, run: int
+) -> None:
+    name, settings = list(benchmark.GPU_RUNS.items())[run]
+    found = as_json(command, *benchmark.ON_GPU, *settings, "--gpu=H100")
+    assert gpu_rows()[name][0] == f"{found['total'] / 1e9:.3f} GB"
+
+
 def as_json(command: Command, *arguments: str) -> dict[str, Any]:
     done = command("plan", *arguments, "--json")
     assert done.code == 0, done.err
@@ -295,6 +390,66 @@ def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) ->
     assert found["tokens_per_update"] == 2 * 16
     assert (found["tokens"], found["updates"]) == (320, 10)
     assert found["hours"] == pytest.approx(320 * found["flops_per_token"] / (0.1e12 * 0.4) / 3600)
+
+
+def everything_under(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_epochs_of_a_long_text_or_a_store_are_counted_without_writing(command: Command) -> None:
+    """By plan alone, by fit's tokens in the cache, and by a manifest."""
+    text = Path("long.txt")
+    text.write_text("The quick brown fox is 9 years old.\n" * 32_000, encoding="utf-8")
+    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", "--data.stride=20000"]
+    before = everything_under(Path())
+    found = as_json(command, *settings, "--data.text=long.txt")
+    assert everything_under(Path()) == before
+    assert command("fit", *settings, "--data.text=long.txt").code == 0
+    assert Path("cache/tokens").is_dir()
+    steps = read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["global_step"]
+    assert (
+        command("prepare", "long.txt", "--out=store", "--split=ratio", "--val_ratio=0.9").code == 0
+    )
+    before = everything_under(Path())
+    assert as_json(command, *settings, "--data.text=long.txt")["updates"] == steps
+    stored = as_json(command, *settings, "--data.text=store")
+    assert everything_under(Path()) == before
+    assert (found["updates"], stored["updates"]) == (steps, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("no.txt", b"caf\xe9", "no.txt is not UTF-8"),
+        ("store/manifest.json", b'{"format": "gpt_lightning token store 1"}', "is damaged"),
+        ("other.txt", b"there", "nowhere.txt does not exist"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_said_and_the_rest_counted(
+    command: Command, name: str, content: bytes, says: str
+) -> None:
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    text = "nowhere.txt" if name == "other.txt" else name.split("/")[0]
+    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", f"--data.text={text}"]
+    found = as_json(command, *settings)
+    assert (found["updates"], found["total"] > 0) == (None, True)
+    assert says in found["notes"]["text"]
+    done = command("plan", *settings)
+    assert (done.code, done.err) == (0, "")
+    assert [line for line in done.out.splitlines() if line.startswith("text ") and says in line]
+
+
+def test_what_is_set_and_not_counted_is_said(command: Command) -> None:
+    settings = [QUICKSTART, *SMALL, "--trainer.max_steps=1", "--keep_freed_memory=false"]
+    assert as_json(command, *settings)["notes"] == {}
+    settings += ["--data.document_boundaries=true", "--model.compile=true"]
+    notes = as_json(command, *settings)["notes"]
+    assert set(notes) == {"document_boundaries", "compile"}
+    lines = command("plan", *settings).out.splitlines()
+    for name, line in notes.items():
+        assert any(each.startswith(name) and each.endswith(line) for each in lines)
 
 
 def test_a_checkpoint_is_as_large_as_predicted(command: Command, fit: Command) -> None:
@@ -338,6 +493,28 @@ def test_what_does_not_fit_fits_with_what_plan_says(
     assert again["fits"] is True
     assert again["total"] == found["nearest"]["total"]
     assert again["tokens_per_update"] == found["tokens_per_update"]
+
+
+FSDP = f"--config={ROOT}/configs/fsdp.yaml"
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_fsdp_is_not_proposed_with_a_precision_that_fit_refuses_with_it(
+    command: Command, precision: str
+) -> None:
+    arguments = [QUICKSTART, *WIDE, f"--trainer.precision={precision}", "--gpu=T4", "--devices=8"]
+    found = as_json(command, *arguments, "--device_memory=0.3")
+    assert found["fits"] is False
+    assert found["nearest"] is None or "configs/fsdp.yaml" not in str(found["nearest"]["options"])
+    assert "FSDP2" not in command("plan", *arguments, "--device_memory=0.3").out
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_fsdp_with_a_precision_that_fit_refuses(command: Command, precision: str) -> None:
+    settings = [QUICKSTART, FSDP, *SMALL, f"--trainer.precision={precision}"]
+    done, fits = command("plan", *settings, "--devices=2"), command("fit", *settings)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == fits.err
 
 
 def test_what_cannot_fit_is_said_with_what_remains(command: Command) -> None:
@@ -432,6 +609,54 @@ def test_the_recipe_is_the_same_update_on_any_devices(
     assert found["tokens_per_update"] == 524_288
     assert found["settings"]["micro_batches"] == micro_batches
     assert found["fits"]
+
+
+def test_the_recipes_header_says_what_plan_counts(command: Command) -> None:
+    header = PRETRAIN.read_text(encoding="utf-8").partition("\nrun:")[0]
+    said = re.search(
+        r"counts ([\d.]+) GB of memory on one device \(([\d.]+) on each of eight\) and, at\n"
+        r"# 40 % of an H100's peak, (\d+) hours on one",
+        header,
+    )
+    assert said is not None
+    one, eight = (
+        as_json(command, f"--config={PRETRAIN}", "--gpu=H100", f"--devices={devices}")
+        for devices in (1, 8)
+    )
+    assert said.groups() == (
+        f"{one['total'] / 1e9:.1f}", f"{eight['total'] / 1e9:.1f}", f"{one['hours']:.0f}",
+    )  # fmt: skip
+    named = set(re.findall(r"\[([\w. -]+)\]", header))
+    assert named == set(re.findall(r"^#   \[([\w. -]+)\]", header, re.M))
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "most", "nearest"),
+    [(5, 2, None, 6), (5, 2, 5, 4), (1, 4, 7, 4), (7, 3, 15, 6), (9, 2, 9, 8), (3, 4, None, 4)],
+)
+def test_the_nearest_batch(value: int, step: int, most: int | None, nearest: int) -> None:
+    assert nearest_multiple(value, step, most) == nearest
+
+
+def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
+    settings = [QUICKSTART, *SMALL]
+    for batch, nearest in (("size=5", "6"), ("tokens=100", "96"), ("tokens=80", "96")):
+        arguments = [*settings, f"--data.global_batch_{batch}"]
+        said = command("fit", *arguments).err, command("plan", *arguments).err
+        # windows or tokens, as each names them
+        assert said[0].rstrip().endswith(nearest)
+        assert f" {6 if batch == 'tokens=80' else nearest}" in said[1]
+
+
+def test_a_nearest_batch_is_of_no_more_windows_than_there_are(command: Command) -> None:
+    arguments = [QUICKSTART, *SMALL, "--data.stride=130", "--data.global_batch_size=5"]
+    assert (
+        as_json(command, *arguments[:-1], "--trainer.max_epochs=1", "--data.batch_size=1")[
+            "updates"
+        ]
+        == 5
+    )
+    assert command("fit", *arguments).err.rstrip().endswith("the nearest that can is 4")
 
 
 def test_a_batch_that_does_not_divide_the_global_one(command: Command) -> None:

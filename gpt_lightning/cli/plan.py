@@ -15,10 +15,11 @@ from gpt_lightning.cli.fit import TrainingCLI
 from gpt_lightning.cli.parsing import suggest
 from gpt_lightning.cli.tables import print_table
 from gpt_lightning.data.corpus import VERDICT, cache_folder
-from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import Windows
+from gpt_lightning.data.datamodule import nearest_multiple
+from gpt_lightning.data.tokens import count_training_tokens
+from gpt_lightning.data.windows import window_count
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.memory import PRECISIONS, DeviceType, TrainingStep
+from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
 from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
 from gpt_lightning.training.module import agreed_architecture
 from gpt_lightning.training.throughput import MEMORY, PEAKS, peak_flops
@@ -58,16 +59,24 @@ def run(arguments: list[str]) -> None:
         mfu=config.mfu,
         device_memory=room,
     )
+    cli.note_what_is_not_counted(setting)
     if config.json:
-        print(json.dumps({**asdict(found), "settings": asdict(setting)}))
+        print(json.dumps({**asdict(found), "settings": asdict(setting), "notes": cli.notes}))
     else:
-        _print(found, setting, keeps=bool(config.keep_freed_memory))
+        _print(found, setting, cli.notes)
 
 
 class PlanCLI(TrainingCLI):
-    """Settings as ``fit`` parses them, with module and data, but no trainer: its devices may be elsewhere."""
+    """Settings as ``fit`` parses them, with module and data, but no trainer: its devices may be elsewhere.
+
+    Attributes:
+        notes: A line each on what the figures do not say, by what it is about.
+    """
+
+    notes: dict[str, str]
 
     def __init__(self, arguments: list[str]) -> None:
+        self.notes = {}
         super().__init__("plan", arguments, run.__doc__)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -109,13 +118,13 @@ class PlanCLI(TrainingCLI):
     def setting(self) -> Setting:
         config, trainer, data = self.config, self.config.trainer, self.config.data
         devices = self._devices()
-        strategy, bucket_view = self._strategy(devices)
         precision = str(trainer.precision) if trainer.precision is not None else None
         precision = _OWN_NAMES.get(precision, precision)
         if precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision: plan does not know {precision}; {suggest(precision or '', PRECISIONS)}"
             )
+        strategy, bucket_view = self._strategy(devices, precision)
         architecture = self.model.config
         length = data.context_length or architecture.context_length
         if length > architecture.context_length:
@@ -146,6 +155,20 @@ class PlanCLI(TrainingCLI):
             keep_previous=saves and config.checkpoint.keep_previous,
             asynchronous=saves and config.checkpoint.asynchronous,
         )
+
+    def note_what_is_not_counted(self, setting: Setting) -> None:
+        if setting.step.device == "cpu" and self.config.keep_freed_memory:
+            self.notes["freed memory"] = (
+                "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
+            )
+        if self.config.data.document_boundaries:
+            self.notes["document_boundaries"] = (
+                "not counted: attention's masks, and its kernels that keep more than the fast ones"
+            )
+        if self.config.model.compile:
+            self.notes["compile"] = (
+                "not counted: compiled blocks keep less for the backward pass than this"
+            )
 
     def _device(self) -> DeviceType:
         if self.config.gpu is not None and self.config.gpu not in MEMORY:
@@ -178,10 +201,16 @@ class PlanCLI(TrainingCLI):
                 here = len(str(asked).strip(",").split(","))
         return max(1, here) * int(trainer.num_nodes or 1)
 
-    def _strategy(self, devices: int) -> tuple[Strategy, bool]:
+    def _strategy(self, devices: int, precision: str) -> tuple[Strategy, bool]:
         """And whether DDP's gradients lie in its buckets."""
         asked = self.config_init.trainer.strategy
         if isinstance(asked, ModelParallelStrategy):
+            if precision not in SHARDED_PRECISIONS:  # what fit's trainer says
+                raise ValueError(
+                    "trainer: The `ModelParallelStrategy` does not support "
+                    f"`Fabric(..., precision={precision!r})`. Choose a different precision among: "
+                    f"{', '.join(SHARDED_PRECISIONS)}."
+                )
             return ("fsdp" if devices > 1 else "single"), False
         if isinstance(asked, DDPStrategy):
             return "ddp", bool(asked._ddp_kwargs.get("gradient_as_bucket_view"))
@@ -202,7 +231,7 @@ class PlanCLI(TrainingCLI):
             if tokens % length:
                 raise ValueError(
                     f"data.global_batch_tokens: {tokens} is no whole number of windows of {length}; give "
-                    f"{max(1, round(tokens / length)) * length}"
+                    f"{nearest_multiple(tokens, length * batch_size * devices)}"
                 )
             windows = tokens // length
         if not windows:
@@ -212,7 +241,7 @@ class PlanCLI(TrainingCLI):
             raise ValueError(
                 f"data.batch_size: {batch_size} windows on {devices} device(s) do not divide the global batch "
                 f"of {windows}; give a data.batch_size that does, or a global batch of "
-                f"{max(1, round(windows / at_once)) * at_once} windows"
+                f"{nearest_multiple(windows, at_once)} windows"
             )
         return windows // (batch_size * devices), True
 
@@ -233,17 +262,18 @@ class PlanCLI(TrainingCLI):
         return min(limits) if limits else None
 
     def _windows(self, setting: Setting) -> int | None:
-        """For training, where the text is here."""
+        """For training, where the text is here and can be read."""
         data = self.config.data
         texts = list(data.mixture) if data.mixture else [data.text]
         if "verdict" in texts and not (cache_folder() / VERDICT).exists():
             return None
         length = setting.step.length
         try:
-            splits = [read_splits(text, data.train_ratio).training for text in texts]
-        except OSError:
+            counts = [count_training_tokens(text, data.train_ratio) for text in texts]
+        except (ValueError, OSError) as error:
+            self.notes["text"] = " ".join(str(error).split())
             return None
-        return sum(len(Windows(parts, length, data.stride or length)) for parts in splits)
+        return sum(window_count(tokens, length, data.stride or length) for tokens in counts)
 
     def peak(self, setting: Setting) -> float | None:
         """FLOP/s of one device: given, of the named GPU, or of what is here."""
@@ -272,7 +302,7 @@ class PlanCLI(TrainingCLI):
         return None
 
 
-def _print(found: Plan, setting: Setting, *, keeps: bool) -> None:
+def _print(found: Plan, setting: Setting, notes: dict[str, str]) -> None:
     step = setting.step
     print(
         f"{found.parameters:,} parameters: {found.embedding_parameters:,} in embeddings, "
@@ -304,14 +334,11 @@ def _print(found: Plan, setting: Setting, *, keeps: bool) -> None:
         rows["main memory"] = (
             f"{found.main_memory / 1e9:,.2f} GB on the first process for checkpoints"
         )
-    if step.device == "cpu" and keeps:
-        rows["freed memory"] = (
-            "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
-        )
+    rows |= notes
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    print(f"{'verdict':<{width}}  {_verdict(found)}")
+    print(f"{'verdict':<{width}}  {_verdict(found, step.precision)}")
 
 
 _WHEN = {
@@ -333,7 +360,7 @@ def _time(found: Plan, setting: Setting) -> str:
     )
 
 
-def _verdict(found: Plan) -> str:
+def _verdict(found: Plan, precision: str) -> str:
     if found.device_memory is None:
         return "what a device has is not known; give --gpu or --device_memory"
     room = f"{found.device_memory / 1e9:,.2f} GB"
@@ -341,8 +368,9 @@ def _verdict(found: Plan) -> str:
         return f"fits {room}"
     if found.nearest is None:
         assert found.least is not None
+        can_shard = precision in SHARDED_PRECISIONS
         return (
             f"does not fit {room}, nor with all that plan knows ({found.least / 1e9:,.2f} GB); "
-            "take a larger device, or more of them with FSDP2"
+            f"take a larger device{', or more of them with FSDP2' if can_shard else ''}"
         )
     return f"does not fit {room}; {found.nearest.total / 1e9:,.2f} GB with {' '.join(found.nearest.options)}"

@@ -182,7 +182,7 @@ class TextDataModule(LightningDataModule):
         if size % at_a_time:
             raise ValueError(
                 f"data.{name}: {size * unit} cannot be split over {world_size} device(s) with a batch_size of "
-                f"{self.batch_size}; the nearest that can is {_nearest(size, at_a_time) * unit}"
+                f"{self.batch_size}; the nearest that can is {nearest_multiple(size, at_a_time, count) * unit}"
             )
         if self.trainer is None:
             return
@@ -207,10 +207,12 @@ class TextDataModule(LightningDataModule):
         windows, rest = divmod(self.global_batch_tokens, self._length())
         if rest:
             length = self._length()
+            most = sum(self._counts) * length or None  # none: not cut yet
+            step = length * self.windows_at_a_time
             raise ValueError(
                 f"data.global_batch_tokens: {self.global_batch_tokens} is no whole number of windows of "
                 f"{length} tokens; the nearest that is: "
-                f"{_nearest(self.global_batch_tokens, length * self.windows_at_a_time)}"
+                f"{nearest_multiple(self.global_batch_tokens, step, most)}"
             )
         return windows
 
@@ -301,6 +303,9 @@ def _check_mixture(mixture: dict[str, float], rng: Rng) -> None:
         raise ValueError("data.mixture: the book's order knows one text; leave --rng global out")
 
 
-def _nearest(value: int, step: int) -> int:
-    """The multiple of ``step``, not 0, that is nearest to ``value``."""
-    return max(1, (value + step // 2) // step) * step
+def nearest_multiple(value: int, step: int, most: int | None = None) -> int:
+    """The multiple of ``step``, neither 0 nor more than ``most``, that is nearest to ``value``; of two the larger."""
+    times = (value + step // 2) // step
+    if most is not None:
+        times = min(times, most // step)
+    return max(1, times) * step

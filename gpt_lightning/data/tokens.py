@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import cache_folder, read_corpus, text_files
+from gpt_lightning.data.manifest import sha256_of
 from gpt_lightning.data.store import (
     SPLITS,
     TOKENIZER,
@@ -71,6 +73,30 @@ def read_splits(text: str, train_ratio: float) -> Splits:
     return splits
 
 
+def count_training_tokens(text: str, train_ratio: float) -> int:
+    """How many :func:`read_splits` gives for training, by a store's manifest where there is one; writes nothing.
+
+    So a long text that is not in the cache is tokenised for it each time.
+
+    Raises:
+        ValueError, OSError: As :func:`read_splits`, but that a store's shards are not looked at.
+    """
+    path = Path(text).expanduser()
+    if text not in ("verdict", "sample"):
+        if is_store(path):
+            _say_if_other_ratio(path, train_ratio)
+            return _training_tokens(path)
+        folder = _kept(path, train_ratio, sha256_of)
+        if folder is not None and folder.exists():
+            with suppress(ValueError, OSError):  # a damaged one: whoever trains makes it again
+                return _training_tokens(folder)
+    return len(encode_corpus(_split(text, train_ratio)[0]))
+
+
+def _training_tokens(store: Path) -> int:
+    return sum(int(shard["tokens"]) for shard in read_manifest(store)["shards"]["train"])
+
+
 def _split(text: str, train_ratio: float) -> tuple[str, str]:
     characters = read_corpus(text)
     split = int(train_ratio * len(characters))
@@ -110,13 +136,15 @@ def _say_if_long(path: Path) -> None:
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def _kept(path: Path, train_ratio: float) -> Path | None:
+def _kept(
+    path: Path, train_ratio: float, sha256: Callable[[Path], str] = remembered_sha256
+) -> Path | None:
     """Where the tokens of a long text are kept; none: it is short, or not there."""
     try:
         files = text_files(path)
         if sum(file.stat().st_size for file in files) < WORTH_KEEPING:
             return None
-        sums = [remembered_sha256(file) for file in files]
+        sums = [sha256(file) for file in files]
     except OSError:  # whoever reads it says why
         return None
     key = hashlib.sha256("\n".join([*TOKENIZER.values(), repr(train_ratio), *sums]).encode())

@@ -17,6 +17,11 @@ _MOST_RESIDENT = 32 << 20  # bytes of mapped files, before their pages are let g
 _FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most
 
 
+def window_count(tokens: int, length: int, stride: int) -> int:
+    """Of a stream of ``tokens``."""
+    return max(0, -(-(tokens - length) // stride))
+
+
 class Windows:
     """All windows of one stream of token ids, which may be cut into parts; nothing is copied until it is drawn.
 
@@ -45,7 +50,7 @@ class Windows:
         self._resident = 0
 
     def __len__(self) -> int:
-        return max(0, -(-(self.tokens - self.length) // self.stride))
+        return window_count(self.tokens, self.length, self.stride)
 
     @property
     def shape(self) -> tuple[int, int]:

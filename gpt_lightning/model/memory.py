@@ -42,7 +42,8 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "16-true": (torch.float16, None),
     "64-true": (torch.float64, None),
 }
-
+# those that Lightning takes with FSDP2
+SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 UPDATES = 2  # after which a heap grows no more that matters
 
@@ -302,7 +303,8 @@ def _as_on_cuda(low: torch.dtype | None) -> Iterator[None]:
     """What a GPU keeps where a CPU keeps something else, for which torch's functions are exchanged meanwhile.
 
     Its dropout keeps a bool a value, its fast attention has dropout inside and keeps no (T, T), and its
-    autocast computes norms and the loss in float32.
+    autocast computes norms in float32. Of the loss it casts the last part alone: the logarithm of the softmax
+    is in the logits' type and kept, and so is its copy in float32, of which the loss is the mean.
     """
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -311,19 +313,25 @@ def _as_on_cuda(low: torch.dtype | None) -> Iterator[None]:
     def attention(*args: Any, **settings: Any) -> Tensor:
         return before["scaled_dot_product_attention"](*args, **{**settings, "dropout_p": 0.0})
 
-    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def layer_norm(x: Tensor, *args: Any, **settings: Any) -> Tensor:
         def cast(value: Any) -> Any:
             return value.float() if isinstance(value, Tensor) and value.dtype == low else value
 
-        return lambda *args, **settings: function(
-            *map(cast, args), **{key: cast(value) for key, value in settings.items()}
+        return before["layer_norm"](
+            cast(x), *map(cast, args), **{key: cast(value) for key, value in settings.items()}
         )
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.nll_loss(torch.log_softmax(logits, -1, dtype=logits.dtype).float(), targets)
 
     before = {name: getattr(F, name) for name in ("dropout", "scaled_dot_product_attention",
                                                   "layer_norm", "cross_entropy")}  # fmt: skip
-    now = {"dropout": dropout, "scaled_dot_product_attention": attention}
+    now: dict[str, Callable[..., Tensor]] = {
+        "dropout": dropout,
+        "scaled_dot_product_attention": attention,
+    }
     if low is not None:
-        now |= {name: in_float32(before[name]) for name in ("layer_norm", "cross_entropy")}
+        now |= {"layer_norm": layer_norm, "cross_entropy": loss}
     for name, function in now.items():
         setattr(F, name, function)
     products, gpt._products_are_faster = gpt._products_are_faster, lambda q: False

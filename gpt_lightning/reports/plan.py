@@ -7,7 +7,7 @@ from math import ceil
 from typing import Literal
 
 from gpt_lightning.model import cost
-from gpt_lightning.model.memory import PRECISIONS, Held, TrainingStep, held
+from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, Held, TrainingStep, held
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
@@ -240,7 +240,9 @@ def _levers(setting: Setting) -> list[str]:
         "batch": step.batch_size > 1,
         "chunks": step.loss_chunk_size is None or step.loss_chunk_size > CHUNK,
         "checkpointing": not step.activation_checkpointing,
-        "fsdp": setting.devices > 1 and setting.strategy != "fsdp",
+        "fsdp": setting.devices > 1
+        and setting.strategy != "fsdp"
+        and step.precision in SHARDED_PRECISIONS,
         "bf16": step.precision == "32-true",
         "no copies": step.device == "cpu" and (setting.keep_best or setting.asynchronous),
     }

@@ -127,6 +127,15 @@ def test_tokenizer_is_gpt2s() -> None:
     assert decode(encode_prompt(text)) == text
 
 
+def test_blanks_without_end_are_refused() -> None:
+    """For which tiktoken's regular expression has no stack."""
+    for encode in (encode_corpus, encode_prompt):
+        with pytest.raises(
+            ValueError, match="has more blanks in a row than the tokenizer can read"
+        ):
+            encode("a" + " " * 1_100_000 + "b")
+
+
 def test_threads_share_no_encoding() -> None:
     """With one for all, two threads need up to 1.6 times the processor time of one: see its docstring."""
     with ThreadPoolExecutor(1) as pool:

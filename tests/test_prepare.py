@@ -866,6 +866,16 @@ def test_what_lies_beside_an_unfinished_store_stays(
     assert (tmp_path / "out" / "mine.u16").read_text() == "precious"
 
 
+def test_of_few_texts_the_one_that_cannot_be_read_is_named(
+    command: Command, tmp_path: Path
+) -> None:
+    """Not the first, because it is alone in its split."""
+    for name, text in [("a.txt", b" "), ("b.txt", b"one"), ("c.txt", b"bad \xff")]:
+        (tmp_path / name).write_bytes(text)
+    refused(command("prepare", "a.txt", "b.txt", "c.txt", "--out=out"), "c.txt: is not UTF-8")
+    refused(command("prepare", "a.txt", "b.txt", "--out=out"), "split: b.txt is one document")
+
+
 def test_a_split_that_stays_empty_is_known_before(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

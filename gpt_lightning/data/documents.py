@@ -213,8 +213,8 @@ def _scan(file: IO[bytes], offset: int, end: int) -> tuple[bytes, int, str | Non
     return digest.digest(), following, problem
 
 
-def document_hashes(sources: Sequence[Source]) -> Iterator[bytes]:
-    """Of the documents of plain texts that are UTF-8 and no mere white space."""
+def document_hashes(sources: Sequence[Source]) -> Iterator[tuple[Path, bytes | None]]:
+    """Of the documents of plain texts that are no mere white space; none of one that is no UTF-8."""
     for source in sources:
         offset = 0
         with source.path.open("rb") as file:
@@ -222,8 +222,8 @@ def document_hashes(sources: Sequence[Source]) -> Iterator[bytes]:
                 digest, following, problem = _scan(file, offset, source.bytes)
                 file.seek(offset)
                 begin = file.read(min(_LOOK, following - offset)).split(MARK)[0]
-                if problem is None and (begin.strip() or following - offset > _LOOK):
-                    yield digest
+                if begin.strip() or following - offset > _LOOK:
+                    yield source.path, None if problem else digest
                 offset = following
 
 

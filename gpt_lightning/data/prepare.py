@@ -302,14 +302,16 @@ def _check_texts(sources: Sequence[Source], settings: Settings) -> None:
     if settings.split != "hash" or ratio == 0 or any(s.kind != "text" for s in sources):
         return
     documents, found = 0, set()
-    for digest in document_hashes(sources):
+    for path, digest in document_hashes(sources):
+        if digest is None:  # which is said, or skipped, when it is read
+            return
         documents += 1
         found.add(split_of(digest, ratio))
         if len(found) == 2:
             return
     if documents == 1:
         raise ValueError(
-            f"split: {sources[0].path} is one document, which the hash of its content puts in one split; "
+            f"split: {path} is one document, which the hash of its content puts in one split; "
             "give --split ratio, or --val_ratio 0 for training alone"
         )
     if documents:

@@ -111,10 +111,18 @@ def encode_documents(documents: Sequence[str]) -> NDArray[np.uint16]:
 
 
 def encode_prompt(text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a prompt. ``<|endoftext|>`` in it is plain characters unless ``special``."""
-    if special:
-        return gpt2_encoding().encode(text, allowed_special={END_OF_TEXT})
-    return gpt2_encoding().encode_ordinary(text)
+    """Token ids of a prompt. ``<|endoftext|>`` in it is plain characters unless ``special``.
+
+    Raises:
+        ValueError: There are about a million blanks in a row.
+    """
+    how: dict[str, Any] = (
+        {"allowed_special": {END_OF_TEXT}} if special else {"disallowed_special": ()}
+    )
+    try:
+        return _ids(text, **how).tolist()
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}") from error
 
 
 def decode(ids: Iterable[int]) -> str:

@@ -90,7 +90,7 @@ def count_training_tokens(text: str, train_ratio: float) -> int:
         if folder is not None and folder.exists():
             with suppress(ValueError, OSError):  # a damaged one: whoever trains makes it again
                 return _training_tokens(folder)
-    return len(encode_corpus(_split(text, train_ratio)[0]))
+    return len(_tokenised(text, _split(text, train_ratio)[0]))
 
 
 def _training_tokens(store: Path) -> int:
@@ -105,10 +105,14 @@ def _split(text: str, train_ratio: float) -> tuple[str, str]:
 
 def _in_memory(text: str, train_ratio: float) -> Splits:
     training, validation = _split(text, train_ratio)
+    return Splits([_tokenised(text, training)], [_tokenised(text, validation)])
+
+
+def _tokenised(name: str, part: str) -> NDArray[np.uint16]:
     try:
-        return Splits([encode_corpus(training)], [encode_corpus(validation)])
+        return encode_corpus(part)
     except ValueError as error:
-        raise ValueError(f"{text}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 @cache

@@ -301,21 +301,24 @@ def _check_texts(sources: Sequence[Source], settings: Settings) -> None:
     ratio = settings.val_ratio
     if settings.split != "hash" or ratio == 0 or any(s.kind != "text" for s in sources):
         return
-    documents, found = 0, set()
+    documents: list[Path] = []
+    found = set()
     for path, digest in document_hashes(sources):
         if digest is None:  # which is said, or skipped, when it is read
             return
-        documents += 1
+        documents.append(path)
         found.add(split_of(digest, ratio))
         if len(found) == 2:
             return
-    if documents == 1:
+    if len(documents) == 1:
         raise ValueError(
-            f"split: {path} is one document, which the hash of its content puts in one split; "
+            f"split: {documents[0]} is one document, which the hash of its content puts in one split; "
             "give --split ratio, or --val_ratio 0 for training alone"
         )
     if documents:
-        raise ValueError(_nothing_in("val" if "train" in found else "train", documents, settings))
+        raise ValueError(
+            _nothing_in("val" if "train" in found else "train", len(documents), settings)
+        )
 
 
 def _with_cuts(sources: list[Source], settings: Settings, skip: bool) -> list[Source]:

@@ -130,7 +130,9 @@ def written_as(folder: Path, kind: str, texts: Sequence[str]) -> Path:
         parquet.write_table(table, path, row_group_size=300)
     else:
         datasets = pytest.importorskip("datasets")
-        datasets.Dataset.from_dict({"text": list(texts)}).save_to_disk(str(path))
+        # with a fingerprint of its own, for which datasets 5.2 would pickle what dill 0.4.1 does not
+        table = datasets.table.InMemoryTable.from_pydict({"text": list(texts)})
+        datasets.Dataset(table, fingerprint="made-here").save_to_disk(str(path))
     return path
 
 

@@ -455,11 +455,9 @@ def test_two_processes_are_one(fit: Command, tmp_path: Path) -> None:
          ["trainer.val_check_interval", "trainer.check_val_every_n_epoch",
           "trainer.num_sanity_val_steps", "trainer.log_every_n_steps"]),
         (["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"], []),
-        (["--trainer.num_sanity_val_steps=0", "--evaluation.prompt=null",
-          "--evaluation.max_new_tokens=50"], []),
+        (["--trainer.num_sanity_val_steps=0"], []),
         (["--trainer.log_every_n_steps=5",
           "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"], []),
-        (["--evaluation.prompt=null"], ["evaluation.max_new_tokens"]),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_said(

@@ -315,9 +315,10 @@ def test_killed_five_times_it_is_the_same(megabytes: list[str], tmp_path: Path) 
 
 def test_ctrl_c_says_how_to_go_on(megabytes: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = subprocess.Popen(command_line(*megabytes, f"--out={out}"), stderr=subprocess.PIPE)
+    slowly = command_line(*megabytes, f"--out={out}", "--workers=1")
+    process = subprocess.Popen(slowly, stderr=subprocess.PIPE)
     while len(list(out.glob("train*.u16"))) < 2:
-        time.sleep(0.005)
+        time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

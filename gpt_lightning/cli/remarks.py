@@ -1,13 +1,11 @@
 """What a run's settings do that is easily missed: nothing at all, or another result."""
 
 from collections.abc import Iterator
-from inspect import signature
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.training.callbacks import evaluation_callbacks
 
 # settings of Lightning's own validation, with the values of those who do not ask for it
 _VALIDATION = {
@@ -15,7 +13,6 @@ _VALIDATION = {
     "check_val_every_n_epoch": (1,),
     "num_sanity_val_steps": (None, 0),
 }
-_LENGTH = signature(evaluation_callbacks).parameters["max_new_tokens"].default
 
 
 def remarks(
@@ -50,5 +47,3 @@ def remarks(
             "trainer.log_every_n_steps: has no effect, evaluation.eval_freq and throughput.every_n_steps say when "
             "figures are logged"
         )
-    if config.evaluation.prompt is None and config.evaluation.max_new_tokens != _LENGTH:
-        yield "evaluation.max_new_tokens: has no effect without evaluation.prompt"

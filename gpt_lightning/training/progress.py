@@ -120,9 +120,9 @@ class RunProgress(ProgressBar):
             refresh_per_second=1 / SECONDS_BETWEEN_LOOKS,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
-        self._bar.start()
         self._done, self._note = done, ""
         self._bar.add_task(what, total=total, completed=done, note="")
+        self._bar.start()
 
     def _advance(self, done: int, note: str) -> None:
         if not self._enabled:

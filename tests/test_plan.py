@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.model import cost
+from gpt_lightning.model.as_on_cuda import as_on_cuda
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.heap import Heap
 from gpt_lightning.model.kv_cache import KVCache
-from gpt_lightning.model.memory import TrainingStep, _as_on_cuda, held
+from gpt_lightning.model.memory import TrainingStep, held
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.reports.plan import Setting, memory, plan
 
@@ -167,7 +168,7 @@ def operations_of_the_loss(device: str) -> list[tuple[str, list[torch.dtype]]]:
 def test_a_gpus_loss_in_autocast_is_torchs() -> None:
     """The stand-in for it runs the operations that torch sends to a GPU, in their types."""
     theirs = operations_of_the_loss("cuda")
-    with _as_on_cuda(torch.bfloat16):
+    with as_on_cuda(torch.bfloat16):
         assert operations_of_the_loss("cpu") == theirs
     assert operations_of_the_loss("cpu") != theirs
 
@@ -471,7 +472,7 @@ WIDE = ["--model.config.emb_dim=256", "--model.config.n_layers=2", "--data.batch
     ("settings", "memory_gb", "named"),
     [
         (LONG, 1.6, "--data.batch_size 2 --trainer.accumulate_grad_batches 16"),
-        (WIDE, 0.3, "--config configs/fsdp.yaml"),
+        (WIDE, 0.3, "--config configs/fsdp.yaml --trainer.precision 32-true"),
     ],
 )
 def test_what_does_not_fit_fits_with_what_plan_says(

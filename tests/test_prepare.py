@@ -21,9 +21,10 @@ from conftest import ROOT, SMALL, Command, Done, python
 from test_durability import mutate
 
 from gpt_lightning.cli import prepare as cli_prepare
-from gpt_lightning.data import documents, store, sums, tokens
+from gpt_lightning.data import pieces, store, sums, tokens
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.documents import safe_cut, split_of
+from gpt_lightning.data.pieces import content_hash, split_of
+from gpt_lightning.data.plain_text import safe_cut
 from gpt_lightning.data.prepare import Settings, prepare
 from gpt_lightning.data.store import open_store
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_documents, encode_prompt
@@ -86,7 +87,7 @@ def test_a_long_text_in_pieces_is_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     """Marks, line ends of all kinds and long words included."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
     rng = random.Random(piece)
     text = "<|endoftext|>".join(
         "x" + awkward(rng, rng.choice([3, 30, 3000])) + "y" * rng.choice([0, 500])
@@ -142,7 +143,7 @@ KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "-dataset"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """In one way or the other the same documents; and interrupted after any piece the same store."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
     rng = random.Random(3)
     texts = [awkward(rng, rng.choice([1, 20, 300])) + f" {i}" for i in range(700)]
     path = written_as(tmp_path, kind, texts)
@@ -150,7 +151,7 @@ def test_rows_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kin
     prepare([str(path)], tmp_path / "out", settings, workers=2)
     train, val = joined(tmp_path / "out")
     for ids, split in [(train, "train"), (val, "val")]:
-        expected = [t for t in texts if split_of(documents.content_hash(t.encode()), 0.2) == split]
+        expected = [t for t in texts if split_of(content_hash(t.encode()), 0.2) == split]
         assert documents_of(ids) == expected
     assert 80 < len(documents_of(val)) < 210
     interrupted_everywhere([str(path)], tmp_path / "cut", settings, every=7)
@@ -190,7 +191,7 @@ SHARDS = Settings(val_ratio=0.2, shard_tokens=5000)
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A text of many pieces with a long document in the middle, lines, and a folder."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
     short = "<|endoftext|>".join(PARAGRAPHS[:20])
     (tmp_path / "a.txt").write_text(f"{short}<|endoftext|>{SAMPLE * 2}<|endoftext|>{short} end")
     write_lines(tmp_path / "b.jsonl", [f"{i} {p}" for i in range(3) for p in PARAGRAPHS])
@@ -418,7 +419,7 @@ def test_by_ratio_a_text_is_cut_once(tmp_path: Path, val_ratio: float) -> None:
 def test_by_ratio_the_last_rows_are_for_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
     texts = [f"{i:05} {'x' * 20}" for i in range(1000)]
     path = written_as(tmp_path, kind, texts)
     prepare([str(path)], tmp_path / "out", Settings("text", "ratio", 0.25), workers=2)
@@ -589,7 +590,7 @@ def test_what_cannot_be_read(
     content: bytes,
     part: str,
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
     (tmp_path / name).write_bytes(content)
     refused(command("prepare", name, "--out=deep/store", "--val_ratio=0"), part)
     assert os.listdir(tmp_path) == [name]
@@ -630,7 +631,7 @@ def test_what_is_meant_is_not_clear(
 def test_skipped_are_counted(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n" + GOOD + b'{"text": " "}\n' + b'{"x": 1}\n')
     (tmp_path / "b.txt").write_bytes(b"long " * 900 + b"\xff<|endoftext|>good<|endoftext|>bad\xff")
     arguments = ("prepare", "a.jsonl", "b.txt", "--out=store", "--val_ratio=0", "--on_error=skip")
@@ -662,7 +663,7 @@ def test_of_a_damaged_file_the_rest_is_skipped(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
 ) -> None:
     """As one; by any number of workers and after interruptions the same."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(6) for p in PARAGRAPHS]
     path = written_as(tmp_path, kind, texts)
     content = path.read_bytes()
@@ -724,7 +725,7 @@ def test_folders_that_a_glob_matches_and_links_are_read(command: Command, tmp_pa
 def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     path = write_lines(tmp_path / "a.jsonl", [f"{i} {p}" for i in range(4) for p in PARAGRAPHS])
     with path.open("a") as file:
         file.write('{"no": 1}\n')
@@ -768,7 +769,7 @@ def test_a_bad_line_that_is_corrected_is_gone_on_from(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """What comes later may be another file too; what was read already may not."""
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(4) for p in PARAGRAPHS]
     first = write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
     path, good = with_a_bad_row(tmp_path, kind, texts, len(texts) - 9)
@@ -858,7 +859,7 @@ def test_what_another_wrote_stays(command: Command, tmp_path: Path, name: str) -
 def test_what_lies_beside_an_unfinished_store_stays(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(b"{\n")
@@ -958,8 +959,8 @@ def test_it_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Peak RSS of a process, for one long document and many short ones: 4 times the text, at most 4 MB more."""
-    code = ("import sys; from gpt_lightning.cli import main; from gpt_lightning.data import documents; "
-            "documents.PIECE_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
+    code = ("import sys; from gpt_lightning.cli import main; from gpt_lightning.data import pieces; "
+            "pieces.PIECE_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     peaks = []
     for times in (80, 320):

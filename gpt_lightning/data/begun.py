@@ -6,7 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.data.documents import MARK, PIECE_BYTES, Piece, Position, read_pieces
+from gpt_lightning.data.documents import read_pieces
+from gpt_lightning.data.pieces import MARK, PIECE_BYTES, Piece, Position
 from gpt_lightning.data.sources import Source, open_lines
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.documents import MARK, Piece, Split, content_hash, split_of
+from gpt_lightning.data.pieces import MARK, Piece, Split, content_hash, split_of
 from gpt_lightning.data.tokenizer import encode_documents
 
 

@@ -8,28 +8,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from gpt_lightning.data.begun import check_begun, check_same, read_for
-from gpt_lightning.data.documents import (
-    Piece,
-    Position,
-    document_hashes,
-    measure,
-    read_pieces,
-    split_of,
-    text_cut,
-)
+from gpt_lightning.data.documents import read_pieces
 from gpt_lightning.data.encoding import Encoded, encode_piece
 from gpt_lightning.data.manifest import MANIFEST
+from gpt_lightning.data.pieces import Piece, Position
 from gpt_lightning.data.sources import Source, find_sources, with_sums
+from gpt_lightning.data.splits import SplitBy, check_texts, nothing_in, with_cuts
 from gpt_lightning.data.store import (
     PROGRESS,
     StoreWriter,
@@ -62,7 +55,7 @@ class Settings:
     """
 
     field: str = "text"
-    split: Literal["hash", "ratio"] = "hash"
+    split: SplitBy = "hash"
     val_ratio: float = 0.1
     shard_tokens: int = 100_000_000
 
@@ -120,7 +113,7 @@ def prepare(
     sources = find_sources(inputs)
     _check_out(out)
     sources = with_sums(sources, workers)
-    _check_texts(sources, settings)
+    check_texts(sources, settings.split, settings.val_ratio)
     about = {
         "settings": asdict(settings),
         "sources": [
@@ -137,7 +130,12 @@ def prepare(
             return Prepared(out, manifest, was_there=True)
         writer = StoreWriter(out, settings.shard_tokens, about)
         work = _Work(
-            _with_cuts(sources, settings, skip), settings, writer, workers, skip, on_progress
+            with_cuts(sources, settings.split, settings.val_ratio, skip=skip),
+            settings,
+            writer,
+            workers,
+            skip,
+            on_progress,
         )
         if (out / PROGRESS).exists():
             check_begun(out, read_progress(out), about, work.sources)
@@ -284,62 +282,7 @@ class _Work:
             if not split.tokens and (name == "train" or self.settings.val_ratio > 0):
                 self.writer.close()
                 self.writer.remove()
-                raise ValueError(_nothing_in(name, documents, self.settings))
-
-
-def _nothing_in(name: str, documents: int, settings: Settings) -> str:
-    what = {"train": "training", "val": "validation"}[name]
-    remedy = "" if settings.split == "ratio" else "--split ratio, "
-    return (
-        f"split: none of {documents} document(s) is for {what}; give {remedy}another --val_ratio, or more "
-        "documents (--val_ratio 0 is a store for training alone)"
-    )
-
-
-def _check_texts(sources: Sequence[Source], settings: Settings) -> None:
-    """Few documents may all be of one split, which is better known before they are tokenised."""
-    ratio = settings.val_ratio
-    if settings.split != "hash" or ratio == 0 or any(s.kind != "text" for s in sources):
-        return
-    documents: list[Path] = []
-    found = set()
-    for path, digest in document_hashes(sources):
-        if digest is None:  # which is said, or skipped, when it is read
-            return
-        documents.append(path)
-        found.add(split_of(digest, ratio))
-        if len(found) == 2:
-            return
-    if len(documents) == 1:
-        raise ValueError(
-            f"split: {documents[0]} is one document, which the hash of its content puts in one split; "
-            "give --split ratio, or --val_ratio 0 for training alone"
-        )
-    if documents:
-        raise ValueError(
-            _nothing_in("val" if "train" in found else "train", len(documents), settings)
-        )
-
-
-def _with_cuts(sources: list[Source], settings: Settings, skip: bool) -> list[Source]:
-    """With 'ratio': where in each source the training split ends."""
-    if settings.split != "ratio":
-        return sources
-    left = (1 - Fraction(str(settings.val_ratio))) * sum(source.bytes for source in sources)
-    cut = []
-    for source in sources:
-        size = measure(source, skip=skip)
-        if left >= source.bytes:
-            until = size
-        elif left <= 0:
-            until = 0
-        else:
-            until = -int(-left * size // source.bytes)
-            if source.kind == "text":
-                until = text_cut(source.path, until, size)
-        cut.append(replace(source, train_until=until))
-        left -= source.bytes
-    return cut
+                raise ValueError(nothing_in(name, documents, self.settings.split))
 
 
 def _check_out(out: Path) -> None:

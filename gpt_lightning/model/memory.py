@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt_lightning.model import gpt
+from gpt_lightning.model.as_on_cuda import as_on_cuda
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.heap import Heap
@@ -124,7 +123,7 @@ def _count(step: TrainingStep, mesh: DeviceMesh | None) -> Held:
             training = _Training(step, live.enter)
         idx, targets = torch.zeros(2, step.batch_size, step.length, dtype=torch.int64)
         if step.device == "cuda":
-            modes.enter_context(_as_on_cuda(low))
+            modes.enter_context(as_on_cuda(low))
         if mesh is not None:
             _shard(training, mesh, low)
         parameters = list(training.parameters())
@@ -296,51 +295,6 @@ class _Live(TorchDispatchMode):
         self.bytes[kind] -= size
         if self.heap is not None:
             self.heap.give(key)
-
-
-@contextmanager
-def _as_on_cuda(low: torch.dtype | None) -> Iterator[None]:
-    """What a GPU keeps where a CPU keeps something else, for which torch's functions are exchanged meanwhile.
-
-    Its dropout keeps a bool a value, its fast attention has dropout inside and keeps no (T, T), and its
-    autocast computes norms in float32. Of the loss it casts the last part alone: the logarithm of the softmax
-    is in the logits' type and kept, and so is its copy in float32, of which the loss is the mean.
-    """
-
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(x, p, True)[0] if p and training else x
-
-    def attention(*args: Any, **settings: Any) -> Tensor:
-        return before["scaled_dot_product_attention"](*args, **{**settings, "dropout_p": 0.0})
-
-    def layer_norm(x: Tensor, *args: Any, **settings: Any) -> Tensor:
-        def cast(value: Any) -> Any:
-            return value.float() if isinstance(value, Tensor) and value.dtype == low else value
-
-        return before["layer_norm"](
-            cast(x), *map(cast, args), **{key: cast(value) for key, value in settings.items()}
-        )
-
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.nll_loss(torch.log_softmax(logits, -1, dtype=logits.dtype).float(), targets)
-
-    before = {name: getattr(F, name) for name in ("dropout", "scaled_dot_product_attention",
-                                                  "layer_norm", "cross_entropy")}  # fmt: skip
-    now: dict[str, Callable[..., Tensor]] = {
-        "dropout": dropout,
-        "scaled_dot_product_attention": attention,
-    }
-    if low is not None:
-        now |= {"layer_norm": layer_norm, "cross_entropy": loss}
-    for name, function in now.items():
-        setattr(F, name, function)
-    products, gpt._products_are_faster = gpt._products_are_faster, lambda q: False
-    try:
-        yield
-    finally:
-        gpt._products_are_faster = products
-        for name, function in before.items():
-            setattr(F, name, function)
 
 
 @contextmanager

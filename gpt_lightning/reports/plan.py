@@ -286,6 +286,8 @@ def _changed(setting: Setting, levers: tuple[str, ...]) -> tuple[Setting, list[s
                 setting = replace(setting, strategy="fsdp")
                 step = replace(step, activation_checkpointing=True)  # as that file has it
                 options.append("--config configs/fsdp.yaml")
+                if "bf16" not in levers and step.precision != "bf16-mixed":  # which that file sets
+                    options.append(f"--trainer.precision {step.precision}")
             case "bf16":
                 step = replace(step, precision="bf16-mixed")
                 options.append("--trainer.precision bf16-mixed")

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt_lightning import GPTLightningModule, load_model
 from gpt_lightning.cli import fit as fit_module
+from gpt_lightning.cli import remarks
 from gpt_lightning.model.gpt import TransformerBlock
 from gpt_lightning.training.callbacks import LossEvaluation, TextSamples
 
@@ -469,6 +470,17 @@ def test_settings_without_effect_are_said(
     said = [line for line in lines if line.startswith("gpt_lightning: ")]
     assert [line.split(": ")[1] for line in said] == told
     assert all("no effect" in line for line in said)
+
+
+@pytest.mark.parametrize(("bf16", "said"), [(1e9, "8 times slower"), (8e9, ""), (2e10, "")])
+def test_bfloat16_that_a_cpu_has_no_instructions_for_is_said(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, bf16: float, said: str
+) -> None:
+    rates = {torch.float32: 8e9, torch.bfloat16: bf16}
+    monkeypatch.setattr(remarks, "measured_peak", lambda dtype, size: rates[dtype])
+    done = fit("--trainer.max_steps=1", "--trainer.precision=bf16-mixed")
+    assert said in done.err
+    assert ("trainer.precision" in done.err) == bool(said)
 
 
 @pytest.mark.parametrize("rng", ["step", "global"])

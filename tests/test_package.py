@@ -67,11 +67,18 @@ def test_package_and_its_model_do_not_import_lightning() -> None:
     assert "lightning" not in loaded_by("from gpt_lightning import GPTModel, generate, load_model")
 
 
-def test_generate_help_imports_neither_lightning_nor_torch() -> None:
-    code = "from gpt_lightning.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass"
+@pytest.mark.parametrize(
+    ("verb", "option", "left_out"),
+    [
+        ("generate", "--temperature", {"lightning", "torch"}),
+        ("fit", "--model.lr", {"transformers", "tensorflow"}),
+    ],
+)
+def test_help_imports_no_more_than_it_needs(verb: str, option: str, left_out: set[str]) -> None:
+    code = f"from gpt_lightning.cli import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass"
     done = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
-    assert "--temperature" in done.stdout
-    assert not {"lightning", "torch"} & set(done.stderr.split())
+    assert option in done.stdout
+    assert not left_out & set(done.stderr.split())
 
 
 def seconds(*arguments: str) -> float:
@@ -83,6 +90,7 @@ def seconds(*arguments: str) -> float:
     return min(times)
 
 
+@pytest.mark.slow
 def test_help_costs_little_more_than_lightning() -> None:
     lightning = seconds("-c", "import lightning")
     assert seconds("-m", "gpt_lightning", "--help") <= 1.3 * lightning

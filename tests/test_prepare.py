@@ -571,7 +571,7 @@ BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
         ("a.txt", b"good<|endoftext|>bad \xff", "a.txt: is not UTF-8 (byte 21: invalid start byte); convert it"),
         ("a.txt", b"long " * 1000 + b"\xe2\x82", "a.txt: is not UTF-8 (byte 5000: unexpected end of data)"),
         ("a.txt", b"long " * 900 + b"\xff" + b"long " * 900 + b"<|endoftext|>x", "is not UTF-8 (byte 4500"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-12], "a.jsonl.gz: is damaged ("),
+        ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-12], "a.jsonl.gz: is damaged ("),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: is damaged ("),
         ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: is damaged ("),
         ("a.parquet", b"no parquet", "a.parquet: is damaged ("),

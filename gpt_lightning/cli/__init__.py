@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 PROG = "gpt_lightning"
 
@@ -68,9 +69,28 @@ def _run(arguments: list[str]) -> int:
                 from gpt_lightning.cli.parsing import suggest
 
                 raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
+            _keep_transformers_out()
             module, function, _ = VERBS[verb]
             return getattr(import_module(f"{__name__}.{module}"), function)(rest) or 0
     return 0
+
+
+def _keep_transformers_out() -> None:
+    """torchmetrics, and so Lightning, imports transformers where it is installed: a fifth of a start.
+
+    The scores of texts that torchmetrics has it for are absent then, as they are where it is not installed.
+    """
+    from lightning_utilities.core import imports
+
+    def without_transformers(name: str) -> str:
+        if name == "transformers":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    if (
+        getattr(imports, "_version", None) is version
+    ):  # a private name; without it a start takes longer
+        setattr(imports, "_version", without_transformers)  # noqa: B010 — nor does mypy know it
 
 
 def _help() -> str:

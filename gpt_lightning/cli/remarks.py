@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.throughput import measured_peak
 
 # settings of Lightning's own validation, with the values of those who do not ask for it
 _VALIDATION = {
@@ -35,6 +37,14 @@ def remarks(
     if config.model.compile and max(architecture.drop_rate, architecture.attention_drop_rate) > 0:
         book = ", so the losses are not the book's" if config.rng == "global" else ""
         yield f"model.compile: compiled blocks draw other numbers for dropout than plain ones{book}"
+    if trainer.strategy.root_device.type == "cpu" and "bf16" in trainer.precision:
+        size = 192  # 10 ms of the slow one
+        rates = [measured_peak(dtype, size) for dtype in (torch.float32, torch.bfloat16)]
+        if rates[0] > 1.5 * rates[1]:
+            yield (
+                f"trainer.precision: this CPU multiplies bfloat16 {rates[0] / rates[1]:.0f} times slower than "
+                "float32; 32-true is the faster here"
+            )
     if trainer.limit_val_batches == 0:
         for name, unasked in _VALIDATION.items():
             if config.trainer[name] not in unasked:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UPDATES = 60
 SMALL = [
     f"--config={ROOT}/configs/quickstart.yaml", "--trainer.accelerator=cpu", "--run=run",
-    "--model.config.context_length=32", "--model.config.emb_dim=64", "--model.config.n_layers=2",
+    "--model.config.context_length=32", "--model.config.emb_dim=16", "--model.config.n_layers=2",
     "--model.config.drop_rate=0.1", "--evaluation.eval_freq=7", "--evaluation.max_new_tokens=3",
     "--trainer.max_epochs=-1", f"--trainer.max_steps={UPDATES}", "--checkpoint.every_n_train_steps=1",
 ]  # fmt: skip

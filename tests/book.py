@@ -161,8 +161,12 @@ def train(
     eval_freq: int,
     eval_iter: int,
     say: Any = None,
+    sample: Any = None,
 ) -> BookRun:
-    """The book's loop: an update, then, every ``eval_freq`` steps, an evaluation on fresh passes."""
+    """The book's loop: an update, then, every ``eval_freq`` steps, an evaluation on fresh passes.
+
+    ``sample`` is called with the model after each epoch.
+    """
     tokens_seen, step = 0, -1
     for epoch in range(epochs):
         run.model.train()
@@ -187,6 +191,8 @@ def train(
                 )
                 if say:
                     say(run.lines[-1])
+        if sample:
+            sample(run.model)
     return run
 
 

@@ -134,15 +134,15 @@ def test_exercise_5_4_on_the_notebooks_own_file(command: Command, verdict: Path)
     [
         pytest.param({"qkv_bias": True}, marks=pytest.mark.slow),
         {"seed": 7, "drop_rate": 0.0},
-        pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.slow),
-        pytest.param({"stride": 100, "train_ratio": 0.7, "eval_freq": 4}, marks=pytest.mark.slow),
+        pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.long),
+        pytest.param({"stride": 100, "train_ratio": 0.7, "eval_freq": 4}, marks=pytest.mark.long),
         pytest.param(
             {"batch_size": 5, "train_ratio": 0.8, "eval_iter": 10, "drop_rate": 0.3},
             marks=pytest.mark.slow,
         ),
         pytest.param(
             {"context_length": 31, "n_heads": 2, "n_layers": 1, "emb_dim": 24, "weight_decay": 0.0},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),

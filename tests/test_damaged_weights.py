@@ -365,7 +365,12 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize(
-    ("form", "dest"), [("hf", "d"), ("lightning", "d.ckpt"), ("book", "d.pth")]
+    ("form", "dest"),
+    [
+        ("book", "d.pth"),
+        pytest.param("hf", "d", marks=pytest.mark.slow),
+        pytest.param("lightning", "d.ckpt", marks=pytest.mark.slow),
+    ],
 )
 def test_full_disk(whole: Path, tmp_path: Path, form: str, dest: str) -> None:
     random_gpt2(tmp_path / "theirs", vocab_size=30000, n_layer=1)

@@ -585,7 +585,7 @@ def test_no_mutation_goes_unnoticed(
     [
         "train-00000.u16",
         pytest.param("val-00000.u16", marks=pytest.mark.slow),
-        pytest.param(MANIFEST, marks=pytest.mark.slow),
+        pytest.param(MANIFEST, marks=pytest.mark.long),
     ],
 )
 def test_no_mutation_of_stored_tokens(

@@ -117,8 +117,15 @@ THREE_EPOCHS = (
 )
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("cut", ["--trainer.max_steps=5", "--trainer.max_epochs=1"])
+@pytest.mark.parametrize(
+    ("cut", "accumulate"),
+    [
+        ("--trainer.max_steps=5", 1),
+        ("--trainer.max_epochs=1", 3),
+        pytest.param("--trainer.max_steps=5", 3, marks=pytest.mark.slow),
+        pytest.param("--trainer.max_epochs=1", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_equals_uninterrupted(fit: Command, cut: str, accumulate: int) -> None:
     """A finished run made longer has the bits of one that was that long from the start."""
     extra = (*THREE_EPOCHS, f"--trainer.accumulate_grad_batches={accumulate}")
@@ -156,7 +163,14 @@ def at_step_5() -> Iterator[Callable[[Callable[[Any], None]], None]]:
     patch.undo()
 
 
-@pytest.mark.parametrize("ckpt_path", ["last", "best", "checkpoints/cut/last.ckpt"])
+@pytest.mark.parametrize(
+    "ckpt_path",
+    [
+        "last",
+        pytest.param("best", marks=pytest.mark.slow),
+        pytest.param("checkpoints/cut/last.ckpt", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_run_goes_on_from_its_last_interval(
     fit: Command,
     command: Command,

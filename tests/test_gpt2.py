@@ -221,9 +221,17 @@ def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [("hf", "float32"), ("hf", "bfloat16"), ("lightning", "float32"), ("lightning", "bfloat16"),
-     ("book", "float32")],  # the book's query, key and value are put together before they are rounded
-)  # fmt: skip
+    [
+        ("hf", "bfloat16"),
+        (
+            "book",
+            "float32",
+        ),  # the book's query, key and value are put together before they are rounded
+        pytest.param("hf", "float32", marks=pytest.mark.slow),
+        pytest.param("lightning", "float32", marks=pytest.mark.slow),
+        pytest.param("lightning", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_loading_holds_the_model_once(
     shape_of_124m: dict[str, Path], form: str, dtype: str
 ) -> None:

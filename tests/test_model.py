@@ -78,7 +78,7 @@ def test_loss_at_start_is_that_of_a_guess(tied: bool) -> None:
     assert cross_entropy(model(idx), idx.roll(1)).item() == pytest.approx(math.log(5000), abs=0.3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_overfits_one_batch(tied: bool) -> None:
     model = tiny(tied_embeddings=tied).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -120,12 +120,12 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("generation", ["--repeats=1"]),
-        ("saving", ["--repeats=1"]),
+        pytest.param("generation", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
         ("windows", []),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
-        pytest.param("plan", [], marks=pytest.mark.slow),
+        pytest.param("plan", [], marks=pytest.mark.long),
         pytest.param("loading", [], marks=pytest.mark.slow),
         pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
     ],

@@ -318,14 +318,16 @@ def test_a_documented_row_is_what_plan_counts(benchmark: ModuleType) -> None:
     assert lines == documented(benchmark)[:3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_documented_table_is_what_plan_counts(benchmark: ModuleType) -> None:
     assert benchmark.table().splitlines() == documented(benchmark)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("run", range(3))
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(run, marks=pytest.mark.long if run else pytest.mark.slow) for run in range(3)],
+)
 def test_a_runs_memory_is_the_predicted_one(benchmark: ModuleType, run: int) -> None:
     """Within 15 % of the largest resident set of ``fit`` with the same settings."""
     settings = list(benchmark.RUNS.values())[run]
@@ -353,7 +355,7 @@ def test_documented_gpu_runs_are_the_measured_ones(benchmark: ModuleType) -> Non
 
 
 @pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[] if run == 1 else pytest.mark.slow) for run in range(5)]
+    "run", [pytest.param(run, marks=[] if run == 1 else pytest.mark.long) for run in range(5)]
 )
 def test_documented_gpu_runs_are_what_plan_counts(
     benchmark: ModuleType, command: Command, run: int

@@ -126,20 +126,29 @@ def stop_and_go_on(
     assert found == {key: expected[key] for key in found}
 
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-
-
 @pytest.mark.parametrize(
     "signum",
-    [SIGNALS[0], *(pytest.param(signum, marks=pytest.mark.slow) for signum in SIGNALS[1:])],
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.long),
+    ],
 )
 def test_signals(tmp_path: Path, straight: dict[str, str], signum: signal.Signals) -> None:
     stop_and_go_on(tmp_path / "run", signum, None, straight)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize(
+    ("signum", "rank"),
+    [
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.long),
+    ],
+)
 def test_signals_to_either_of_two(
     tmp_path: Path, straight_on_two: dict[str, str], signum: signal.Signals, rank: int
 ) -> None:
@@ -193,7 +202,7 @@ def test_slurm_is_asked_to_run_the_job_again_after_the_save(tmp_path: Path) -> N
 def test_sigkill_again_and_again() -> None:
     """benchmarks/kill.py, with fewer kills than there."""
     done = python(
-        str(ROOT / "benchmarks" / "kill.py"), "--kills=8", "--combinations=3", timeout=900
+        str(ROOT / "benchmarks" / "kill.py"), "--kills=4", "--combinations=2", timeout=900
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -97,7 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "ddp"])
 def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     overlay = {"ddp": DDP, "fsdp": FSDP}[name]
     fit(folder, name, *overlay, "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=2")

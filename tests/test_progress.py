@@ -14,6 +14,7 @@ STEPS = 6
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(progress, "Console", partial(Console, force_terminal=True, width=120))
 
 
@@ -57,6 +58,15 @@ def test_without_a_terminal_lines_come(fit: Command, monkeypatch: pytest.MonkeyP
     )
     assert lines == ["1", "2", "3", "4", "5", "6"]
     assert "\x1b" not in done.err
+    assert "━" not in done.err
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_dumb_terminal_has_lines_too(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    done = fit(f"--trainer.max_steps={STEPS}")
+    assert shown(done.err) == [1, 2, 3, 4, 5, 6]
     assert "━" not in done.err
 
 

@@ -30,6 +30,8 @@ VERBS = {
     ),
 }
 
+WITH_LIGHTNING = ("fit", "plan", "verify_resume")  # modules
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
@@ -69,8 +71,9 @@ def _run(arguments: list[str]) -> int:
                 from gpt_lightning.cli.parsing import suggest
 
                 raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
-            _keep_transformers_out()
             module, function, _ = VERBS[verb]
+            if module in WITH_LIGHTNING:
+                _keep_transformers_out()
             return getattr(import_module(f"{__name__}.{module}"), function)(rest) or 0
     return 0
 
@@ -87,10 +90,9 @@ def _keep_transformers_out() -> None:
             raise PackageNotFoundError(name)
         return version(name)
 
-    if (
-        getattr(imports, "_version", None) is version
-    ):  # a private name; without it a start takes longer
-        setattr(imports, "_version", without_transformers)  # noqa: B010 — nor does mypy know it
+    # a private name, which mypy does not know; where it is no more, a start takes longer
+    if getattr(imports, "_version", None) is version:
+        setattr(imports, "_version", without_transformers)  # noqa: B010
 
 
 def _help() -> str:

@@ -105,7 +105,8 @@ class RunProgress(ProgressBar):
         self._total, self._first = total, done
         self._began = self._last_line = time.monotonic()
         console = Console(stderr=True)
-        if not self._enabled or not console.is_terminal:
+        # a dumb terminal, TERM=dumb, cannot draw a line anew
+        if not self._enabled or not console.is_terminal or console.is_dumb_terminal:
             return
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),

@@ -17,6 +17,7 @@ from gpt_lightning.cli import fit as fit_module
 from gpt_lightning.cli import remarks
 from gpt_lightning.model.gpt import TransformerBlock
 from gpt_lightning.training.callbacks import LossEvaluation, TextSamples
+from gpt_lightning.training.history import loss_figure
 
 
 def same_weights(one: str, other: str) -> bool:
@@ -484,6 +485,13 @@ def test_settings_without_effect_are_said(
     said = [line for line in lines if line.startswith("gpt_lightning: ")]
     assert [line.split(": ")[1] for line in said] == told
     assert all("no effect" in line for line in said)
+
+
+def test_one_evaluation_is_seen_in_the_figure() -> None:
+    row = {"seen_epochs": 0.1, "tokens_seen": 32.0, "train_loss": 9.0, "val_loss": 9.5}
+    for rows, marker in [([row], "."), ([row, {**row, "seen_epochs": 0.2}], "")]:
+        lines = loss_figure(rows).axes[0].lines
+        assert [line.get_marker() for line in lines] == [marker, marker]
 
 
 @pytest.mark.parametrize(("bf16", "said"), [(1e9, "8 times slower"), (8e9, ""), (2e10, "")])

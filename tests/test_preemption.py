@@ -202,7 +202,7 @@ def test_slurm_is_asked_to_run_the_job_again_after_the_save(tmp_path: Path) -> N
 def test_sigkill_again_and_again() -> None:
     """benchmarks/kill.py, with fewer kills than there."""
     done = python(
-        str(ROOT / "benchmarks" / "kill.py"), "--kills=4", "--combinations=1", timeout=900
+        str(ROOT / "benchmarks" / "kill.py"), "--kills=8", "--combinations=3", timeout=900
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

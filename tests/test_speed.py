@@ -1,5 +1,6 @@
 """What makes training faster or smaller equals what is plain; costs and throughput are counted right."""
 
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -408,3 +409,13 @@ def test_peaks() -> None:
     assert list(PEAKS).index("L40S") < list(PEAKS).index("L4")
     assert measured_peak(torch.float32, 256) > 1e8
     assert math.isfinite(measured_peak(torch.bfloat16, 256))
+
+
+@pytest.mark.parametrize(("each", "size"), [(1.0, 96), (1e-6, 300)])
+def test_the_peak_is_measured_by_what_is_quick(
+    monkeypatch: pytest.MonkeyPatch, each: float, size: int
+) -> None:
+    """A product that takes a second is not followed by a larger one."""
+    clock = itertools.count(step=each)
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measured_peak(torch.float32, 300) == pytest.approx(2 * size**3 / each)

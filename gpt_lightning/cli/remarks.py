@@ -1,4 +1,4 @@
-"""What a run's settings do that is easily missed: nothing at all, or another result."""
+"""What a run's settings do that is easily missed: nothing at all, another result, or a slow run."""
 
 from collections.abc import Iterator
 

@@ -137,7 +137,7 @@ def loss_figure(rows: list[Row]) -> "Figure":
 
 
 def drawn(figure: "Figure") -> NDArray[np.uint8]:
-    """Its pixels ``(H, W, 4)``: drawing takes a third of a second, and file and TensorBoard want the same."""
+    """Its pixels ``(H, W, 4)``: drawing takes long, and file and TensorBoard want the same."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

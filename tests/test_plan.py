@@ -323,11 +323,9 @@ def test_documented_table_is_what_plan_counts(benchmark: ModuleType) -> None:
     assert benchmark.table().splitlines() == documented(benchmark)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    "run",
-    [pytest.param(run, marks=pytest.mark.long if run else pytest.mark.slow) for run in range(3)],
-)
+@pytest.mark.parametrize("run", range(3))
 def test_a_runs_memory_is_the_predicted_one(benchmark: ModuleType, run: int) -> None:
     """Within 15 % of the largest resident set of ``fit`` with the same settings."""
     settings = list(benchmark.RUNS.values())[run]

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, SMALL, Command, python
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LambdaCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +21,6 @@ from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import callbacks, saving, throughput
 from gpt_lightning.training.callbacks import LossEvaluation
-from gpt_lightning.training.hook_calls import pass_over_idle_hooks
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.saving import RunCheckpoints
 from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
@@ -365,27 +362,6 @@ def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
             rates[step] * cost.flops_per_token(config, 16) / 1e9, rel=1e-4
         )
     assert all(0.05 < gigabytes < 20 for gigabytes in logged("memory_gb").values())
-
-
-def test_idle_hooks_are_passed_over_and_no_others() -> None:
-    class Watcher(Callback):
-        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-            pass
-
-    class Heir(Watcher):
-        def on_train_batch_end(self, *args: Any) -> None:
-            pass
-
-    one, other = Watcher(), Heir()
-    by_hand = LambdaCallback(on_train_batch_end=lambda *args: None)
-    pass_over_idle_hooks([one, other, by_hand])
-    assert callable(by_hand.on_train_batch_end)
-    own = {"on_after_backward", "on_train_batch_end"}
-    assert {hook for hook in dir(other) if hook in own and callable(getattr(other, hook))} == own
-    assert callable(one.on_after_backward)
-    assert one.on_train_batch_end is None
-    assert one.on_before_zero_grad is None
-    assert callable(one.on_train_epoch_end)  # not of each step
 
 
 def test_a_profiler_that_is_asked_for_measures(fit: Command) -> None:

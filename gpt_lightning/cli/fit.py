@@ -27,8 +27,8 @@ from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callback
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS
 from gpt_lightning.training.counting import BatchCounts, MaxTokens
 from gpt_lightning.training.elastic import connect_ranks
+from gpt_lightning.training.epoch_loop import use_epoch_loop
 from gpt_lightning.training.history import RunHistory
-from gpt_lightning.training.hook_calls import Unprofiled, pass_over_idle_hooks
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
@@ -291,10 +291,7 @@ class TrainingCLI(LightningCLI):
             plugins.append(checkpoint_io)
             if settings.get("limit_val_batches") is None:
                 settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
-        pass_over_idle_hooks(callbacks)
         settings["callbacks"] = callbacks
-        if settings.get("profiler") is None and not settings.get("barebones"):
-            settings["profiler"] = Unprofiled()
         settings["logger"] = self._loggers(settings.get("logger"))
         settings["plugins"] = plugins
         settings["enable_checkpointing"] = saves
@@ -304,6 +301,7 @@ class TrainingCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"trainer: {error}") from error
         check_strategy(trainer.strategy)
+        use_epoch_loop(trainer)
         return trainer
 
     def _watchers(self, leave_traces: bool) -> list[Callback]:

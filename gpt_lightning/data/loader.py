@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,9 @@ Rng = Literal["step", "global"]
 Batch = tuple[Tensor, ...]  # inputs, targets, and where documents are kept apart, documents
 
 _AT_A_TIME = 4096  # windows whose order is computed at once
+_READ_AT_ONCE = (
+    4096  # tokens, or a batch's if those are more: reading takes its time, however little is read
+)
 
 
 class WindowLoader:
@@ -178,24 +182,30 @@ class WindowLoader:
     def _read_ahead(self, numbers: Iterator[Numbers]) -> Iterator[tuple[Numbers, Batch]]:
         """Each batch's window numbers, and the batch."""
         if not self.num_workers:
-            yield from map(self._read, numbers)
+            tokens = self.batch_size * self.windows.shape[1]
+            while several := list(islice(numbers, max(1, _READ_AT_ONCE // tokens))):
+                yield from self._read(several)
             return
         with ThreadPoolExecutor(self.num_workers) as workers:
-            ahead: deque[Future[tuple[Numbers, Batch]]] = deque()
+            ahead: deque[Future[list[tuple[Numbers, Batch]]]] = deque()
             for of_batch in numbers:
-                ahead.append(workers.submit(self._read, of_batch))
+                ahead.append(workers.submit(self._read, [of_batch]))
                 if len(ahead) > 2 * self.num_workers:
-                    yield ahead.popleft().result()
+                    yield from ahead.popleft().result()
             while ahead:
-                yield ahead.popleft().result()
+                yield from ahead.popleft().result()
 
-    def _read(self, numbers: Numbers) -> tuple[Numbers, Batch]:
-        ids = torch.from_numpy(self.windows.draw(numbers))
+    def _read(self, of_batches: list[Numbers]) -> list[tuple[Numbers, Batch]]:
+        ids = torch.from_numpy(self.windows.draw(np.concatenate(of_batches)))
+        parts = ids.split([len(numbers) for numbers in of_batches])
+        return list(zip(of_batches, map(self._batch, parts), strict=True))
+
+    def _batch(self, ids: Tensor) -> Batch:
         inputs, targets = self._pinned(ids[:, :-1]), self._pinned(ids[:, 1:])
         if not self.documents:
-            return numbers, (inputs, targets)
+            return inputs, targets
         documents = (inputs == END_OF_TEXT_ID).cumsum(dim=1)
-        return numbers, (inputs, targets, self._pinned(documents))
+        return inputs, targets, self._pinned(documents)
 
     def _pinned(self, batch: Tensor) -> Tensor:
         # what is not contiguous would be copied to memory that is not pinned, on its way

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gpt_lightning.data.order import Numbers
@@ -48,6 +49,9 @@ class Windows:
         self._mapped = [found for part in parts if (found := _mapping(part)) is not None]
         self.most_resident = _MOST_RESIDENT
         self._resident = 0
+        # of a single part, each stretch of its tokens as a row, without a copy
+        single = len(self.parts) == 1 and len(self.parts[0]) > length
+        self._rows = sliding_window_view(self.parts[0], length + 1) if single else None
 
     def __len__(self) -> int:
         return window_count(self.tokens, self.length, self.stride)
@@ -69,8 +73,11 @@ class Windows:
     def draw(self, numbers: Numbers) -> NDArray[np.int64]:
         """The numbered windows, ``(B, L + 1)``."""
         width = self.length + 1
-        drawn = np.empty((len(numbers), width), dtype=np.int64)
         starts = numbers * self.stride
+        if self._rows is not None:
+            self._let_go(len(numbers) * (2 * width + _FAULT))
+            return self._rows[starts].astype(np.int64)
+        drawn = np.empty((len(numbers), width), dtype=np.int64)
         parts = np.searchsorted(self._ends, starts, side="right")
         for row, part, start in zip(drawn, parts.tolist(), starts.tolist(), strict=True):
             piece = self.parts[part]

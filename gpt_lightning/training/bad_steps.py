@@ -40,7 +40,7 @@ class _Update:
         return loss, grad_norm
 
 
-def _judges_later(module: GPTLightningModule) -> bool:
+def _judges_later(module: LightningModule) -> bool:
     """Whether an update is judged when the next one is due, so that a GPU never waits for the judgement."""
     return module.device.type == "cuda" and module.device_mesh is None
 
@@ -73,13 +73,19 @@ class BadSteps(Callback):
         self.skip_spikes = skip_spikes
         self.skipped = 0
         self._in_row = 0
+        self._watches = True
+        self._judges_later = False
         self._loss: Tensor | None = None
         self._windows: list[NDArray[np.int64]] = []
         self._waiting: _Update | None = None
         self._good: deque[tuple[float, float]] = deque(maxlen=SPIKE_STEPS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.precision == "16-mixed" and trainer.is_global_zero:
+        self._watches = (
+            trainer.precision != "16-mixed"
+        )  # its scaler expects bad steps, and skips them
+        self._judges_later = self._watches and not self.skip_spikes and _judges_later(pl_module)
+        if not self._watches and trainer.is_global_zero:
             print(
                 "gpt_lightning: trainer.precision: with 16-mixed a gradient scaler skips updates that are not finite; "
                 "bad_steps, max_bad_steps and skip_spikes have no effect, AdamW is not fused, and a loss by chunks "
@@ -105,19 +111,20 @@ class BadSteps(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if trainer.precision == "16-mixed":  # its scaler expects such gradients, and skips them
+        if not self._watches:
             return
         assert isinstance(pl_module, GPTLightningModule)
         assert self._loss is not None
-        loss, grad_norm = self._loss.float(), pl_module.grad_norm().float()
+        loss, grad_norm = self._loss, pl_module.grad_norm()
         if trainer.world_size > 1:
             loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
-        both = torch.stack([loss, grad_norm])
-        if self.skip_spikes or not _judges_later(pl_module):
-            if not self._is_good(trainer, trainer.global_step, self._windows, *both.tolist()):
+        if not self._judges_later:
+            figures = float(loss), float(grad_norm)
+            if not self._is_good(trainer, trainer.global_step, self._windows, *figures):
                 # AdamW passes over parameters without gradient
                 optimizer.zero_grad(set_to_none=True)
             return
+        both = torch.stack([loss.float(), grad_norm])
         self._judge_waiting(trainer)
         # the fused step reads it where it runs, and leaves everything as it was where it is 1
         optimizer.found_inf = (~both.isfinite().all()).float()  # type: ignore[attr-defined]

@@ -160,13 +160,8 @@ class LossEvaluation(Callback):
             self._rate,
         ]
         self.row = {"step": step, "epoch": epoch, **dict(zip(self.TAGS, figures, strict=True))}
-        module.log_dict(
-            {"train_loss": train_loss, "val_loss": val_loss},
-            logger=False,
-            on_step=True,
-            on_epoch=False,
-            sync_dist=False,
-        )
+        losses = {"train_loss": train_loss, "val_loss": val_loss}
+        trainer.callback_metrics.update((tag, torch.tensor(loss)) for tag, loss in losses.items())
         if trainer.is_global_zero:
             print(
                 f"Ep {epoch} (Step {step:06d}): "

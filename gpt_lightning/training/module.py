@@ -110,16 +110,10 @@ class GPTLightningModule(LightningModule):
                                    "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenMean() for split in SPLITS})
-        self._grad_norm: Tensor | None = None
+        self._grad_norm: list[Tensor] = []  # of the step under way, once it is asked for
         self._start: Source | None = None
         self._start_with_moments = False
         self._random_numbers: dict[str, Tensor] | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # Lightning's note of the hook it is in, 40 times a step
-            self.__dict__[name] = value  # without a look at parameters, buffers and modules
-        else:
-            super().__setattr__(name, value)
 
     def start_from(self, source: Source, *, with_optimizer: bool = False) -> None:
         """Begin the run with old weights, and old moments if asked, in place of fresh ones.
@@ -207,25 +201,25 @@ class GPTLightningModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.rng == "step":
-            micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-            seed_micro_batch(
-                self.seed, self.trainer.global_step, micro_batch, self.trainer.global_rank
-            )
+            trainer = self.trainer
+            micro_batch = batch_idx % trainer.accumulate_grad_batches
+            seed_micro_batch(self.seed, trainer.global_step, micro_batch, trainer.global_rank)
 
     def grad_norm(self) -> Tensor:
         """Of the step under way, over all parameters, before clipping; computed once a step."""
-        if self._grad_norm is None:
-            groups = self._optimizer().param_groups
-            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            self._grad_norm = total_norm(grads)
-        return self._grad_norm
+        if not self._grad_norm:
+            groups = self.trainer.optimizers[0].param_groups
+            of_all = (p.grad for group in groups for p in group["params"])
+            self._grad_norm.append(total_norm([grad for grad in of_all if grad is not None]))
+        return self._grad_norm[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self._grad_norm = None
-        self.tokens_seen += batch[0].numel() * self.trainer.world_size
+        self._grad_norm.clear()
+        trainer = self.trainer
+        self.tokens_seen += batch[0].numel() * trainer.world_size
         loss = self.loss(batch)
         # Lightning divides by accumulate_grad_batches; an epoch's last update may be of fewer
-        batches, an_update = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        batches, an_update = trainer.num_training_batches, trainer.accumulate_grad_batches
         fewer = 0 if batches == math.inf else int(batches) % an_update
         return loss * (an_update / fewer) if fewer and batch_idx >= batches - fewer else loss
 

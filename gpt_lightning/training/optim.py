@@ -57,13 +57,13 @@ def _norm_on_cpu(parts: list[Tensor]) -> Tensor:
     """Of blocks first, then of their norms and of what is left over, all in one."""
     pieces: list[Tensor] = []
     for part in parts:
-        elements = part.flatten()
-        dtype = torch.promote_types(elements.dtype, torch.float32)
-        whole = len(elements) // _BLOCK * _BLOCK
-        if whole:
+        elements = part if part.ndim == 1 else part.flatten()
+        if whole := part.numel() // _BLOCK * _BLOCK:
+            dtype = torch.promote_types(part.dtype, torch.float32)
             blocks = elements[:whole].view(-1, _BLOCK)
             pieces.append(torch.linalg.vector_norm(blocks, dim=-1, dtype=dtype))
-        pieces.append(elements[whole:].to(dtype))
+            elements = elements[whole:]
+        pieces.append(elements)
     return torch.linalg.vector_norm(torch.cat(pieces), dtype=torch.float64)
 
 
@@ -73,12 +73,13 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     On a CPU by blocks: torch sums a whole tensor's squares up in float32, which makes the norm of the
     124M's embedding 0.3 % too small, and another one of its shards.
     """
-    parts = [local(gradient) for gradient in gradients]
+    first = gradients[0] if gradients else None
+    parts = [local(g) for g in gradients] if isinstance(first, DTensor) else gradients
     on_cpu = bool(parts) and parts[0].device.type == "cpu"
     norm = _norm_on_cpu(parts) if on_cpu else nn.utils.get_total_norm(parts)
-    if gradients and isinstance(gradients[0], DTensor):
+    if isinstance(first, DTensor):
         squares = norm.double().square()
-        dist.all_reduce(squares, group=gradients[0].device_mesh.get_group())
+        dist.all_reduce(squares, group=first.device_mesh.get_group())
         norm = squares.sqrt()
     return norm.float()
 

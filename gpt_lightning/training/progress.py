@@ -37,7 +37,7 @@ class RunProgress(ProgressBar):
         self._last_line = 0.0
         self._shown = 0.0
         self._done = 0
-        self._note = ""
+        self._val_loss: float | None = None
 
     def disable(self) -> None:
         self._enabled = False
@@ -66,11 +66,8 @@ class RunProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self._evaluation is None:
-            self._advance(trainer.global_step, "")
-            return
-        loss = self._evaluation.row.get("val_loss")
-        self._advance(trainer.global_step, "" if loss is None else f"val_loss {loss:.3f}")
+        loss = self._evaluation.row.get("val_loss") if self._evaluation else None
+        self._advance(trainer.global_step, loss)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -90,7 +87,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         if trainer.state.fn == "validate":
             done = sum(trainer.num_val_batches[:dataloader_idx]) + batch_idx + 1
-            self._advance(int(done), "")
+            self._advance(int(done), None)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -121,16 +118,16 @@ class RunProgress(ProgressBar):
             refresh_per_second=1 / SECONDS_BETWEEN_LOOKS,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
-        self._done, self._note = done, ""
+        self._done, self._val_loss = done, None
         self._bar.add_task(what, total=total, completed=done, note="")
         self._bar.start()
 
-    def _advance(self, done: int, note: str) -> None:
+    def _advance(self, done: int, val_loss: float | None) -> None:
         if not self._enabled:
             return
         now = time.monotonic()
         if self._bar is not None:
-            self._done, self._note = done, note
+            self._done, self._val_loss = done, val_loss
             if now - self._shown >= SECONDS_BETWEEN_LOOKS:
                 self._shown = now
                 self._show()
@@ -145,7 +142,8 @@ class RunProgress(ProgressBar):
 
     def _show(self) -> None:
         assert self._bar is not None
-        self._bar.update(self._bar.task_ids[0], completed=self._done, note=self._note)
+        note = "" if self._val_loss is None else f"val_loss {self._val_loss:.3f}"
+        self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -156,11 +154,15 @@ class RunProgress(ProgressBar):
 
 def total_steps(trainer: Trainer) -> int | None:
     """Updates after which the run ends, by ``max_steps``, ``max_epochs`` or ``max_tokens``; none: by neither."""
+    by_tokens = [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
+    return min((n for n in [most_steps(trainer), *by_tokens] if n is not None), default=None)
+
+
+def most_steps(trainer: Trainer) -> int | None:
+    """By ``max_steps`` and ``max_epochs`` alone, which stays the same in a run."""
     batches = trainer.num_training_batches
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and batches != float("inf"):
         per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
         limits.append(trainer.max_epochs * per_epoch)
-    by_tokens = [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
-    limits += [step for step in by_tokens if step is not None]
     return min(limits, default=None)

@@ -32,5 +32,5 @@ def set_global_state(state: dict[str, Tensor]) -> None:
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     value = seed_from(seed, step, micro_batch, rank)
     torch.default_generator.manual_seed(value)  # 1.4 µs; torch.manual_seed takes 125
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # as it is where a GPU trains
         torch.cuda.manual_seed(value)

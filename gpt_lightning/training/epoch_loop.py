@@ -1,0 +1,152 @@
+"""Lightning's loop over an epoch's batches, whose usual step runs straight through.
+
+Lightning's own asks each callback for each hook, wraps a step in closures, contexts and names for a profiler,
+and on several devices has all of them wait for each other before each batch: of a very small model's step
+that was a third (benchmarks/README.md).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import ParallelStrategy
+
+from gpt_lightning.data.loader import Batch
+
+_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """The same steps, hooks in the same order, counts and state as Lightning's, for the strategies of this project.
+
+    Lightning's own runs where it does more: with a profiler, the gradient scaler of 16-mixed, a callback's learning
+    rates (StochasticWeightAveraging) or averaged replicas, and for the first batch of a resumed run. A hook ends no epoch by returning -1 here; ``trainer.should_stop`` ends the run.
+    """
+
+    def on_run_start(self, data_fetcher: Any) -> None:
+        super().on_run_start(data_fetcher)
+        trainer, module = self.trainer, self.trainer.lightning_module
+        self._straight = (
+            type(trainer.profiler) is PassThroughProfiler
+            and getattr(trainer.precision_plugin, "scaler", None) is None
+            and getattr(trainer.strategy, "_model_averager", None) is None  # DDP's local SGD
+            and not trainer.lr_scheduler_configs  # a callback's
+        )
+        if self._straight:
+            data_fetcher._start_profiler = data_fetcher._stop_profiler = _nothing
+        self._validates = trainer.enable_validation or bool(trainer.lr_scheduler_configs)
+        self._calls = {hook: _calls(hook, trainer.callbacks, trainer, module) for hook in _HOOKS}
+        self._module_state = vars(module)  # nn.Module is slow in setting an attribute
+
+    @property
+    def global_step(self) -> int:
+        """Updates so far; Lightning's asks the module first whether it counts them itself."""
+        return self.automatic_optimization.optim_progress.optimizer_steps
+
+    def advance(self, data_fetcher: Any) -> None:
+        """A batch: a step, or with accumulation a part of one."""
+        if self.restarting or not self._straight:
+            super().advance(data_fetcher)
+            return
+        trainer, progress = self.trainer, self.batch_progress
+        batch, _, _ = next(data_fetcher)
+        batch_idx = progress.current.ready
+        progress.is_last_batch = data_fetcher.done
+        if trainer.strategy.root_device.type != "cpu":  # where the loader makes them
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)
+        self._call("on_train_batch_start", batch, batch_idx)
+        progress.increment_started()
+        outputs = self._update(batch, batch_idx)
+        progress.increment_processed()
+        self._call("on_train_batch_end", outputs, batch, batch_idx)
+        logged = bool(self._results)  # by self.log
+        if logged:
+            trainer._logger_connector.on_batch_end()
+        progress.increment_completed()
+        if logged:
+            trainer._logger_connector.update_train_step_metrics()
+        self._results.batch = None
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validation, where Lightning's loop does it and not an evaluation of ours."""
+        if self._validates or self.trainer.should_stop or self.trainer.received_sigterm:
+            super().on_advance_end(data_fetcher)
+        elif not self._should_accumulate():
+            self._batches_that_stepped += 1
+
+    def _update(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        trainer = self.trainer
+        strategy = trainer.strategy
+        counts = self.automatic_optimization.optim_progress.optimizer
+        optimizer = trainer.optimizers[0]
+        accumulates = self._should_accumulate()
+        if not accumulates:
+            counts.step.increment_ready()
+        waits = accumulates and isinstance(strategy, ParallelStrategy)
+        with strategy.block_backward_sync() if waits else nullcontext():
+            loss = strategy.training_step(batch, batch_idx)
+            if trainer.accumulate_grad_batches > 1:
+                loss = loss / trainer.accumulate_grad_batches
+            if batch_idx % trainer.accumulate_grad_batches == 0:
+                counts.zero_grad.increment_ready()
+                self._call("on_before_zero_grad", optimizer)
+                counts.zero_grad.increment_started()
+                optimizer.zero_grad()
+                counts.zero_grad.increment_completed()
+            self._call("on_before_backward", loss)
+            loss.backward()
+            self._call("on_after_backward")
+        if not accumulates:
+            self._call("on_before_optimizer_step", optimizer)
+            trainer.lightning_module.configure_gradient_clipping(
+                optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            )
+            optimizer.step()
+            counts.step.increment_completed()
+        return {"loss": loss.detach()}
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        if not (calls := self._calls[hook]):
+            return
+        self._module_state["_current_fx_name"] = hook  # for self.log
+        for call in calls:
+            call(*arguments)
+        self._module_state["_current_fx_name"] = None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _calls(
+    hook: str, callbacks: list[Callback], trainer: Trainer, module: LightningModule
+) -> list[Callable[..., object]]:
+    """Of the callbacks, then the module, those that have made ``hook`` their own."""
+    calls: list[Callable[..., object]] = [
+        partial(getattr(callback, hook), trainer, module)
+        for callback in callbacks
+        if hook in vars(callback)  # as LambdaCallback's
+        or getattr(type(callback), hook) is not getattr(Callback, hook)
+    ]
+    if getattr(type(module), hook) is not getattr(LightningModule, hook):
+        calls.append(getattr(module, hook))
+    return calls
+
+
+def use_epoch_loop(trainer: Trainer) -> None:
+    """In place of Lightning's."""
+    loop = trainer.fit_loop
+    loop.epoch_loop = EpochLoop(trainer, loop.epoch_loop.min_steps, loop.epoch_loop.max_steps)

@@ -1,0 +1,147 @@
+"""The loop's straight step is Lightning's: hooks in the same order, counts, figures, state and bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
+from test_durability import same_bits
+
+from gpt_lightning import GPTConfig
+from gpt_lightning.cli import fit as fit_command
+from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.training import epoch_loop
+from gpt_lightning.training.module import GPTLightningModule
+
+LAST = Path("checkpoints/quickstart/last.ckpt")
+RECORDED = ["--allow_import=test_epoch_loop", "--trainer.callbacks+=test_epoch_loop.Record",
+            "--trainer.log_every_n_steps=1"]  # fmt: skip
+
+
+class Record(Callback):
+    """What each hook of a step sees."""
+
+    seen: list[Any] = []  # noqa: RUF012
+
+    def _note(self, hook: str, trainer: Any, module: Any, *what: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        counts = vars(loop.batch_progress.current), vars(loop.batch_progress.total)
+        updates = loop.automatic_optimization.optim_progress.optimizer
+        self.seen.append([hook, module._current_fx_name, trainer.global_step, trainer.is_last_batch,
+                          *(dict(c) for c in counts), str(updates), *what])  # fmt: skip
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self._note("start", trainer, module, [part.tolist() for part in batch], batch_idx)
+
+    def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self._note("zero_grad", trainer, module, type(optimizer), self._gradients(module))
+
+    def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
+        self._note("backward", trainer, module, loss.item())
+
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        self._note("after_backward", trainer, module, self._gradients(module))
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self._note("step", trainer, module, type(optimizer), self._gradients(module))
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module.log("own", outputs["loss"], on_step=True, on_epoch=True)
+        self._note("end", trainer, module, {k: float(v) for k, v in outputs.items()}, batch_idx,
+                   {k: float(v) for k, v in sorted(trainer.logged_metrics.items()) if "own" in k})  # fmt: skip
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        figures = {**trainer.logged_metrics, **trainer.callback_metrics}
+        self._note("epoch_end", trainer, module, {k: float(v) for k, v in sorted(figures.items())})
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self._note("validated", trainer, module)
+
+    @staticmethod
+    def _gradients(module: Any) -> list[float | None]:
+        return [None if p.grad is None else float(p.grad.sum()) for p in module.parameters()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        # epochs end within an update
+        ["--trainer.accumulate_grad_batches=3", "--trainer.gradient_clip_val=0.5"],
+        ["--trainer.precision=bf16-mixed", "--model.config.drop_rate=0.2"],
+        ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"],
+        ["--data.num_workers=1", "--trainer.limit_train_batches=4", "--rng=global"],
+    ],
+    ids=["plain", "accumulated", "bf16", "validated", "limited"],
+)
+def test_a_step_is_lightnings(
+    settings: list[str], fit: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = []
+    for own in (True, False):
+        if not own:
+            monkeypatch.setattr(fit_command, "use_epoch_loop", lambda trainer: None)
+        (tmp_path / str(own)).mkdir()
+        monkeypatch.chdir(tmp_path / str(own))
+        monkeypatch.setattr(Record, "seen", [])
+        steps = ["--trainer.max_epochs=-1", "--evaluation.eval_freq=3", *settings]
+        first = fit(*RECORDED, *steps, "--trainer.max_steps=4")
+        resumed = fit(*RECORDED, *steps, "--trainer.max_steps=9", "--ckpt_path=last")
+        runs.append((Record.seen, first.out + resumed.out, read_checkpoint(LAST)))
+    (seen, out, state), (lightnings, its_out, its_state) = runs
+    assert len(seen) > 40
+    for one, other in zip(seen, lightnings, strict=True):
+        assert one == other
+    assert out == its_out
+    assert same_bits(state["state_dict"], its_state["state_dict"])
+    assert same_bits(state["optimizer_states"], its_state["optimizer_states"])
+    assert state["loops"] == its_state["loops"]
+
+
+def test_it_is_the_straight_step_that_runs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    real = epoch_loop.EpochLoop._update
+
+    def count(self: Any, batch: Any, batch_idx: int) -> Any:
+        counted.append(batch_idx)
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(epoch_loop.EpochLoop, "_update", count)
+    fit("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=1")
+    assert counted == [0, 1, 2, 3]
+    fit("--trainer.max_steps=6", "--ckpt_path=last")
+    assert counted[4:] == [5]  # the first batch of a resumed run is Lightning's
+    fit("--trainer.max_steps=2", "--trainer.profiler=simple", "--run=profiled")
+    assert len(counted) == 5
+
+
+def test_hooks_that_are_called() -> None:
+    """A callback's own, an inherited one, and one that was set on the object."""
+
+    class Watcher(Callback):
+        def on_after_backward(self, *arguments: Any) -> None:
+            pass
+
+    class Heir(Watcher):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            pass
+
+    by_hand = LambdaCallback(on_train_batch_end=lambda *arguments: None)
+    module = GPTLightningModule(GPTConfig(emb_dim=8, n_heads=1, n_layers=1))
+    trainer: Any = None
+    found = {
+        hook: len(epoch_loop._calls(hook, [Watcher(), Heir(), by_hand], trainer, module))
+        for hook in epoch_loop._HOOKS
+    }
+    assert found == {
+        "on_train_batch_start": 1,  # the module's, which seeds
+        "on_before_zero_grad": 0,
+        "on_before_backward": 0,
+        "on_after_backward": 2,
+        "on_before_optimizer_step": 1,  # the module's, which sets the learning rate
+        "on_train_batch_end": 2,
+    }

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+# of pytest-xdist's processes each has one core, and so have the commands that they start
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from gpt_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ import math
 import statistics
 import sys
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt_lightning.data.loader import Batch, WindowLoader
+from gpt_lightning.training.arriving import Arriving
 from gpt_lightning.training.figures import log_figures
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -21,23 +23,13 @@ OnBadStep = Literal["stop", "skip"]
 SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
 
 
+@dataclass(frozen=True)
 class _Update:
-    """Loss and gradient norm of one, ``(2,)``, on their way from a GPU."""
+    """One that is yet to be judged; of its figures, loss and gradient norm ``(2,)``."""
 
-    def __init__(self, step: int, windows: list[NDArray[np.int64]], figures: Tensor) -> None:
-        self.step = step
-        self.windows = windows
-        self._figures = figures.to("cpu", non_blocking=True)
-        self._arrived: torch.cuda.Event | None = None
-        if figures.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> tuple[float, float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        loss, grad_norm = self._figures.tolist()
-        return loss, grad_norm
+    step: int
+    windows: list[NDArray[np.int64]]
+    figures: Arriving
 
 
 def _judges_later(module: LightningModule) -> bool:
@@ -128,7 +120,7 @@ class BadSteps(Callback):
         self._judge_waiting(trainer)
         # the fused step reads it where it runs, and leaves everything as it was where it is 1
         optimizer.found_inf = (~both.isfinite().all()).float()  # type: ignore[attr-defined]
-        self._waiting = _Update(trainer.global_step, self._windows, both)
+        self._waiting = _Update(trainer.global_step, self._windows, Arriving(both))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge_waiting(trainer)
@@ -142,7 +134,7 @@ class BadSteps(Callback):
     def _judge_waiting(self, trainer: Trainer) -> None:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._is_good(trainer, waiting.step, waiting.windows, *waiting.read())
+            self._is_good(trainer, waiting.step, waiting.windows, *waiting.figures.read().tolist())
 
     def _is_good(
         self,

@@ -11,18 +11,26 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gpt_lightning.training.arriving import Arriving
+
 # and what the command's exit code says; SLURM's warning is one to terminate
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 if hasattr(signal, "SIGUSR1"):
     EXIT_CODES[signal.SIGUSR1] = 143
 
 
+def _reads_later(device: torch.device) -> bool:
+    """Whether the ranks' comparison is looked at an update later, so that a GPU never waits for it."""
+    return device.type == "cuda"
+
+
 class Preemption(Callback):
     """Stops the run after the update under way, on all ranks the same, whichever got the signal.
 
-    A handler only sets a flag, which the ranks compare after each update. A second SIGINT interrupts at
-    once. It takes the place of Lightning's handlers while it trains: those of 2.6.6 leave with 0, and wait
-    forever when the signal went to another rank than the first.
+    A handler only sets a flag, which the ranks compare after each update; of several GPUs none waits for the
+    comparison, and they stop one update later. A second SIGINT interrupts at once. It takes the place of
+    Lightning's handlers while it trains: those of 2.6.6 leave with 0, and wait forever when the signal went
+    to another rank than the first.
 
     Attributes:
         received: The signal that stopped the run.
@@ -31,6 +39,7 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._pending = 0
+        self._compared: Arriving | None = None
         self._seen_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,11 +64,7 @@ class Preemption(Callback):
         if trainer.global_step == self._seen_step:  # gradients are being accumulated
             return
         self._seen_step = trainer.global_step
-        signum = self._pending
-        if trainer.world_size > 1:
-            noted = torch.tensor(signum, device=pl_module.device)
-            torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
-            signum = int(noted)
+        signum = self._of_all_ranks(pl_module.device) if trainer.world_size > 1 else self._pending
         if not signum or self.received is not None:
             return
         self.received = signal.Signals(signum)
@@ -73,6 +78,14 @@ class Preemption(Callback):
         trainer.fit_loop.min_epochs = 0
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.should_stop = True
+
+    def _of_all_ranks(self, device: torch.device) -> int:
+        """The highest that any rank has noted, by this update or by the one before."""
+        noted = torch.full((), self._pending, device=device)
+        torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
+        before, self._compared = self._compared, Arriving(noted)
+        compared = before if _reads_later(device) else self._compared
+        return 0 if compared is None else int(compared.read())
 
     @property
     def exit_code(self) -> int:

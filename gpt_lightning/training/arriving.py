@@ -1,0 +1,21 @@
+"""Figures that the host reads once a GPU has computed them, without waiting for what it does meanwhile."""
+
+import torch
+from torch import Tensor
+
+
+class Arriving:
+    """A tensor's copy on its way to main memory; on a CPU it is there at once."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """Waits for it alone, not for what was asked of the GPU since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy

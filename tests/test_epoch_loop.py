@@ -25,6 +25,20 @@ class Record(Callback):
 
     seen: list[Any] = []  # noqa: RUF012
 
+    def __init__(self, logs: bool = True) -> None:
+        self.logs = logs
+        if not logs:
+            self.on_before_zero_grad = None  # type: ignore[assignment]
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        module.configure_model()
+        if self.logs:  # from within the forward pass too
+            module.model.register_forward_hook(
+                lambda model, args, out: (
+                    module.log("largest", out.max()) if module.training else None
+                )
+            )
+
     def _note(self, hook: str, trainer: Any, module: Any, *what: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
         counts = vars(loop.batch_progress.current), vars(loop.batch_progress.total)
@@ -50,7 +64,8 @@ class Record(Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        module.log("own", outputs["loss"], on_step=True, on_epoch=True)
+        if self.logs:
+            module.log("own", outputs["loss"], on_step=True, on_epoch=True)
         self._note("end", trainer, module, {k: float(v) for k, v in outputs.items()}, batch_idx,
                    {k: float(v) for k, v in sorted(trainer.logged_metrics.items()) if "own" in k})  # fmt: skip
 
@@ -59,11 +74,19 @@ class Record(Callback):
         self._note("epoch_end", trainer, module, {k: float(v) for k, v in sorted(figures.items())})
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
-        self._note("validated", trainer, module)
+        figures = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        self._note("validated", trainer, module, figures)
 
     @staticmethod
     def _gradients(module: Any) -> list[float | None]:
         return [None if p.grad is None else float(p.grad.sum()) for p in module.parameters()]
+
+
+class StopsOnce(Callback):
+    """As EarlyStopping does, with Lightning's first validation."""
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        trainer.should_stop = trainer.max_steps == 4 and not trainer.sanity_checking
 
 
 @pytest.mark.parametrize(
@@ -75,8 +98,30 @@ class Record(Callback):
         ["--trainer.precision=bf16-mixed", "--model.config.drop_rate=0.2"],
         ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"],
         ["--data.num_workers=1", "--trainer.limit_train_batches=4", "--rng=global"],
+        ["--trainer.callbacks.logs=false", "--data.batch_size=1"],
+        [
+            "--trainer.callbacks+=GradientAccumulationScheduler",
+            "--trainer.callbacks.scheduling={0: 2, 1: 3}",
+        ],
+        # saved in later hooks than ours, and resumed with Lightning's validation due
+        [
+            "--trainer.limit_val_batches=2",
+            "--trainer.val_check_interval=2",
+            "--data.train_ratio=0.3",
+            "--checkpoint.every_n_train_steps=1000",
+            "--trainer.callbacks+=test_epoch_loop.StopsOnce",
+        ],
     ],
-    ids=["plain", "accumulated", "bf16", "validated", "limited"],
+    ids=[
+        "plain",
+        "accumulated",
+        "bf16",
+        "validated",
+        "limited",
+        "nothing logged",
+        "scheduled",
+        "stopped",
+    ],
 )
 def test_a_step_is_lightnings(
     settings: list[str], fit: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -100,6 +145,25 @@ def test_a_step_is_lightnings(
     assert same_bits(state["state_dict"], its_state["state_dict"])
     assert same_bits(state["optimizer_states"], its_state["optimizer_states"])
     assert state["loops"] == its_state["loops"]
+
+
+def test_a_run_whose_updates_a_callback_sizes_goes_on_with_the_next_epoch(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many updates an epoch has is not known as it begins."""
+    settings = [*RECORDED, "--checkpoint.every_n_train_steps=1000",
+                "--trainer.callbacks+=GradientAccumulationScheduler",
+                "--trainer.callbacks.scheduling={0: 2}"]  # fmt: skip
+    batches = []
+    for runs in ([3], [1, 3]):
+        monkeypatch.setattr(Record, "seen", [])
+        for epochs in runs:
+            more = ["--ckpt_path=last"] if epochs != runs[0] else []
+            fit(*settings, *more, f"--run=of-{len(runs)}", f"--trainer.max_epochs={epochs}")
+        batches.append([what[7] for what in Record.seen if what[0] == "start"])
+    whole, resumed = batches
+    assert len(whole) > 3
+    assert whole == resumed
 
 
 def test_it_is_the_straight_step_that_runs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,8 @@ class WindowLoader:
         whole_updates: Whether a last update of fewer batches is left out too.
         max_batches: Where a pass ends that is to be cut short (Lightning's ``limit_train_batches``); none:
             with the last batch. ``len`` does not know it.
-        num_workers: Threads that read batches ahead; with none each is read when it is asked for. The
-            batches are the same.
+        num_workers: Threads that read batches ahead; with none they are read when they are asked for,
+            small ones several at a time. The batches are the same.
         pin_memory: Whether they are put where a GPU can copy them from while it computes.
         documents: Whether a batch has a third tensor ``(B, L)``, the same number for the same document. A
             document begins with its ``<|endoftext|>``.

@@ -75,8 +75,9 @@ class Windows:
         width = self.length + 1
         starts = numbers * self.stride
         if self._rows is not None:
+            drawn = self._rows[starts].astype(np.int64)
             self._let_go(len(numbers) * (2 * width + _FAULT))
-            return self._rows[starts].astype(np.int64)
+            return drawn
         drawn = np.empty((len(numbers), width), dtype=np.int64)
         parts = np.searchsorted(self._ends, starts, side="right")
         for row, part, start in zip(drawn, parts.tolist(), starts.tolist(), strict=True):

@@ -109,7 +109,7 @@ class BadSteps(Callback):
         assert self._loss is not None
         loss, grad_norm = self._loss, pl_module.grad_norm()
         if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+            loss = trainer.strategy.reduce(loss.float().clone(), reduce_op="mean")
         if not self._judges_later:
             figures = float(loss), float(grad_norm)
             if not self._is_good(trainer, trainer.global_step, self._windows, *figures):

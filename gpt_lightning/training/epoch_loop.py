@@ -12,11 +12,21 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import (
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 
 from gpt_lightning.data.loader import Batch
+from gpt_lightning.training.sharding import FullyShardedStrategy
 
+# those that do no more in a step than is done here; ones derived from them may
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy)
+_PRECISIONS = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 _HOOKS = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -28,10 +38,12 @@ _HOOKS = (
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """The same steps, hooks in the same order, counts and state as Lightning's, for the strategies of this project.
+    """The same steps, hooks in the same order, counts and state as Lightning's.
 
-    Lightning's own runs where it does more: with a profiler, the gradient scaler of 16-mixed, a callback's learning
-    rates (StochasticWeightAveraging) or averaged replicas, and for the first batch of a resumed run. A hook ends no epoch by returning -1 here; ``trainer.should_stop`` ends the run.
+    Lightning's own runs where it does more: with a profiler, another's strategy or precision, the gradient scaler
+    of 16-mixed, a callback's learning rates (StochasticWeightAveraging), averaged replicas, and for the first batch
+    of a resumed run. Callbacks and their hooks are looked up as an epoch begins. A hook ends no epoch by
+    returning -1; ``trainer.should_stop`` ends the run.
     """
 
     def on_run_start(self, data_fetcher: Any) -> None:
@@ -39,6 +51,8 @@ class EpochLoop(_TrainingEpochLoop):
         trainer, module = self.trainer, self.trainer.lightning_module
         self._straight = (
             type(trainer.profiler) is PassThroughProfiler
+            and type(trainer.strategy) in _STRATEGIES
+            and type(trainer.precision_plugin) in _PRECISIONS
             and getattr(trainer.precision_plugin, "scaler", None) is None
             and getattr(trainer.strategy, "_model_averager", None) is None  # DDP's local SGD
             and not trainer.lr_scheduler_configs  # a callback's
@@ -60,6 +74,8 @@ class EpochLoop(_TrainingEpochLoop):
             super().advance(data_fetcher)
             return
         trainer, progress = self.trainer, self.batch_progress
+        if self.val_loop.restarting:  # the first batch may have left it so
+            self.val_loop.restarting = False
         batch, _, _ = next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -97,7 +113,9 @@ class EpochLoop(_TrainingEpochLoop):
             counts.step.increment_ready()
         waits = accumulates and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if waits else nullcontext():
+            self._module_state["_current_fx_name"] = "training_step"
             loss = strategy.training_step(batch, batch_idx)
+            self._module_state["_current_fx_name"] = None
             if trainer.accumulate_grad_batches > 1:
                 loss = loss / trainer.accumulate_grad_batches
             if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -138,8 +156,11 @@ def _calls(
     calls: list[Callable[..., object]] = [
         partial(getattr(callback, hook), trainer, module)
         for callback in callbacks
-        if hook in vars(callback)  # as LambdaCallback's
-        or getattr(type(callback), hook) is not getattr(Callback, hook)
+        if callable(getattr(callback, hook))
+        and (
+            hook in vars(callback)  # as LambdaCallback's
+            or getattr(type(callback), hook) is not getattr(Callback, hook)
+        )
     ]
     if getattr(type(module), hook) is not getattr(LightningModule, hook):
         calls.append(getattr(module, hook))

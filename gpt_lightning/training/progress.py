@@ -154,15 +154,11 @@ class RunProgress(ProgressBar):
 
 def total_steps(trainer: Trainer) -> int | None:
     """Updates after which the run ends, by ``max_steps``, ``max_epochs`` or ``max_tokens``; none: by neither."""
-    by_tokens = [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
-    return min((n for n in [most_steps(trainer), *by_tokens] if n is not None), default=None)
-
-
-def most_steps(trainer: Trainer) -> int | None:
-    """By ``max_steps`` and ``max_epochs`` alone, which stays the same in a run."""
     batches = trainer.num_training_batches
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and batches != float("inf"):
         per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
         limits.append(trainer.max_epochs * per_epoch)
+    by_tokens = [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
+    limits += [step for step in by_tokens if step is not None]
     return min(limits, default=None)

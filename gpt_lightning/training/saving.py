@@ -23,7 +23,6 @@ from gpt_lightning.training.checkpoint import (
     copy_of,
     remove_leftovers,
 )
-from gpt_lightning.training.progress import most_steps
 from gpt_lightning.training.sharding import local
 from gpt_lightning.training.throughput import TrainingClock
 
@@ -101,11 +100,9 @@ class RunCheckpoints(Checkpoint):
         self._being_written: dict[str, Any] | None = None  # a best that may yet have failed
         self._seen_step = -1
         self._saved_step = -1
-        self._most_steps: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = self._saved_step = trainer.global_step
-        self._most_steps = most_steps(trainer)
         # on all ranks alike, so that none waits for one that has refused
         try:
             check_content(trainer._checkpoint_connector.dump_checkpoint())
@@ -159,7 +156,7 @@ class RunCheckpoints(Checkpoint):
             self._best = self._being_written = None  # memory for the copy
             with self.clock.stopped(pl_module.device):
                 self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
-        ends = trainer.should_stop or step == self._most_steps
+        ends = trainer.should_stop or step == trainer.max_steps or _ends_the_last_epoch(trainer)
         if ends or self._is_due(trainer):
             with self.clock.stopped(pl_module.device):
                 self._save(trainer, pl_module, ends=ends)
@@ -227,3 +224,7 @@ class RunCheckpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_val_loss = state_dict["best_val_loss"]
+
+
+def _ends_the_last_epoch(trainer: Trainer) -> bool:
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs

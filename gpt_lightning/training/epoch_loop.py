@@ -49,17 +49,20 @@ class EpochLoop(_TrainingEpochLoop):
     def on_run_start(self, data_fetcher: Any) -> None:
         super().on_run_start(data_fetcher)
         trainer, module = self.trainer, self.trainer.lightning_module
+        strategy = trainer.strategy
         self._straight = (
             type(trainer.profiler) is PassThroughProfiler
-            and type(trainer.strategy) in _STRATEGIES
+            and type(strategy) in _STRATEGIES
             and type(trainer.precision_plugin) in _PRECISIONS
             and getattr(trainer.precision_plugin, "scaler", None) is None
-            and getattr(trainer.strategy, "_model_averager", None) is None  # DDP's local SGD
+            and getattr(strategy, "_model_averager", None) is None  # DDP's local SGD
             and not trainer.lr_scheduler_configs  # a callback's
         )
         if self._straight:
             data_fetcher._start_profiler = data_fetcher._stop_profiler = _nothing
         self._validates = trainer.enable_validation or bool(trainer.lr_scheduler_configs)
+        wrapped = strategy.model is not module or type(trainer.precision_plugin) is not Precision
+        self._training_step = strategy.training_step if wrapped else module.training_step
         self._calls = {hook: _calls(hook, trainer.callbacks, trainer, module) for hook in _HOOKS}
         self._module_state = vars(module)  # nn.Module is slow in setting an attribute
 
@@ -82,7 +85,7 @@ class EpochLoop(_TrainingEpochLoop):
         if trainer.strategy.root_device.type != "cpu":  # where the loader makes them
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        self._log_of(batch)
         self._call("on_train_batch_start", batch, batch_idx)
         progress.increment_started()
         outputs = self._update(batch, batch_idx)
@@ -103,6 +106,13 @@ class EpochLoop(_TrainingEpochLoop):
         elif not self._should_accumulate():
             self._batches_that_stepped += 1
 
+    def _log_of(self, batch: Batch) -> None:
+        """What self.log is told of a batch: ``_LoggerConnector.on_batch_start``."""
+        figures = self.trainer._logger_connector
+        figures._first_loop_iter = figures._first_loop_iter is None
+        self._results.batch = batch
+        self._results.batch_size = self._results.dataloader_idx = None
+
     def _update(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         trainer = self.trainer
         strategy = trainer.strategy
@@ -114,7 +124,7 @@ class EpochLoop(_TrainingEpochLoop):
         waits = accumulates and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if waits else nullcontext():
             self._module_state["_current_fx_name"] = "training_step"
-            loss = strategy.training_step(batch, batch_idx)
+            loss = self._training_step(batch, batch_idx)
             self._module_state["_current_fx_name"] = None
             if trainer.accumulate_grad_batches > 1:
                 loss = loss / trainer.accumulate_grad_batches

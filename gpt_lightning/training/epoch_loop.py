@@ -1,8 +1,8 @@
 """Lightning's loop over an epoch's batches, whose usual step runs straight through.
 
 Lightning's own asks each callback for each hook, wraps a step in closures, contexts and names for a profiler,
-and on several devices has all of them wait for each other before each batch: of a very small model's step
-that was a third (benchmarks/README.md).
+and on several devices has all of them wait for each other before each batch: two thirds of what ``fit`` took
+above a plain loop (benchmarks/README.md).
 """
 
 from collections.abc import Callable

@@ -460,6 +460,15 @@ def test_two_processes_are_one(fit: Command, tmp_path: Path) -> None:
 # --- settings without effect ------------------------------------------------------------------------
 
 
+def test_a_default_that_yaml_has_no_form_for_is_written(fit: Command) -> None:
+    """Timer's interval is an enum; the run's own configuration begins it anew."""
+    fit("--trainer.max_steps=1", "--trainer.callbacks+=lightning.pytorch.callbacks.Timer",
+        "--trainer.callbacks.duration=00:00:05:00")  # fmt: skip
+    config = Path("checkpoints/quickstart/config.yaml")
+    assert "interval: step\n" in config.read_text(encoding="utf-8")
+    fit(f"--config={config}", "--run=again", "--trainer.max_steps=1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

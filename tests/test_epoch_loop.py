@@ -1,12 +1,15 @@
 """The loop's straight step is Lightning's: hooks in the same order, counts, figures, state and bits."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import Precision
 from test_durability import same_bits
 
 from gpt_lightning import GPTConfig
@@ -181,6 +184,44 @@ def test_it_is_the_straight_step_that_runs(fit: Command, monkeypatch: pytest.Mon
     assert counted[4:] == [5]  # the first batch of a resumed run is Lightning's
     fit("--trainer.max_steps=2", "--trainer.profiler=simple", "--run=profiled")
     assert len(counted) == 5
+
+
+class OwnPrecision(Precision):
+    """May do more in a step, as one whose optimizer_step is its own."""
+
+
+def test_anothers_precision_has_lightnings_step(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(epoch_loop.EpochLoop, "_update")
+    fit("--trainer.max_steps=2", "--allow_import=test_epoch_loop",
+        "--trainer.plugins=test_epoch_loop.OwnPrecision")  # fmt: skip
+
+
+class LightningsLoop(Callback):
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        trainer.fit_loop.epoch_loop.__class__ = _TrainingEpochLoop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_step_of_two_processes_is_lightnings(tmp_path: Path, strategy: str) -> None:
+    states = []
+    for name in ("own", "lightnings"):
+        loop = [] if name == "own" else ["--trainer.callbacks+=test_epoch_loop.LightningsLoop"]
+        done = python(
+            "-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+            f"--config={ROOT}/configs/{strategy}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true", "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.5",
+            "--trainer.max_steps=5", "--trainer.max_epochs=-1", "--model.config.drop_rate=0.1", f"--run={name}",
+            "--allow_import=test_epoch_loop", *loop, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        states.append(read_checkpoint(tmp_path / f"checkpoints/{name}/last.ckpt"))
+    own, lightnings = states
+    assert same_bits(own["state_dict"], lightnings["state_dict"])
+    assert same_bits(own["optimizer_states"], lightnings["optimizer_states"])
+    assert own["loops"] == lightnings["loops"]
 
 
 def test_hooks_that_are_called() -> None:

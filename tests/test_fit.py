@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL, Command, python
+from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning import GPTLightningModule, load_model
@@ -460,13 +462,25 @@ def test_two_processes_are_one(fit: Command, tmp_path: Path) -> None:
 # --- settings without effect ------------------------------------------------------------------------
 
 
+class Kind(StrEnum):
+    SLOW = "slow"
+    FAST = "fast"
+
+
+class OfAKind(Callback):
+    def __init__(self, kind: Kind = Kind.FAST, by_name: str = Kind.FAST) -> None:
+        assert kind == Kind.FAST
+
+
 def test_a_default_that_yaml_has_no_form_for_is_written(fit: Command) -> None:
-    """Timer's interval is an enum; the run's own configuration begins it anew."""
+    """Timer's interval is an enum where a string is expected; the run's own configuration begins it anew."""
     fit("--trainer.max_steps=1", "--trainer.callbacks+=lightning.pytorch.callbacks.Timer",
-        "--trainer.callbacks.duration=00:00:05:00")  # fmt: skip
+        "--trainer.callbacks.duration=00:00:05:00", "--allow_import=test_fit",
+        "--trainer.callbacks+=test_fit.OfAKind")  # fmt: skip
     config = Path("checkpoints/quickstart/config.yaml")
-    assert "interval: step\n" in config.read_text(encoding="utf-8")
-    fit(f"--config={config}", "--run=again", "--trainer.max_steps=1")
+    text = config.read_text(encoding="utf-8")
+    assert all(line in text for line in ("interval: step\n", "kind: FAST\n", "by_name: fast\n"))
+    fit(f"--config={config}", "--run=again", "--trainer.max_steps=1", "--allow_import=test_fit")
 
 
 @pytest.mark.parametrize(

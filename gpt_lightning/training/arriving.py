@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Arriving:
-    """A tensor's copy on its way to main memory; on a CPU it is there at once."""
+    """A tensor on its way to main memory; on a CPU it is there, and is that tensor itself."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy = tensor.to("cpu", non_blocking=True)

@@ -117,7 +117,7 @@ def loss_figure(rows: list[Row]) -> "Figure":
     marker = "." if len(rows) == 1 else ""  # a line of one point is none
     figure = Figure(figsize=(6, 4), dpi=150)
     # a layout that is computed draws it twice
-    axes = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.97, "bottom": 0.13, "top": 0.86})
+    axes = figure.subplots(gridspec_kw={"left": 0.145, "right": 0.97, "bottom": 0.13, "top": 0.86})
     for tag, style, color, label in [
         ("train_loss", "-", "0.0", "Training loss"),
         ("val_loss", "-.", "0.45", "Validation loss"),

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
@@ -39,17 +40,11 @@ class ConfigOfRun(SaveConfigCallback):
             with_optimizer = " --init_optimizer true" if self.config.init_optimizer else ""
             begun = f"# begun with --init_from {self.config.init_from}{with_optimizer}\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = self.parser.dump(_without_enums(config), skip_validation=True)
-        path.write_text(begun + text, encoding="utf-8")
-
-
-def _without_enums(value: Any) -> Any:
-    """Those that are text, as the default of Lightning's ``Timer`` is: YAML has no form for them."""
-    if isinstance(value, Namespace):
-        return Namespace({key: _without_enums(inner) for key, inner in vars(value).items()})
-    if isinstance(value, list):
-        return [_without_enums(inner) for inner in value]
-    return value.value if isinstance(value, Enum) and isinstance(value, str) else value
+        # the default of Lightning's Timer is one, where a string is expected
+        yaml.SafeDumper.add_multi_representer(
+            Enum, lambda dumper, enum: dumper.represent_data(enum.value)
+        )
+        path.write_text(begun + self.parser.dump(config, skip_validation=True), encoding="utf-8")
 
 
 class RunLogger(TensorBoardLogger):

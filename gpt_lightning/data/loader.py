@@ -31,9 +31,7 @@ Rng = Literal["step", "global"]
 Batch = tuple[Tensor, ...]  # inputs, targets, and where documents are kept apart, documents
 
 _AT_A_TIME = 4096  # windows whose order is computed at once
-_READ_AT_ONCE = (
-    4096  # tokens, or a batch's if those are more: reading takes its time, however little is read
-)
+_READ_AT_ONCE = 4096  # tokens, or a batch's if those are more
 
 
 class WindowLoader:

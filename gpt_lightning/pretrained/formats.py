@@ -95,9 +95,9 @@ def check_records(path: Path) -> None:
             damaged = records.testzip()
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    # what zipfile raises of damaged bytes; NotImplementedError: they name a compression that it does not know
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
-            RuntimeError, UnicodeDecodeError, OSError) as error:  # fmt: skip
+    # what zipfile raises of damaged bytes; a RuntimeError also where they name a compression that it does not know
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError,
+            UnicodeDecodeError, OSError) as error:  # fmt: skip
         raise ValueError(
             f"{path}: is no file of torch.save since torch 1.6, or is damaged; give another"
         ) from error

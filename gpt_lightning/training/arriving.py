@@ -8,7 +8,7 @@ class Arriving:
     """A tensor on its way to main memory; on a CPU it is there, and is that tensor itself."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._copy = tensor.to("cpu", non_blocking=True)
+        self._here = tensor.to("cpu", non_blocking=True)
         self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._arrived = torch.cuda.Event()
@@ -18,4 +18,4 @@ class Arriving:
         """Waits for it alone, not for what was asked of the GPU since."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._copy
+        return self._here

@@ -73,9 +73,8 @@ class BadSteps(Callback):
         self._good: deque[tuple[float, float]] = deque(maxlen=SPIKE_STEPS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watches = (
-            trainer.precision != "16-mixed"
-        )  # its scaler expects bad steps, and skips them
+        # 16-mixed's scaler expects bad steps, and skips them
+        self._watches = trainer.precision != "16-mixed"
         self._judges_later = self._watches and not self.skip_spikes and _judges_later(pl_module)
         if not self._watches and trainer.is_global_zero:
             print(

@@ -17,6 +17,7 @@ from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import bad_steps
 from gpt_lightning.training.bad_steps import BadSteps
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import norm_is_surely_finite, total_norm
 
 LAST = Path("checkpoints/quickstart/last.ckpt")
 
@@ -76,13 +77,13 @@ def fit(command: Command, *arguments: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("step", [0, 3, 5])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("accumulation", "clip"), [(1, "null"), (1, "1.0"), (3, "1.0")])
 def test_a_step_that_is_not_finite_is_skipped(
-    command: Command, watch: type[Watch], kind: str, step: int, accumulation: int
+    command: Command, watch: type[Watch], kind: str, step: int, accumulation: int, clip: str
 ) -> None:
     watch.kind, watch.bad = kind, {step}
     done = fit(command, "--bad_steps=skip", f"--trainer.accumulate_grad_batches={accumulation}",
-               "--trainer.gradient_clip_val=1.0")  # fmt: skip
+               f"--trainer.gradient_clip_val={clip}")  # fmt: skip
     assert done.code == 0, done.err
     assert list(watch.states) == [0, 1, 2, 3, 4, 5]
     for other, (before, after) in watch.states.items():
@@ -101,6 +102,17 @@ def test_a_step_that_is_not_finite_is_skipped(
     events = EventAccumulator("checkpoints/quickstart").Reload()
     assert [(e.step, e.value) for e in events.Scalars("bad_steps")] == [(step, 1.0)]
     assert read_checkpoint(LAST)["global_step"] == 6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e16, 1e14, 0.0])
+def test_without_a_norm_no_bad_gradient_is_passed_over(value: float) -> None:
+    """Wherever it is; of a finite one whose square float32 cannot hold, the norm says whether it is bad."""
+    for place in (0, 1500, 4999):
+        gradients = [torch.ones(3), torch.ones(50, 100)]
+        gradients[1].view(-1)[place] = value
+        surely = norm_is_surely_finite(gradients)
+        assert surely == (abs(value) < 1e15)
+        assert total_norm(gradients).isfinite() or not surely
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

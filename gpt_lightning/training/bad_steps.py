@@ -18,6 +18,7 @@ from gpt_lightning.data.loader import Batch, WindowLoader
 from gpt_lightning.training.arriving import Arriving
 from gpt_lightning.training.figures import log_figures
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import norm_is_surely_finite
 
 OnBadStep = Literal["stop", "skip"]
 SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
@@ -67,6 +68,7 @@ class BadSteps(Callback):
         self._in_row = 0
         self._watches = True
         self._judges_later = False
+        self._does_without_norm = False  # where every element tells as much
         self._loss: Tensor | None = None
         self._windows: list[NDArray[np.int64]] = []
         self._waiting: _Update | None = None
@@ -75,8 +77,12 @@ class BadSteps(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # 16-mixed's scaler expects bad steps, and skips them
         self._watches = trainer.precision != "16-mixed"
-        self._judges_later = self._watches and not self.skip_spikes and _judges_later(pl_module)
-        if not self._watches and trainer.is_global_zero:
+        if self._watches:
+            self._judges_later = not self.skip_spikes and _judges_later(pl_module)
+            alone_on_cpu = pl_module.device.type == "cpu" and trainer.world_size == 1
+            wanted = self._judges_later or self.skip_spikes or trainer.gradient_clip_val
+            self._does_without_norm = alone_on_cpu and not wanted
+        elif trainer.is_global_zero:
             print(
                 "gpt_lightning: trainer.precision: with 16-mixed a gradient scaler skips updates that are not finite; "
                 "bad_steps, max_bad_steps and skip_spikes have no effect, AdamW is not fused, and a loss by chunks "
@@ -106,7 +112,15 @@ class BadSteps(Callback):
             return
         assert isinstance(pl_module, GPTLightningModule)
         assert self._loss is not None
-        loss, grad_norm = self._loss, pl_module.grad_norm()
+        loss = self._loss
+        if (
+            self._does_without_norm
+            and math.isfinite(loss.item())
+            and norm_is_surely_finite(pl_module.gradients())
+        ):
+            self._in_row = 0
+            return
+        grad_norm = pl_module.grad_norm()
         if trainer.world_size > 1:
             loss = trainer.strategy.reduce(loss.float().clone(), reduce_op="mean")
         if not self._judges_later:

@@ -205,12 +205,16 @@ class GPTLightningModule(LightningModule):
             micro_batch = batch_idx % trainer.accumulate_grad_batches
             seed_micro_batch(self.seed, trainer.global_step, micro_batch, trainer.global_rank)
 
+    def gradients(self) -> list[Tensor]:
+        """Of the step under way, of all parameters that have one."""
+        groups = self.trainer.optimizers[0].param_groups
+        of_all = (p.grad for group in groups for p in group["params"])
+        return [grad for grad in of_all if grad is not None]
+
     def grad_norm(self) -> Tensor:
         """Of the step under way, over all parameters, before clipping; computed once a step."""
         if not self._grad_norm:
-            groups = self.trainer.optimizers[0].param_groups
-            of_all = (p.grad for group in groups for p in group["params"])
-            self._grad_norm.append(total_norm([grad for grad in of_all if grad is not None]))
+            self._grad_norm.append(total_norm(self.gradients()))
         return self._grad_norm[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

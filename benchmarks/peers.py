@@ -1,11 +1,12 @@
-"""One way to take a training step, in a process of its own: benchmarks/training.py starts it, with the interpreter in
-which the peer is installed. Each line on standard input is answered by a step's seconds, "memory" by the process's peak.
+"""One way to take a training step, or to decode, in a process of its own: training.py and generation.py start it, with
+the interpreter in which the peer is installed. Each line on standard input is answered by the seconds that the way took
+once, "memory" by the process's peak.
 
-usage: python peers.py WAY SETTINGS   (SETTINGS: JSON with the architecture, batch, length, precision)
+usage: python peers.py train WAY SETTINGS    (SETTINGS: JSON with config, batch, length, precision)
+       python peers.py decode WAY SETTINGS   (SETTINGS: JSON with config, batch, prompt, new, dtype)
 """
 
 import json
-import resource
 import sys
 import time
 import warnings
@@ -82,10 +83,12 @@ def book(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     return model, of_logits(model)
 
 
+MODELS = {"ours": ours, "transformers": transformers, "litgpt": litgpt, "book": book}
+
+
 def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
     torch.manual_seed(0)
-    makers = {"ours": ours, "transformers": transformers, "litgpt": litgpt, "book": book}
-    model, loss = makers[way](settings)
+    model, loss = MODELS[way](settings)
     model.train()
     # the book's loop has torch's default AdamW, the others the fused one
     fused = None if way == "book" else True
@@ -107,16 +110,73 @@ def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
+def decoding_of(way: str, settings: dict[str, Any]) -> Callable[[], object]:
+    """Greedy, ``new`` tokens after prompts of ``prompt``; "plain" is a loop over our model and its cache."""
+    torch.manual_seed(0)
+    model, _ = MODELS["ours" if way == "plain" else way](settings)
+    model = model.to(getattr(torch, settings["dtype"])).eval()
+    length, new, config = settings["prompt"], settings["new"], settings["config"]
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(config["vocab_size"], (settings["batch"], length), generator=generator)
+    if way == "transformers":
+        return lambda: model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, use_cache=True, pad_token_id=0,
+        )  # fmt: skip
+    if way == "litgpt":
+        from litgpt.generate.base import generate
+
+        model.max_seq_length = length + new  # as its own command does
+        model.set_kv_cache(batch_size=1)
+        return lambda: generate(model, prompt[0], length + new, temperature=0.0)
+    if way == "book":
+        from book import generate
+
+        return lambda: generate(model, prompt, new, config["context_length"])
+    if way == "plain":
+        return lambda: _plain_decoding(model, prompt, new)
+    from gpt_lightning.generation.generate import stream_ids
+    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.model.packed import pack_weights
+
+    pack_weights(model)  # as the generate command does
+    return lambda: list(stream_ids(model, prompt.tolist(), new, Sampling()))
+
+
+@torch.inference_mode()
+def _plain_decoding(model: torch.nn.Module, ids: torch.Tensor, new: int) -> torch.Tensor:
+    from gpt_lightning.model.kv_cache import KVCache
+
+    cache = KVCache.allocate(
+        model.config, len(ids), ids.shape[1] + new, dtype=model.tok_emb.weight.dtype
+    )
+    unread = ids
+    for _ in range(new):
+        unread = model(unread, cache)[:, -1:].argmax(dim=-1)
+        ids = torch.cat((ids, unread), dim=1)
+    return ids
+
+
+def peak_memory() -> int:
+    """Bytes resident at most; getrusage's figure has that of the process which started this one in it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+TASKS = {"train": step_of, "decode": decoding_of}
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
-    step = step_of(sys.argv[1], json.loads(sys.argv[2]))
+    task, way, settings = sys.argv[1:]
+    do = TASKS[task](way, json.loads(settings))
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "memory":
-            print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+            print(peak_memory(), flush=True)
             continue
         began = time.perf_counter()
-        step()
+        do()
         print(time.perf_counter() - began, flush=True)
 
 

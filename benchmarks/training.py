@@ -16,13 +16,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from machine import at_least, at_most, description, ratio
+from worker import Worker
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.cli import main as command
@@ -41,60 +41,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Worker:
-    """A process that takes steps when it is asked to."""
-
-    def __init__(self, python: str, way: str, settings: dict[str, Any]) -> None:
-        self._way = way
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 — open while the process lives
-        self._process = subprocess.Popen(
-            [python, str(HERE / "peers.py"), way, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self._read()  # "ready"
-
-    def step(self) -> float:
-        """Its seconds."""
-        return float(self._ask("step"))
-
-    def peak_memory(self) -> int:
-        """Bytes resident at most so far."""
-        return int(self._ask("memory"))
-
-    def end(self) -> None:
-        self._process.communicate()
-        self._errors.close()
-
-    def _ask(self, what: str) -> str:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died; reading says why
-            self._process.stdin.write(what + "\n")
-            self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
-            return line.strip()
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise RuntimeError(f"{self._way}: ended with {code}: {last}")
-
-
 def measure(
     name: str, ways: dict[str, tuple[str, str, dict[str, Any]]], tokens: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, list[float]]]:
     """Seconds of each step and peak bytes of each way, and tokens a second: median, lowest, highest."""
-    workers = {way: Worker(*how) for way, how in ways.items()}
+    workers = {way: Worker("train", *how) for way, how in ways.items()}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(repeats + 2):
         for way, worker in workers.items():
-            taken = worker.step()
+            taken = worker.go()
             if turn >= 2:
                 seconds[way].append(taken)
     memory, rates = {}, {}

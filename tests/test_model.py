@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate
+from gpt_lightning.model import packed as packed_weights
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.loss import cross_entropy
-from gpt_lightning.model.packed import pack_weights
+from gpt_lightning.model.packed import PackedLinear, pack_weights
 
 TINY = GPTConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, drop_rate=0.0)
 
@@ -132,7 +133,10 @@ def test_impossible_configs_are_refused(changes: dict[str, float], what: str) ->
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @torch.inference_mode()
-def test_packed_weights_change_nothing(tied: bool, qkv_bias: bool) -> None:
+def test_packed_weights_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, qkv_bias: bool
+) -> None:
+    monkeypatch.setattr(packed_weights, "PAYS_FROM", 0)
     plain = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
     packed = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
     assert pack_weights(packed)
@@ -142,6 +146,21 @@ def test_packed_weights_change_nothing(tied: bool, qkv_bias: bool) -> None:
     prompts = torch.randint(97, (2, 5))
     # past the context too
     assert torch.equal(generate(packed, prompts, 30), generate(plain, prompts, 30))
+
+
+@torch.inference_mode()
+def test_small_weights_stay_which_packing_would_make_slower() -> None:
+    idx = torch.randint(97, (2, 7))
+    small, plain = tiny(), tiny()
+    assert not pack_weights(small)
+    assert torch.equal(small(idx), plain(idx))
+    torch.manual_seed(1)
+    large_head = tiny(vocab_size=1 << 15)
+    expected = large_head(idx)
+    assert pack_weights(large_head)
+    packed = [name for name, m in large_head.named_modules() if isinstance(m, PackedLinear)]
+    assert packed == ["out_head"]
+    torch.testing.assert_close(large_head(idx), expected, atol=1e-5, rtol=0)
 
 
 def test_weights_that_cannot_be_packed_stay() -> None:

@@ -143,10 +143,10 @@ def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> No
 
 @pytest.mark.parametrize("ready", ["", "echo ready\nread line\n"])
 def test_a_peer_that_dies_says_why(tmp_path: Path, ready: str) -> None:
-    """benchmarks/training.py, of a process that ends before it is ready, or instead of a step."""
+    """benchmarks/worker.py, of a process that ends before it is ready, or instead of a step."""
     peer = tmp_path / "python"
     peer.write_text(f"#!/bin/sh\n{ready}echo 'MemoryError: none left' >&2\nexit 3\n")
     peer.chmod(0o755)
-    program = f"from training import Worker; Worker({str(peer)!r}, 'litgpt', {{}}).step()"
+    program = f"from worker import Worker; Worker('train', {str(peer)!r}, 'litgpt', {{}}).go()"
     done = python("-c", program, cwd=ROOT / "benchmarks")
     assert done.stderr.endswith("RuntimeError: litgpt: ended with 3: MemoryError: none left\n")

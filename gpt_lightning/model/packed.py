@@ -5,6 +5,10 @@ from torch import Tensor, nn
 
 from gpt_lightning.model.gpt import GPTModel
 
+PAYS_FROM = (
+    1 << 19
+)  # weights of a layer: a call of oneDNN's takes 50 µs more than one of torch's own product
+
 
 class PackedLinear(nn.Module):
     """``nn.Linear`` ``(..., K)`` → ``(..., N)`` over weights in oneDNN's blocked layout.
@@ -32,14 +36,14 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def pack_weights(model: GPTModel) -> bool:
-    """Replace every linear layer by a :class:`PackedLinear`, in place; afterwards the model only infers.
+    """Replace every large linear layer by a :class:`PackedLinear`, in place; afterwards the model only infers.
 
     Decoding reads all weights for each token: on a CPU this is up to twice as fast, for the same logits
     to rounding (benchmarks/generation.py). A layer's own weights go as its packed ones come; the head of
     a tied model gets weights of its own, as the embedding stays.
 
     Returns:
-        Whether it was done: not on a GPU, nor for a dtype for which this CPU has no instructions.
+        Whether any was: not on a GPU, nor for a dtype for which this CPU has no instructions.
     """
     weight = model.tok_emb.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -48,15 +52,20 @@ def pack_weights(model: GPTModel) -> bool:
         head = PackedLinear(weight, None)
     except RuntimeError:  # bfloat16 on a CPU without AVX-512
         return False
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name in [name for name, _ in parent.named_children()]:
-            child = getattr(parent, name)
-            if isinstance(child, nn.Linear):
-                before_gelu = isinstance(parent, nn.Sequential) and name == "0"
-                setattr(parent, name, PackedLinear(child.weight, child.bias, gelu=before_gelu))
-            elif isinstance(child, nn.GELU):
-                setattr(parent, name, nn.Identity())
-            del child  # the last that holds its weights
-    if model.out_head is None:
+    large = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and child.weight.numel() >= PAYS_FROM
+    ]
+    for parent, name in large:
+        child = getattr(parent, name)
+        before_gelu = isinstance(parent, nn.Sequential) and name == "0"
+        setattr(parent, name, PackedLinear(child.weight, child.bias, gelu=before_gelu))
+        if before_gelu:
+            setattr(parent, "1", nn.Identity())  # what follows it in a Sequential
+        del child  # the last that holds its weights
+    if model.out_head is None and weight.numel() >= PAYS_FROM:
         model.out_head = head
-    return True
+        return True
+    return bool(large)

@@ -113,7 +113,10 @@ def main() -> None:
     bars.append(at_most("seconds a token at 900 / at 64", late / early, 1.15))
     for bar in bars:
         print("holds " if bar["holds"] else "MISSED", bar)
-    result = {"benchmark": "generation", "machine": description("transformers")}
+    result = {
+        "benchmark": "generation",
+        "machine": description("transformers", litgpt=arguments.litgpt),
+    }
     print(
         json.dumps(
             {**result, "tokens_per_second": figures, "bars": bars, "not_measured": not_measured}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 
-def description(*packages: str) -> dict[str, Any]:
-    """Machine, its GPU where there is one, versions and commit."""
+def description(*packages: str, litgpt: str | None = None) -> dict[str, Any]:
+    """Machine, its GPU where there is one, versions and commit; with LitGPT's where ``litgpt`` is its interpreter."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -29,11 +29,17 @@ def description(*packages: str) -> dict[str, Any]:
         check=False,
         cwd=Path(__file__).parent,
     ).stdout.strip()
+    versions = {package: version(package) for package in ("torch", *packages)}
+    if litgpt:
+        asked = "from importlib.metadata import version; print(version('litgpt'))"
+        versions["litgpt"] = subprocess.run(
+            [litgpt, "-c", asked], capture_output=True, text=True, check=True
+        ).stdout.strip()
     about = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("torch", *packages)},
+        "versions": versions,
         "commit": commit,
     }
     return about | {"gpu": gpu()} if torch.cuda.is_available() else about

@@ -8,6 +8,7 @@ above a plain loop (benchmarks/README.md).
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import count, repeat
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -60,6 +61,8 @@ class EpochLoop(_TrainingEpochLoop):
         )
         if self._straight:
             data_fetcher._start_profiler = data_fetcher._stop_profiler = _nothing
+            (batches,) = data_fetcher.combined_loader._iterator.iterators
+            data_fetcher.iterator = zip(batches, count(), repeat(0))  # as it gives those of several
         self._validates = trainer.enable_validation or bool(trainer.lr_scheduler_configs)
         wrapped = strategy.model is not module or type(trainer.precision_plugin) is not Precision
         self._training_step = strategy.training_step if wrapped else module.training_step
@@ -69,7 +72,7 @@ class EpochLoop(_TrainingEpochLoop):
     @property
     def global_step(self) -> int:
         """Updates so far; Lightning's asks the module first whether it counts them itself."""
-        return self.automatic_optimization.optim_progress.optimizer_steps
+        return self.automatic_optimization.optim_progress.optimizer.step.total.completed
 
     def advance(self, data_fetcher: Any) -> None:
         """A batch: a step, or with accumulation a part of one."""

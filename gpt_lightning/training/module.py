@@ -208,8 +208,7 @@ class GPTLightningModule(LightningModule):
     def gradients(self) -> list[Tensor]:
         """Of the step under way, of all parameters that have one."""
         groups = self.trainer.optimizers[0].param_groups
-        of_all = (p.grad for group in groups for p in group["params"])
-        return [grad for grad in of_all if grad is not None]
+        return [grad for g in groups for p in g["params"] if (grad := p.grad) is not None]
 
     def grad_norm(self) -> Tensor:
         """Of the step under way, over all parameters, before clipping; computed once a step."""

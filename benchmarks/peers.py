@@ -24,9 +24,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of inputs and tar
 def ours(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     from gpt_lightning import GPTConfig, GPTModel
     from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-    from gpt_lightning.training.allocator import keep_freed_memory
 
-    keep_freed_memory()  # as fit does
     model = GPTModel(GPTConfig(**settings["config"]))
     if settings.get("compile"):
         for block in model.trf_blocks:
@@ -88,7 +86,15 @@ MODELS = {"ours": ours, "transformers": transformers, "litgpt": litgpt, "book": 
 
 def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
     torch.manual_seed(0)
+    if way == "ours":
+        from gpt_lightning.training.allocator import keep_freed_memory
+
+        keep_freed_memory()  # as fit does
     model, loss = MODELS[way](settings)
+    if way == "litgpt" and settings.get(
+        "compile"
+    ):  # as its pretrain command does; others of its do not
+        model.compile()
     model.train()
     # the book's loop has torch's default AdamW, the others the fused one
     fused = None if way == "book" else True

@@ -34,6 +34,17 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._after)
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for it: none for bfloat16 without AVX-512."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        PackedLinear(torch.zeros(8, 8, dtype=dtype), None)
+    except RuntimeError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def pack_weights(model: GPTModel) -> bool:
     """Replace every large linear layer by a :class:`PackedLinear`, in place; afterwards the model only infers.
@@ -43,14 +54,10 @@ def pack_weights(model: GPTModel) -> bool:
     a tied model gets weights of its own, as the embedding stays.
 
     Returns:
-        Whether any was: not on a GPU, nor for a dtype for which this CPU has no instructions.
+        Whether any was: not on a GPU, nor for a dtype that :func:`can_pack` refuses.
     """
     weight = model.tok_emb.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        head = PackedLinear(weight, None)
-    except RuntimeError:  # bfloat16 on a CPU without AVX-512
+    if weight.device.type != "cpu" or not can_pack(weight.dtype):
         return False
     large = [
         (parent, name)
@@ -66,6 +73,6 @@ def pack_weights(model: GPTModel) -> bool:
             setattr(parent, "1", nn.Identity())  # what follows it in a Sequential
         del child  # the last that holds its weights
     if model.out_head is None and weight.numel() >= PAYS_FROM:
-        model.out_head = head
+        model.out_head = PackedLinear(weight, None)
         return True
     return bool(large)

@@ -61,8 +61,9 @@ class EpochLoop(_TrainingEpochLoop):
         )
         if self._straight:
             data_fetcher._start_profiler = data_fetcher._stop_profiler = _nothing
-            (batches,) = data_fetcher.combined_loader._iterator.iterators
-            data_fetcher.iterator = zip(batches, count(), repeat(0))  # as it gives those of several
+            loaders = data_fetcher.combined_loader._iterator.iterators
+            if len(loaders) == 1:  # in the form in which it gives those of several
+                data_fetcher.iterator = zip(loaders[0], count(), repeat(0))
         self._validates = trainer.enable_validation or bool(trainer.lr_scheduler_configs)
         wrapped = strategy.model is not module or type(trainer.precision_plugin) is not Precision
         self._training_step = strategy.training_step if wrapped else module.training_step

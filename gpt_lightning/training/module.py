@@ -235,6 +235,8 @@ class GPTLightningModule(LightningModule):
         """As Lightning clips, but also where it refuses to: mixed precision with a fused AdamW."""
         if not gradient_clip_val or gradient_clip_val < 0:  # as Lightning has it
             return
+        if not self.gradients():  # a bad step's, which are gone
+            return
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         else:

@@ -91,7 +91,7 @@ def norm_is_surely_finite(gradients: list[Tensor]) -> bool:
     """Whether no element is NaN, or so large that the norm might not be finite. On a CPU quicker than the norm."""
     return all(
         low.item() > -_SURELY_FINITE and high.item() < _SURELY_FINITE
-        for low, high in map(torch.aminmax, gradients)
+        for low, high in map(torch.aminmax, filter(torch.numel, gradients))
     )
 
 

@@ -20,8 +20,7 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation.generate import stream_ids
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.packed import pack_weights
-from gpt_lightning.training.throughput import measured_peak
+from gpt_lightning.model.packed import can_pack, pack_weights
 
 PROMPT, NEW = 64, 64
 
@@ -44,8 +43,8 @@ def ways(dtype: str, litgpt: str | None) -> dict[str, tuple[str, str, int]]:
 
 def measure(
     config: dict[str, Any], dtype: str, litgpt: str | None, repeats: int
-) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """Tokens a second (median, lowest, highest) of each way, and the bars, at one dtype."""
+) -> tuple[dict[str, list[float]], dict[str, float], list[dict[str, Any]]]:
+    """Tokens a second (median, lowest, highest) and GB at most of each way, and the bars, at one dtype."""
     settings = {"config": config, "prompt": PROMPT, "new": NEW, "dtype": dtype}
     chosen = ways(dtype, litgpt)
     workers = {
@@ -53,9 +52,10 @@ def measure(
         for name, (python, way, batch) in chosen.items()
     }
     seconds = interleaved({name: worker.go for name, worker in workers.items()}, repeats)
-    figures = {}
+    figures, memory_gb = {}, {}
     for name, values in seconds.items():
         memory = workers[name].peak_memory()
+        memory_gb[f"{dtype}, {name}"] = round(memory / 1e9, 2)
         workers[name].end()
         rates = sorted(chosen[name][2] * NEW / value for value in values)
         median = statistics.median(rates)
@@ -67,10 +67,14 @@ def measure(
         )
     beside = ratio(seconds["transformers"], seconds["ours"])
     batched = 8 * ratio(seconds["ours"], seconds["ours, batch 8"])
-    return figures, [
-        at_least(f"{dtype}: ours / transformers", beside, 1.2),
-        at_least(f"{dtype}: batch 8 / batch 1", batched, 4.0),
-    ]
+    return (
+        figures,
+        memory_gb,
+        [
+            at_least(f"{dtype}: ours / transformers", beside, 1.2),
+            at_least(f"{dtype}: batch 8 / batch 1", batched, 4.0),
+        ],
+    )
 
 
 def seconds_per_token(config: dict[str, Any], new: int, at: list[int], width: int) -> list[float]:
@@ -97,20 +101,24 @@ def main() -> None:
     config = {**vars(GPT2_SIZES["gpt2-124M"]), "drop_rate": 0.0}
     if arguments.tiny:
         config |= {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 500}
-    has_bf16 = measured_peak(torch.bfloat16) > measured_peak(torch.float32)
     figures: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
     bars: list[dict[str, Any]] = []
     not_measured = []
     for dtype in ("float32", "bfloat16"):
-        if dtype == "bfloat16" and not (has_bf16 or arguments.tiny):
-            print(f"{dtype} is not measured: it is slower than float32 on this CPU")
+        if not (arguments.tiny or can_pack(getattr(torch, dtype))):
+            print(f"{dtype} is not measured: this CPU has no instructions for it")
             not_measured.append(dtype)
             continue
-        own_figures, own_bars = measure(config, dtype, arguments.litgpt, arguments.repeats)
-        figures |= own_figures
+        rates, own_memory, own_bars = measure(config, dtype, arguments.litgpt, arguments.repeats)
+        figures |= rates
+        memory |= own_memory
         bars += own_bars
-    early, late = seconds_per_token(config, 930, at=[64, 900], width=40)
-    bars.append(at_most("seconds a token at 900 / at 64", late / early, 1.15))
+    early, late = zip(
+        *(seconds_per_token(config, 930, [64, 900], 40) for _ in range(arguments.repeats)),
+        strict=True,
+    )
+    bars.append(at_most("seconds a token at 900 / at 64", ratio(late, early), 1.15))
     for bar in bars:
         print("holds " if bar["holds"] else "MISSED", bar)
     result = {
@@ -119,7 +127,13 @@ def main() -> None:
     }
     print(
         json.dumps(
-            {**result, "tokens_per_second": figures, "bars": bars, "not_measured": not_measured}
+            {
+                **result,
+                "tokens_per_second": figures,
+                "memory_gb": memory,
+                "bars": bars,
+                "not_measured": not_measured,
+            }
         )
     )
 

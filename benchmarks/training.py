@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,10 +44,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass
+class Measured:
+    """Of each way: a step's seconds, the process's bytes at most, tokens a second (median, lowest, highest)."""
+
+    seconds: dict[str, list[float]]
+    memory: dict[str, int]
+    rates: dict[str, list[float]]
+
+
 def measure(
     name: str, ways: dict[str, tuple[str, str, dict[str, Any]]], tokens: int, repeats: int
-) -> tuple[dict[str, list[float]], dict[str, int], dict[str, list[float]]]:
-    """Seconds of each step and peak bytes of each way, and tokens a second: median, lowest, highest."""
+) -> Measured:
     workers = {way: Worker("train", *how) for way, how in ways.items()}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(repeats + 2):
@@ -59,15 +68,13 @@ def measure(
         memory[way] = worker.peak_memory()
         worker.end()
         each = sorted(tokens / value for value in seconds[way])
-        rates[f"{name}: {way}"] = [
-            round(r, 1) for r in (statistics.median(each), each[0], each[-1])
-        ]
+        rates[way] = [round(r, 1) for r in (statistics.median(each), each[0], each[-1])]
         print(
-            f"{name}  {way:24} {statistics.median(each):8.1f} tok/s ({each[0]:.1f} – {each[-1]:.1f}), "
+            f"{name}  {way:28} {rates[way][0]:8.1f} tok/s ({rates[way][1]} – {rates[way][2]}), "
             f"{memory[way] / 1e9:.2f} GB",
             flush=True,
         )
-    return seconds, memory, rates
+    return Measured(seconds, memory, rates)
 
 
 def matrix_peak(size: int = 3072, rounds: int = 5) -> float:
@@ -174,45 +181,51 @@ def book_run(epochs: int) -> tuple[float, float]:
 
 
 Bars = list[dict[str, Any]]
-Rates = dict[str, list[float]]
 
 
 def short_windows(
     config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int, precision: str
-) -> tuple[Bars, Rates]:
+) -> tuple[Bars, Measured]:
     """With the bars where it is bf16."""
     here = sys.executable
-    shape = {"batch": 2, "length": 256, "precision": precision}
+    shape = {"config": config, "batch": 2, "length": 256, "precision": precision}
     ways = {
-        way: (here, "ours", {**shape, **how, "config": config | how.get("config", {})})
+        f"{way}, {precision}": (
+            here, "ours", {**shape, **how, "config": config | how.get("config", {})},
+        )
         for way, how in WAYS.items()
-    }
-    ways |= {way: (*peer, {**shape, "config": config}) for way, peer in peers.items()}
-    ways["the book, float32"] = (here, "book", {**shape, "config": config, "precision": "float32"})
-    seconds, _, rates = measure(f"B2 T256, {precision}", ways, 512, repeats)
+    }  # fmt: skip
+    ways |= {f"{way}, {precision}": (*peer, shape) for way, peer in peers.items()}
+    if "LitGPT" in peers:
+        ways[f"LitGPT, compiled, {precision}"] = (*peers["LitGPT"], {**shape, "compile": True})
+    ways["the book, float32"] = (here, "book", {**shape, "precision": "float32"})
+    found = measure("B2 T256", ways, 512, repeats)
     if precision != "bf16":
-        return [], rates
+        return [], found
     bars = [
-        at_least(f"{way}, bf16 / {peer}", ratio(seconds[peer], seconds[way]), bar)
+        at_least(f"{way} / {peer}", ratio(found.seconds[peer], found.seconds[way]), bar)
         for way, peer, bar in [
-            ("ours", "transformers", 1.25),
-            ("ours, head not tied", "the book, float32", 1.6),
+            ("ours, bf16", "transformers, bf16", 1.25),
+            ("ours, head not tied, bf16", "the book, float32", 1.6),
         ]
     ]
-    return bars, rates
+    return bars, found
 
 
 def long_windows(
-    config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int
-) -> tuple[Bars, Rates]:
-    peak = matrix_peak()
-    shape = {"config": config, "batch": 4, "length": 1024, "precision": "bf16"}
-    best = "ours, chunked"
+    config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int, precision: str
+) -> tuple[Bars, Measured]:
+    """With the bars where it is bf16."""
+    shape = {"config": config, "batch": 4, "length": 1024, "precision": precision}
+    best = f"ours, chunked, {precision}"
     ways = {best: (sys.executable, "ours", {**shape, "chunk": 1024})}
-    ways |= {way: (*peer, shape) for way, peer in peers.items()}
-    seconds, memory, rates = measure("B4 T1024, bf16", ways, 4096, max(1, repeats // 2))
+    ways |= {f"{way}, {precision}": (*peer, shape) for way, peer in peers.items()}
+    if precision != "bf16":
+        return [], measure("B4 T1024", ways, 4096, repeats)
+    peak = matrix_peak()
+    found = measure("B4 T1024", ways, 4096, repeats)
     peak = max(peak, matrix_peak())
-    rate = 4096 / statistics.median(seconds[best])
+    rate = 4096 / statistics.median(found.seconds[best])
     share = rate * flops_per_token(GPTConfig(**config), 1024) / peak
     bars = [
         at_least(
@@ -220,17 +233,19 @@ def long_windows(
         ),
         at_most(
             f"B4 T1024, {best} / transformers: peak memory",
-            memory[best] / memory["transformers"],
+            found.memory[best] / found.memory["transformers, bf16"],
             0.75,
         ),
     ]
-    return bars, rates
+    return bars, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--long", action="store_true", help="also B 4, T 1024; eight minutes more")
+    parser.add_argument(
+        "--long", action="store_true", help="also B 4, T 1024; ten minutes more, twenty in float32"
+    )
     parser.add_argument(
         "--book-run", action="store_true", help="also configs/verdict.yaml as a whole"
     )
@@ -245,16 +260,18 @@ def main() -> None:
     peers = {"transformers": (sys.executable, "transformers")}
     if arguments.litgpt:
         peers["LitGPT"] = (arguments.litgpt, "litgpt")
-    bf16 = has_bf16 or arguments.tiny
-    bars, rates = short_windows(config, peers, arguments.repeats, "bf16" if bf16 else "float32")
-    not_measured = []
-    if not bf16:
-        print("bfloat16 is slower than float32 on this CPU, and its bars are not measured")
-        not_measured = ["B2 T256, bf16", "B4 T1024, bf16"][: 1 + arguments.long]
-    elif arguments.long:
-        held, measured = long_windows(config, peers, arguments.repeats)
+    precision = "bf16" if has_bf16 or arguments.tiny else "float32"
+    asked = {"B2 T256": short_windows} | ({"B4 T1024": long_windows} if arguments.long else {})
+    bars: Bars = []
+    rates, memory = {}, {}
+    for name, steps in asked.items():
+        held, found = steps(config, peers, arguments.repeats, precision)
         bars += held
-        rates |= measured
+        rates |= {f"{name}: {way}": rate for way, rate in found.rates.items()}
+        memory |= {f"{name}: {way}": round(m / 1e9, 2) for way, m in found.memory.items()}
+    not_measured = [] if precision == "bf16" else [f"{name}, bf16" for name in asked]
+    if not_measured:
+        print("bfloat16 is slower than float32 on this CPU: its bars are not measured")
     blocks = lightnings_cost(400 if arguments.tiny else 3000)
     fit, plain = (1e3 * statistics.median(of_one) for of_one in zip(*blocks, strict=True))
     between = sorted(1e3 * (one - other) for one, other in blocks)
@@ -275,6 +292,7 @@ def main() -> None:
                 "benchmark": "training",
                 "machine": machine,
                 "tokens_per_second": rates,
+                "memory_gb": memory,
                 "bars": bars,
                 "not_measured": not_measured,
             }

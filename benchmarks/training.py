@@ -196,8 +196,6 @@ def short_windows(
         for way, how in WAYS.items()
     }  # fmt: skip
     ways |= {f"{way}, {precision}": (*peer, shape) for way, peer in peers.items()}
-    if "LitGPT" in peers:
-        ways[f"LitGPT, compiled, {precision}"] = (*peers["LitGPT"], {**shape, "compile": True})
     ways["the book, float32"] = (here, "book", {**shape, "precision": "float32"})
     found = measure("B2 T256", ways, 512, repeats)
     if precision != "bf16":
@@ -259,7 +257,7 @@ def main() -> None:
     has_bf16 = measured_peak(torch.bfloat16) > measured_peak(torch.float32)
     peers = {"transformers": (sys.executable, "transformers")}
     if arguments.litgpt:
-        peers["LitGPT"] = (arguments.litgpt, "litgpt")
+        peers["LitGPT, compiled"] = (arguments.litgpt, "litgpt")
     precision = "bf16" if has_bf16 or arguments.tiny else "float32"
     asked = {"B2 T256": short_windows} | ({"B4 T1024": long_windows} if arguments.long else {})
     bars: Bars = []

@@ -91,10 +91,8 @@ def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
 
         keep_freed_memory()  # as fit does
     model, loss = MODELS[way](settings)
-    if way == "litgpt" and settings.get(
-        "compile"
-    ):  # as its pretrain command does; others of its do not
-        model.compile()
+    if way == "litgpt":
+        model.compile()  # as its pretrain command does
     model.train()
     # the book's loop has torch's default AdamW, the others the fused one
     fused = None if way == "book" else True

@@ -194,7 +194,7 @@ def main() -> None:
     arguments = parser.parse_args()
     megabytes = 4 if arguments.tiny else arguments.megabytes
     shard_tokens = 50_000 if arguments.tiny else 10_000_000
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as name:
         scratch = Path(name).resolve()
         os.environ["GPT_LIGHTNING_CACHE"] = str(scratch / "cache")
         whole = make_text(scratch / "whole", megabytes)

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small file, to see that it runs")
     arguments = parser.parse_args()
     numbers = 120_000 if arguments.tiny else 134_000_000
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as scratch:
         content = checkpoint(numbers)
         seconds = interleaved(
             {

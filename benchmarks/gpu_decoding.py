@@ -1,4 +1,4 @@
-"""Decoding in benchmarks/gpu.py: greedy, bfloat16, from a prompt on; the step plain, as a graph, compiled."""
+"""Decoding in benchmarks/gpu.py: greedy, bfloat16, from a prompt on; the step plain, as a graph, as a graph of our own kernels."""
 
 import math
 import statistics
@@ -120,12 +120,14 @@ def deviation(
             return torch.stack(
                 [model.head(model.features(t[:, None], cache)[:, -1]).float() for t in tokens]
             )
-        step = DecodingStep(model, cache, None, compiled=how == "compiled")
+        step = DecodingStep(model, cache, None, fused=how == "fused")
         found = torch.stack([step(t).float().clone() for t in tokens])
-        captured = step.is_captured
+        captured, is_fused = step.is_captured, step.is_fused
         step.close()
         if device.type == "cuda" and not captured:
             raise RuntimeError("the step was not captured as a CUDA graph")
+        if device.type == "cuda" and how == "fused" and not is_fused:
+            raise RuntimeError("the step did not run on our own kernels")
         return found
 
     before = torch.get_float32_matmul_precision()

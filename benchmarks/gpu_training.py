@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from machine import seconds_a_call
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.model import loss
 from gpt_lightning.model.cost import flops_per_token
-from gpt_lightning.model.loss import PAD_VOCABULARY_TO, chunked_cross_entropy, cross_entropy
+from gpt_lightning.model.loss import PAD_VOCABULARY_TO
 from gpt_lightning.training.optim import build_adamw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -37,8 +39,8 @@ class Rung:
         book: Whether it is the book's model (tests/book.py), whose attention is explicit, with its head tied.
         fused: Whether AdamW is one kernel, as in ``fit``.
         compiled: 'blocks' as with ``model.compile``, or all up to the loss.
-        compiled_loss: Whether the loss by chunks is compiled too, as with ``model.compile``.
         chunk: Tokens of a chunk of the loss, the vocabulary padded; none: torch's loss over all logits.
+        kernel: Whether a chunk's loss is a kernel of ours where it can be, as in ``fit``.
         cudnn: Whether attention must be cuDNN's.
         seconds: Expected of the rung as a whole.
     """
@@ -50,13 +52,14 @@ class Rung:
     multiplies: str = "bf16"
     fused: bool = True
     compiled: str | None = None
-    compiled_loss: bool = False
     chunk: int | None = None
+    kernel: bool = False
     cudnn: bool = False
 
 
 def ladder(batch: int, length: int) -> list[Rung]:
-    """Each adds one thing to the one before; the batch grows last."""
+    """Each adds one thing to the one before; the batch grows last, and the chunks with it."""
+    chunk = min(8192, batch * length // 2)
     float32 = Rung("eager fp32 (the book's model)", batch, 16, True, "float32", fused=False)
     tf32 = replace(float32, name="TF32", multiplies="TF32", seconds=11)
     bf16 = replace(tf32, name="bf16", multiplies="bf16", seconds=11)
@@ -64,19 +67,20 @@ def ladder(batch: int, length: int) -> list[Rung]:
     fused = replace(sdpa, name="fused AdamW", fused=True)
     compiled = replace(fused, name="compiled blocks", compiled="blocks", seconds=20)
     padded = replace(compiled, name="padded vocabulary", chunk=batch * length, seconds=10)
-    chunked = replace(padded, name="loss by chunks", chunk=min(8192, batch * length // 2))
-    compiled_loss = replace(chunked, name="compiled loss", compiled_loss=True)
-    return [
-        float32, tf32, bf16, sdpa, fused, compiled, padded, chunked, compiled_loss,
-        *(replace(compiled_loss, name=f"batch {n * batch}", batch=n * batch, seconds=14) for n in (2, 4)),
+    chunked = replace(padded, name="loss by chunks", chunk=chunk)
+    kernel = replace(chunked, name="one kernel a chunk", kernel=True)
+    larger = [
+        replace(kernel, name=f"batch {n * batch}", batch=n * batch, chunk=min(n, 4) // 2 * chunk, seconds=14)
+        for n in (2, 4, 8)
     ]  # fmt: skip
+    return [float32, tf32, bf16, sdpa, fused, compiled, padded, chunked, kernel, *larger]
 
 
 def large_ladder(batch: int) -> list[Rung]:
     """For a model that needs the room: float32 for its losses, then all at once, then larger batches."""
     float32 = Rung("eager fp32 (our model)", batch, 20, multiplies="float32")
     all_at_once = Rung("bf16, compiled blocks, loss by chunks", 2 * batch, 20,
-                       compiled="blocks", compiled_loss=True, chunk=4096)  # fmt: skip
+                       compiled="blocks", kernel=True, chunk=4096)  # fmt: skip
     return [
         float32,
         all_at_once,
@@ -140,26 +144,30 @@ def training_step(
         fused=rung.fused,
     )
     bf16 = rung.multiplies == "bf16"
+    kernel = loss._kernel if rung.kernel else lambda device: None
 
     def step() -> Tensor:
+        with mock.patch.object(loss, "_kernel", kernel):
+            return update()
+
+    def update() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             if rung.book:
-                loss = cross_entropy(model(x), y)
+                mean = loss.cross_entropy(model(x), y)
             elif rung.chunk is None:
-                loss = cross_entropy(ours.head(features(x)), y)
+                mean = loss.cross_entropy(ours.head(features(x)), y)
             else:
-                loss = chunked_cross_entropy(
+                mean = loss.chunked_cross_entropy(
                     features(x),
                     ours.head_weight,
                     y,
                     rung.chunk,
                     pad_vocabulary=True,
-                    compiled=rung.compiled_loss,
                 )
-        loss.backward()
+        mean.backward()
         optimizer.step()
-        return loss.detach()
+        return mean.detach()
 
     if not rung.cudnn:
         return step
@@ -184,7 +192,7 @@ def fit(
     cuda = device.type == "cuda"
     settings = {
         **{f"model.config.{key}": value for key, value in vars(config).items() if value is not None},
-        "model.compile": cuda, "model.loss_chunk_size": min(8192, batch * length // 2),
+        "model.compile": cuda, "model.loss_chunk_size": min(16384, batch * length // 2),
         "trainer.precision": "bf16-mixed", "trainer.accelerator": "gpu" if cuda else "cpu",
         "trainer.devices": 1, "trainer.max_steps": updates + 1, "trainer.max_epochs": -1,
         "trainer.gradient_clip_val": 1.0, "trainer.enable_checkpointing": False,

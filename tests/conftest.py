@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+# without a GPU our kernels run in Python; Triton asks for this when it is first imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # of pytest-xdist's processes each has one core, and so have the commands that they start
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -11,7 +11,7 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation import decoding_step
 from gpt_lightning.generation import generate as generate_module
 from gpt_lightning.generation.decoding_step import DecodingStep, padded_length
-from gpt_lightning.generation.generate import stream_ids
+from gpt_lightning.generation.generate import Step, stream_ids
 from gpt_lightning.generation.sampling import Sampling, draw_unchecked
 from gpt_lightning.model.kv_cache import KVCache
 
@@ -138,7 +138,7 @@ class Graph:
         Graph.captures += 1
         static = self.step._static
         assert static.at is not None
-        written = (static.at, *static.keys, *static.values)
+        written = (static.at, self.step._tokens, *static.keys, *static.values)
         kept = [tensor.clone() for tensor in written]
         yield
         for tensor, before in zip(written, kept, strict=True):
@@ -147,8 +147,7 @@ class Graph:
     def replay(self) -> None:
         Graph.replays += 1
         assert self.step._found is not None
-        for static, found in zip(self.step._found, self.step._forward(), strict=True):
-            static.copy_(found)
+        self.step._found.copy_(self.step._forward())
 
 
 @pytest.fixture
@@ -251,14 +250,20 @@ def _autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("drawn", "eos")])
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        *(("graph", n) for n in SETTINGS if n not in ("drawn", "eos")),
+        *(("fused", n) for n in ("greedy", "one prompt", "more than the context", "stopped")),
+    ],
+)
 def test_graphs_on_a_gpu_give_the_plain_tokens(
-    capsys: pytest.CaptureFixture[str], model: GPTModel, name: str
+    capsys: pytest.CaptureFixture[str], model: GPTModel, step: Step, name: str
 ) -> None:
     own = GPTModel(CONFIG).cuda().eval()
     own.load_state_dict(model.state_dict())
     decoding_step._say_once.cache_clear()
-    found = streamed(own, **SETTINGS[name])
+    found = streamed(own, **SETTINGS[name], step=step)
     assert capsys.readouterr().err == ""
     assert streamed(own, **SETTINGS[name], step="plain") == found
 

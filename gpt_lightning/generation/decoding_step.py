@@ -1,22 +1,24 @@
 """One token through the model in fixed shapes, so that a CUDA graph can replay it: no launch, no wait.
 
-A small model's step on a GPU takes less time than Python needs to launch its two hundred kernels. B rows, V
-``vocab_size``.
+A small model's step on a GPU takes less time than Python needs to launch its two hundred kernels. Of few rows it is
+fewer kernels, of our own (:mod:`gpt_lightning.generation.fused`). B rows, V ``vocab_size``.
 """
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.model.own_kernels import obstacle_to_kernels
 
 # positions that a step attends over, filled or not; doubled when they are full, so few graphs are captured
 FIRST_WIDTH = 256
+# for which our kernels are made; of more rows torch's products are as fast
+MOST_FUSED_ROWS, WIDEST_FUSED = 4, 4096
 
 
 class DecodingStep:
@@ -29,19 +31,25 @@ class DecodingStep:
     Args:
         cache: Its ``length`` positions are read, and it grows with each step.
         padding: ``(B,)``, see :meth:`GPTModel.features`.
-        compiled: Whether the step is compiled first, which takes half a minute and more a width, and fuses
-            its small kernels.
+        fused: Whether it is to run on our own kernels, which are compiled the first time on a machine, in some
+            seconds; where they cannot, this is said once, and it runs on torch's.
 
     Attributes:
-        largest: ``(B,)``, of the logits of the last call; which the next one overwrites too.
+        largest: ``(B,)``, of the logits of the last call.
         likeliest: ``(B,)``, the ids of these, of equal ones the lowest.
+        is_fused: Whether it runs on our own kernels.
     """
 
     largest: Tensor
     likeliest: Tensor
 
     def __init__(
-        self, model: GPTModel, cache: KVCache, padding: Tensor | None, *, compiled: bool = False
+        self,
+        model: GPTModel,
+        cache: KVCache,
+        padding: Tensor | None,
+        *,
+        fused: bool = False,
     ) -> None:
         device = cache.keys[0].device
         self._model = model
@@ -53,19 +61,33 @@ class DecodingStep:
             tensor[:, :, cache.length :] = 0
         self._static = KVCache(cache.keys, cache.values)
         self._static.at = torch.full((1,), cache.length, dtype=torch.int64, device=device)
-        self._run: Callable[[], tuple[Tensor, Tensor, Tensor]] = self._forward
-        if compiled:  # on a GPU a product with one row as a kernel of its own, with what is before and after it
-            tuned: dict[str, Any] = {"coordinate_descent_tuning": device.type == "cuda"}
-            self._run = torch.compile(self._forward, dynamic=False, options=tuned)
+        # of each position, so that nothing need be copied before the next step; (B, T_max)
+        self._largest = cache.keys[0].new_zeros(len(self._tokens), cache.max_length)
+        self._likeliest = torch.zeros_like(self._largest, dtype=torch.int64)
+        self._run: Callable[[], Tensor] = self._forward
+        self.is_fused = False
+        if fused:
+            obstacle = obstacle_to_fusing(model, len(self._tokens))
+            if obstacle is None:
+                from gpt_lightning.generation.fused import FusedForward
+
+                self._run = FusedForward(
+                    model, self._static, self._tokens, padding, self._largest, self._likeliest
+                )
+                self._static.width = cache.max_length  # it reads no more than is filled
+                self.is_fused = True
+            else:
+                _say_once(f"our own kernels could not be used ({obstacle})")
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._found: tuple[Tensor, Tensor, Tensor] | None = None
+        self._found: Tensor | None = None
         obstacle = obstacle_to_capture(model)
         self._captures = obstacle is None
         if obstacle is not None:
-            _say_once(obstacle)
+            _say_once(f"the step could not be captured as a CUDA graph ({obstacle})")
 
-    def __call__(self, last: Tensor) -> Tensor:
-        """The newest ids ``(B,)`` → the next tokens' logits ``(B, V)``, which the next call overwrites.
+    def __call__(self, last: Tensor | None = None) -> Tensor:
+        """The newest ids ``(B,)``, by default the last call's likeliest → the next tokens' logits ``(B, V)``, which the
+        next call overwrites.
 
         Of a row that has ended the id is below 0, and its logits mean nothing.
         """
@@ -73,17 +95,30 @@ class DecodingStep:
         if cache.length >= self._static.width:
             self.close()  # a graph's widths are its own
             self._static.width = _width(cache.length + 1, cache.max_length)
-        self._tokens.copy_(last)
+        if last is not None:
+            self._tokens.copy_(last)
+        self.largest = self._largest[:, cache.length]
+        self.likeliest = self._likeliest[:, cache.length]
         cache.length += 1
         if self._graph is not None:
             self._graph.replay()
             assert self._found is not None
-            logits, self.largest, self.likeliest = self._found
-            return logits
-        logits, self.largest, self.likeliest = self._run()
+            return self._found
+        logits = self._first_run()
         if self._captures:
             self._capture()
         return logits
+
+    def _first_run(self) -> Tensor:
+        try:
+            return self._run()
+        except Exception as error:  # of a compiler or what it needs; torch's own kernels need none
+            if not self.is_fused:
+                raise
+            _say_once(f"our own kernels could not be compiled ({_first_line(error)})")
+        self._run, self.is_fused = self._forward, False
+        self._static.width = _width(self._cache.length, self._cache.max_length)
+        return self._run()
 
     @property
     def is_captured(self) -> bool:
@@ -96,7 +131,7 @@ class DecodingStep:
             torch.cuda.synchronize(self._tokens.device)
             self._graph = self._found = None
 
-    def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self) -> Tensor:
         model, cache, padding = self._model, self._static, self._padding
         position = cache.at
         assert position is not None
@@ -113,8 +148,12 @@ class DecodingStep:
         for block in model.trf_blocks:
             x = block(x, cache, mask)
         logits = model.head(model.final_norm(x)[:, -1])
+        likeliest = logits.argmax(dim=-1)
+        self._largest.index_copy_(1, position, logits.amax(dim=-1, keepdim=True))
+        self._likeliest.index_copy_(1, position, likeliest[:, None])
+        self._tokens.copy_(likeliest)
         position.add_(1)
-        return logits, logits.amax(dim=-1), logits.argmax(dim=-1)
+        return logits
 
     def _capture(self) -> None:
         device = self._tokens.device
@@ -132,7 +171,7 @@ class DecodingStep:
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a capture that fails does not give it back
             self._captures = False
-            _say_once(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            _say_once(f"the step could not be captured as a CUDA graph ({_first_line(error)})")
             return
         self._graph, self._found = graph, found
 
@@ -160,16 +199,37 @@ def obstacle_to_capture(model: GPTModel) -> str | None:
     return "autocast is on" if torch.is_autocast_enabled("cuda") else None
 
 
+def obstacle_to_fusing(model: GPTModel, rows: int) -> str | None:
+    """None where our own kernels are made for the GPU, the model and so many rows."""
+    if obstacle := obstacle_to_kernels(model.tok_emb.weight.device):
+        return obstacle
+    config = model.config
+    if rows > MOST_FUSED_ROWS:
+        return f"{rows} rows are more than {MOST_FUSED_ROWS}"
+    if config.emb_dim > WIDEST_FUSED:
+        return f"emb_dim {config.emb_dim} is more than {WIDEST_FUSED}"
+    layers = [
+        layer
+        for block in model.trf_blocks
+        for layer in (block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2])
+    ]
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        return "its layers are not the model's own"
+    if len({(p.dtype, p.is_contiguous()) for p in model.parameters()}) > 1:
+        return "its weights are not all alike"
+    return None
+
+
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace for each stream it has seen."""
     return torch.cuda.Stream(device)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 @functools.cache
-def _say_once(cause: str) -> None:
-    print(
-        f"gpt_lightning: generate: the step could not be captured as a CUDA graph ({cause}); "
-        "it runs without, slower",
-        file=sys.stderr,
-    )
+def _say_once(what: str) -> None:
+    print(f"gpt_lightning: generate: {what}; it runs without, slower", file=sys.stderr)

@@ -6,14 +6,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt_lightning.generation.decoding_step import DecodingStep, obstacle_to_capture, padded_length
+from gpt_lightning.generation.decoding_step import (
+    DecodingStep,
+    obstacle_to_capture,
+    obstacle_to_fusing,
+    padded_length,
+)
 from gpt_lightning.generation.sampling import Sampling, check_finite, choose
+from gpt_lightning.model.arriving import Arriving
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
-Step = Literal["plain", "graph", "compiled"]
+Step = Literal["plain", "graph", "fused"]
 NO_TOKEN = -1
-CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits are numbers
+FUSED_FROM = 128  # new tokens
+CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits were numbers
 
 
 @torch.inference_mode()
@@ -70,9 +77,8 @@ def stream_ids(
         is_over: Asked after each token, with the row's number and its new ids, whether the row ends.
         generator: Random numbers of the model's device; without one a fresh seed is taken. torch's global
             generator is untouched either way.
-        step: How one token goes through the model, by default on a GPU as a 'graph' where that can be, on a CPU
-            'plain'; see :mod:`gpt_lightning.generation.decoding_step`. 'compiled' is a graph of compiled code,
-            after half a minute and more: for many tokens on a GPU.
+        step: How one token goes through the model: 'plain', as a 'graph', or as a graph of our own kernels, 'fused'
+            (see :mod:`gpt_lightning.generation.decoding_step`). By default what is fastest, which on a CPU is plain.
 
     A row that has ended yields -1; when all have, the iterator ends.
 
@@ -101,8 +107,17 @@ def stream_ids(
         eos_id,
         is_over,
         generator,
-        step or ("plain" if obstacle_to_capture(model) else "graph"),
+        step or fastest_step(model, len(prompts) * num_samples, max_new_tokens),
     )
+
+
+def fastest_step(model: GPTModel, rows: int, max_new_tokens: int) -> Step:
+    """Our own kernels where they can be and there are tokens enough to pay for loading them."""
+    if obstacle_to_capture(model):
+        return "plain"
+    if max_new_tokens < FUSED_FROM or obstacle_to_fusing(model, rows):
+        return "graph"
+    return "fused"
 
 
 @torch.inference_mode()
@@ -139,6 +154,8 @@ def _stream(
     ended = torch.zeros(len(written), dtype=torch.bool, device=device)
     one_token: DecodingStep | None = None
     takes_likeliest = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
+    unwritten: list[Tensor] = []  # the last tokens, which ``ids`` lacks
+    may_end = eos_id is not None or is_over is not None
     finite = _Finite(every=1 if device.type == "cpu" else CHECK_EVERY)
 
     was_training = model.training
@@ -164,33 +181,39 @@ def _stream(
                     cache = cache.repeat(num_samples)
                     hidden = None if hidden is None else hidden.repeat_interleave(num_samples)
                 if way != "plain":
-                    one_token = DecodingStep(model, cache, hidden, compiled=way == "compiled")
+                    one_token = DecodingStep(model, cache, hidden, fused=way == "fused")
             elif cache.length < context_length:
                 last = ids[:, width - 1]
                 if one_token is not None:
-                    logits = one_token(last)
-                    largest, likeliest = one_token.largest.clone(), one_token.likeliest
+                    logits = one_token(None if unwritten else last)  # it knows them
+                    largest, likeliest = one_token.largest, one_token.likeliest
                 else:
                     last = last.clamp(min=0)[:, None]
                     logits = model.head(model.features(last, cache, hidden)[:, -1])
             else:
+                if unwritten:
+                    ids[:, width - len(unwritten) : width] = torch.stack(unwritten, dim=1)
+                    unwritten.clear()
                 window, hidden = _window(ids[:, :width], padding, shortest + step, context_length)
                 logits = model.head(model.features(window, padding=hidden)[:, -1])
 
             finite.add(logits.amax(dim=-1) if largest is None else largest, step)
             if likeliest is not None and takes_likeliest:
-                next_ids = likeliest.clone()
+                next_ids = likeliest
             else:
                 next_ids = choose(logits, sampling, ids=ids[:, :width], generator=generator)
             tokens: list[int] = []
             if eos_id is not None:
                 ended |= next_ids == eos_id
-            if eos_id is not None or is_over is not None:
+            if may_end:
                 next_ids = next_ids.masked_fill(ended, NO_TOKEN)
                 tokens = next_ids.tolist()  # here the host waits for a GPU, once a token
                 if all(token == NO_TOKEN for token in tokens):
                     break
-            ids[:, width] = next_ids
+            if likeliest is not None and takes_likeliest and not may_end:
+                unwritten.append(next_ids)  # a step reads its own
+            else:
+                ids[:, width] = next_ids
             width += 1
             yield next_ids
             if is_over is not None:
@@ -210,30 +233,46 @@ def _stream(
 
 
 class _Finite:
-    """Refuses logits that are no numbers, looked at in the first step and then ``every`` so many at once: the
-    host waits for a GPU each time."""
+    """Refuses logits that are no numbers: after each step, or looked at ``every`` so many steps at once, when those
+    after them are under way, so that a GPU does not wait for the host."""
 
     def __init__(self, every: int) -> None:
         self._every = every
         self._first = 0
         self._largest: list[Tensor] = []
+        self._asked: tuple[int, list[Tensor], Arriving] | None = None
 
     def add(self, largest: Tensor, step: int) -> None:
         """Of each row's logits."""
         self._largest.append(largest)
-        if step == 0 or len(self._largest) == self._every:
+        if step == 0 or self._every == 1:
             self.check()
+        elif len(self._largest) == self._every:
+            self._look()
+            self._ask()
 
     def check(self) -> None:
         """Raises ``ValueError`` with the number of the first step whose logits are refused."""
-        if self._largest and not torch.isfinite(torch.stack(self._largest)).all():
-            for step, largest in enumerate(self._largest, self._first):
-                try:
-                    check_finite(largest)
-                except ValueError as error:
-                    raise ValueError(f"{error} (new token {step})") from error
+        self._look()
+        if self._largest:
+            self._ask()
+            self._look()
+
+    def _ask(self) -> None:
+        finite = torch.isfinite(torch.stack(self._largest)).all()
+        self._asked = self._first, self._largest, Arriving(finite)
         self._first += len(self._largest)
-        self._largest.clear()
+        self._largest = []
+
+    def _look(self) -> None:
+        asked, self._asked = self._asked, None
+        if asked is None or asked[2].read():
+            return
+        for step, largest in enumerate(asked[1], asked[0]):
+            try:
+                check_finite(largest)
+            except ValueError as error:
+                raise ValueError(f"{error} (new token {step})") from error
 
 
 def _window(

@@ -14,18 +14,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.kv_cache import KVCache
 
 
-class Linear(nn.Linear):
-    """Torch's; but of one row a compiler is given product and bias apart, so that it makes one kernel of them
-    and their neighbours, where it would ask a library for many rows' kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and torch.compiler.is_compiling():
-            y = F.linear(x, self.weight)
-            return y if self.bias is None else y + self.bias
-        return super().forward(x)
-
-
-class QKVProjection(Linear):
+class QKVProjection(nn.Linear):
     """Query, key and value projections in one matrix: ``(B, T, C)`` → ``(B, T, 3C)``.
 
     Initial weights are drawn as the book draws them, one projection after the other, weight before
@@ -51,7 +40,7 @@ class CausalSelfAttention(nn.Module):
         self.n_heads = config.n_heads
         self.drop_rate = config.attention_drop_rate
         self.qkv = QKVProjection(config.emb_dim, bias=config.qkv_bias)
-        self.out_proj = Linear(config.emb_dim, config.emb_dim)
+        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
     def forward(
         self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
@@ -67,10 +56,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         drop_rate = self.drop_rate if self.training else 0.0
-        if cache is not None and cache.at is not None and torch.compiler.is_compiling():
-            assert mask is not None
-            y = attention_of_one(q, k, v, mask)
-        elif mask is None and self.training and _products_are_faster(q):
+        if mask is None and self.training and _products_are_faster(q):
             y = causal_attention_by_products(q, k, v, drop_rate)
         else:
             y = F.scaled_dot_product_attention(
@@ -102,23 +88,13 @@ def causal_attention_by_products(q: Tensor, k: Tensor, v: Tensor, drop_rate: flo
     return (weights @ v.reshape(B * H, T, D)).view(B, H, T, D)
 
 
-def attention_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """``scaled_dot_product_attention`` of one query, ``(B, H, 1, D)``, in sums that a compiler makes kernels of.
-
-    Torch's own kernels are made for many queries: one leaves most of a GPU idle.
-    """
-    scores = (q.float() * k.float()).sum(dim=-1) * q.shape[-1] ** -0.5 + mask[:, :, 0]
-    weights = scores.softmax(dim=-1)[..., None]
-    return (weights * v.float()).sum(dim=-2, keepdim=True).to(v.dtype)
-
-
 class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            Linear(config.emb_dim, 4 * config.emb_dim),
+            nn.Linear(config.emb_dim, 4 * config.emb_dim),
             nn.GELU(approximate="tanh"),
-            Linear(4 * config.emb_dim, config.emb_dim),
+            nn.Linear(4 * config.emb_dim, config.emb_dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ N tokens (B × T), C ``emb_dim``, V ``vocab_size``. The logits of N tokens are t
 step: at B 4, T 1024 they take 0.8 GB in float32, and as much again for their gradient.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gpt_lightning.model.own_kernels import obstacle_to_kernels
 
 PAD_VOCABULARY_TO = 64
 
@@ -27,7 +30,6 @@ def chunked_cross_entropy(
     chunk_size: int,
     *,
     pad_vocabulary: bool = False,
-    compiled: bool = False,
 ) -> Tensor:
     """:func:`cross_entropy` of ``features @ weight.T``, of ``chunk_size`` tokens at a time.
 
@@ -56,30 +58,29 @@ def chunked_cross_entropy(
         chunk_size,
         pad_vocabulary,
         dtype,
-        compiled,
     )
     return loss
 
 
-def _loss_and_gradient(
-    logits: Tensor, targets: Tensor, vocab_size: int, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """A chunk's summed loss, and the gradient of the mean over ``tokens`` by its logits, in their dtype.
-
-    For a compiler; :class:`_ChunkedCrossEntropy` has the same in steps that take no memory of their own.
-    """
-    dtype, logits = logits.dtype, logits.float()
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    logits = torch.where(columns < vocab_size, logits, -torch.inf)
-    log_z = logits.logsumexp(dim=-1)
-    loss = (log_z - logits.gather(1, targets[:, None])[:, 0]).sum()
-    p = (logits - log_z[:, None]).exp()
-    return loss, ((p - (columns == targets[:, None]).float()) / tokens).to(dtype)
-
-
 @cache
-def _compiled_loss_and_gradient() -> Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]:
-    return torch.compile(_loss_and_gradient, dynamic=False)
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, int, float], Tensor] | None:
+    """For a chunk on a GPU; none where it cannot be."""
+    if obstacle_to_kernels(device):
+        return None
+    try:
+        from gpt_lightning.model.loss_kernel import loss_and_gradient_
+
+        target = torch.zeros(1, dtype=torch.int64, device=device)
+        loss_and_gradient_(torch.zeros(1, 8, device=device), target, 8, 1.0)
+    except Exception as error:  # of a compiler or what it needs, of many kinds
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(
+            f"gpt_lightning: loss_chunk_size: the kernel of a chunk could not be compiled ({cause}); "
+            "the loss is computed without, slower",
+            file=sys.stderr,
+        )
+        return None
+    return loss_and_gradient_
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -92,10 +93,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         pad_vocabulary: bool,
         dtype: torch.dtype,
-        compiled: bool,
     ) -> Tensor:
         N, V = len(features), len(weight)
         wants = ctx.needs_input_grad[:2]
+        kernel = _kernel(features.device)
         with torch.autocast(features.device.type, enabled=False):
             x, w = features.to(dtype), weight.to(dtype)
             if pad_vocabulary and V % PAD_VOCABULARY_TO:
@@ -108,10 +109,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, N, chunk_size):
                 part = slice(start, start + chunk_size)
                 logits = x[part] @ w.t()
-                if compiled and any(wants):
-                    loss, grad = _compiled_loss_and_gradient()(logits, targets[part], V, N)
-                    total += loss
-                    _add_gradients(grad, x[part], w, grad_x, grad_w, part)
+                if kernel is not None:  # the logits become their gradient
+                    total += kernel(logits, targets[part], V, 1 / N)
+                    _add_gradients(logits, x[part], w, grad_x, grad_w, part)
                     continue
                 logits = logits.float()
                 logits[:, V:] = -torch.inf
@@ -131,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else g.mul_(scale[0]) for g in ctx.saved_tensors)
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _add_gradients(
@@ -144,5 +144,11 @@ def _add_gradients(
 ) -> None:
     if grad_x is not None:
         grad_x[part] = by_logits @ w
-    if grad_w is not None:
+    if grad_w is None:
+        return
+    if (
+        grad_w.is_cuda and grad_w.dtype != x.dtype
+    ):  # its product adds in float32 what it multiplies in bfloat16
+        torch.addmm(grad_w, by_logits.t(), x, out_dtype=grad_w.dtype, out=grad_w)
+    else:
         grad_w += by_logits.t() @ x

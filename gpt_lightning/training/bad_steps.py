@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt_lightning.data.loader import Batch, WindowLoader
-from gpt_lightning.training.arriving import Arriving
+from gpt_lightning.model.arriving import Arriving
 from gpt_lightning.training.figures import log_figures
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optim import norm_is_surely_finite

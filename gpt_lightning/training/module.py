@@ -179,7 +179,6 @@ class GPTLightningModule(LightningModule):
             targets,
             self.loss_chunk_size,
             pad_vocabulary=self.device.type == "cuda",
-            compiled=self.compile_blocks,
         )
 
     def on_train_start(self) -> None:

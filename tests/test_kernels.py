@@ -1,0 +1,292 @@
+"""Kernels of our own: what they compute, in Triton's interpreter here and on a GPU where there is one."""
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_lightning import GPTConfig, GPTModel
+from gpt_lightning.generation import decoding_step
+from gpt_lightning.generation import generate as generate_module
+from gpt_lightning.generation.decoding_step import DecodingStep, obstacle_to_fusing
+from gpt_lightning.generation.generate import fastest_step
+from gpt_lightning.model import loss, own_kernels
+from gpt_lightning.model.kv_cache import KVCache
+
+# Triton's interpreter computes in numpy, which warns of what is no number
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@pytest.fixture
+def interpreted() -> None:
+    """Kernels run in Python, on tensors of the CPU: conftest.py asks Triton for that."""
+    pytest.importorskip("triton", reason="Triton, of the extra 'test', is for Linux on x86-64")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU kernels are not interpreted; -m gpu runs them there")
+
+
+@pytest.fixture
+def fused(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(decoding_step, "obstacle_to_fusing", lambda model, rows: None)
+    return importlib.import_module("gpt_lightning.generation.fused")
+
+
+# --- the loss ---------------------------------------------------------------------------------------
+
+
+def plain_loss(logits: Tensor, targets: Tensor, vocab_size: int, by: float) -> tuple[float, Tensor]:
+    logits = logits.double().requires_grad_()
+    sum_of_all = torch.nn.functional.cross_entropy(logits[:, :vocab_size], targets, reduction="sum")
+    (grad,) = torch.autograd.grad(sum_of_all * by, logits)
+    return float(sum_of_all.detach()), grad
+
+
+def check_loss(
+    kernel: ModuleType, vocab_size: int, width: int, dtype: torch.dtype, device: str
+) -> None:
+    generator = torch.Generator(device).manual_seed(vocab_size)
+    logits = 4 * torch.randn(5, width, generator=generator, device=device)
+    logits[0] += 300  # whose powers of e float32 does not hold
+    logits = logits.to(dtype)
+    targets = torch.randint(vocab_size, (5,), generator=generator, device=device)
+    targets[:2] = torch.tensor([0, vocab_size - 1])
+    expected, expected_grad = plain_loss(logits, targets, vocab_size, by=0.25)
+    found = kernel.loss_and_gradient_(logits, targets, vocab_size, 0.25)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    exact = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(logits.double(), expected_grad, atol=exact, rtol=exact)
+    assert not logits[:, vocab_size:].any()
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(101, 128), (100, 100), (64, 64), (300, 320)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient(
+    interpreted: None,
+    monkeypatch: pytest.MonkeyPatch,
+    vocab_size: int,
+    width: int,
+    dtype: torch.dtype,
+) -> None:
+    """With whole blocks, a part of one, and columns that are no tokens."""
+    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    monkeypatch.setattr(kernel, "BLOCK", 64)
+    check_loss(kernel, vocab_size, width, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("vocab_size", "width"), [(101, 128), (50257, 50304), (50257, 50257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_on_a_gpu(vocab_size: int, width: int, dtype: torch.dtype) -> None:
+    from gpt_lightning.model import loss_kernel
+
+    check_loss(loss_kernel, vocab_size, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_a_damaged_logit_makes_the_loss_no_number(interpreted: None, damage: float) -> None:
+    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    logits = torch.zeros(3, 16)
+    logits[1, 5] = damage
+    assert not kernel.loss_and_gradient_(logits, torch.tensor([1, 2, 3]), 16, 1.0).isfinite()
+
+
+def gradients(pad: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(2, 7, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(101, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(101, (2, 7), generator=generator)
+    mean = loss.chunked_cross_entropy(features, weight, targets, 4, pad_vocabulary=pad)
+    return [mean.detach(), *torch.autograd.grad(mean, (features, weight))]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_the_loss_by_chunks_is_the_same_with_the_kernel(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, pad: bool
+) -> None:
+    expected = gradients(pad)
+    kernel = importlib.import_module("gpt_lightning.model.loss_kernel").loss_and_gradient_
+    monkeypatch.setattr(loss, "_kernel", lambda device: kernel)
+    for found, before in zip(gradients(pad), expected, strict=True):
+        torch.testing.assert_close(found, before, atol=1e-6, rtol=1e-5)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_done_without(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.\nmore lines")
+
+    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    monkeypatch.setattr(kernel, "loss_and_gradient_", fails)
+    monkeypatch.setattr(loss, "obstacle_to_kernels", lambda device: None)
+    expected = gradients(True)
+    loss._kernel.cache_clear()
+    try:
+        capsys.readouterr()
+        for _ in range(2):
+            assert all(map(torch.equal, gradients(True), expected))
+    finally:
+        loss._kernel.cache_clear()
+    assert capsys.readouterr().err == (
+        "gpt_lightning: loss_chunk_size: the kernel of a chunk could not be compiled "
+        "(Failed to find C compiler.); the loss is computed without, slower\n"
+    )
+
+
+# --- a step of decoding -----------------------------------------------------------------------------
+
+
+def model_of(
+    n_heads: int = 2,
+    emb_dim: int = 32,
+    n_layers: int = 2,
+    *,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> GPTModel:
+    """With weights of norms and biases that are not what they begin as."""
+    torch.manual_seed(1)
+    model = GPTModel(
+        GPTConfig(vocab_size=101, context_length=48, emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers,
+                  qkv_bias=tied, tied_embeddings=tied)
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def steps(model: GPTModel, lengths: list[int], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of ``count`` steps after prompts of these lengths: the plain path's, and our own kernels'."""
+    rows, width = len(lengths), max(lengths)
+    ids = torch.randint(101, (rows, 48), generator=torch.Generator().manual_seed(7))
+    padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
+    dtype = model.tok_emb.weight.dtype
+    caches = [KVCache.allocate(model.config, rows, 48, dtype=dtype) for _ in range(2)]
+    for cache in caches:
+        model.features(ids[:, :width], cache, padding)
+    plain, own = caches
+    step = DecodingStep(model, own, padding, fused=True)
+    assert step.is_fused
+    expected, found = [], []
+    for at in range(width, width + count):
+        expected.append(model.head(model.features(ids[:, at : at + 1], plain, padding)[:, -1]))
+        found.append(step(ids[:, at]).clone())
+        assert torch.equal(step.largest, found[-1].amax(dim=-1))
+        assert torch.equal(step.likeliest, found[-1].argmax(dim=-1))
+        assert own.length == plain.length == at + 1
+    return expected, found
+
+
+SHAPES = [
+    ({}, [1], torch.float32),
+    ({}, [45], torch.bfloat16),
+    ({"n_layers": 1}, [20, 37, 3], torch.float32),
+    # sizes that are no powers of 2, no biases, a head of its own
+    ({"n_heads": 3, "emb_dim": 36, "n_layers": 1, "tied": False}, [30, 30], torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("shape", "lengths", "dtype"), SHAPES)
+@torch.inference_mode()
+def test_the_steps_logits_are_the_plain_paths(
+    fused: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: dict[str, int],
+    lengths: list[int],
+    dtype: torch.dtype,
+) -> None:
+    """Over one span of positions and several, in several blocks each."""
+    monkeypatch.setattr(fused, "ATTENTION_SPAN", 16)
+    monkeypatch.setattr(fused, "ATTENTION_BLOCK", 8)
+    exact = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
+    for expected, found in zip(*steps(model_of(**shape, dtype=dtype), lengths, 2), strict=True):
+        torch.testing.assert_close(found, expected, atol=exact, rtol=exact)
+
+
+@torch.inference_mode()
+def test_the_step_has_the_same_bits_again(fused: ModuleType) -> None:
+    model = model_of(dtype=torch.bfloat16)
+    first, second = (steps(model, [9], 2)[1] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@torch.inference_mode()
+def test_the_step_reads_its_own_likeliest(fused: ModuleType) -> None:
+    model = model_of()
+    made = []
+    for given in (True, False):
+        cache = KVCache.allocate(model.config, 1, 48)
+        model.features(torch.tensor([[3, 1, 4]]), cache)
+        step = DecodingStep(model, cache, None, fused=True)
+        step(torch.tensor([1]))
+        for _ in range(3):
+            step(step.likeliest.clone() if given else None)
+        made.append(step._likeliest[:, 3:7].tolist())
+    assert made[0] == made[1]
+
+
+@torch.inference_mode()
+def test_damaged_logits_are_seen(fused: ModuleType) -> None:
+    """And the id beside them is one of the vocabulary, which the next step may read."""
+    model = model_of()
+    model.tok_emb.weight[50] = torch.nan
+    cache = KVCache.allocate(model.config, 1, 48)
+    model.features(torch.tensor([[3, 1, 4]]), cache)
+    step = DecodingStep(model, cache, None, fused=True)
+    logits = step(torch.tensor([1]))
+    assert logits.isnan().sum() == 1
+    assert step.largest.isnan().all()
+    assert 0 <= int(step.likeliest) < 101
+
+
+@torch.inference_mode()
+def test_kernels_that_cannot_be_compiled_are_done_without(
+    fused: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.\nmore lines")
+
+    model = model_of()
+    monkeypatch.setattr(fused.FusedForward, "__call__", fails)
+    decoding_step._say_once.cache_clear()
+    cache, plain = (KVCache.allocate(model.config, 1, 48) for _ in range(2))
+    for each in (cache, plain):
+        model.features(torch.tensor([[3, 1, 4]]), each)
+    step = DecodingStep(model, cache, None, fused=True)
+    expected = model.head(model.features(torch.tensor([[1]]), plain)[:, -1])
+    torch.testing.assert_close(step(torch.tensor([1])), expected)
+    assert not step.is_fused
+    assert (
+        "generate: our own kernels could not be compiled (Failed to find C compiler.); "
+        "it runs without, slower\n"
+    ) in capsys.readouterr().err
+
+
+def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    assert obstacle_to_fusing(model, 1) == "the model is on cpu"
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(own_kernels, "find_spec", lambda name: None)
+    assert own_kernels.obstacle_to_kernels(cuda) == "Triton is not installed"
+    monkeypatch.setattr(own_kernels, "find_spec", lambda name: name)
+    assert "older than NVIDIA's Ampere" in str(own_kernels.obstacle_to_kernels(cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert own_kernels.obstacle_to_kernels(cuda) is None
+
+    monkeypatch.setattr(decoding_step, "obstacle_to_kernels", lambda device: None)
+    assert obstacle_to_fusing(model, 4) is None
+    assert obstacle_to_fusing(model, 5) == "5 rows are more than 4"
+    monkeypatch.setattr(generate_module, "obstacle_to_capture", lambda model: None)
+    assert fastest_step(model, 1, 1000) == "fused"
+    assert fastest_step(model, 5, 1000) == "graph"
+    assert fastest_step(model, 1, 20) == "graph"  # too few to pay for loading kernels
+    model.trf_blocks[0].att.out_proj = torch.nn.Identity()
+    assert obstacle_to_fusing(model, 1) == "its layers are not the model's own"
+    wide = model_of()
+    wide.pos_emb.to(torch.bfloat16)
+    assert obstacle_to_fusing(wide, 1) == "its weights are not all alike"

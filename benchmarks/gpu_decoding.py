@@ -38,15 +38,14 @@ def measure(
     steady, whole = [], []
     for repeat in range(REPEATS + 1):
         synchronize(device)
-        began = time.perf_counter()
+        began, reached = time.perf_counter(), {}
         for i, _ in enumerate(stream_ids(model, ids, new, Sampling(), step=way), 1):
-            if i == WARM:
+            if i in (WARM, new):
                 synchronize(device)
-                warm = time.perf_counter()
-        synchronize(device)
-        ended = time.perf_counter()
+                reached[i] = time.perf_counter()
+        ended = time.perf_counter()  # it has let go of its graph, which takes milliseconds
         if repeat:
-            steady.append(batch * (new - WARM) / (ended - warm))
+            steady.append(batch * (new - WARM) / (reached[new] - reached[WARM]))
             whole.append(batch * new / (ended - began))
     found = rates(steady, whole) | peak_memory(device)  # before a float32 model is held beside it
     return found | deviation(config, device, batch, way, prompt)

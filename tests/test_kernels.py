@@ -1,10 +1,14 @@
 """Kernels of our own: what they compute, in Triton's interpreter here and on a GPU where there is one."""
 
 import importlib
+import json
+import os
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from conftest import ROOT, python
 from torch import Tensor
 
 from gpt_lightning import GPTConfig, GPTModel
@@ -290,3 +294,24 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = model_of()
     wide.pos_emb.to(torch.bfloat16)
     assert obstacle_to_fusing(wide, 1) == "its weights are not all alike"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "size", "rows"),
+    [(80, "gpt2-124M", 1), (90, "gpt2-124M", 4), (90, "gpt2-1558M", 1), (120, "gpt2-124M", 1)],
+)
+def test_kernels_compile_for_gpus(capability: int, size: str, rows: int, tmp_path: Path) -> None:
+    """What the interpreter takes a compiler may not; and of one row all that a thread holds is in registers."""
+    pytest.importorskip("triton", reason="Triton, of the extra 'test', is for Linux on x86-64")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = python(str(ROOT / "tests" / "compile_kernels.py"), str(capability), size, str(rows), cwd=ROOT,
+                  env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = [name for name, _ in found]
+    # qkv, out_proj and two of the feed-forward network; attention over one span and over several, with padding
+    counts = {"linear": 4, "attention": 2, "head": 1, "embed": 2, "_loss_and_gradient": 1}
+    assert {name: names.count(name) for name in counts} == counts
+    if rows == 1:
+        assert [kernel for kernel in found if kernel[1]] == []

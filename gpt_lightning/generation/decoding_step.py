@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.gpt import GPTModel, TransformerBlock
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.own_kernels import obstacle_to_kernels
 
@@ -208,13 +208,11 @@ def obstacle_to_fusing(model: GPTModel, rows: int) -> str | None:
         return f"{rows} rows are more than {MOST_FUSED_ROWS}"
     if config.emb_dim > WIDEST_FUSED:
         return f"emb_dim {config.emb_dim} is more than {WIDEST_FUSED}"
-    layers = [
-        layer
-        for block in model.trf_blocks
-        for layer in (block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2])
-    ]
-    if not all(isinstance(layer, nn.Linear) for layer in layers):
-        return "its layers are not the model's own"
+    for block in model.modules():
+        if isinstance(block, TransformerBlock):
+            layers = (block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2])
+            if not all(isinstance(layer, nn.Linear) for layer in layers):
+                return "its layers are not the model's own"
     if len({(p.dtype, p.is_contiguous()) for p in model.parameters()}) > 1:
         return "its weights are not all alike"
     return None

@@ -1,24 +1,22 @@
-"""One token of few rows through the model in five kernels a block, where torch has thirteen: for NVIDIA's GPUs.
+"""A step of few rows by our own kernels, five a block where torch has thirteen: for NVIDIA's GPUs.
 
-With one row a product does two operations for each weight it reads, so a step's floor is reading the weights once; what
-keeps torch from it is that its products are made for many rows, and that each small kernel between them waits for
-the one before. Here norm, product, bias, GELU and shortcut are one kernel, and one that follows reads its
-weights while the one before it ends (Hopper's programmatic dependent launch). Sums are taken in float32, as is what
-the shortcuts add up to; their order is fixed, so the same step has the same bits.
+With one row a product does two operations for each weight it reads, so a step's floor is reading the weights once. What
+keeps torch from it is that its products are made for many rows, and that the small kernels between them wait for
+one another. What shortcuts add up to is kept in float32.
 
-Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``. Needs Triton, which comes with torch for CUDA.
+Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``. Needs Triton: see
+:mod:`gpt_lightning.model.own_kernels`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton import cdiv, next_power_of_2
 
-from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.generation import step_kernels as kernels
+from gpt_lightning.model.gpt import GPTModel, TransformerBlock
 from gpt_lightning.model.kv_cache import KVCache
 
 
@@ -31,279 +29,30 @@ class Tile:
 
     def rows(self, K: int) -> int:
         """Of a weight (N, K)."""
-        return max(1, self.weights // triton.next_power_of_2(K))
+        return max(1, self.weights // next_power_of_2(K))
 
 
 # measured on an H200 (benchmarks/README.md)
-SMALL, LARGE, LARGE_FROM = Tile(8192, 4), Tile(16384, 4), 1 << 23
+SMALL, LARGE, LARGE_FROM = Tile(8192, 4), Tile(16384, 4), 1 << 22  # weights of a layer
 HEAD = Tile(16384, 4)
-ATTENTION_BLOCK, ATTENTION_SPAN, ATTENTION_WARPS = 256, 256, 8
+ATTENTION_SPAN, ATTENTION_BLOCK, ATTENTION_WARPS = 256, 256, 8  # positions
 
 
-@triton.jit
-def _begin(EARLY: tl.constexpr):
-    """What follows in the stream may start, to read what nobody writes; after this has asked for its own."""
-    if EARLY:
-        gdc_launch_dependents()
+@dataclass(frozen=True)
+class Product:
+    """``out`` (R, N) becomes x (R, K) times weight (N, K), or has it added to what it holds.
 
-
-@triton.jit
-def _wait(EARLY: tl.constexpr):
-    """For what came before in the stream."""
-    if EARLY:
-        gdc_wait()
-
-
-@triton.jit
-def embed(
-    tokens, at, padding, tok_emb, pos_emb, x,
-    C: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """x (R, C): embeddings of ``tokens`` (R,), those below 0 as 0, and of their positions."""
-    _begin(EARLY)
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < C
-    token = tl.maximum(tl.load(tokens + row), 0)
-    position = tl.load(at)
-    if PADDED:
-        position -= tl.load(padding + row)
-    token_part = tl.load(tok_emb + token * C + columns, mask=inside)
-    position_part = tl.load(pos_emb + position * C + columns, mask=inside)
-    sum_of_both = token_part.to(tl.float32) + position_part.to(tl.float32)
-    tl.store(x + row * C + columns, sum_of_both, mask=inside)
-
-
-@triton.jit
-def _tile(weight, n, k, N, K: tl.constexpr):
-    """Rows n (BLOCK_N,) of the weight (N, K), columns k (BLOCK_K,); what lies outside is 0, and not read."""
-    mask = (n < N)[:, None] & (k < K)[None, :]
-    where = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    return tl.load(where, mask=mask, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _product(
-    x, w, scale, shift, k, eps, R, K: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """x (R, K) times the tile w (BLOCK_N, BLOCK_K): (BLOCK_R, BLOCK_N).
-
-    With NORM the rows are normalised first, for which nothing waits: of a row's mean m and deviation s, the product
-    with (x - m) / s · scale is that with x · scale, less m times that of ``scale`` (BLOCK_N,), ``shift``, over s.
+    After a norm ``bias`` has the product with the norm's bias in it, and ``shift`` (N,) is that with its weight.
     """
-    inside = k < K
-    if BLOCK_R == 1:  # of one row in two dimensions, for which the compiler finds a better layout
-        v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            mean = tl.sum(v, 0) / K
-            deviation = tl.rsqrt(tl.maximum(tl.sum(v * v, 0) / K - mean * mean, 0.0) + eps)
-            y = tl.sum(w.to(tl.float32) * (v * scale)[None, :], 1)
-            y = ((y - mean * shift) * deviation)[None, :]
-        else:
-            y = tl.sum(w.to(tl.float32) * v[None, :], 1)[None, :]
-    else:
-        r = tl.arange(0, BLOCK_R)
-        mask = (r < R)[:, None] & inside[None, :]
-        v = tl.load(x + r[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NORM:
-            mean = tl.sum(v, 1) / K
-            deviation = tl.rsqrt(tl.maximum(tl.sum(v * v, 1) / K - mean * mean, 0.0) + eps)
-            y = tl.sum(w.to(tl.float32)[None, :, :] * (v * scale[None, :])[:, None, :], 2)
-            y = (y - mean[:, None] * shift[None, :]) * deviation[:, None]
-        else:
-            y = tl.sum(w.to(tl.float32)[None, :, :] * v[:, None, :], 2)
-    return y
 
-
-@triton.jit
-def linear(
-    x, weight, bias, scale, shift, out, eps, N, R,
-    K: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """out (R, N): x (R, K), normalised if NORM, times weight (N, K), plus bias, through GPT-2's GELU if GELU; if ADD,
-    added to what ``out`` holds."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    w = _tile(weight, n, k, N, K)
-    _begin(EARLY)
-    s, t = 0.0, 0.0
-    if NORM:
-        s = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
-        t = tl.load(shift + n, mask=n < N, other=0.0)
-    before = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    if BIAS:
-        before += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    _wait(EARLY)
-    r = tl.arange(0, BLOCK_R)
-    target = out + r[:, None] * N + n[None, :]
-    mask = (r < R)[:, None] & (n < N)[None, :]
-    if ADD:
-        before += tl.load(target, mask=mask, other=0.0)
-    y = _product(x, w, s, t, k, eps, R, K, NORM, BLOCK_R) + before
-    if GELU:  # its tanh form: (1 + tanh(u)) / 2 is sigmoid(2u)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    tl.store(target, y, mask=mask)
-
-
-@triton.jit
-def _cached(cache, of_head, first, end, d, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Positions from ``first`` on, as many as a block has, but none from ``end`` on: (BLOCK_T, BLOCK_D)."""
-    t = first + tl.arange(0, BLOCK_T)
-    mask = (t < end)[:, None] & (d < D)[None, :]
-    return tl.load(cache + of_head + t[:, None] * D + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _attend(q, k, v, first, end, y, total, largest, BLOCK_T: tl.constexpr):
-    """A block more of keys and values in a softmax that goes on: its sums of values and weights, its largest score."""
-    seen = first + tl.arange(0, BLOCK_T) < end
-    scores = tl.where(seen, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
-    larger = tl.maximum(largest, tl.max(scores, 0))
-    weights = tl.exp(scores - larger)
-    shrink = tl.exp(largest - larger)
-    y = y * shrink + tl.sum(weights[:, None] * v.to(tl.float32), 0)
-    return y, total * shrink + tl.sum(weights, 0), larger
-
-
-@triton.jit
-def attention(
-    qkv, keys, values, at, padding, out, sums, totals, done, scale, T,
-    C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPANS: tl.constexpr, BLOCK_SPANS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """out (R, C): one head of one row's query over its cached keys and values (R, H, T, D) and over its own, which are
-    stored at position ``at``.
-
-    Of many positions a program has SPAN. Each leaves its ``sums`` (R, H, spans, D) and ``totals`` (R, H, spans, 2) of
-    weights and largest scores, and the last of a head, by ``done`` (R, H), adds them up in their order.
-    """
-    head, row, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    d = tl.arange(0, BLOCK_D)
-    inside = d < D
-    one = row * tl.num_programs(0) + head
-    of_head = one.to(tl.int64) * T * D
-    position = tl.load(at)
-    first = position * 0
-    if PADDED:
-        first += tl.load(padding + row)
-    spans = tl.maximum(tl.cdiv(position - first, SPAN), 1)
-    first += span * SPAN
-    end = tl.minimum(first + SPAN, position)
-    # of steps before this one, so nobody writes them any more
-    k_before = _cached(keys, of_head, first, end, d, D, BLOCK_T)
-    v_before = _cached(values, of_head, first, end, d, D, BLOCK_T)
-    _begin(EARLY)
-    _wait(EARLY)
-    if span < spans:
-        own = qkv + row * 3 * C + head * D + d
-        q = tl.load(own, mask=inside, other=0.0).to(tl.float32) * scale
-        y = tl.zeros((BLOCK_D,), tl.float32)
-        largest = tl.sum(y, 0) - 1e38
-        total = tl.sum(y, 0)
-        if span == 0:
-            k = tl.load(own + C, mask=inside, other=0.0)
-            v = tl.load(own + 2 * C, mask=inside, other=0.0)
-            tl.store(keys + of_head + position * D + d, k, mask=inside)
-            tl.store(values + of_head + position * D + d, v, mask=inside)
-            y = v.to(tl.float32)
-            largest = tl.sum(q * k.to(tl.float32), 0)
-            total = total + 1.0
-        y, total, largest = _attend(q, k_before, v_before, first, end, y, total, largest, BLOCK_T)
-        first += BLOCK_T
-        while first < end:
-            k_before = _cached(keys, of_head, first, end, d, D, BLOCK_T)
-            v_before = _cached(values, of_head, first, end, d, D, BLOCK_T)
-            y, total, largest = _attend(
-                q, k_before, v_before, first, end, y, total, largest, BLOCK_T
-            )
-            first += BLOCK_T
-        target = out + row * C + head * D + d
-        if spans == 1:
-            tl.store(target, y / total, mask=inside)
-        elif SPANS > 1:
-            own_sums = sums + one * SPANS * D + d[None, :]
-            own_totals = totals + one * SPANS * 2
-            tl.store(own_sums + span * D, y[None, :], mask=inside[None, :])
-            tl.store(own_totals + span * 2, total)
-            tl.store(own_totals + span * 2 + 1, largest)
-            tl.debug_barrier()  # all of this program's are written before it is counted
-            if tl.atomic_add(done + one, 1, sem="acq_rel") == spans - 1:
-                i = tl.arange(0, BLOCK_SPANS)
-                there = i < spans
-                where = own_totals + i * 2
-                weights = tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
-                scores = tl.load(where + 1, mask=there, other=-1e38, cache_modifier=".cg")
-                grow = tl.exp(scores - tl.max(scores, 0))
-                parts = tl.load(
-                    own_sums + i[:, None] * D,
-                    mask=there[:, None] & inside[None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                y = tl.sum(parts * grow[:, None], 0) / tl.sum(weights * grow, 0)
-                tl.store(target, y, mask=inside)
-                tl.store(done + one, 0)
-
-
-@triton.jit
-def _largest(y, ids):
-    """Of each row of ``y`` (r, n) the largest, or NaN if there is one; and the largest number's id, of equal ones the
-    lowest."""
-    damaged = y != y
-    numbers = tl.where(damaged, float("-inf"), y)
-    best = tl.max(numbers, 1)
-    likeliest = tl.min(tl.where(numbers == best[:, None], ids, 0x7FFFFFFF), 1)
-    return tl.where(tl.max(damaged.to(tl.int32), 1) > 0, float("nan"), best), likeliest
-
-
-@triton.jit
-def head(
-    x, weight, bias, scale, shift, logits, best, best_ids, eps, V, R,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """logits (R, V) of x (R, K) normalised; and the largest of each program's, and its id (R, programs)."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    ids = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    wanted = ids < V
-    w = _tile(weight, ids, k, V, K)
-    _begin(EARLY)
-    s = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
-    t = tl.load(shift + ids, mask=wanted, other=0.0)
-    b = tl.load(bias + ids, mask=wanted, other=0.0)
-    _wait(EARLY)
-    y = _product(x, w, s, t, k, eps, R, K, True, BLOCK_R) + b[None, :]
-    y = y.to(logits.dtype.element_ty)  # what is compared is what is seen
-    r = tl.arange(0, BLOCK_R)
-    mask = (r < R)[:, None] & wanted[None, :]
-    tl.store(logits + r[:, None] * V + ids[None, :], y, mask=mask)
-    y = tl.where(wanted[None, :], y.to(tl.float32), float("-inf"))
-    value, token = _largest(y, ids[None, :])
-    tl.store(best + r * programs + program, value, mask=r < R)
-    tl.store(best_ids + r * programs + program, token, mask=r < R)
-
-
-@triton.jit
-def finish(
-    best, best_ids, largest, likeliest, tokens, at, n, T, R,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """The largest of what each program of ``head`` found and its id, to this position's place in (R, T); the id as the
-    next token too, and the next position in ``at``. By one program."""
-    _wait(EARLY)
-    r, i = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
-    mask = (r < R)[:, None] & (i < n)[None, :]
-    y = tl.load(best + r[:, None] * n + i[None, :], mask=mask, other=float("-inf"))
-    ids = tl.load(best_ids + r[:, None] * n + i[None, :], mask=mask, other=0x7FFFFFFF)
-    value, token = _largest(y, ids)
-    position = tl.load(at)
-    tl.store(largest + r * T + position, value, mask=r < R)
-    tl.store(likeliest + r * T + position, token.to(tl.int64), mask=r < R)
-    tl.store(tokens + r, token.to(tl.int64), mask=r < R)
-    tl.debug_barrier()  # all have read the position
-    tl.store(at, position + 1)
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out: Tensor
+    norm: nn.LayerNorm | None = None
+    shift: Tensor | None = None
+    gelu: bool = False
+    add: bool = False
 
 
 class FusedForward:
@@ -333,102 +82,109 @@ class FusedForward:
         self._tokens, self._padding = tokens, padding
         self._largest, self._likeliest = largest, likeliest
         self._early = is_hopper_or_newer(device)
-        self._spans = triton.cdiv(cache.max_length, ATTENTION_SPAN)
+        self._spans = cdiv(cache.max_length, ATTENTION_SPAN)
 
         def empty(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self._x = empty(R, C, dtype=torch.float32)
-        self._qkv, self._y, self._hidden = empty(R, 3 * C), empty(R, C), empty(R, 4 * C)
+        self._qkv, self._y = empty(R, 3 * C), empty(R, C)
         self._sums = empty(R, C * self._spans, dtype=torch.float32)
         self._totals = empty(R, config.n_heads * self._spans * 2, dtype=torch.float32)
         self._done = torch.zeros(R, config.n_heads, dtype=torch.int32, device=device)
-        self._logits = empty(R, config.vocab_size)
-        programs = triton.cdiv(config.vocab_size, HEAD.rows(C))
+        programs = cdiv(config.vocab_size, HEAD.rows(C))
         self._best = empty(R, programs, dtype=torch.float32)
         self._best_ids = empty(R, programs, dtype=torch.int32)
-        self._of_qkv = [
-            _after_norm(b.norm1, b.att.qkv.weight, b.att.qkv.bias) for b in model.trf_blocks
+
+        hidden = empty(R, 4 * C)
+        self._products = [
+            self._of_block(cast(TransformerBlock, block), hidden) for block in model.trf_blocks
         ]
-        self._of_ff = [
-            _after_norm(b.norm2, b.ff.layers[0].weight, b.ff.layers[0].bias)
-            for b in model.trf_blocks
-        ]
-        self._of_head = _after_norm(model.final_norm, model.head_weight, None)
+        logits = empty(R, config.vocab_size)
+        self._head = after_norm(self._x, model.final_norm, model.head_weight, None, logits)
+
+    def _of_block(self, block: TransformerBlock, hidden: Tensor) -> tuple[Product, ...]:
+        """In their order: qkv, out_proj, and the feed-forward network's two."""
+        x, qkv, out = self._x, block.att.qkv, block.att.out_proj
+        widen, narrow = (cast(nn.Linear, block.ff.layers[i]) for i in (0, 2))
+        return (
+            after_norm(x, block.norm1, qkv.weight, qkv.bias, self._qkv),
+            Product(self._y, out.weight, out.bias, x, add=True),
+            after_norm(x, block.norm2, widen.weight, widen.bias, hidden, gelu=True),
+            Product(hidden, narrow.weight, narrow.bias, x, add=True),
+        )
 
     def __call__(self) -> Tensor:
-        model, cache, config = self._model, self._cache, self._model.config
-        at, padding = cache.at, self._padding
-        assert at is not None
+        model, cache, at = self._model, self._cache, self._cache.at
         R, C = self._x.shape
-        H, D = config.n_heads, config.emb_dim // config.n_heads
-        padded = padding is not None
-        embed[(R,)](
-            self._tokens, at, padding, model.tok_emb.weight, model.pos_emb.weight, self._x,
-            C=C, PADDED=padded, BLOCK=triton.next_power_of_2(C), EARLY=self._early,
+        kernels.embed[(R,)](
+            self._tokens, at, self._padding, model.tok_emb.weight, model.pos_emb.weight, self._x,
+            C=C, PADDED=self._padding is not None, BLOCK=next_power_of_2(C), EARLY=self._early,
         )  # fmt: skip
-        for layer, block in enumerate(model.trf_blocks):
-            widen, _, narrow = block.ff.layers
-            self._linear(self._x, block.att.qkv, self._qkv, block.norm1, self._of_qkv[layer])
-            attention[(H, R, self._spans)](
-                self._qkv, cache.keys[layer], cache.values[layer], at, padding, self._y,
-                self._sums, self._totals, self._done, D**-0.5, cache.max_length,
-                C=C, D=D, PADDED=padded, SPAN=ATTENTION_SPAN, BLOCK_T=ATTENTION_BLOCK,
-                BLOCK_D=triton.next_power_of_2(D), SPANS=self._spans,
-                BLOCK_SPANS=triton.next_power_of_2(self._spans),
-                EARLY=self._early, num_warps=ATTENTION_WARPS, **self._overlap,
-            )  # fmt: skip
-            self._linear(self._y, block.att.out_proj, self._x, add=True)
-            self._linear(self._x, widen, self._hidden, block.norm2, self._of_ff[layer], gelu=True)
-            self._linear(self._hidden, narrow, self._x, add=True)
-        n, norm = self._best.shape[1], model.final_norm
-        shift, bias = self._of_head
-        head[(n,)](
-            self._x, model.head_weight, bias, norm.weight, shift, self._logits, self._best, self._best_ids,
-            norm.eps, config.vocab_size, R,
-            K=C, BLOCK_R=triton.next_power_of_2(R), BLOCK_N=HEAD.rows(C), BLOCK_K=triton.next_power_of_2(C),
-            EARLY=self._early, num_warps=HEAD.warps, **self._overlap,
+        for layer, (qkv, out_proj, widen, narrow) in enumerate(self._products):
+            self._multiply(qkv)
+            self._attend(cache.keys[layer], cache.values[layer])
+            self._multiply(out_proj)
+            self._multiply(widen)
+            self._multiply(narrow)
+        of, n = self._head, self._best.shape[1]
+        assert of.norm is not None
+        kernels.head[(n,)](
+            self._x, of.weight, of.bias, of.norm.weight, of.shift, of.out, self._best, self._best_ids,
+            of.norm.eps, model.config.vocab_size, R,
+            K=C, BLOCK_R=next_power_of_2(R), BLOCK_N=HEAD.rows(C), BLOCK_K=next_power_of_2(C),
+            **self._launched(HEAD.warps),
         )  # fmt: skip
-        finish[(1,)](
-            self._best, self._best_ids, self._largest, self._likeliest, self._tokens, at, n,
-            cache.max_length, R, BLOCK_R=triton.next_power_of_2(R),
-            BLOCK=triton.next_power_of_2(n), EARLY=self._early, num_warps=8, **self._overlap,
+        kernels.finish[(1,)](
+            self._best, self._best_ids, self._largest, self._likeliest, self._tokens, at,
+            n, cache.max_length, R,
+            BLOCK_R=next_power_of_2(R), BLOCK=next_power_of_2(n), **self._launched(8),
         )  # fmt: skip
-        return self._logits
+        return of.out
 
-    @property
-    def _overlap(self) -> dict[str, Any]:
-        return {"launch_pdl": True} if self._early else {}
-
-    def _linear(
-        self,
-        x: Tensor,
-        layer: nn.Linear,
-        out: Tensor,
-        norm: nn.LayerNorm | None = None,
-        after_norm: tuple[Tensor, Tensor] | None = None,
-        *,
-        gelu: bool = False,
-        add: bool = False,
-    ) -> None:
-        N, K = layer.weight.shape
+    def _multiply(self, of: Product) -> None:
+        (N, K), R = of.weight.shape, len(of.x)
         tile = LARGE if N * K >= LARGE_FROM else SMALL
-        shift, bias = after_norm or (None, layer.bias)
-        linear[(triton.cdiv(N, tile.rows(K)),)](
-            x, layer.weight, bias, None if norm is None else norm.weight, shift,
-            out, 0.0 if norm is None else norm.eps, N, len(x),
-            K=K, BIAS=bias is not None, NORM=norm is not None, GELU=gelu, ADD=add,
-            BLOCK_R=triton.next_power_of_2(len(x)), BLOCK_N=tile.rows(K), BLOCK_K=triton.next_power_of_2(K),
-            EARLY=self._early, num_warps=tile.warps, **self._overlap,
+        scale, eps = (None, 0.0) if of.norm is None else (of.norm.weight, of.norm.eps)
+        kernels.linear[(cdiv(N, tile.rows(K)),)](
+            of.x, of.weight, of.bias, scale, of.shift, of.out, eps, N, R,
+            K=K, BIAS=of.bias is not None, NORM=of.norm is not None, GELU=of.gelu, ADD=of.add,
+            BLOCK_R=next_power_of_2(R), BLOCK_N=tile.rows(K), BLOCK_K=next_power_of_2(K),
+            **self._launched(tile.warps),
         )  # fmt: skip
 
+    def _attend(self, keys: Tensor, values: Tensor) -> None:
+        """``_qkv`` → ``_y``, by way of the cache."""
+        R, H, T, D = keys.shape
+        kernels.attention[(H, R, self._spans)](
+            self._qkv, keys, values, self._cache.at, self._padding, self._y,
+            self._sums, self._totals, self._done, D**-0.5, T,
+            C=H * D, D=D, PADDED=self._padding is not None, SPAN=ATTENTION_SPAN, BLOCK_T=ATTENTION_BLOCK,
+            BLOCK_D=next_power_of_2(D), SPANS=self._spans, BLOCK_SPANS=next_power_of_2(self._spans),
+            **self._launched(ATTENTION_WARPS),
+        )  # fmt: skip
 
-def _after_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a product with ``weight`` (N, K) after a norm takes besides: that with the norm's weight, and that with its
-    bias plus ``bias``, both (N,) in float32."""
+    def _launched(self, warps: int) -> dict[str, Any]:
+        """How a kernel is that waits for the one before it, by itself where it may start early."""
+        early = {"launch_pdl": True} if self._early else {}
+        return {"num_warps": warps, "EARLY": self._early, **early}
+
+
+def after_norm(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    gelu: bool = False,
+) -> Product:
+    """The product of ``x`` normalised, of which all that does not depend on x is computed here."""
     wide = weight.float()
     shifted = wide @ norm.bias.float()
-    return wide @ norm.weight.float(), shifted if bias is None else shifted + bias.float()
+    if bias is not None:
+        shifted = shifted + bias.float()
+    return Product(x, weight, shifted, out, norm, wide @ norm.weight.float(), gelu)
 
 
 def is_hopper_or_newer(device: torch.device) -> bool:

@@ -45,8 +45,8 @@ class GPTLightningModule(LightningModule):
             three times a batch's logits, and on a GPU time.
         activation_checkpointing: Whether a block's activations are computed again in the backward pass, for
             memory: a third more work.
-        compile: Whether the blocks, and the loss by chunks, are compiled, which takes up to a minute when
-            training begins. On a CPU it pays with bf16-mixed alone.
+        compile: Whether the blocks are compiled, which takes up to a minute when training begins. On a CPU it
+            pays with bf16-mixed alone.
         seed: What initial weights and dropout depend on.
         rng: 'step' or 'global', see gpt_lightning/training/reproducible.py.
     """

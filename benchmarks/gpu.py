@@ -307,7 +307,7 @@ def main() -> None:
     steps = ladder(rows, length)
     if arguments.only != "decoding":
         train(rungs, "124M", small, steps, steps[0], rows, length)
-        fit(rungs, "124M", replace(small, vocab_size=50257), 8 * rows, length, 40)
+        fit(rungs, "124M", replace(small, vocab_size=50257), (8 if roomy else 2) * rows, length, 40)
         large_steps = large_ladder(large_rows)
         train(rungs, LARGE, large, large_steps, large_steps[0], large_rows, length)
     if arguments.only != "training":

@@ -111,6 +111,12 @@ def test_damaged_logits_are_refused_with_their_step(
         streamed(damaged, 44, prompts=[[3, 1, 4]], step="graph")
 
 
+def test_a_step_that_was_asked_for_runs_under_autocast(model: GPTModel) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = streamed(model, 5)
+        assert streamed(model, 5, step="graph") == expected
+
+
 def test_draws_are_torchs() -> None:
     p = (torch.randn(300, 40, generator=seeded(1)) * 2).softmax(dim=-1)
     p[:, 7] = 0

@@ -96,10 +96,10 @@ def test_a_damaged_logit_makes_the_loss_no_number(interpreted: None, damage: flo
     assert not kernel.loss_and_gradient_(logits, torch.tensor([1, 2, 3]), 16, 1.0).isfinite()
 
 
-def gradients(pad: bool) -> list[Tensor]:
+def gradients(pad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    features = torch.randn(2, 7, 16, generator=generator, requires_grad=True)
-    weight = torch.randn(101, 16, generator=generator, requires_grad=True)
+    features = torch.randn(2, 7, 16, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(101, 16, generator=generator, dtype=dtype, requires_grad=True)
     targets = torch.randint(101, (2, 7), generator=generator)
     mean = loss.chunked_cross_entropy(features, weight, targets, 4, pad_vocabulary=pad)
     return [mean.detach(), *torch.autograd.grad(mean, (features, weight))]
@@ -114,6 +114,12 @@ def test_the_loss_by_chunks_is_the_same_with_the_kernel(
     monkeypatch.setattr(loss, "_kernel", lambda device: kernel)
     for found, before in zip(gradients(pad), expected, strict=True):
         torch.testing.assert_close(found, before, atol=1e-6, rtol=1e-5)
+
+
+def test_the_kernel_is_not_asked_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gradients(True, torch.float64)
+    monkeypatch.setattr(loss, "_kernel", lambda device: pytest.fail("it adds in float32"))
+    assert all(map(torch.equal, gradients(True, torch.float64), expected))
 
 
 def test_a_kernel_that_cannot_be_compiled_is_done_without(
@@ -291,9 +297,10 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastest_step(model, 1, 20) == "graph"  # too few to pay for loading kernels
     model.trf_blocks[0].att.out_proj = torch.nn.Identity()
     assert obstacle_to_fusing(model, 1) == "its layers are not the model's own"
-    wide = model_of()
-    wide.pos_emb.to(torch.bfloat16)
-    assert obstacle_to_fusing(wide, 1) == "its weights are not all alike"
+    mixed = model_of()
+    mixed.pos_emb.to(torch.bfloat16)
+    assert obstacle_to_fusing(mixed, 1) == "its weights are not all alike"
+    assert obstacle_to_fusing(model_of(dtype=torch.float64), 1) == "its weights are float64"
 
 
 @pytest.mark.slow

@@ -149,7 +149,8 @@ class DecodingStep:
             x = block(x, cache, mask)
         logits = model.head(model.final_norm(x)[:, -1])
         likeliest = logits.argmax(dim=-1)
-        self._largest.index_copy_(1, position, logits.amax(dim=-1, keepdim=True))
+        largest = logits.amax(dim=-1, keepdim=True).to(self._largest.dtype)  # autocast's is another
+        self._largest.index_copy_(1, position, largest)
         self._likeliest.index_copy_(1, position, likeliest[:, None])
         self._tokens.copy_(likeliest)
         position.add_(1)
@@ -213,8 +214,11 @@ def obstacle_to_fusing(model: GPTModel, rows: int) -> str | None:
             layers = (block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2])
             if not all(isinstance(layer, nn.Linear) for layer in layers):
                 return "its layers are not the model's own"
-    if len({(p.dtype, p.is_contiguous()) for p in model.parameters()}) > 1:
+    kinds = {p.dtype for p in model.parameters()}
+    if len(kinds) > 1 or not all(p.is_contiguous() for p in model.parameters()):
         return "its weights are not all alike"
+    if not kinds <= {torch.float32, torch.bfloat16, torch.float16}:
+        return f"its weights are {str(kinds.pop()).removeprefix('torch.')}"
     return None
 
 

@@ -115,6 +115,10 @@ class FusedForward:
         )
 
     def __call__(self) -> Tensor:
+        with torch.cuda.device_of(self._x):  # Triton launches on the current one
+            return self._step()
+
+    def _step(self) -> Tensor:
         model, cache, at = self._model, self._cache, self._cache.at
         R, C = self._x.shape
         kernels.embed[(R,)](

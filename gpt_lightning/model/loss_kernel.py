@@ -59,7 +59,9 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, vocab_size: int, by: flo
     Columns from ``vocab_size`` on have no probability and no gradient.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _loss_and_gradient[(len(logits),)](
-        logits, targets, losses, by, V=vocab_size, WIDTH=logits.shape[1], BLOCK=BLOCK, num_warps=WARPS
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # Triton launches on the current one
+        _loss_and_gradient[(len(logits),)](
+            logits, targets, losses, by,
+            V=vocab_size, WIDTH=logits.shape[1], BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return losses.sum()

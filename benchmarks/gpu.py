@@ -283,7 +283,8 @@ def main() -> None:
             "force_eager"
         )  # compiling takes minutes; here it is only seen to run
     peer = find_spec("transformers") is not None
-    machine = description(*(["transformers"] if peer else []), "lightning")
+    others = [name for name in ("transformers", "triton") if find_spec(name) is not None]
+    machine = description(*others, "lightning")
     rungs = Rungs(
         device,
         time.perf_counter() + 60 * arguments.minutes - 5,

@@ -88,6 +88,29 @@ def test_loss_and_gradient_on_a_gpu(vocab_size: int, width: int, dtype: torch.dt
     check_loss(loss_kernel, vocab_size, width, dtype, "cuda")
 
 
+def test_targets_that_are_no_tokens_make_the_loss_no_number(interpreted: None) -> None:
+    """And nothing outside their rows is written."""
+    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    for target in (-100, -1, 13, 16, 10**9):
+        logits = torch.zeros(5, 16)
+        found = kernel.loss_and_gradient_(logits[1:4], torch.tensor([1, target, 3]), 13, 1.0)
+        assert found.isnan()
+        assert not logits[[0, 4]].any()
+        assert logits[[1, 3], [1, 3]].lt(0).all()
+        torch.testing.assert_close(logits[2, :13], torch.full((13,), 1 / 13))
+
+
+def test_targets_may_be_strided_and_the_gradient_left_out(interpreted: None) -> None:
+    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    targets = torch.arange(12).view(3, 4)[:, 1]
+    logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    expected, _ = plain_loss(logits, targets, 13, by=1.0)
+    before = logits.clone()
+    found = kernel.loss_and_gradient_(logits, targets, 13, 1.0, gradient=False)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 def test_a_damaged_logit_makes_the_loss_no_number(interpreted: None, damage: float) -> None:
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
@@ -216,11 +239,41 @@ def test_the_steps_logits_are_the_plain_paths(
         torch.testing.assert_close(found, expected, atol=exact, rtol=exact)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
 @torch.inference_mode()
-def test_the_step_has_the_same_bits_again(fused: ModuleType) -> None:
-    model = model_of(dtype=torch.bfloat16)
-    first, second = (steps(model, [9], 2)[1] for _ in range(2))
-    assert all(map(torch.equal, first, second))
+def test_rows_far_from_zero_are_normalised(fused: ModuleType, mean: float) -> None:
+    model = model_of()
+    model.pos_emb.weight += mean
+    for expected, found in zip(*steps(model, [9], 1), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[700], [900], [600, 890, 300]])
+@torch.inference_mode()
+def test_many_positions_on_a_gpu(lengths: list[int]) -> None:
+    """Over several spans, whose programs end in any order; and with the same bits again."""
+    torch.manual_seed(2)
+    config = GPTConfig(vocab_size=101, context_length=1024, emb_dim=256, n_heads=4, n_layers=4,
+                       qkv_bias=True, tied_embeddings=True)  # fmt: skip
+    model = GPTModel(config).cuda().to(torch.bfloat16).eval()
+    rows, width = len(lengths), max(lengths)
+    ids = torch.randint(101, (rows, width + 8)).cuda()
+    padding = None if rows == 1 else torch.tensor([width - n for n in lengths]).cuda()
+
+    def logits(fused: bool) -> Tensor:
+        cache = KVCache.allocate(config, rows, 1024, ids.device, torch.bfloat16)
+        model.features(ids[:, :width], cache, padding)
+        step = DecodingStep(model, cache, padding, fused=fused)
+        assert step.is_fused == fused
+        found = torch.stack([step(ids[:, at]).clone() for at in range(width, width + 8)])
+        step.close()
+        return found
+
+    found = logits(True)
+    torch.testing.assert_close(found, logits(False), atol=8e-2, rtol=8e-2)
+    for _ in range(20):
+        assert torch.equal(logits(True), found)
 
 
 @torch.inference_mode()
@@ -289,12 +342,17 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_kernels.obstacle_to_kernels(cuda) is None
 
     monkeypatch.setattr(decoding_step, "obstacle_to_kernels", lambda device: None)
+    assert obstacle_to_fusing(model, 4) == "the model is on cpu"  # which no graph captures
+    monkeypatch.setattr(decoding_step, "obstacle_to_capture", lambda model: None)
     assert obstacle_to_fusing(model, 4) is None
     assert obstacle_to_fusing(model, 5) == "5 rows are more than 4"
     monkeypatch.setattr(generate_module, "obstacle_to_capture", lambda model: None)
-    assert fastest_step(model, 1, 1000) == "fused"
-    assert fastest_step(model, 5, 1000) == "graph"
-    assert fastest_step(model, 1, 20) == "graph"  # too few to pay for loading kernels
+    monkeypatch.setattr(generate_module, "FUSED_FROM", 30)
+    assert fastest_step(model, 1, 18, 1000) == "fused"
+    assert fastest_step(model, 5, 18, 1000) == "graph"
+    assert fastest_step(model, 1, 18, 29) == "graph"  # too few to pay for loading kernels
+    assert fastest_step(model, 1, 19, 1000) == "graph"  # before the context is full
+    assert obstacle_to_fusing(model_of(1, 512), 1) == "its heads are wider than 256"
     model.trf_blocks[0].att.out_proj = torch.nn.Identity()
     assert obstacle_to_fusing(model, 1) == "its layers are not the model's own"
     mixed = model_of()

@@ -22,7 +22,7 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
 from gpt_lightning.reports.plan import Setting, Strategy, plan
 from gpt_lightning.training.module import agreed_architecture
-from gpt_lightning.training.throughput import MEMORY, PEAKS, peak_flops
+from gpt_lightning.training.throughput import MEMORY, OLDER_THAN_AMPERE, PEAKS, peak_flops
 
 # what fit imports and keeps when it begins: tokenizer, TensorBoard, matplotlib, threads
 LATER = 120_000_000
@@ -140,6 +140,7 @@ class PlanCLI(TrainingCLI):
             loss_chunk_size=config.model.loss_chunk_size,
             activation_checkpointing=config.model.activation_checkpointing,
             device=self._device(),
+            loss_kernel=self.config.gpu not in OLDER_THAN_AMPERE,
         )
         micro_batches, is_given = self._micro_batches(data.batch_size, length, devices)
         saves = trainer.enable_checkpointing is not False

@@ -18,7 +18,7 @@ from gpt_lightning.model.own_kernels import obstacle_to_kernels
 # positions that a step attends over, filled or not; doubled when they are full, so few graphs are captured
 FIRST_WIDTH = 256
 # for which our kernels are made; of more rows torch's products are as fast
-MOST_FUSED_ROWS, WIDEST_FUSED = 4, 4096
+MOST_FUSED_ROWS, WIDEST_FUSED, WIDEST_FUSED_HEAD = 4, 4096, 256
 
 
 class DecodingStep:
@@ -67,15 +67,8 @@ class DecodingStep:
         self._run: Callable[[], Tensor] = self._forward
         self.is_fused = False
         if fused:
-            obstacle = obstacle_to_fusing(model, len(self._tokens))
-            if obstacle is None:
-                from gpt_lightning.generation.fused import FusedForward
-
-                self._run = FusedForward(
-                    model, self._static, self._tokens, padding, self._largest, self._likeliest
-                )
-                self._static.width = cache.max_length  # it reads no more than is filled
-                self.is_fused = True
+            if (obstacle := obstacle_to_fusing(model, len(self._tokens))) is None:
+                self._fuse()
             else:
                 _say_once(f"our own kernels could not be used ({obstacle})")
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -108,6 +101,24 @@ class DecodingStep:
         if self._captures:
             self._capture()
         return logits
+
+    def _fuse(self) -> None:
+        try:
+            from gpt_lightning.generation.fused import FusedForward
+
+            self._run = FusedForward(
+                self._model,
+                self._static,
+                self._tokens,
+                self._padding,
+                self._largest,
+                self._likeliest,
+            )
+        except Exception as error:  # a Triton of another kind, or no memory for what it keeps
+            _say_once(f"our own kernels could not be used ({_first_line(error)})")
+            return
+        self._static.width = self._cache.max_length  # it reads no more than is filled
+        self.is_fused = True
 
     def _first_run(self) -> Tensor:
         try:
@@ -204,16 +215,21 @@ def obstacle_to_fusing(model: GPTModel, rows: int) -> str | None:
     """None where our own kernels are made for the GPU, the model and so many rows."""
     if obstacle := obstacle_to_kernels(model.tok_emb.weight.device):
         return obstacle
+    if obstacle := obstacle_to_capture(model):
+        return obstacle  # what torch's modules are asked to do besides is not done
     config = model.config
     if rows > MOST_FUSED_ROWS:
         return f"{rows} rows are more than {MOST_FUSED_ROWS}"
     if config.emb_dim > WIDEST_FUSED:
         return f"emb_dim {config.emb_dim} is more than {WIDEST_FUSED}"
-    for block in model.modules():
+    if config.emb_dim // config.n_heads > WIDEST_FUSED_HEAD:
+        return f"its heads are wider than {WIDEST_FUSED_HEAD}"
+    for block in model.trf_blocks:
+        layers: tuple[nn.Module, ...] = ()
         if isinstance(block, TransformerBlock):
             layers = (block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2])
-            if not all(isinstance(layer, nn.Linear) for layer in layers):
-                return "its layers are not the model's own"
+        if not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
+            return "its layers are not the model's own"
     kinds = {p.dtype for p in model.parameters()}
     if len(kinds) > 1 or not all(p.is_contiguous() for p in model.parameters()):
         return "its weights are not all alike"

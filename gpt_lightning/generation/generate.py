@@ -79,6 +79,7 @@ def stream_ids(
             generator is untouched either way.
         step: How one token goes through the model: 'plain', as a 'graph', or as a graph of our own kernels, 'fused'
             (see :mod:`gpt_lightning.generation.decoding_step`). By default what is fastest, which on a CPU is plain.
+            Each rounds in its own way, so in 16 bits a choice between nearly equal tokens can fall otherwise.
 
     A row that has ended yields -1; when all have, the iterator ends.
 
@@ -107,15 +108,18 @@ def stream_ids(
         eos_id,
         is_over,
         generator,
-        step or fastest_step(model, len(prompts) * num_samples, max_new_tokens),
+        step
+        or fastest_step(model, len(prompts) * num_samples, max(map(len, prompts)), max_new_tokens),
     )
 
 
-def fastest_step(model: GPTModel, rows: int, max_new_tokens: int) -> Step:
-    """Our own kernels where they can be and there are tokens enough to pay for loading them."""
+def fastest_step(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> Step:
+    """Our own kernels where they can be and there are tokens enough to pay for loading them, before the context of
+    which ``length`` are the prompt's is full."""
     if obstacle_to_capture(model):
         return "plain"
-    if max_new_tokens < FUSED_FROM or obstacle_to_fusing(model, rows):
+    steps = min(max_new_tokens, model.config.context_length - length)
+    if steps < FUSED_FROM or obstacle_to_fusing(model, rows):
         return "graph"
     return "fused"
 

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _begin(EARLY: tl.constexpr):
-    """What follows in the stream may start, to read what nobody writes; after this has asked for its own."""
+    """What follows in the stream may start, to read what nobody writes."""
     if EARLY:
         gdc_launch_dependents()
 
@@ -61,17 +61,18 @@ def _product(
 ):  # fmt: skip
     """x (R, K) times the tile w (BLOCK_N, BLOCK_K): (BLOCK_R, BLOCK_N).
 
-    With NORM the rows are normalised first, for which nothing waits: of a row's mean m and deviation s, the product
-    with (x - m) / s · scale is that with x · scale, less m times that of ``scale`` (BLOCK_N,), ``shift``, over s.
+    With NORM the rows are normalised first, for which the product does not wait: with (x - m) / s · scale (BLOCK_K,) of a
+    row's mean m and deviation s, it is that with x · scale, less m times that with scale, which ``shift`` (BLOCK_N,)
+    is, over s.
     """
     inside = k < K
     if BLOCK_R == 1:  # of one row in two dimensions, for which the compiler finds a better layout
         v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             mean = tl.sum(v, 0) / K
-            deviation = tl.rsqrt(tl.maximum(tl.sum(v * v, 0) / K - mean * mean, 0.0) + eps)
+            centred = tl.where(inside, v - mean, 0.0)
             y = tl.sum(w.to(tl.float32) * (v * scale)[None, :], 1)
-            y = ((y - mean * shift) * deviation)[None, :]
+            y = ((y - mean * shift) * tl.rsqrt(tl.sum(centred * centred, 0) / K + eps))[None, :]
         else:
             y = tl.sum(w.to(tl.float32) * v[None, :], 1)[None, :]
     else:
@@ -80,9 +81,10 @@ def _product(
         v = tl.load(x + r[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
         if NORM:
             mean = tl.sum(v, 1) / K
-            deviation = tl.rsqrt(tl.maximum(tl.sum(v * v, 1) / K - mean * mean, 0.0) + eps)
+            centred = tl.where(inside[None, :], v - mean[:, None], 0.0)
             y = tl.sum(w.to(tl.float32)[None, :, :] * (v * scale[None, :])[:, None, :], 2)
-            y = (y - mean[:, None] * shift[None, :]) * deviation[:, None]
+            y = y - mean[:, None] * shift[None, :]
+            y = y * tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)[:, None]
         else:
             y = tl.sum(w.to(tl.float32)[None, :, :] * v[:, None, :], 2)
     return y

@@ -12,7 +12,7 @@ class Arriving:
         self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> Tensor:
         """Waits for it alone, not for what was asked of the GPU since."""

@@ -13,16 +13,16 @@ from gpt_lightning.model import loss as of_loss
 
 
 @contextmanager
-def as_on_cuda(low: torch.dtype | None) -> Iterator[None]:
+def as_on_cuda(low: torch.dtype | None, *, loss_kernel: bool) -> Iterator[None]:
     """What a GPU keeps where a CPU keeps something else, for which torch's functions are exchanged meanwhile.
 
     Its dropout keeps a bool a value, its fast attention has dropout inside and keeps no (T, T), and its
     autocast computes norms in float32. Of the loss it casts the last part alone: the logarithm of the softmax
-    is in the logits' type and kept, and so is its copy in float32, of which the loss is the mean. A chunk's loss
-    is one kernel, which makes the gradient of the logits themselves.
+    is in the logits' type and kept, and so is its copy in float32, of which the loss is the mean.
 
     Args:
         low: What autocast computes in; none: there is no autocast.
+        loss_kernel: Whether a chunk's loss is one kernel, which makes the gradient of the logits themselves.
     """
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -42,7 +42,7 @@ def as_on_cuda(low: torch.dtype | None) -> Iterator[None]:
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.nll_loss(torch.log_softmax(logits, -1, dtype=logits.dtype).float(), targets)
 
-    def of_chunk(logits: Tensor, targets: Tensor, vocab_size: int, by: float) -> Tensor:
+    def of_chunk(logits: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.empty(len(logits), dtype=torch.float32, device=logits.device).sum()
 
     before = {name: getattr(F, name) for name in ("dropout", "scaled_dot_product_attention",
@@ -57,7 +57,7 @@ def as_on_cuda(low: torch.dtype | None) -> Iterator[None]:
         setattr(F, name, function)
     products, gpt._products_are_faster = gpt._products_are_faster, lambda q: False
     kernel = of_loss._kernel
-    setattr(of_loss, "_kernel", lambda device: of_chunk)  # noqa: B010
+    setattr(of_loss, "_kernel", lambda device: of_chunk if loss_kernel else None)  # noqa: B010
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ def chunked_cross_entropy(
         features: ``(B, T, C)``, the model's last norm.
         weight: ``(V, C)``, the head's.
         targets: ``(B, T)``.
-        chunk_size: Tokens whose logits are held, ``(chunk_size, V)`` in float32.
+        chunk_size: Tokens whose logits are held, ``(chunk_size, V)``, in float32 unless a kernel takes them as they are.
         pad_vocabulary: Whether the product is computed with V rounded up to a multiple of 64, which GPUs
             are faster at. The extra rows have no probability and no gradient.
     """
@@ -63,7 +63,7 @@ def chunked_cross_entropy(
 
 
 @cache
-def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, int, float], Tensor] | None:
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """For a chunk on a GPU; none where it cannot be."""
     if obstacle_to_kernels(device):
         return None
@@ -110,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk_size)
                 logits = x[part] @ w.t()
                 if kernel is not None:  # the logits become their gradient
-                    total += kernel(logits, targets[part], V, 1 / N)
+                    total += kernel(logits, targets[part], V, 1 / N, gradient=any(wants))
                     _add_gradients(logits, x[part], w, grad_x, grad_w, part)
                     continue
                 logits = logits.float()

@@ -57,6 +57,7 @@ class TrainingStep:
         precision: A key of :data:`PRECISIONS`.
         accumulate: Whether an update has several micro-batches, so that gradients are there from the start.
         device: Whose kernels and whose autocast.
+        loss_kernel: Whether the GPU runs our kernel of a chunk's loss, as NVIDIA's do from Ampere on.
         shards: Devices over which FSDP2 spreads weights, gradients and moments; 1: each holds all.
     """
 
@@ -68,6 +69,7 @@ class TrainingStep:
     activation_checkpointing: bool = False
     accumulate: bool = False
     device: DeviceType = "cpu"
+    loss_kernel: bool = True
     shards: int = 1
 
 
@@ -123,7 +125,7 @@ def _count(step: TrainingStep, mesh: DeviceMesh | None) -> Held:
             training = _Training(step, live.enter)
         idx, targets = torch.zeros(2, step.batch_size, step.length, dtype=torch.int64)
         if step.device == "cuda":
-            modes.enter_context(as_on_cuda(low))
+            modes.enter_context(as_on_cuda(low, loss_kernel=step.loss_kernel))
         if mesh is not None:
             _shard(training, mesh, low)
         parameters = list(training.parameters())

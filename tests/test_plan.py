@@ -169,7 +169,7 @@ def operations_of_the_loss(device: str) -> list[tuple[str, list[torch.dtype]]]:
 def test_a_gpus_loss_in_autocast_is_torchs() -> None:
     """The stand-in for it runs the operations that torch sends to a GPU, in their types."""
     theirs = operations_of_the_loss("cuda")
-    with as_on_cuda(torch.bfloat16):
+    with as_on_cuda(torch.bfloat16, loss_kernel=True):
         assert operations_of_the_loss("cpu") == theirs
     assert operations_of_the_loss("cpu") != theirs
 
@@ -625,6 +625,16 @@ def test_the_recipe_is_the_same_update_on_any_devices(
     assert found["tokens_per_update"] == 524_288
     assert found["settings"]["micro_batches"] == micro_batches
     assert found["fits"]
+
+
+def test_a_gpu_that_does_not_run_our_kernels_holds_more(command: Command) -> None:
+    """A chunk's logits in float32, beside them as they were multiplied."""
+    old, new = (
+        as_json(command, f"--config={PRETRAIN}", f"--gpu={gpu}", "--trainer.precision=bf16-mixed")
+        for gpu in ("V100", "A100")
+    )
+    chunk = 8192 * 50304
+    assert 2 * chunk < old["total"] - new["total"] < 10 * chunk
 
 
 def test_the_recipes_header_says_what_plan_counts(command: Command) -> None:

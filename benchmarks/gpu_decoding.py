@@ -1,4 +1,5 @@
-"""Decoding in benchmarks/gpu.py: greedy, bfloat16, from a prompt on; the step plain, as a graph, as a graph of our own kernels."""
+"""Decoding in benchmarks/gpu.py: greedy, bfloat16, from a prompt on; the step plain, as a graph of torch's kernels, or
+of our own."""
 
 import math
 import statistics

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -24,16 +25,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 
 @pytest.fixture
-def interpreted() -> None:
-    """Kernels run in Python, on tensors of the CPU: conftest.py asks Triton for that."""
+def kernels_run() -> Iterator[None]:
+    """On a GPU if there is one, where the test's tensors then are; else in Python, for which conftest.py asks Triton."""
     pytest.importorskip("triton", reason="Triton, of the extra 'test', is for Linux on x86-64")
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU kernels are not interpreted; -m gpu runs them there")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 @pytest.fixture
-def fused(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(decoding_step, "obstacle_to_fusing", lambda model, rows: None)
+def fused(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(decoding_step, "obstacle_to_fusing", lambda model, rows: None)
     return importlib.import_module("gpt_lightning.generation.fused")
 
 
@@ -47,14 +53,12 @@ def plain_loss(logits: Tensor, targets: Tensor, vocab_size: int, by: float) -> t
     return float(sum_of_all.detach()), grad
 
 
-def check_loss(
-    kernel: ModuleType, vocab_size: int, width: int, dtype: torch.dtype, device: str
-) -> None:
-    generator = torch.Generator(device).manual_seed(vocab_size)
-    logits = 4 * torch.randn(5, width, generator=generator, device=device)
+def check_loss(kernel: ModuleType, vocab_size: int, width: int, dtype: torch.dtype) -> None:
+    generator = seeded(vocab_size)
+    logits = 4 * torch.randn(5, width, generator=generator)
     logits[0] += 300  # whose powers of e float32 does not hold
     logits = logits.to(dtype)
-    targets = torch.randint(vocab_size, (5,), generator=generator, device=device)
+    targets = torch.randint(vocab_size, (5,), generator=generator)
     targets[:2] = torch.tensor([0, vocab_size - 1])
     expected, expected_grad = plain_loss(logits, targets, vocab_size, by=0.25)
     found = kernel.loss_and_gradient_(logits, targets, vocab_size, 0.25)
@@ -67,7 +71,7 @@ def check_loss(
 @pytest.mark.parametrize(("vocab_size", "width"), [(101, 128), (100, 100), (64, 64), (300, 320)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradient(
-    interpreted: None,
+    kernels_run: None,
     monkeypatch: pytest.MonkeyPatch,
     vocab_size: int,
     width: int,
@@ -76,19 +80,20 @@ def test_loss_and_gradient(
     """With whole blocks, a part of one, and columns that are no tokens."""
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
     monkeypatch.setattr(kernel, "BLOCK", 64)
-    check_loss(kernel, vocab_size, width, dtype, "cpu")
+    check_loss(kernel, vocab_size, width, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("vocab_size", "width"), [(101, 128), (50257, 50304), (50257, 50257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_on_a_gpu(vocab_size: int, width: int, dtype: torch.dtype) -> None:
-    from gpt_lightning.model import loss_kernel
+def test_loss_and_gradient_of_many_tokens(
+    kernels_run: None, vocab_size: int, width: int, dtype: torch.dtype
+) -> None:
+    """With the blocks that ``fit`` has, which the interpreter takes long for."""
+    check_loss(importlib.import_module("gpt_lightning.model.loss_kernel"), vocab_size, width, dtype)
 
-    check_loss(loss_kernel, vocab_size, width, dtype, "cuda")
 
-
-def test_targets_that_are_no_tokens_make_the_loss_no_number(interpreted: None) -> None:
+def test_targets_that_are_no_tokens_make_the_loss_no_number(kernels_run: None) -> None:
     """And nothing outside their rows is written."""
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
     for target in (-100, -1, 13, 16, 10**9):
@@ -100,10 +105,10 @@ def test_targets_that_are_no_tokens_make_the_loss_no_number(interpreted: None) -
         torch.testing.assert_close(logits[2, :13], torch.full((13,), 1 / 13))
 
 
-def test_targets_may_be_strided_and_the_gradient_left_out(interpreted: None) -> None:
+def test_targets_may_be_strided_and_the_gradient_left_out(kernels_run: None) -> None:
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
     targets = torch.arange(12).view(3, 4)[:, 1]
-    logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(3, 16, generator=seeded(1))
     expected, _ = plain_loss(logits, targets, 13, by=1.0)
     before = logits.clone()
     found = kernel.loss_and_gradient_(logits, targets, 13, 1.0, gradient=False)
@@ -112,7 +117,7 @@ def test_targets_may_be_strided_and_the_gradient_left_out(interpreted: None) -> 
 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
-def test_a_damaged_logit_makes_the_loss_no_number(interpreted: None, damage: float) -> None:
+def test_a_damaged_logit_makes_the_loss_no_number(kernels_run: None, damage: float) -> None:
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
     logits = torch.zeros(3, 16)
     logits[1, 5] = damage
@@ -120,7 +125,7 @@ def test_a_damaged_logit_makes_the_loss_no_number(interpreted: None, damage: flo
 
 
 def gradients(pad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     features = torch.randn(2, 7, 16, generator=generator, dtype=dtype, requires_grad=True)
     weight = torch.randn(101, 16, generator=generator, dtype=dtype, requires_grad=True)
     targets = torch.randint(101, (2, 7), generator=generator)
@@ -130,8 +135,9 @@ def gradients(pad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_the_loss_by_chunks_is_the_same_with_the_kernel(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch, pad: bool
+    kernels_run: None, monkeypatch: pytest.MonkeyPatch, pad: bool
 ) -> None:
+    monkeypatch.setattr(loss, "_kernel", lambda device: None)
     expected = gradients(pad)
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel").loss_and_gradient_
     monkeypatch.setattr(loss, "_kernel", lambda device: kernel)
@@ -146,7 +152,7 @@ def test_the_kernel_is_not_asked_in_float64(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_kernel_that_cannot_be_compiled_is_done_without(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kernels_run: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> Tensor:
         raise RuntimeError("Failed to find C compiler.\nmore lines")
@@ -154,7 +160,9 @@ def test_a_kernel_that_cannot_be_compiled_is_done_without(
     kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
     monkeypatch.setattr(kernel, "loss_and_gradient_", fails)
     monkeypatch.setattr(loss, "obstacle_to_kernels", lambda device: None)
-    expected = gradients(True)
+    with monkeypatch.context() as without:
+        without.setattr(loss, "_kernel", lambda device: None)
+        expected = gradients(True)
     loss._kernel.cache_clear()
     try:
         capsys.readouterr()
@@ -194,7 +202,7 @@ def model_of(
 def steps(model: GPTModel, lengths: list[int], count: int) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of ``count`` steps after prompts of these lengths: the plain path's, and our own kernels'."""
     rows, width = len(lengths), max(lengths)
-    ids = torch.randint(101, (rows, 48), generator=torch.Generator().manual_seed(7))
+    ids = torch.randint(101, (rows, 48), generator=seeded(7))
     padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
     dtype = model.tok_emb.weight.dtype
     caches = [KVCache.allocate(model.config, rows, 48, dtype=dtype) for _ in range(2)]

@@ -20,6 +20,7 @@ from gpt_lightning.data.tokens import count_training_tokens
 from gpt_lightning.data.windows import window_count
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
+from gpt_lightning.model.own_kernels import obstacle_to_kernels
 from gpt_lightning.reports.plan import Setting, Strategy, plan
 from gpt_lightning.training.module import agreed_architecture
 from gpt_lightning.training.throughput import MEMORY, OLDER_THAN_AMPERE, PEAKS, peak_flops
@@ -140,7 +141,7 @@ class PlanCLI(TrainingCLI):
             loss_chunk_size=config.model.loss_chunk_size,
             activation_checkpointing=config.model.activation_checkpointing,
             device=self._device(),
-            loss_kernel=self.config.gpu not in OLDER_THAN_AMPERE,
+            loss_kernel=self._runs_our_kernels(),
         )
         micro_batches, is_given = self._micro_batches(data.batch_size, length, devices)
         saves = trainer.enable_checkpointing is not False
@@ -185,6 +186,12 @@ class PlanCLI(TrainingCLI):
         if accelerator not in (None, "auto", "cpu"):
             raise ValueError(f"trainer.accelerator: plan knows cpu and gpu, not {accelerator}")
         return "cpu"
+
+    def _runs_our_kernels(self) -> bool:
+        """Of the GPU that is named, else of the one that is here; one that is neither counts as one that does."""
+        if self.config.gpu is not None or not torch.cuda.is_available():
+            return self.config.gpu not in OLDER_THAN_AMPERE
+        return obstacle_to_kernels(torch.device("cuda")) is None
 
     def _devices(self) -> int:
         if self.config.devices is not None:

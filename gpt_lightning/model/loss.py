@@ -146,9 +146,8 @@ def _add_gradients(
         grad_x[part] = by_logits @ w
     if grad_w is None:
         return
-    if (
-        grad_w.is_cuda and grad_w.dtype != x.dtype
-    ):  # its product adds in float32 what it multiplies in bfloat16
+    if grad_w.is_cuda and grad_w.dtype != x.dtype:
+        # a GPU's product adds in float32 what it multiplies in bfloat16
         torch.addmm(grad_w, by_logits.t(), x, out_dtype=grad_w.dtype, out=grad_w)
     else:
         grad_w += by_logits.t() @ x

@@ -32,7 +32,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-OLDER_THAN_AMPERE = ("V100", "T4")  # of these
+OLDER_THAN_AMPERE = ("V100", "T4")
 # bytes, from the same; the A100, H100 and V100 with most. Of the gibibytes that the makers sell as GB, 7 % are
 # left out: CUDA itself and gaps take them
 MEMORY = {

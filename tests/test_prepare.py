@@ -315,23 +315,30 @@ def test_killed_five_times_it_is_the_same(megabytes: list[str], tmp_path: Path) 
 
 
 def test_ctrl_c_says_how_to_go_on(megabytes: list[str], tmp_path: Path) -> None:
+    """Its signal comes when the third shard is begun, however busy the machine is."""
+    interrupted = """
+import os, signal, sys
+from gpt_lightning.cli import main
+
+def press(event, arguments, pressed=[]):
+    if event == "open" and str(arguments[0]).endswith("train-00002.u16") and not pressed:
+        pressed.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(press)
+sys.exit(main(sys.argv[1:]))
+"""
     out = tmp_path / "out"
-    slowly = command_line(*megabytes, f"--out={out}", "--workers=1")
-    process = subprocess.Popen(slowly, stderr=subprocess.PIPE)
-    while len(list(out.glob("train*.u16"))) < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    line = err.decode()
-    assert line.count("\n") == 1
-    assert "the same command goes on" in line
+    done = python("-c", interrupted, "prepare", *megabytes, f"--out={out}", "--workers=1")
+    assert done.returncode == 130
+    assert done.stderr.count("\n") == 1
+    assert "the same command goes on" in done.stderr
+    assert len(list(out.glob("*.u16"))) < 10
     with pytest.raises(ValueError, match="is an unfinished token store; go on with the prepare"):
         tokens.read_splits(str(out), 0.9)
     done = python(*command_line(*megabytes, f"--out={out}", "--json")[1:])
-    assert (
-        json.loads(done.stdout)["documents"] == {"train": 1000, "val": 100} or done.returncode == 0
-    )
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["documents"] == {"train": 643, "val": 57}
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, megabytes: list[str]) -> None:

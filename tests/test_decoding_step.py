@@ -275,6 +275,7 @@ def test_graphs_on_a_gpu_give_the_plain_tokens(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("step", ["graph", "fused"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20, top_p=0.9, min_p=0.01)])
 def test_steps_on_a_gpu_do_not_wait(model: GPTModel, sampling: Sampling, step: Step) -> None:
@@ -283,8 +284,8 @@ def test_steps_on_a_gpu_do_not_wait(model: GPTModel, sampling: Sampling, step: S
     steps = stream_ids(own, [[3, 1, 4]], 40, sampling, step=step)
     for _ in range(4):
         next(steps)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(30):
             next(steps)
     finally:

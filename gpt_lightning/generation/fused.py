@@ -33,7 +33,8 @@ class Tile:
 
 
 # measured on an H200 (benchmarks/README.md)
-SMALL, LARGE, LARGE_FROM = Tile(8192, 4), Tile(16384, 4), 1 << 22  # weights of a layer
+SMALL, LARGE, LARGE_FROM = 8192, 16384, 1 << 22  # weights of a program, and of a layer
+WARPS, WARPS_OF_FEW, FEW_FROM = 4, 8, 2_500_000  # of few programs, and weights of their layer
 HEAD = Tile(16384, 4)
 ATTENTION_SPAN, ATTENTION_BLOCK, ATTENTION_WARPS = 256, 256, 8  # positions
 
@@ -148,7 +149,7 @@ class FusedForward:
 
     def _multiply(self, of: Product) -> None:
         (N, K), R = of.weight.shape, len(of.x)
-        tile = LARGE if N * K >= LARGE_FROM else SMALL
+        tile = tile_of(of)
         scale, eps = (None, 0.0) if of.norm is None else (of.norm.weight, of.norm.eps)
         kernels.linear[(cdiv(N, tile.rows(K)),)](
             of.x, of.weight, of.bias, scale, of.shift, of.out, eps, N, R,
@@ -189,6 +190,14 @@ def after_norm(
     if bias is not None:
         shifted = shifted + bias.float()
     return Product(x, weight, shifted, out, norm, wide @ norm.weight.float(), gelu)
+
+
+def tile_of(product: Product) -> Tile:
+    """What adds to a shortcut has the fewest rows of weights, so of one row of ``x`` few programs, which are given more
+    warps."""
+    weights, rows = product.weight.numel(), len(product.x)
+    few = product.add and rows == 1 and weights >= FEW_FROM
+    return Tile(LARGE if weights >= LARGE_FROM else SMALL, WARPS_OF_FEW if few else WARPS)
 
 
 def is_hopper_or_newer(device: torch.device) -> bool:

@@ -57,13 +57,14 @@ def _tile(weight, n, k, N, K: tl.constexpr):
 
 @triton.jit
 def _product(
-    x, w, scale, shift, k, eps, R, K: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
+    x, w, scale, shift, before, k, eps, R, K: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """x (R, K) times the tile w (BLOCK_N, BLOCK_K): (BLOCK_R, BLOCK_N).
+    """x (R, K) times the tile w (BLOCK_N, BLOCK_K), and ``before``: (BLOCK_R, BLOCK_N).
 
     With NORM the rows are normalised first, for which the product does not wait: with (x - m) / s · scale (BLOCK_K,) of a
     row's mean m and deviation s, it is that with x · scale, less m times that with scale, which ``shift`` (BLOCK_N,)
-    is, over s.
+    is, over s. Its last steps are fma in so many words: where a result is used twice the compiler may compute it twice, and
+    would round but one of them in between.
     """
     inside = k < K
     if BLOCK_R == 1:  # of one row in two dimensions, for which the compiler finds a better layout
@@ -71,10 +72,11 @@ def _product(
         if NORM:
             mean = tl.sum(v, 0) / K
             centred = tl.where(inside, v - mean, 0.0)
+            over = tl.rsqrt(tl.sum(centred * centred, 0) / K + eps)
             y = tl.sum(w.to(tl.float32) * (v * scale)[None, :], 1)
-            y = ((y - mean * shift) * tl.rsqrt(tl.sum(centred * centred, 0) / K + eps))[None, :]
+            y = tl.fma(tl.fma(-mean, shift, y)[None, :], over, before)
         else:
-            y = tl.sum(w.to(tl.float32) * v[None, :], 1)[None, :]
+            y = tl.sum(w.to(tl.float32) * v[None, :], 1)[None, :] + before
     else:
         r = tl.arange(0, BLOCK_R)
         mask = (r < R)[:, None] & inside[None, :]
@@ -82,11 +84,11 @@ def _product(
         if NORM:
             mean = tl.sum(v, 1) / K
             centred = tl.where(inside[None, :], v - mean[:, None], 0.0)
+            over = tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)[:, None]
             y = tl.sum(w.to(tl.float32)[None, :, :] * (v * scale[None, :])[:, None, :], 2)
-            y = y - mean[:, None] * shift[None, :]
-            y = y * tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)[:, None]
+            y = tl.fma(tl.fma(-mean[:, None], shift[None, :], y), over, before)
         else:
-            y = tl.sum(w.to(tl.float32)[None, :, :] * v[:, None, :], 2)
+            y = tl.sum(w.to(tl.float32)[None, :, :] * v[:, None, :], 2) + before
     return y
 
 
@@ -115,7 +117,7 @@ def linear(
     mask = (r < R)[:, None] & (n < N)[None, :]
     if ADD:
         before += tl.load(target, mask=mask, other=0.0)
-    y = _product(x, w, s, t, k, eps, R, K, NORM, BLOCK_R) + before
+    y = _product(x, w, s, t, before, k, eps, R, K, NORM, BLOCK_R)
     if GELU:  # its tanh form: (1 + tanh(u)) / 2 is sigmoid(2u)
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     tl.store(target, y, mask=mask)
@@ -249,7 +251,7 @@ def head(
     t = tl.load(shift + ids, mask=wanted, other=0.0)
     b = tl.load(bias + ids, mask=wanted, other=0.0)
     _wait(EARLY)
-    y = _product(x, w, s, t, k, eps, R, K, True, BLOCK_R) + b[None, :]
+    y = _product(x, w, s, t, b[None, :], k, eps, R, K, True, BLOCK_R)
     y = y.to(logits.dtype.element_ty)  # what is compared is what is seen
     r = tl.arange(0, BLOCK_R)
     mask = (r < R)[:, None] & wanted[None, :]

@@ -42,6 +42,7 @@ class Rung:
         chunk: Tokens of a chunk of the loss, the vocabulary padded; none: torch's loss over all logits.
         kernel: Whether a chunk's loss is a kernel of ours where it can be, as in ``fit``.
         cudnn: Whether attention must be cuDNN's.
+        lr: At which float32's losses do not jump in STEPS steps: there is no warm-up.
         seconds: Expected of the rung as a whole.
     """
 
@@ -55,6 +56,7 @@ class Rung:
     chunk: int | None = None
     kernel: bool = False
     cudnn: bool = False
+    lr: float = 3e-4
 
 
 def ladder(batch: int, length: int) -> list[Rung]:
@@ -78,9 +80,9 @@ def ladder(batch: int, length: int) -> list[Rung]:
 
 def large_ladder(batch: int) -> list[Rung]:
     """For a model that needs the room: float32 for its losses, then all at once, then larger batches."""
-    float32 = Rung("eager fp32 (our model)", batch, 20, multiplies="float32")
+    float32 = Rung("eager fp32 (our model)", batch, 20, multiplies="float32", lr=1e-4)
     all_at_once = Rung("bf16, compiled blocks, loss by chunks", 2 * batch, 20,
-                       compiled="blocks", kernel=True, chunk=4096)  # fmt: skip
+                       compiled="blocks", kernel=True, chunk=4096, lr=1e-4)  # fmt: skip
     return [
         float32,
         all_at_once,
@@ -137,7 +139,7 @@ def training_step(
         features = torch.compile(ours.features, dynamic=False)
     optimizer = build_adamw(
         model,
-        lr=3e-4,
+        lr=rung.lr,
         weight_decay=0.1,
         betas=(0.9, 0.95),
         decay_matrices_only=True,

@@ -283,8 +283,7 @@ def main() -> None:
             "force_eager"
         )  # compiling takes minutes; here it is only seen to run
     peer = find_spec("transformers") is not None
-    others = [name for name in ("transformers", "triton") if find_spec(name) is not None]
-    machine = description(*others, "lightning")
+    machine = description("transformers", "triton", "lightning")
     rungs = Rungs(
         device,
         time.perf_counter() + 60 * arguments.minutes - 5,

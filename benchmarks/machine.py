@@ -5,7 +5,8 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ def description(*packages: str, litgpt: str | None = None) -> dict[str, Any]:
         check=False,
         cwd=Path(__file__).parent,
     ).stdout.strip()
-    versions = {package: version(package) for package in ("torch", *packages)}
+    versions = {}
+    for package in ("torch", *packages):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     if litgpt:
         asked = "from importlib.metadata import version; print(version('litgpt'))"
         versions["litgpt"] = subprocess.run(

@@ -2,15 +2,18 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL, Command, python
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -533,8 +536,47 @@ def test_bfloat16_that_a_cpu_has_no_instructions_for_is_said(
 def test_compiled_dropout_is_said(
     fit: Command, monkeypatch: pytest.MonkeyPatch, rng: str, dropout: float
 ) -> None:
-    monkeypatch.setattr(TransformerBlock, "compile", lambda self: None)  # for time
+    compiled = mock.Mock()  # for time
+    monkeypatch.setattr(TransformerBlock, "compile", compiled)
+    monkeypatch.setattr(fit_module, "_check_compiler", lambda cli: None)
     err = fit("--trainer.max_steps=1", "--model.compile=true", "--model.config.drop_rate=0",
               f"--model.config.attn_drop_rate={dropout}", f"--rng={rng}").err  # fmt: skip
     assert ("model.compile: compiled blocks draw other numbers" in err) == (dropout > 0)
     assert ("not the book's" in err) == (dropout > 0 and rng == "global")
+    assert compiled.called
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CXX names no compiler there")
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
+    done = python("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+                  "--model.compile=true", cwd=tmp_path, env={**os.environ, "CXX": "/nonexistent/g++"})  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gpt_lightning: error: model.compile: ")
+    assert "/nonexistent/g++" in line
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_precision_whose_package_is_missing_is_refused(command: Command) -> None:
+    done = command(
+        "fit",
+        f"--config={ROOT}/configs/quickstart.yaml",
+        *SMALL,
+        "--trainer.precision=transformer-engine",
+    )
+    assert done.code == 2
+    assert done.err.startswith("gpt_lightning: error: trainer: ")
+    assert done.err.count("\n") == 1
+
+
+def test_the_whole_loss_on_a_gpu_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Namespace(keep_freed_memory=False, rng="step", model=Namespace(compile=False, loss_chunk_size=None),
+                       trainer=Namespace(log_every_n_steps=None, callbacks=None))  # fmt: skip
+    for kind, chunk, said in [("cuda", None, True), ("cuda", 8192, False), ("cpu", None, False)]:
+        trainer = mock.Mock(precision="32-true", limit_val_batches=1)
+        trainer.strategy.root_device = torch.device(kind)
+        config.model.loss_chunk_size = chunk
+        found = remarks.remarks(
+            config, trainer, mock.Mock(drop_rate=0), [], keeps_freed_memory=False
+        )
+        assert any(line.startswith("model.loss_chunk_size: ") for line in found) == said

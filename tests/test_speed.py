@@ -3,8 +3,9 @@
 import itertools
 import math
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.model import cost
+from gpt_lightning.model import cost, gpt
+from gpt_lightning.model import loss as loss_module
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training import callbacks, saving, throughput
+from gpt_lightning.training import callbacks, module, saving, throughput
 from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.saving import RunCheckpoints
@@ -51,6 +53,26 @@ def test_loss_by_chunks_is_the_loss(chunk_size: int, pad_vocabulary: bool) -> No
             torch.testing.assert_close(by_chunks, plain, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("pad_vocabulary", [False, True])
+def test_gradients_by_chunks_in_bf16_are_exact(device: str, pad_vocabulary: bool) -> None:
+    """Of many chunks, under autocast as ``fit`` takes it, to what bfloat16 keeps of what is multiplied."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 64, 64, generator=generator)
+    w = torch.randn(301, 64, generator=generator) * 0.3
+    targets = torch.randint(301, (4, 64), generator=generator).to(device)
+    exact = [t.to(device, torch.bfloat16).double().requires_grad_() for t in (x, w)]
+    cross_entropy(exact[0] @ exact[1].t(), targets).backward()
+    own = [t.to(device).requires_grad_() for t in (x, w)]
+    with torch.autocast(device, torch.bfloat16):
+        chunked_cross_entropy(*own, targets, 50, pad_vocabulary=pad_vocabulary).backward()
+    for found, expected in zip(own, exact, strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        off = (found.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert off < 5e-3
+
+
 def test_loss_by_chunks_in_bf16_is_as_exact_as_whole() -> None:
     """However many the chunks: their gradients by the head's weight are summed in float32."""
     generator = torch.Generator().manual_seed(4)
@@ -70,6 +92,17 @@ def test_loss_by_chunks_in_bf16_is_as_exact_as_whole() -> None:
         assert weight.grad.dtype == torch.bfloat16
         errors.append(float((weight.grad.float() - exact.grad).norm() / exact.grad.norm()))
     assert max(errors[1:]) < 1.5 * errors[0], errors
+
+
+def test_a_chunk_is_no_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    add = loss_module._add_gradients
+    monkeypatch.setattr(
+        loss_module, "_add_gradients", lambda by, *rest: (rows.append(len(by)), add(by, *rest))
+    )
+    features = torch.randn(2, 12, 8, requires_grad=True)
+    chunked_cross_entropy(features, torch.randn(30, 8), torch.zeros(2, 12, dtype=torch.int64), 7)
+    assert rows == [7, 7, 7, 3]
 
 
 def test_loss_by_chunks_holds_no_logits() -> None:
@@ -121,18 +154,28 @@ def trained(fit: Command, name: str, *arguments: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exact"),
+    ("arguments", "module", "does_it", "exact"),
     [
-        (["--model.loss_chunk_size=10"], False),
-        (["--model.activation_checkpointing=true"], True),
+        (["--model.loss_chunk_size=10"], module, "chunked_cross_entropy", False),
+        (["--model.activation_checkpointing=true"], gpt, "checkpoint", True),
     ],
 )
 def test_twenty_steps_are_those_of_the_plain_way(
-    fit: Command, arguments: list[str], exact: bool
+    fit: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    module: ModuleType,
+    does_it: str,
+    exact: bool,
 ) -> None:
+    """And they are taken in the other way: by ``does_it``, which the plain one never calls."""
     settings = ["--model.config.drop_rate=0.1", "--model.warmup_steps=0", "--model.lr=0.0001"]
+    called = mock.Mock(side_effect=getattr(module, does_it))
+    monkeypatch.setattr(module, does_it, called)
     plain = trained(fit, "plain", *settings)
+    assert not called.called
     other = trained(fit, "other", *settings, *arguments)
+    assert called.call_count >= 20
     for ours, theirs in zip(other, plain, strict=True):
         if exact:
             assert torch.equal(ours, theirs)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.remarks import remarks
+from gpt_lightning.cli.remarks import of_precision, remarks
 from gpt_lightning.cli.settings import add_settings
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
@@ -75,6 +76,7 @@ def fit(arguments: list[str]) -> int:
         if cli.checkpoints is not None:
             cli.checkpoints.check_room(cli.model.config)
         _check_data(cli)
+        _check_compiler(cli)
     connect_ranks(cli.trainer)
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
     keeps = bool(config.keep_freed_memory) and on_cpu and keep_freed_memory()
@@ -127,6 +129,19 @@ def _check_data(cli: "TrainingCLI", stage: str = "fit") -> None:
     cli.datamodule.setup(stage)
 
 
+def _check_compiler(cli: "TrainingCLI") -> None:
+    """Have it compile something small: what it lacks, it would else say in the first step, in forty lines."""
+    if not cli.config.model.compile:
+        return
+    try:
+        torch.compile(lambda x: x * x)(torch.zeros(1, device=cli.trainer.strategy.root_device))
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.compile: {cause}; install what is missing, or leave it out"
+        ) from error
+
+
 def validate(arguments: list[str]) -> None:
     """Loss and perplexity of a model on both splits of a text, every token weighing the same.
 
@@ -137,6 +152,9 @@ def validate(arguments: list[str]) -> None:
     cli.model.start_from(cli.source)
     if _is_rank_zero():
         _check_data(cli, "validate")
+        _check_compiler(cli)
+        for remark in of_precision(cli.trainer):
+            print(f"gpt_lightning: {remark}", file=sys.stderr)
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
@@ -298,7 +316,13 @@ class TrainingCLI(LightningCLI):
         settings["enable_model_summary"] = bool(settings.get("enable_model_summary"))
         try:
             trainer = Trainer(**settings)
-        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        except (
+            MisconfigurationException,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            ModuleNotFoundError,
+        ) as error:
             raise ValueError(f"trainer: {error}") from error
         check_strategy(trainer.strategy)
         use_epoch_loop(trainer)

@@ -65,7 +65,8 @@ def stream_ids(
     generator: torch.Generator | None = None,
     step: Step | None = None,
 ) -> Iterator[Tensor]:
-    """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row.
+    """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row; on the host where
+    rows can end, for there they have been waited for.
 
     Prompts may differ in length: shorter ones are padded at the left, which changes nothing. What a row
     has more than ``context_length`` is cropped from the left, as in the book; learned positions cannot
@@ -94,7 +95,7 @@ def stream_ids(
         raise ValueError(f"num_samples: {num_samples} is too small; give 1 or more")
     if not prompts or not all(prompts):
         raise ValueError("prompt: is empty; give at least one token")
-    if max(map(max, prompts)) >= vocab_size:
+    if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
         raise ValueError(
             f"prompt: its tokens do not fit the model's vocabulary of {vocab_size}; "
             "give other text or another model"
@@ -219,7 +220,7 @@ def _stream(
             else:
                 ids[:, width] = next_ids
             width += 1
-            yield next_ids
+            yield torch.tensor(tokens) if may_end else next_ids
             if is_over is not None:
                 for row, token in enumerate(tokens):
                     if token != NO_TOKEN:

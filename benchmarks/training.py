@@ -10,13 +10,15 @@ The last line is JSON.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +110,19 @@ class Turns(Callback):
         self._began = time.perf_counter()
 
 
+@contextmanager
+def terminal() -> Iterator[None]:
+    """stderr is one, on which a progress bar is drawn, and another process reads it, as a terminal's window does."""
+    ours, theirs = os.openpty()
+    with (
+        subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+        open(theirs, "w") as stderr,
+    ):
+        os.close(ours)
+        with redirect_stderr(stderr):
+            yield
+
+
 def lightnings_cost(steps: int) -> list[tuple[float, float]]:
     """Seconds a step of a very small model by the fit command, and by a plain loop, in one process by turns."""
     length = 4
@@ -126,15 +141,16 @@ def lightnings_cost(steps: int) -> list[tuple[float, float]]:
         optimizer.step()
 
     Turns.plain_step = plain_step
+    Turns.seconds = []
     settings = [
         f"--model.config.{key}={value}" for key, value in vars(config).items() if value is not None
     ]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, terminal():
         code = command(
             ["fit", *settings, "--data.text=sample", "--data.batch_size=1", "--trainer.accelerator=cpu",
              f"--trainer.default_root_dir={scratch}", "--evaluation.eval_freq=100000",
              "--evaluation.prompt=null", f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1",
-             "--checkpoint.every_n_train_steps=100000", f"--allow_import={__name__}",
+             f"--checkpoint.every_n_train_steps={steps // 4}", f"--allow_import={__name__}",
              f"--trainer.callbacks+={__name__}.Turns"]
         )  # fmt: skip
     assert code == 0, "fit failed"
@@ -247,6 +263,7 @@ def main() -> None:
     parser.add_argument(
         "--book-run", action="store_true", help="also configs/verdict.yaml as a whole"
     )
+    parser.add_argument("--cost", action="store_true", help="Lightning's cost, not B 2, T 256")
     parser.add_argument("--litgpt", metavar="PYTHON", help="an interpreter that has LitGPT")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see that it runs")
     arguments = parser.parse_args()
@@ -259,7 +276,9 @@ def main() -> None:
     if arguments.litgpt:
         peers["LitGPT, compiled"] = (arguments.litgpt, "litgpt")
     precision = "bf16" if has_bf16 or arguments.tiny else "float32"
-    asked = {"B2 T256": short_windows} | ({"B4 T1024": long_windows} if arguments.long else {})
+    asked = {} if arguments.cost else {"B2 T256": short_windows}
+    if arguments.long:
+        asked["B4 T1024"] = long_windows
     bars: Bars = []
     rates, memory = {}, {}
     for name, steps in asked.items():
@@ -270,13 +289,13 @@ def main() -> None:
     not_measured = [] if precision == "bf16" else [f"{name}, bf16" for name in asked]
     if not_measured:
         print("bfloat16 is slower than float32 on this CPU: its bars are not measured")
-    blocks = lightnings_cost(400 if arguments.tiny else 3000)
-    fit, plain = (1e3 * statistics.median(of_one) for of_one in zip(*blocks, strict=True))
-    between = sorted(1e3 * (one - other) for one, other in blocks)
-    low, high = between[len(between) // 4], between[-1 - len(between) // 4]
-    print(f"a very small model: fit {fit:.2f} ms a step, a plain loop {plain:.2f}; between them {statistics.median(between):.2f}"
-          f" (half of the blocks {low:.2f} – {high:.2f})", flush=True)  # fmt: skip
-    bars.append(at_most("Lightning's cost a step in ms", statistics.median(between), 0.5))
+    costs = []
+    for _ in range(arguments.repeats):
+        blocks = lightnings_cost(400 if arguments.tiny else 3000)
+        fit, plain = (1e3 * statistics.median(of_one) for of_one in zip(*blocks, strict=True))
+        costs.append(statistics.median(1e3 * (one - other) for one, other in blocks))
+        print(f"a very small model: fit {fit:.2f} ms a step, a plain loop {plain:.2f}; between them {costs[-1]:.2f}", flush=True)  # fmt: skip
+    bars.append(at_most("Lightning's cost a step in ms", statistics.median(costs), 0.5))
     if arguments.book_run:
         ours, book = book_run(10)
         print(f"the book's run: {ours:.0f} s, the book's loop {book:.0f} s")
@@ -291,6 +310,7 @@ def main() -> None:
                 "machine": machine,
                 "tokens_per_second": rates,
                 "memory_gb": memory,
+                "lightnings_cost_ms": [round(cost, 3) for cost in costs],
                 "bars": bars,
                 "not_measured": not_measured,
             }

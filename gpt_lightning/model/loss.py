@@ -106,24 +106,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # of many chunks, which 16 bits would round to their sum one by one
             sums = torch.promote_types(weight.dtype, torch.float32)
             grad_w = torch.zeros(w.shape, dtype=sums, device=w.device) if wants[1] else None
+            # one memory for all chunks: that of each anew would be handed out page by page on a CPU
+            memory = x.new_empty(min(chunk_size, N), len(w))
             for start in range(0, N, chunk_size):
-                part = slice(start, start + chunk_size)
-                logits = x[part] @ w.t()
+                part = slice(start, min(start + chunk_size, N))
+                logits = torch.mm(x[part], w.t(), out=memory[: part.stop - start])
                 if kernel is not None:  # the logits become their gradient
                     total += kernel(logits, targets[part], V, 1 / N, gradient=any(wants))
                     _add_gradients(logits, x[part], w, grad_x, grad_w, part)
                     continue
                 logits = logits.float()
                 logits[:, V:] = -torch.inf
-                log_z = logits.logsumexp(dim=-1)
                 target = targets[part, None]
-                total += (log_z - logits.gather(1, target)[:, 0]).sum()
+                of_target = logits.gather(1, target)
+                largest = logits.amax(dim=-1, keepdim=True)
+                powers = logits.sub_(
+                    largest
+                ).exp_()  # in place, for the logits are larger than a cache
+                z = powers.sum(dim=-1, keepdim=True)
+                total += (z.log() + largest - of_target).sum()
                 if not any(wants):
                     continue
                 # softmax less the one that was right, over N: the gradient by the logits
-                grad = logits.sub_(log_z[:, None]).exp_()
-                grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-                grad = grad.div_(N).to(dtype)
+                grad = powers.div_(z * N)
+                grad.scatter_add_(1, target, grad.new_full((1, 1), -1 / N).expand_as(target))
+                grad = grad.to(dtype)
                 _add_gradients(grad, x[part], w, grad_x, grad_w, part)
         ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[:V].to(weight.dtype))
         return total / N
@@ -149,5 +156,7 @@ def _add_gradients(
     if grad_w.is_cuda and grad_w.dtype != x.dtype:
         # a GPU's product adds in float32 what it multiplies in bfloat16
         torch.addmm(grad_w, by_logits.t(), x, out_dtype=grad_w.dtype, out=grad_w)
+    elif grad_w.dtype == x.dtype:
+        grad_w.addmm_(by_logits.t(), x)
     else:
         grad_w += by_logits.t() @ x

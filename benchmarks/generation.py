@@ -1,7 +1,8 @@
 """Greedy decoding beside transformers, LitGPT and the book's code: python benchmarks/generation.py [--repeats 5] [--tiny]
 
 The 124M shape with random weights, prompt of 64 tokens, 64 new ones; each way in a process of its own, one after the
-other in turn. --litgpt PYTHON an interpreter that has LitGPT. The last line is JSON.
+other in turn. --litgpt and --transformers PYTHON are interpreters that have the peer (transformers by default this one). The last
+line is JSON.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from gpt_lightning.model.packed import can_pack, pack_weights
 PROMPT, NEW = 64, 64
 
 
-def ways(dtype: str, litgpt: str | None) -> dict[str, tuple[str, str, int]]:
+def ways(dtype: str, transformers: str, litgpt: str | None) -> dict[str, tuple[str, str, int]]:
     """Interpreter, way and batch of each."""
     here = sys.executable
     found = {
         "ours": (here, "ours", 1),
         "a plain loop over our model": (here, "plain", 1),
-        "transformers": (here, "transformers", 1),
+        "transformers": (transformers, "transformers", 1),
         "ours, batch 8": (here, "ours", 8),
     }
     if litgpt:
@@ -42,11 +43,11 @@ def ways(dtype: str, litgpt: str | None) -> dict[str, tuple[str, str, int]]:
 
 
 def measure(
-    config: dict[str, Any], dtype: str, litgpt: str | None, repeats: int
+    config: dict[str, Any], dtype: str, transformers: str, litgpt: str | None, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, float], list[dict[str, Any]]]:
     """Tokens a second (median, lowest, highest) and GB at most of each way, and the bars, at one dtype."""
     settings = {"config": config, "prompt": PROMPT, "new": NEW, "dtype": dtype}
-    chosen = ways(dtype, litgpt)
+    chosen = ways(dtype, transformers, litgpt)
     workers = {
         name: Worker("decode", python, way, {**settings, "batch": batch})
         for name, (python, way, batch) in chosen.items()
@@ -94,6 +95,9 @@ def seconds_per_token(config: dict[str, Any], new: int, at: list[int], width: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--transformers", metavar="PYTHON", default=sys.executable, help="one that has transformers"
+    )
     parser.add_argument("--litgpt", metavar="PYTHON", help="an interpreter that has LitGPT")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see that it runs")
     arguments = parser.parse_args()
@@ -110,7 +114,9 @@ def main() -> None:
             print(f"{dtype} is not measured: this CPU has no instructions for it")
             not_measured.append(dtype)
             continue
-        rates, own_memory, own_bars = measure(config, dtype, arguments.litgpt, arguments.repeats)
+        rates, own_memory, own_bars = measure(
+            config, dtype, arguments.transformers, arguments.litgpt, arguments.repeats
+        )
         figures |= rates
         memory |= own_memory
         bars += own_bars
@@ -123,7 +129,7 @@ def main() -> None:
         print("holds " if bar["holds"] else "MISSED", bar)
     result = {
         "benchmark": "generation",
-        "machine": description("transformers", litgpt=arguments.litgpt),
+        "machine": description(transformers=arguments.transformers, litgpt=arguments.litgpt),
     }
     print(
         json.dumps(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 
-def description(*packages: str, litgpt: str | None = None) -> dict[str, Any]:
-    """Machine, its GPU where there is one, versions and commit; with LitGPT's where ``litgpt`` is its interpreter."""
+def description(*packages: str, **peers: str | None) -> dict[str, Any]:
+    """Machine, its GPU where there is one, versions and commit; also of peers, each in the interpreter that is given."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -34,11 +34,12 @@ def description(*packages: str, litgpt: str | None = None) -> dict[str, Any]:
     for package in ("torch", *packages):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    if litgpt:
-        asked = "from importlib.metadata import version; print(version('litgpt'))"
-        versions["litgpt"] = subprocess.run(
-            [litgpt, "-c", asked], capture_output=True, text=True, check=True
-        ).stdout.strip()
+    for peer, python in peers.items():
+        if python:
+            asked = f"from importlib.metadata import version; print(version('{peer}'))"
+            versions[peer] = subprocess.run(
+                [python, "-c", asked], capture_output=True, text=True, check=True
+            ).stdout.strip()
     about = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),

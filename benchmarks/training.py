@@ -4,7 +4,8 @@
 instructions for it; each way in a process of its own, a step of each in turn, after two uncounted rounds, in which
 compiled ways compile. Then Lightning's cost: the fit command's
 steps of a very small model beside a plain loop over the same model. --long adds B 4, T 1024; --book-run the whole of
-configs/verdict.yaml beside the book's loop, a quarter of an hour; --litgpt PYTHON an interpreter that has LitGPT.
+configs/verdict.yaml beside the book's loop, a quarter of an hour; --litgpt and
+--transformers PYTHON are interpreters that have the peer (transformers by default this one).
 The last line is JSON.
 """
 
@@ -264,6 +265,9 @@ def main() -> None:
         "--book-run", action="store_true", help="also configs/verdict.yaml as a whole"
     )
     parser.add_argument("--cost", action="store_true", help="Lightning's cost, not B 2, T 256")
+    parser.add_argument(
+        "--transformers", metavar="PYTHON", default=sys.executable, help="one that has transformers"
+    )
     parser.add_argument("--litgpt", metavar="PYTHON", help="an interpreter that has LitGPT")
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see that it runs")
     arguments = parser.parse_args()
@@ -272,7 +276,7 @@ def main() -> None:
     if arguments.tiny:
         config |= {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 500}
     has_bf16 = measured_peak(torch.bfloat16) > measured_peak(torch.float32)
-    peers = {"transformers": (sys.executable, "transformers")}
+    peers = {"transformers": (arguments.transformers, "transformers")}
     if arguments.litgpt:
         peers["LitGPT, compiled"] = (arguments.litgpt, "litgpt")
     precision = "bf16" if has_bf16 or arguments.tiny else "float32"
@@ -302,7 +306,7 @@ def main() -> None:
         bars.append(at_most("verdict.yaml / the book's loop", ours / book, 0.85))
     for bar in bars:
         print("holds " if bar["holds"] else "MISSED", bar)
-    machine = description("transformers", "lightning", litgpt=arguments.litgpt)
+    machine = description("lightning", transformers=arguments.transformers, litgpt=arguments.litgpt)
     print(
         json.dumps(
             {

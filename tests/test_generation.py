@@ -134,6 +134,12 @@ def streamed(
     return torch.stack(steps, dim=1).tolist()
 
 
+@pytest.mark.parametrize("token", [-1, 101])
+def test_a_prompt_of_no_tokens_is_refused(model: GPTModel, token: int) -> None:
+    with pytest.raises(ValueError, match="do not fit the model's vocabulary of 101"):
+        streamed(model, [[1, token]], 1)
+
+
 def test_padding_changes_no_logit(model: GPTModel) -> None:
     long, short = torch.randint(101, (1, 12), generator=seeded(1)), torch.tensor([[3, 1, 4]])
     padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), short], dim=1)

@@ -2,10 +2,9 @@
 
 12 layers x 768, AdamW over all weights, dropout 0, the same random tokens, bf16, or float32 where a CPU has no
 instructions for it; each way in a process of its own, a step of each in turn, after two uncounted rounds, in which
-compiled ways compile. Then Lightning's cost: the fit command's
-steps of a very small model beside a plain loop over the same model. --long adds B 4, T 1024; --book-run the whole of
-configs/verdict.yaml beside the book's loop, a quarter of an hour; --litgpt and
---transformers PYTHON are interpreters that have the peer (transformers by default this one).
+compiled ways compile. Then Lightning's cost: the fit command's steps of a very small model beside a plain loop over
+the same model. --long adds B 4, T 1024; --book-run the whole of configs/verdict.yaml beside the book's loop, a quarter
+of an hour; --litgpt and --transformers PYTHON are interpreters that have the peer (transformers by default this one).
 The last line is JSON.
 """
 

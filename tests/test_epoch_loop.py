@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import Precision
 from test_durability import same_bits
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.cli import fit as fit_command
+from gpt_lightning.cli import training_cli
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import epoch_loop
 from gpt_lightning.training.module import GPTLightningModule
@@ -132,7 +132,7 @@ def test_a_step_is_lightnings(
     runs = []
     for own in (True, False):
         if not own:
-            monkeypatch.setattr(fit_command, "use_epoch_loop", lambda trainer: None)
+            monkeypatch.setattr(training_cli, "use_epoch_loop", lambda trainer: None)
         (tmp_path / str(own)).mkdir()
         monkeypatch.chdir(tmp_path / str(own))
         monkeypatch.setattr(Record, "seen", [])

@@ -1,0 +1,237 @@
+"""A run's settings, by LightningCLI: parsed, and made into our module, our data and a trainer."""
+
+import logging
+import re
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.settings import add_settings
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
+from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.training.bad_steps import BadSteps
+from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
+from gpt_lightning.training.checkpoint import LAST, PREVIOUS
+from gpt_lightning.training.counting import BatchCounts, MaxTokens
+from gpt_lightning.training.epoch_loop import use_epoch_loop
+from gpt_lightning.training.history import RunHistory
+from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
+from gpt_lightning.training.preemption import Preemption
+from gpt_lightning.training.progress import RunProgress
+from gpt_lightning.training.resumed_from import checkpoint_to_resume
+from gpt_lightning.training.saving import RunCheckpoints, checkpointing
+from gpt_lightning.training.sharding import check_strategy
+from gpt_lightning.training.throughput import Throughput, TrainingClock
+from gpt_lightning.training.traces import ConfigOfRun, RunLogger, keep_tensorflow_out
+
+RUNS = Path("checkpoints")
+
+
+def _quiet_lightning() -> None:
+    """Lightning's tips and the warnings that no user of this command can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # what a profiler that was asked for has measured is no tip
+    reports = logging.getLogger("lightning.pytorch.profilers")
+    reports.setLevel(logging.INFO)
+    reports.propagate = False
+    reports.handlers = [logging.StreamHandler()]
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # evaluation.eval_freq decides when figures are logged
+    warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")
+
+
+class TrainingCLI(LightningCLI):
+    """The settings of a run, parsed and made into module, data and trainer; it runs nothing itself."""
+
+    def __init__(self, verb: str, arguments: list[str], description: str | None) -> None:
+        _quiet_lightning()
+        self.verb = verb
+        self.arguments = arguments
+        self.ckpt_path: Path | None = None  # what fit goes on from
+        self.begins_or_goes_on = False  # --ckpt_path auto
+        self.preemption = Preemption()
+        self.clock = TrainingClock()
+        self.checkpoints: RunCheckpoints | None = None
+        self.source: Source | None = None  # what it begins with, or validate looks at
+        super().__init__(
+            GPTLightningModule,
+            TextDataModule,
+            args=arguments,
+            run=False,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            load_from_checkpoint_support=False,  # the module saves its hyperparameters itself
+            parser_kwargs={
+                "prog": f"gpt_lightning {verb}",
+                "description": description,
+                "exit_on_error": False,
+            },
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=123,
+            help="What initial weights, the order of the windows and dropout depend on.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_settings(parser, self.verb)
+
+    def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
+        self.config = parse(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        defaults = self.parser.get_defaults(skip_validation=True).as_dict()
+        for group in ("model", "data", "trainer", "evaluation", "checkpoint", "throughput"):
+            given = self.config[group] or {}
+            if any(key not in given for key in defaults[group]):
+                raise ValueError(f"{group}: is null; give its settings, or leave it out")
+        if not re.fullmatch(r"\w[\w.-]*", self.config.run):
+            raise ValueError(
+                f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
+            )
+        self._adopt_architecture()
+
+    def _adopt_architecture(self) -> None:
+        """With old weights the architecture is theirs; what the configuration names must agree."""
+        config = self.config
+        named: dict[str, Any] = {}
+        if config.ckpt_path or config.init_from:
+            # without defaults; what is linked to other keys has to be there all the same
+            linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
+            given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
+            named = given.get("model", {}).get("config") or {}
+        if self.verb == "fit" and config.ckpt_path == "auto":
+            self.begins_or_goes_on = True
+            config.ckpt_path = "last" if self._has_begun() else None
+        if self.verb == "fit" and config.ckpt_path:
+            self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
+        elif source := self._source_name():
+            self.source = read_source(source, n_heads=named.get("n_heads"))
+            if "tied_embeddings" in named:
+                self.source = with_head(self.source, tied=named["tied_embeddings"])
+            adopted = agreed_architecture(
+                f"init_from: {source}", self.source.config, named, self.source.assumed
+            )
+        elif self.verb == "validate":
+            raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
+        else:
+            return
+        config.model.config = Namespace(**asdict(adopted))
+
+    def _has_begun(self) -> bool:
+        return any((self.folder / name).is_file() for name in (LAST, PREVIOUS))
+
+    def _source_name(self) -> str | None:
+        config = self.config
+        if config.ckpt_path in ("last", "best"):
+            return str(self.folder / config.ckpt_path)
+        name: str | None = config.ckpt_path or config.init_from
+        return name
+
+    @property
+    def folder(self) -> Path:
+        """``checkpoints/RUN`` under ``trainer.default_root_dir``, or under the working directory."""
+        root = Path(self.config.trainer.default_root_dir or ".")
+        return root / RUNS / str(self.config.run)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = {**self.config_init.trainer, **kwargs}
+        callbacks: list[Callback] = _as_list(settings.pop("callbacks", None))
+        if settings.get("reload_dataloaders_every_n_epochs"):
+            raise ValueError(
+                "trainer.reload_dataloaders_every_n_epochs: would begin the windows' order anew each time; leave it out"
+            )
+        if settings.get("enable_progress_bar") is not False:
+            callbacks.append(RunProgress())
+        plugins = _as_list(settings.get("plugins"))
+        saves = False
+        if self.verb == "fit":
+            leaves_traces = not settings.get("fast_dev_run")
+            saves = leaves_traces and settings.get("enable_checkpointing") is not False
+            config = self.config
+            if config.max_tokens is not None:
+                callbacks.append(MaxTokens(config.max_tokens))
+                if settings.get("max_epochs") is None and settings.get("max_steps", -1) == -1:
+                    settings["max_epochs"] = -1  # else Lightning ends after 1,000
+            callbacks += [
+                BatchCounts(),
+                Throughput(self.clock, config.throughput.every_n_steps),
+                BadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
+                *self._watchers(leaves_traces),
+                self.preemption,
+            ]
+            losses = next(c for c in callbacks if isinstance(c, LossEvaluation))
+            checkpoints, checkpoint_io = checkpointing(
+                self.folder, losses, self.clock, **self.config.checkpoint.as_dict()
+            )
+            if saves:
+                self.checkpoints = checkpoints
+                callbacks.append(checkpoints)
+            plugins.append(checkpoint_io)
+            if settings.get("limit_val_batches") is None:
+                settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
+        settings["callbacks"] = callbacks
+        settings["logger"] = self._loggers(settings.get("logger"))
+        settings["plugins"] = plugins
+        settings["enable_checkpointing"] = saves
+        settings["enable_model_summary"] = bool(settings.get("enable_model_summary"))
+        try:
+            trainer = Trainer(**settings)
+        except (
+            MisconfigurationException,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            ModuleNotFoundError,
+        ) as error:
+            raise ValueError(f"trainer: {error}") from error
+        check_strategy(trainer.strategy)
+        use_epoch_loop(trainer)
+        return trainer
+
+    def _watchers(self, leave_traces: bool) -> list[Callback]:
+        config = self.config
+        evaluation = evaluation_callbacks(
+            **config.evaluation.as_dict(), rng=config.rng, clock=self.clock
+        )
+        if not leave_traces:
+            return evaluation
+        losses = next(c for c in evaluation if isinstance(c, LossEvaluation))
+        return [
+            *evaluation,
+            ConfigOfRun(self.parser, config, self.folder),
+            RunHistory(self.folder, losses, {"data": config.data.as_dict()}),
+        ]
+
+    def _loggers(self, chosen: Any) -> Any:
+        if self.verb != "fit":
+            return False
+        if chosen is None or chosen is True:
+            keep_tensorflow_out()
+            return RunLogger(
+                save_dir=self.folder.parent,
+                name=self.folder.name,
+                version="",
+                default_hp_metric=False,
+                # what a resumed run will log again is taken off the page
+                purge_step=self.ckpt_path and read_checkpoint(self.ckpt_path)["global_step"],
+            )
+        return chosen
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -73,6 +73,9 @@ def _run(arguments: list[str]) -> int:
                 raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
             module, function, _ = VERBS[verb]
             if module in WITH_LIGHTNING:
+                from gpt_lightning.cli.launcher import forget_leftover_ranks
+
+                forget_leftover_ranks()
                 _keep_transformers_out()
             return getattr(import_module(f"{__name__}.{module}"), function)(rest) or 0
     return 0

@@ -3,16 +3,20 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.cli.remarks import of_precision, remarks
-from gpt_lightning.cli.training_cli import TrainingCLI
+from gpt_lightning.cli.training_cli import TrainingCLI, is_rank_zero
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training.allocator import keep_freed_memory
-from gpt_lightning.training.checkpoint import LAST, PREVIOUS
-from gpt_lightning.training.elastic import connect_ranks
+from gpt_lightning.training.checkpoint import LAST, PREVIOUS, say
+from gpt_lightning.training.elastic import connect_ranks, ends_together
+from gpt_lightning.training.resumed_from import reached_limit
+from gpt_lightning.training.run_lock import RunLock
 
 
 def fit(arguments: list[str]) -> int:
@@ -25,29 +29,36 @@ def fit(arguments: list[str]) -> int:
     In the first two the architecture is that of the old weights, and a configuration that names another
     is refused; for the rest the configuration wins.
     """
-    cli = TrainingCLI("fit", arguments, fit.__doc__)
+    with RunLock() as lock:
+        return _fit(TrainingCLI("fit", arguments, fit.__doc__, lock), arguments)
+
+
+def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
     folder, config, ckpt_path = cli.folder, cli.config, cli.ckpt_path
     if cli.source is not None:
         cli.model.start_from(cli.source, with_optimizer=bool(config.init_optimizer))
-    if _is_rank_zero():
+    if ckpt_path is not None and _is_finished(cli, ckpt_path):
+        return 0
+    if is_rank_zero():
         if ckpt_path is None and not cli.begins_or_goes_on:
             _refuse_a_run_that_is_there(folder)
         if cli.checkpoints is not None:
-            cli.checkpoints.check_room(cli.model.config)
+            cli.checkpoints.check_room(cli.model.config, str(cli.trainer.precision))
         _check_data(cli)
         _check_compiler(cli)
     connect_ranks(cli.trainer)
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
     keeps = bool(config.keep_freed_memory) and on_cpu and keep_freed_memory()
-    if _is_rank_zero():
+    if is_rank_zero():
         for remark in remarks(
             config, cli.trainer, cli.model.config, arguments, keeps_freed_memory=keeps
         ):
             print(f"gpt_lightning: {remark}", file=sys.stderr)
     try:
-        cli.trainer.fit(
-            cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True
-        )
+        with ends_together(cli.trainer):
+            cli.trainer.fit(
+                cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True
+            )
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
     except SystemExit as error:
@@ -65,9 +76,22 @@ def fit(arguments: list[str]) -> int:
     return cli.preemption.exit_code
 
 
-def _is_rank_zero() -> bool:
-    """Also before Lightning has set its processes up: the launcher's environment tells."""
-    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+def _is_finished(cli: TrainingCLI, checkpoint: Path) -> bool:
+    """Whether the run has reached its end already, which is said; nothing is written then."""
+    trainer = cli.trainer
+    reached = reached_limit(
+        read_checkpoint(checkpoint), trainer.max_steps, trainer.max_epochs, cli.config.max_tokens
+    )
+    if reached is None:
+        return False
+    if is_rank_zero():
+        limit, setting = reached
+        option = setting if setting == "max_tokens" else f"trainer.{setting}"
+        print(
+            f"{cli.folder}: already finished ({limit}); to train further, give a larger --{option}",
+            file=sys.stderr,
+        )
+    return True
 
 
 def _refuse_a_run_that_is_there(folder: Path) -> None:
@@ -86,6 +110,22 @@ def _check_data(cli: TrainingCLI, stage: str = "fit") -> None:
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
     cli.datamodule.setup(stage)
+    if cli.ckpt_path is not None:
+        _check_position(cli.datamodule, read_checkpoint(cli.ckpt_path))
+
+
+def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
+    """Refuse other data than the checkpoint's here, before TensorBoard's page is changed."""
+    recorded = checkpoint.get(type(data).__qualname__)
+    if recorded is None:
+        say(
+            "ckpt_path: the checkpoint does not record its data (it was written by an earlier version), so the text is "
+            "not verified"
+        )
+    else:
+        data.load_state_dict(recorded)
+    for position in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+        data.train_dataloader().load_state_dict(position)
 
 
 def _check_compiler(cli: TrainingCLI) -> None:
@@ -109,12 +149,14 @@ def validate(arguments: list[str]) -> None:
     cli = TrainingCLI("validate", arguments, validate.__doc__)
     assert cli.source is not None
     cli.model.start_from(cli.source)
-    if _is_rank_zero():
+    if is_rank_zero():
         _check_data(cli, "validate")
         _check_compiler(cli)
         for remark in of_precision(cli.trainer):
             print(f"gpt_lightning: {remark}", file=sys.stderr)
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    connect_ranks(cli.trainer)
+    with ends_together(cli.trainer):
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
         _print_validation(metrics, as_json=bool(cli.config.json))

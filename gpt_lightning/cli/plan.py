@@ -16,6 +16,7 @@ from gpt_lightning.cli.plan_text import print_plan
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT, cache_folder
 from gpt_lightning.data.datamodule import nearest_multiple
+from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
 from gpt_lightning.data.tokens import count_training_tokens
 from gpt_lightning.data.windows import window_count
 from gpt_lightning.model.config import GPT2_SIZES
@@ -53,9 +54,12 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"mfu: {config.mfu} is no share of the peak; give e.g. 0.4")
     setting = cli.setting()
     peak, room = cli.peak(setting), cli.device_memory(setting)
+    tokens, updates, epochs = cli.length(setting)
     found = plan(
         setting,
-        tokens=cli.tokens(setting),
+        tokens=tokens,
+        updates=updates,
+        epochs=epochs,
         peak_flops=peak,
         mfu=config.mfu,
         device_memory=room,
@@ -253,21 +257,55 @@ class PlanCLI(TrainingCLI):
             )
         return windows // (batch_size * devices), True
 
-    def tokens(self, setting: Setting) -> int | None:
-        config = self.config
+    def length(self, setting: Setting) -> tuple[int | None, int | None, float | None]:
+        """Tokens, updates and epochs of the run, as ``fit`` would count them; None: not known."""
+        config, trainer = self.config, self.config.trainer
+        epoch = self._epoch(setting)
+        max_steps = -1 if trainer.max_steps is None else int(trainer.max_steps)
+        max_tokens = config.get("max_tokens")
         if config.tokens is not None:
-            return int(config.tokens)
-        limits = []
-        if config.get("max_tokens"):
-            limits.append(int(config.max_tokens))
-        if (config.trainer.max_steps or -1) > 0:
-            limits.append(config.trainer.max_steps * setting.tokens_per_update)
-        if (epochs := config.trainer.max_epochs or -1) > 0 and (windows := self._windows(setting)):
-            at_once = setting.step.batch_size * setting.devices
-            if setting.global_batch_is_given:
-                at_once *= setting.micro_batches
-            limits.append(epochs * (windows // at_once) * at_once * setting.step.length)
-        return min(limits) if limits else None
+            max_steps, max_epochs, max_tokens = -1, None, int(config.tokens)
+        elif (
+            trainer.max_epochs is None and max_steps == -1 and not (max_tokens or trainer.max_time)
+        ):
+            max_epochs = 1000  # Lightning's default
+        else:
+            max_epochs = trainer.max_epochs
+        per_update = setting.tokens_per_update
+        if epoch is None:
+            limits = [max_steps] if max_steps >= 0 else []
+            limits += [-(-max_tokens // per_update)] if max_tokens else []
+        else:
+            by_trainer = epoch.steps_of_run(max_steps, max_epochs)
+            limits = [] if by_trainer is None else [by_trainer]
+            limits += [epoch.steps_for(max_tokens)] if max_tokens else []
+        if not limits:
+            return None, None, None
+        updates = min(limits)
+        tokens = updates * per_update if epoch is None else epoch.tokens_after(updates)
+        if config.tokens is not None:
+            tokens = int(config.tokens)
+        return tokens, updates, None if epoch is None else tokens / epoch.tokens
+
+    def _epoch(self, setting: Setting) -> EpochShape | None:
+        """Of this run; None: its text is not here."""
+        windows, trainer = self._windows(setting), self.config.trainer
+        if windows is None:
+            return None
+        at_once = setting.step.batch_size * setting.devices
+        batches = batches_of_epoch(
+            windows,
+            at_once,
+            accumulate=setting.micro_batches,
+            whole_steps=setting.global_batch_is_given,
+            limit=trainer.overfit_batches or trainer.limit_train_batches,
+        )
+        if not batches:
+            raise ValueError(
+                f"data.batch_size: {setting.step.batch_size} on {setting.devices} device(s), or the global batch or "
+                f"trainer.limit_train_batches, leave no batch of the {windows} training windows; change one of them"
+            )
+        return EpochShape(batches, setting.micro_batches, at_once * setting.step.length)
 
     def _windows(self, setting: Setting) -> int | None:
         """For training, where the text is here and can be read."""

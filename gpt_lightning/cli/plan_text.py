@@ -29,6 +29,10 @@ def print_plan(found: Plan, setting: Setting, notes: dict[str, str]) -> None:
         "updates": "not known: give --tokens"
         if found.updates is None
         else f"{found.updates:,} for {found.tokens:,} tokens",
+        "epochs": "not known: the text is not here"
+        if found.epochs is None
+        else f"{found.epochs:,.3g} over the training text"
+        + (", which is a lot: the model may learn it by heart" if found.epochs > 40 else ""),
         "time": _time(found, setting),
         "a checkpoint": f"{found.checkpoint / 1e9:,.2f} GB; on disk {found.disk / 1e9:,.2f} GB at most",
         "KV cache": f"{found.kv_cache / 1e6:,.1f} MB in float32: one text of "

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.settings import add_settings
@@ -20,13 +21,15 @@ from gpt_lightning.pretrained.source import read_source
 from gpt_lightning.training.bad_steps import BadSteps
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS
-from gpt_lightning.training.counting import BatchCounts, MaxTokens
+from gpt_lightning.training.counting import MaxTokens
 from gpt_lightning.training.epoch_loop import use_epoch_loop
 from gpt_lightning.training.history import RunHistory
+from gpt_lightning.training.loop_state import LoopState
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.progress import RunProgress
 from gpt_lightning.training.resumed_from import checkpoint_to_resume
+from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.saving import RunCheckpoints, checkpointing
 from gpt_lightning.training.sharding import check_strategy
 from gpt_lightning.training.throughput import Throughput, TrainingClock
@@ -50,11 +53,18 @@ def _quiet_lightning() -> None:
 
 
 class TrainingCLI(LightningCLI):
-    """The settings of a run, parsed and made into module, data and trainer; it runs nothing itself."""
+    """The settings of a run, parsed and made into module, data and trainer; it runs nothing itself.
 
-    def __init__(self, verb: str, arguments: list[str], description: str | None) -> None:
+    Args:
+        lock: Taken for the run's folder as soon as its name is known, by rank 0, where the run writes files.
+    """
+
+    def __init__(
+        self, verb: str, arguments: list[str], description: str | None, lock: RunLock | None = None
+    ) -> None:
         _quiet_lightning()
         self.verb = verb
+        self.lock = lock
         self.arguments = arguments
         self.ckpt_path: Path | None = None  # what fit goes on from
         self.begins_or_goes_on = False  # --ckpt_path auto
@@ -101,6 +111,9 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
             )
+        writes = self.verb == "fit" and not self.config.trainer.fast_dev_run
+        if self.lock is not None and writes and is_rank_zero():
+            self.lock.acquire(self.folder)
         self._adopt_architecture()
 
     def _adopt_architecture(self) -> None:
@@ -166,7 +179,7 @@ class TrainingCLI(LightningCLI):
                 if settings.get("max_epochs") is None and settings.get("max_steps", -1) == -1:
                     settings["max_epochs"] = -1  # else Lightning ends after 1,000
             callbacks += [
-                BatchCounts(),
+                LoopState(),
                 Throughput(self.clock, config.throughput.every_n_steps),
                 BadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
                 *self._watchers(leaves_traces),
@@ -197,6 +210,12 @@ class TrainingCLI(LightningCLI):
             ModuleNotFoundError,
         ) as error:
             raise ValueError(f"trainer: {error}") from error
+        if trainer.world_size == 1 and not is_rank_zero():
+            raise ValueError(
+                f"trainer.devices: the environment makes this process number {rank_zero_only.rank} of several "  # type: ignore[attr-defined]
+                "(RANK, LOCAL_RANK or SLURM_PROCID), but the run has one device; give --trainer.devices, or unset "
+                "the variable"
+            )
         check_strategy(trainer.strategy)
         use_epoch_loop(trainer)
         return trainer
@@ -226,9 +245,14 @@ class TrainingCLI(LightningCLI):
                 version="",
                 default_hp_metric=False,
                 # what a resumed run will log again is taken off the page
-                purge_step=self.ckpt_path and read_checkpoint(self.ckpt_path)["global_step"],
+                purge_step=read_checkpoint(self.ckpt_path)["global_step"] if self.ckpt_path else 0,
             )
         return chosen
+
+
+def is_rank_zero() -> bool:
+    """Also before Lightning has set its processes up: the launcher's environment tells."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -4,14 +4,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
+from gpt_lightning.data.epochs import batches_of_epoch
 from gpt_lightning.data.loader import Rng, WindowLoader
-from gpt_lightning.data.mixture import Mixture
+from gpt_lightning.data.mixture import Mixture, described
 from gpt_lightning.data.store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import JoinedWindows, Windows
+
+# what decides windows → the setting, where that is not of the data
+_SETTINGS = {"rng": "rng", "seed": "seed_everything", "shuffled": "trainer.overfit_batches"}
 
 
 class TextDataModule(LightningDataModule):
@@ -94,6 +98,7 @@ class TextDataModule(LightningDataModule):
         self.rng: Rng = rng
         self._windows: dict[str, Windows | JoinedWindows] = {}
         self._counts: list[int] = []  # training windows of each text
+        self._checked: Trainer | None = None  # whose batches were
 
     @property
     def windows_at_a_time(self) -> int:
@@ -116,8 +121,9 @@ class TextDataModule(LightningDataModule):
             self.trainer.strategy.barrier()
         if not self._windows:
             self._cut_windows(texts)
-        if stage == "fit":
+        if stage == "fit" and (self.trainer is None or self.trainer is not self._checked):
             self._check_batches(len(self._windows["training"]))
+            self._checked = self.trainer
 
     def _cut_windows(self, texts: list[str]) -> None:
         length = self._length()
@@ -193,6 +199,16 @@ class TextDataModule(LightningDataModule):
                 f"{accumulate} batches of {self.batch_size} on {world_size} device(s); leave it out"
             )
         self.trainer.accumulate_grad_batches = accumulate
+        limit = self.trainer.limit_train_batches  # of global batches, so that all updates are whole
+        batches = batches_of_epoch(
+            count, at_a_time, accumulate=accumulate, whole_steps=True, limit=limit
+        )
+        if not batches and limit:
+            raise ValueError(
+                f"trainer.limit_train_batches: {limit} leaves no whole update of the {count // size} an epoch has; "
+                "give more"
+            )
+        self.trainer.limit_train_batches = batches
 
     def _accumulate(self) -> int:
         """Batches an update."""
@@ -223,10 +239,13 @@ class TextDataModule(LightningDataModule):
         return "global_batch_tokens", self._length()
 
     def train_dataloader(self) -> WindowLoader:
-        """A pass in a random order; a last batch that would be short is dropped, as in the book."""
+        """A pass in a random order; a last batch that would be short is dropped, as in the book.
+
+        With ``trainer.overfit_batches`` it is the same first windows in each pass.
+        """
         loader = self._loader(
             "training",
-            shuffle=True,
+            shuffle=self._is_shuffled(),
             drop_last=True,
             accumulate=self._accumulate(),
             whole_updates=self._global_batch() is not None,
@@ -240,12 +259,57 @@ class TextDataModule(LightningDataModule):
         loader.max_batches = limit
         return loader
 
+    def _is_shuffled(self) -> bool:
+        return self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides which windows a run sees, and in which order."""
+        return {
+            "context_length": self._length(),
+            "stride": self.stride or self._length(),
+            "document_boundaries": self.document_boundaries,
+            "rng": self.rng,
+            # the book's order is drawn on the global generator, whose state a checkpoint has
+            "seed": self.seed if self.rng == "step" else None,
+            "shuffled": self._is_shuffled(),
+            "mixture": None
+            if self.mixture is None
+            else [list(pair) for pair in zip(self._counts, self.mixture.values(), strict=True)],
+            **{f"{split}_sha256": windows.fingerprint for split, windows in self._windows.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Verify that a run resumes with the windows it had.
+
+        Raises:
+            ValueError: A setting or the text differs.
+        """
+        remedy = "resume with what it had, or begin a new run with --init_from"
+        for key, own in self.state_dict().items():
+            theirs = state_dict.get(key)
+            if theirs == own:
+                continue
+            match key:
+                case "training_sha256" | "validation_sha256":
+                    split = key.removesuffix("_sha256")
+                    raise ValueError(
+                        f"data.text: the {split} text is not the one that the run had (another text, or another "
+                        f"data.train_ratio); {remedy}"
+                    )
+                case "mixture":
+                    what = f"the run has drawn on {described(theirs)}, here is {described(own)}"
+                case "shuffled":
+                    what = f"the run was {'begun without' if theirs else 'begun with'} it"
+                case _:
+                    what = f"the run has {theirs}, here is {own}"
+            raise ValueError(f"{_SETTINGS.get(key, f'data.{key}')}: {what}; {remedy}")
+
     def validation_windows(self) -> WindowLoader:
         return self._loader("validation", shuffle=False, drop_last=False)
 
     def val_dataloader(self) -> WindowLoader | list[WindowLoader]:
         """The validation windows; for ``trainer.validate`` a list of them and of all training windows."""
-        if self.trainer is not None and self.trainer.validating:
+        if self.trainer is not None and self.trainer.state.fn == "validate":
             every = self._loader("training", shuffle=False, drop_last=False)
             return [self.validation_windows(), every]
         return self.validation_windows()

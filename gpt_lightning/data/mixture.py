@@ -41,11 +41,6 @@ class Mixture:
         self._draw = np.concatenate([np.arange(share) for share in self.shares])[order]
         self._orders: dict[int, tuple[int, Order]] = {}
 
-    @property
-    def sources(self) -> list[list[float]]:
-        """Windows and weight of each."""
-        return [list(pair) for pair in zip(self.counts, self.weights, strict=True)]
-
     def __call__(self, places: Numbers) -> Numbers:
         """Places in the stream → numbers of windows, as ``JoinedWindows`` numbers them."""
         numbers = np.empty_like(places)
@@ -72,10 +67,11 @@ class Mixture:
 
 
 def described(sources: list[list[float]] | None) -> str:
-    """:attr:`Mixture.sources` in words; none: no mixture."""
+    """Windows and weight of each source, in words; None: no mixture."""
     if sources is None:
         return "one text"
-    return ", ".join(f"{weight:.4g} of {count:.0f} windows" for count, weight in sources)
+    total = sum(weight for _, weight in sources)
+    return ", ".join(f"{weight / total:.4g} of {count:.0f} windows" for count, weight in sources)
 
 
 def _whole_shares(weights: Sequence[float], period: int) -> list[int]:

@@ -5,7 +5,9 @@ L is the window length (the model's ``context_length`` unless asked otherwise), 
 
 import mmap
 from collections.abc import Sequence
-from hashlib import blake2b
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gpt_lightning.data.order import Numbers
+from gpt_lightning.data.sums import remembered_sha256
 
 _MOST_RESIDENT = 32 << 20  # bytes of mapped files, before their pages are let go
 _FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most
@@ -46,6 +49,7 @@ class Windows:
         self.stride = stride
         self.tokens = sum(map(len, parts))
         self._ends = np.cumsum([len(part) for part in parts])
+        self._digests = [partial(_sha256, part) for part in parts]
         self._mapped = [found for part in parts if (found := _mapping(part)) is not None]
         self.most_resident = _MOST_RESIDENT
         self._resident = 0
@@ -63,11 +67,10 @@ class Windows:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens: of each part the length, the first and the last thousand."""
-        found = blake2b(digest_size=16)
-        for part in self.parts:
-            found.update(len(part).to_bytes(8, "little"))
-            found.update(part[:1000].tobytes() + part[-1000:].tobytes())
+        """A checksum over all tokens: of each part the length and the SHA-256."""
+        found = sha256()
+        for part, digest in zip(self.parts, self._digests, strict=True):
+            found.update(f"{len(part)} {digest()}\n".encode())
         return found.hexdigest()
 
     def draw(self, numbers: Numbers) -> NDArray[np.int64]:
@@ -105,6 +108,15 @@ class Windows:
             self._resident = 0
             for mapped in self._mapped:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _sha256(part: NDArray[np.uint16]) -> str:
+    """Of the tokens; of a whole mapped file the file's, which is computed once on a machine."""
+    if isinstance(part, np.memmap) and part.filename is not None:
+        path = Path(part.filename)
+        if path.stat().st_size == part.nbytes:
+            return remembered_sha256(path)
+    return sha256(np.ascontiguousarray(part, dtype="<u2").data).hexdigest()
 
 
 def _mapping(part: NDArray[np.uint16]) -> mmap.mmap | None:

@@ -73,6 +73,7 @@ class Plan:
         checkpoint: One file.
         disk: All files of a run, and the one being written.
         updates: Of the optimizer, for ``tokens``.
+        epochs: How often ``tokens`` go through the text; None: the text is not here.
         hours: For ``tokens``, at ``mfu`` of ``peak_flops`` a device.
         device_memory: What a device has; none: not known.
         nearest: What to change where it does not fit; none: it fits, or nothing that plan knows is enough.
@@ -93,6 +94,7 @@ class Plan:
     tokens_per_update: int
     tokens: int | None
     updates: int | None
+    epochs: float | None
     flops: float | None
     peak_flops: float | None
     mfu: float
@@ -107,6 +109,8 @@ def plan(
     setting: Setting,
     *,
     tokens: int | None = None,
+    updates: int | None = None,
+    epochs: float | None = None,
     peak_flops: float | None = None,
     mfu: float = 0.4,
     device_memory: int | None = None,
@@ -115,11 +119,15 @@ def plan(
 
     Args:
         tokens: To train on.
+        updates: Of the optimizer in that; None: as many as have all of ``tokens_per_update``.
+        epochs: How often the text is seen; None: not known.
         peak_flops: FLOP/s of one device at most; none: no time is told.
         mfu: Share of the peak that the run reaches.
         device_memory: Bytes that one device has; none: it is not said what fits.
     """
     config, step = setting.step.config, setting.step
+    if updates is None and tokens is not None:
+        updates = ceil(tokens / setting.tokens_per_update)
     lines, when = memory(setting)
     total = sum(lines.values())
     per_token = cost.flops_per_token(config, step.length)
@@ -146,7 +154,8 @@ def plan(
         disk=(2 + setting.keep_best + setting.keep_previous) * checkpoint,
         tokens_per_update=setting.tokens_per_update,
         tokens=tokens,
-        updates=None if tokens is None else ceil(tokens / setting.tokens_per_update),
+        updates=updates,
+        epochs=epochs,
         flops=flops,
         peak_flops=peak_flops,
         mfu=mfu,

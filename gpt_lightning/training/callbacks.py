@@ -218,6 +218,7 @@ class TextSamples(Callback):
         self.evaluation = evaluation
         self.clock = clock or TrainingClock()
         self._last_row: dict[str, float] = {}
+        self._sampled_step = -1
 
     def on_train_batch_end(
         self,
@@ -228,28 +229,34 @@ class TextSamples(Callback):
         batch_idx: int,
     ) -> None:
         row = self.evaluation.row if self.evaluation else self._last_row
-        if row is self._last_row or not row:
-            return
-        self._last_row = row
-        assert isinstance(pl_module, GPTLightningModule)
-        pl_module.eval()
+        if row is not self._last_row and row:
+            self._last_row = row
+            self._log_next_token(trainer, pl_module, int(row["step"]))
+        # here and not in on_train_epoch_end, so that a run that is saved after its epoch's last batch has shown it
+        if trainer.is_last_batch:
+            self._sample(trainer, pl_module, trainer.global_step - 1)
+
+    def _log_next_token(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        assert isinstance(module, GPTLightningModule)
+        module.eval()
         with (
-            self.clock.stopped(pl_module.device),
+            self.clock.stopped(module.device),
             _random_numbers(self.rng),
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
-            _uncompiled(pl_module),
+            _uncompiled(module),
         ):
-            ids = encode_prompt(self.prompt)[-pl_module.config.context_length :]
-            features = pl_module.model.features(torch.tensor([ids], device=pl_module.device))
-            p = pl_module.model.head(features[:, -1]).float().softmax(dim=-1)[0]
+            ids = encode_prompt(self.prompt)[-module.config.context_length :]
+            features = module.model.features(torch.tensor([ids], device=module.device))
+            p = module.model.head(features[:, -1]).float().softmax(dim=-1)[0]
             nats, largest = float(entropy(p)), float(p.max())
-        pl_module.train()
+        module.train()
         figures = dict(zip(self.TAGS, (nats, math.exp(nats), largest), strict=True))
-        log_figures(trainer, figures, int(row["step"]))
+        log_figures(trainer, figures, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
+        self._sampled_step = trainer.global_step
         tokens, context_length = len(encode_prompt(self.prompt)), pl_module.config.context_length
         if tokens > context_length and trainer.is_global_zero:
             print(
@@ -258,22 +265,28 @@ class TextSamples(Callback):
                 file=sys.stderr,
             )
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, GPTLightningModule)
-        idx = torch.tensor([encode_prompt(self.prompt)], device=pl_module.device)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that ends within an epoch shows its last text too. Its step is one that a resumed run
+        # takes off TensorBoard's page: in a run that was not cut there is no text here.
+        if trainer.global_step != self._sampled_step:
+            self._sample(trainer, pl_module, trainer.global_step)
+
+    def _sample(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        assert isinstance(module, GPTLightningModule)
+        self._sampled_step = trainer.global_step
+        idx = torch.tensor([encode_prompt(self.prompt)], device=module.device)
         with (
-            self.clock.stopped(pl_module.device),
+            self.clock.stopped(module.device),
             _random_numbers(self.rng),
             trainer.precision_plugin.forward_context(),
-            _uncompiled(pl_module),
+            _uncompiled(module),
         ):
-            ids = generate(pl_module.model, idx, self.max_new_tokens)
-        self._show(trainer, decode(ids[0].tolist()))
+            ids = generate(module.model, idx, self.max_new_tokens)
+        self._show(trainer, decode(ids[0].tolist()), step)
 
     @rank_zero_only
-    def _show(self, trainer: Trainer, text: str) -> None:
+    def _show(self, trainer: Trainer, text: str, step: int) -> None:
         print(text.replace("\n", " "), flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                add_text = logger.experiment.add_text
-                attempt(partial(add_text, "sample", text, trainer.global_step - 1))
+                attempt(partial(logger.experiment.add_text, "sample", text, step))

@@ -97,9 +97,11 @@ class DurableCheckpointIO(CheckpointIO):
             RuntimeError,
         ) as error:  # torch's writer hides a full disk in a RuntimeError
             cause = getattr(error.__cause__ or error.__context__ or error, "strerror", None)
+            before = (
+                "the file that was there is intact" if path.exists() else "there is no such file"
+            )
             self.failures[path.name] = OSError(
-                f"{path}: cannot be written ({cause or 'the disk may be full'}); what was there "
-                "before is whole"
+                f"{path}: cannot be written ({cause or 'the disk may be full'}); {before}"
             )
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -114,10 +116,9 @@ class DurableCheckpointIO(CheckpointIO):
                 entries = _entries_of_what_is_there(folder)
             entries = [*entries, entry]
             _write_manifest(folder, entries)
-            # what is not known to be whole takes no whole one's place
+            # a file that is not known to be intact does not replace an intact one
             if self.keep_previous and path.name == LAST and LAST in self._sums:
-                _rotate(folder)
-                self._sums[PREVIOUS] = self._sums.pop(LAST)
+                self._keep_as_previous(folder)
             os.replace(temporary, path)
             _sync(folder)
         finally:
@@ -130,6 +131,19 @@ class DurableCheckpointIO(CheckpointIO):
         self._sums |= {name: sha256_of(folder / name) for name in unknown}
         known = set(self._sums.values())
         _write_manifest(folder, [entry for entry in entries if entry["sha256"] in known])
+
+    def _keep_as_previous(self, folder: Path) -> None:
+        sha256 = self._sums.pop(LAST)
+        try:
+            _rotate(folder)
+        except FileNotFoundError:
+            print(
+                f"gpt_lightning: {folder / LAST} is gone (moved or removed by another program); it is saved again",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        self._sums[PREVIOUS] = sha256
 
 
 def hidden(path: Path) -> Path:
@@ -231,6 +245,8 @@ def _rotate(folder: Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         os.link(folder / LAST, temporary)
+    except FileNotFoundError:
+        raise
     except OSError:  # a filesystem without links
         os.replace(folder / LAST, folder / PREVIOUS)
     else:

@@ -1,10 +1,10 @@
-"""What a run counts: tokens until it ends, and its batches where they are of another size than before."""
+"""Ending a run after a number of training tokens."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.data.loader import WindowLoader
 from gpt_lightning.training.module import GPTLightningModule
 
@@ -43,33 +43,19 @@ class MaxTokens(Callback):
             trainer.should_stop = True
 
     def last_step(self, trainer: Trainer) -> int | None:
-        """The update that the run will end with if those to come are whole ones; none: not known."""
-        module, loader = trainer.lightning_module, trainer.train_dataloader
-        if not isinstance(module, GPTLightningModule) or not isinstance(loader, WindowLoader):
+        """The update that the run will end with; None: not known."""
+        module, epoch = trainer.lightning_module, epoch_shape(trainer)
+        if not isinstance(module, GPTLightningModule) or epoch is None:
             return None
-        an_update = loader.windows_at_a_time * loader.accumulate * (loader.windows.shape[1] - 1)
-        return trainer.global_step + max(0, -(-(self.max_tokens - module.tokens_seen) // an_update))
+        left = max(0, self.max_tokens - module.tokens_seen)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return trainer.global_step + epoch.steps_for(left, after_batches=done)
 
 
-class BatchCounts(Callback):
-    """Lightning's count of an epoch's batches, in those of this run.
-
-    A checkpoint has it in batches of the run that wrote it. On another number of devices, or with another
-    batch_size, as many windows are another number of batches: where accumulation and epoch end depends on it.
-    """
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        loop = checkpoint["loops"]["fit_loop"]
-        loaders = loop["state_dict"].get("combined_loader", [])
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if not loaders or not isinstance(data, TextDataModule):
-            return
-        batches, rest = divmod(loaders[0]["windows_seen"], data.windows_at_a_time)
-        counts = loop["epoch_loop.batch_progress"]["current"]
-        if rest or counts["ready"] == batches:  # what does not fit is refused by the loader
-            return
-        begun = counts["ready"]
-        for what in counts:
-            counts[what] += batches - begun
+def epoch_shape(trainer: Trainer) -> EpochShape | None:
+    """Of a run on our data, once its loader is there."""
+    loader, batches = trainer.train_dataloader, trainer.num_training_batches
+    if not isinstance(loader, WindowLoader) or not batches:
+        return None
+    tokens_per_batch = loader.windows_at_a_time * (loader.windows.shape[1] - 1)
+    return EpochShape(int(batches), trainer.accumulate_grad_batches, tokens_per_batch)

@@ -1,10 +1,14 @@
-"""What torchrun's restarts need beyond what Lightning does."""
+"""Processes of a run on several devices: how they find each other, and how they end together."""
 
 import atexit
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
 def connect_ranks(trainer: Trainer) -> None:
@@ -14,7 +18,10 @@ def connect_ranks(trainer: Trainer) -> None:
     the addresses of processes that are gone, and fails or waits for them. Elsewhere Lightning connects.
     """
     environment = os.environ
-    if trainer.world_size == 1 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if trainer.world_size == 1:
+        return
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _forget_address(trainer)
         return
     restart = environment["TORCHELASTIC_RESTART_COUNT"]
     store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -28,6 +35,38 @@ def connect_ranks(trainer: Trainer) -> None:
         world_size=int(environment["WORLD_SIZE"]),
     )
     atexit.register(_disconnect)
+
+
+def _forget_address(trainer: Trainer) -> None:
+    """On one machine Lightning finds a free port itself; what is left over in the environment may be in use."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher) and trainer.num_nodes == 1:
+        if launcher.cluster_environment.creates_processes_externally:
+            return
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def ends_together(trainer: Trainer) -> Iterator[None]:
+    """When this process fails, end those that it has launched, which would wait for it.
+
+    Raises:
+        ValueError: The processes cannot connect.
+    """
+    try:
+        yield
+    except BaseException as error:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+        if isinstance(error, dist.DistNetworkError):
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"MASTER_PORT: the processes cannot connect at {address} "
+                f"({' '.join(str(error).split())[:120]}); give another port"
+            ) from error
+        raise
 
 
 def _disconnect() -> None:

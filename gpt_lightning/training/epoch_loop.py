@@ -5,6 +5,7 @@ and on several devices has all of them wait for each other before each batch: tw
 above a plain loop (benchmarks/README.md).
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -42,10 +43,35 @@ class EpochLoop(_TrainingEpochLoop):
     """The same steps, hooks in the same order, counts and state as Lightning's.
 
     Lightning's own runs where it does more: with a profiler, another's strategy or precision, the gradient scaler
-    of 16-mixed, a callback's learning rates (StochasticWeightAveraging), averaged replicas, and for the first batch
-    of a resumed run. Callbacks and their hooks are looked up as an epoch begins. A hook ends no epoch by
-    returning -1; ``trainer.should_stop`` ends the run.
+    of 16-mixed, a callback's learning rates (StochasticWeightAveraging), averaged replicas. Callbacks and their
+    hooks are looked up as an epoch begins. A hook ends no epoch by returning -1; ``trainer.should_stop`` ends the
+    run.
+
+    A resumed run continues at the position that its checkpoint has (``loop_state.py``), with what followed in the
+    run that was saved: the end of the batch, Lightning's validation if it is due, then the next batch or the hooks at
+    the epoch's end. Lightning's own restart does not tell apart all positions, and loses count of epochs.
     """
+
+    _at_batch_end = False
+
+    def update_restart_stage(self) -> None:
+        """Nothing: :meth:`reset` alone decides where a resumed run continues."""
+
+    def reset(self) -> None:
+        resumed = self._restarting and self.trainer.fit_loop.restarted_mid_epoch
+        self.restarting = False  # of this loop and those in it
+        self._at_batch_end = False
+        if not resumed:  # a new epoch
+            super().reset()
+            return
+        _enter_epoch_again(self.trainer)
+        progress = self.batch_progress
+        batches = self.trainer.num_training_batches
+        if batches != math.inf:  # the epoch may have another length now
+            progress.is_last_batch = progress.current.ready >= batches
+        self._at_batch_end = progress.current.completed < progress.current.ready
+        if self._at_batch_end:
+            progress.increment_completed()
 
     def on_run_start(self, data_fetcher: Any) -> None:
         super().on_run_start(data_fetcher)
@@ -69,6 +95,9 @@ class EpochLoop(_TrainingEpochLoop):
         self._training_step = strategy.training_step if wrapped else module.training_step
         self._calls = {hook: _calls(hook, trainer.callbacks, trainer, module) for hook in _HOOKS}
         self._module_state = vars(module)  # nn.Module is slow in setting an attribute
+        if self._at_batch_end:
+            self._at_batch_end = False
+            self.on_advance_end(data_fetcher)
 
     @property
     def global_step(self) -> int:
@@ -77,12 +106,10 @@ class EpochLoop(_TrainingEpochLoop):
 
     def advance(self, data_fetcher: Any) -> None:
         """A batch: a step, or with accumulation a part of one."""
-        if self.restarting or not self._straight:
+        if not self._straight:
             super().advance(data_fetcher)
             return
         trainer, progress = self.trainer, self.batch_progress
-        if self.val_loop.restarting:  # the first batch may have left it so
-            self.val_loop.restarting = False
         batch, _, _ = next(data_fetcher)
         batch_idx = progress.current.ready
         progress.is_last_batch = data_fetcher.done
@@ -161,6 +188,21 @@ class EpochLoop(_TrainingEpochLoop):
 
 def _nothing() -> None:
     pass
+
+
+def _enter_epoch_again(trainer: Trainer) -> None:
+    """Call ``on_train_epoch_start`` where a run resumes within an epoch, for what callbacks set there.
+
+    A GradientAccumulationScheduler sets the size of updates there. A callback whose state is in the checkpoint has
+    what it did as its state, and is not called. What the others log there was logged by the run that was saved.
+    """
+    module = trainer.lightning_module
+    loggers, trainer.loggers = trainer.loggers, []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).state_dict is Callback.state_dict:
+            callback.on_train_epoch_start(trainer, module)
+    module.on_train_epoch_start()
+    trainer.loggers = loggers
 
 
 def _calls(

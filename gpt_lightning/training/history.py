@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,16 @@ class RunHistory(Callback):
         attempt(self._append)
 
     def _append(self) -> None:
+        if not self.path.exists():
+            print(
+                f"gpt_lightning: {self.path} is gone (moved or removed by another program); it is written again, "
+                f"with all {len(self.rows)} rows",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(self.path, self.rows)
+            return
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
@@ -83,10 +94,10 @@ class RunHistory(Callback):
         final = {f"final/{tag}": self.rows[-1][tag] for tag in ("train_loss", "val_loss")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "losses", pixels, trainer.global_step - 1, dataformats="HWC"
-                )
-                logger.log_hyperparams(_flat({**module.hparams, **self.hparams}), final)
+                # a step that a resumed run takes off TensorBoard's page, for it ends later
+                step = trainer.global_step
+                logger.experiment.add_image("losses", pixels, step, dataformats="HWC")
+                logger.log_hyperparams(_flat({**module.hparams, **self.hparams}), final, step)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from gpt_lightning.training.callbacks import LossEvaluation
-from gpt_lightning.training.counting import MaxTokens
+from gpt_lightning.training.counting import MaxTokens, epoch_shape
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_LOOKS = 0.1  # of the bar at how far the run is, and of the terminal at the bar
@@ -46,14 +46,15 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = total_steps(trainer)
+        total, epoch = total_steps(trainer), epoch_shape(trainer)
         watchers = trainer.callbacks  # type: ignore[attr-defined]
         self._evaluation = next((c for c in watchers if isinstance(c, LossEvaluation)), None)
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in pl_module.parameters())
             print(
                 f"{parameters:,} parameters on {pl_module.device}, {trainer.precision}; "
-                f"step {trainer.global_step} of {'?' if total is None else total}",
+                f"step {trainer.global_step} of {'?' if total is None else total}"
+                f"{'' if epoch is None or total is None else f' ({total / epoch.steps:.3g} epochs)'}",
                 file=sys.stderr,
             )
         self._start("training", trainer.global_step, total)
@@ -153,12 +154,10 @@ class RunProgress(ProgressBar):
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Updates after which the run ends, by ``max_steps``, ``max_epochs`` or ``max_tokens``; none: by neither."""
-    batches = trainer.num_training_batches
-    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and batches != float("inf"):
-        per_epoch = -(-int(batches) // trainer.accumulate_grad_batches)
-        limits.append(trainer.max_epochs * per_epoch)
-    by_tokens = [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
-    limits += [step for step in by_tokens if step is not None]
-    return min(limits, default=None)
+    """Updates after which the run ends, by ``max_steps``, ``max_epochs`` or ``max_tokens``; None: by none of them."""
+    epoch = epoch_shape(trainer)
+    if epoch is None:
+        return trainer.max_steps if trainer.max_steps >= 0 else None
+    limits = [epoch.steps_of_run(trainer.max_steps, trainer.max_epochs)]
+    limits += [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
+    return min((step for step in limits if step is not None), default=None)

@@ -74,6 +74,31 @@ def checkpoint_to_resume(
     return path, agreed_architecture(f"ckpt_path: {path}", found.config, named)
 
 
+def reached_limit(
+    checkpoint: Mapping[str, Any], max_steps: int, max_epochs: int | None, max_tokens: int | None
+) -> tuple[str, str] | None:
+    """Where a run has ended already: which limit, in words, and the setting that moves it; None where it continues.
+
+    Args:
+        max_steps, max_epochs, max_tokens: The limits of the run that is to resume; -1 or None is no limit.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    loaders = loop["state_dict"].get("combined_loader", [])
+    batches = loop["epoch_loop.batch_progress"]
+    # the data loader's count is the right one, see loop_state.py
+    begun = loaders[0]["epoch"] + 1 if loaders else loop["epoch_progress"]["current"]["started"]
+    epochs = begun - (not batches["is_last_batch"])
+    for name, done, limit in (
+        ("max_steps", checkpoint["global_step"], max_steps),
+        ("max_epochs", epochs, max_epochs),
+        ("max_tokens", checkpoint["tokens_seen"], max_tokens),
+    ):
+        if limit is not None and 0 <= limit <= done:
+            unit = name.removeprefix("max_").removesuffix("s")
+            return f"{unit} {done:,} of {limit:,}", name
+    return None
+
+
 def _check_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     """What Lightning takes for granted of a training state; ``ValueError`` where it is not so."""
     kinds = {

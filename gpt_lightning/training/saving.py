@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.cost import parameters
+from gpt_lightning.model.memory import PRECISIONS
 from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.checkpoint import (
     BEST,
@@ -23,6 +24,7 @@ from gpt_lightning.training.checkpoint import (
     copy_of,
     remove_leftovers,
 )
+from gpt_lightning.training.figures import attempt
 from gpt_lightning.training.sharding import local
 from gpt_lightning.training.throughput import TrainingClock
 
@@ -113,8 +115,12 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
 
-    def check_room(self, config: GPTConfig) -> None:
-        """``OSError`` where the files that the run will keep, and the one being written, do not fit."""
+    def check_room(self, config: GPTConfig, precision: str) -> None:
+        """``OSError`` where the files that the run will keep, and the one being written, do not fit.
+
+        Args:
+            precision: Lightning's name of it; weights and moments are saved as they are trained.
+        """
         # a run that is refused leaves nothing, not its folder either
         place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         try:
@@ -124,7 +130,8 @@ class RunCheckpoints(Checkpoint):
                 f"checkpoint: {self.folder} cannot be written ({error.strerror}); give another "
                 "--trainer.default_root_dir"
             ) from error
-        size = 3 * 4 * parameters(config)  # weights and AdamW's two moments, in float32
+        dtype = PRECISIONS[precision][0] if precision in PRECISIONS else torch.float32
+        size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.best)]
         missing = 1 + sum(not (self.folder / name).exists() for name in kept)
         free = shutil.disk_usage(place).free
@@ -184,6 +191,9 @@ class RunCheckpoints(Checkpoint):
                 f"step {trainer.global_step - 1}: has made parameters that are not finite; "
                 f"{self.folder / LAST} stays the one before"
             )
+        # a process that is killed after the save loses what its loggers hold back
+        for logger in trainer.loggers:
+            attempt(logger.save)
         if self._best is not None:
             self._being_written, self._best = self._best, None
             trainer.strategy.save_checkpoint(self._being_written, self.folder / BEST)

@@ -88,7 +88,7 @@ class Throughput(Callback):
     ``throughput/tokens_per_second`` over all devices; ``throughput/step_seconds``;
     ``throughput/loading_share`` of the time in which no batch was there yet; ``throughput/memory_gb``, resident or
     on the GPU at most; ``throughput/mfu``, model FLOP/s over the peak of all devices, where that is known. The
-    first update, which compiles and warms up, is not counted.
+    first update of a process, which compiles and warms up, is not counted, unless it alone is due.
 
     Args:
         clock: Stopped by what is no training.
@@ -107,12 +107,14 @@ class Throughput(Callback):
         self._tokens = 0
         self._steps = 0
         self._seen_step = -1
+        self._warms_up = True
         self._began = 0.0
         self._loading = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
-        self._steps = -1  # until the first is done
+        self._warms_up = True
+        self._start_interval(trainer)
 
     def on_train_batch_end(
         self,
@@ -127,30 +129,37 @@ class Throughput(Callback):
             return
         self._seen_step = trainer.global_step
         self._steps += 1
-        if self._steps and self._steps < self.every_n_steps:
+        # by the step alone, so that a resumed run logs where one that was not cut does
+        step = trainer.global_step - 1
+        due = step > 0 and step % self.every_n_steps == 0
+        if not due and not self._warms_up:
             return
+        self._warms_up = False
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        loader = trainer.train_dataloader
-        waited = loader.seconds_waited if isinstance(loader, WindowLoader) else 0.0
-        now = self.clock.seconds()
-        if self._steps:
-            if not self._asked_peak:
-                self._ask_peak(trainer, pl_module)
-            assert isinstance(pl_module, GPTLightningModule)
-            length = batch[0].shape[1]
-            self.figures = figures(
-                tokens=self._tokens,
-                steps=self._steps,
-                seconds=now - self._began,
-                loading_seconds=waited - self._loading,
-                flops_per_token=flops_per_token(pl_module.config, length),
-                peak=None if self.peak is None else self.peak * trainer.world_size,
-            )
-            self.figures["throughput/memory_gb"] = memory_bytes(pl_module.device) / 1e9
-            log_figures(trainer, self.figures, trainer.global_step - 1)
-        self._began, self._loading = now, waited
+        if due:
+            self._log(trainer, pl_module, batch[0].shape[1], step)
+        self._start_interval(trainer)
+
+    def _start_interval(self, trainer: Trainer) -> None:
+        self._began, self._loading = self.clock.seconds(), _seconds_waited(trainer)
         self._tokens = self._steps = 0
+
+    def _log(self, trainer: Trainer, module: LightningModule, length: int, step: int) -> None:
+        assert isinstance(module, GPTLightningModule)
+        seconds = self.clock.seconds() - self._began
+        if not self._asked_peak:
+            self._ask_peak(trainer, module)
+        self.figures = figures(
+            tokens=self._tokens,
+            steps=self._steps,
+            seconds=seconds,
+            loading_seconds=_seconds_waited(trainer) - self._loading,
+            flops_per_token=flops_per_token(module.config, length),
+            peak=None if self.peak is None else self.peak * trainer.world_size,
+        )
+        self.figures["throughput/memory_gb"] = memory_bytes(module.device) / 1e9
+        log_figures(trainer, self.figures, step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.stop(pl_module.device)  # Lightning's loop, with trainer.limit_val_batches
@@ -173,6 +182,11 @@ class Throughput(Callback):
                 "no MFU is logged",
                 file=sys.stderr,
             )
+
+
+def _seconds_waited(trainer: Trainer) -> float:
+    loader = trainer.train_dataloader
+    return loader.seconds_waited if isinstance(loader, WindowLoader) else 0.0
 
 
 def figures(

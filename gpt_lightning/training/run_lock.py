@@ -1,0 +1,211 @@
+"""The lock of a run's folder: one process at a time trains a run."""
+
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from gpt_lightning.training.checkpoint import say
+
+LOCK = ".lock"
+HEARTBEAT_SECONDS = 15.0
+STALE_SECONDS = 60.0  # without a heartbeat, of a process that cannot be asked for
+
+
+class RunLock:
+    """A file ``.lock`` in the run's folder, which names the process that trains the run.
+
+    A lock is stale, and is taken over, when its process is gone. On this machine the process table tells: process
+    number, start time and boot id must agree. For a process on another machine, or in another container, the
+    heartbeat tells: the file's time, which its holder renews four times a minute.
+
+    Rank 0 takes it for all ranks of a run. Restarts by torchrun are the same job, and take it over.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._token = secrets.token_hex(8)
+        self._made: list[Path] = []
+        self._released = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def acquire(self, folder: Path) -> None:
+        """Lock the run.
+
+        Raises:
+            ValueError: Another process trains it.
+            OSError: The folder cannot be made or written.
+        """
+        self._make(folder)
+        path = folder / LOCK
+        while not self._create(path):
+            try:
+                holder, age = _read(path)
+            except FileNotFoundError:
+                continue
+            if _is_alive(holder, age):
+                raise ValueError(
+                    f"run: {folder} is being trained by process {holder.get('pid', '?')} on "
+                    f"{holder.get('host', 'an unknown host')} since {holder.get('since', '?')}; wait until it "
+                    "ends, or give this run another name by --run NAME"
+                )
+            _remove(path, holder)
+        self._path = path
+        threading.Thread(target=self._beat, args=(path,), daemon=True).start()
+
+    def release(self) -> None:
+        """Unlock, and remove the folders that :meth:`acquire` made where nothing was written to them."""
+        self._released.set()
+        with suppress(OSError, ValueError):
+            if self._path is not None and self._is_own(self._path):
+                self._path.unlink()
+        self._path = None
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+        self._made = []
+
+    def _make(self, folder: Path) -> None:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+        finally:
+            self._made = [each for each in missing if each.is_dir()]
+
+    def _create(self, path: Path) -> bool:
+        """Write the file; False where there is one."""
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _not_writable(path.parent, error) from error
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({**_this_process(), "token": self._token}, file)
+        return True
+
+    def _is_own(self, path: Path) -> bool:
+        return bool(_read(path)[0].get("token") == self._token)
+
+    def _beat(self, path: Path) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                if not self._is_own(path):
+                    say(
+                        f"run: {path} is now another process's, which trains this run too; stop one of them"
+                    )
+                    return
+                os.utime(path)
+            except FileNotFoundError:
+                say(f"run: {path} was removed, so another process can train this run too")
+                return
+            except OSError:  # a network that fails for a while
+                continue
+
+
+def _not_writable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"checkpoint: {folder} cannot be written ({error.strerror}); give another --trainer.default_root_dir"
+    )
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": psutil.Process(pid).create_time(),
+        "boot": _boot_id(),
+        "namespace": _pid_namespace(),
+        "job": _job(),
+    }
+
+
+def _boot_id() -> str:
+    """What is another after each start of the machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        return str(round(psutil.boot_time(), -1))
+
+
+def _pid_namespace() -> str:
+    """Containers on a machine number their processes each on its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _job() -> str:
+    """The same in all restarts by torchrun; empty elsewhere."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if run_id == "none" else run_id
+
+
+def _read(path: Path) -> tuple[dict[str, Any], float]:
+    """What a lock says of its holder, and the seconds since its last heartbeat, by the file system's clock."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    with tempfile.TemporaryFile(dir=path.parent) as now:
+        age = os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+    try:
+        holder = json.loads(text)
+    except ValueError:  # it is being written, or was damaged
+        holder = None
+    return holder if isinstance(holder, dict) else {}, age
+
+
+def _is_alive(holder: dict[str, Any], age: float) -> bool:
+    own = _this_process()
+    if own["job"] and holder.get("job") == own["job"]:
+        return False
+    if holder.get("host") == own["host"]:
+        if holder.get("boot") != own["boot"]:
+            return False
+        if holder.get("namespace") == own["namespace"]:
+            return _runs(holder.get("pid"), holder.get("started"))
+    return age < STALE_SECONDS
+
+
+def _runs(pid: Any, started: Any) -> bool:
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, TypeError, ValueError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _remove(path: Path, stale: dict[str, Any]) -> None:
+    """Remove a stale lock, unless another process has just replaced it."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with suppress(FileNotFoundError):
+        os.rename(path, aside)  # of several processes one alone can do it
+        if _read(aside)[0] != stale:
+            with suppress(OSError):
+                os.link(aside, path)
+        aside.unlink()

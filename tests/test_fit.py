@@ -221,12 +221,71 @@ def test_saving_in_the_background_changes_nothing(fit: Command) -> None:
         )
 
 
-def test_position_of_other_data_is_refused(fit: Command, command: Command) -> None:
+def _listed(folder: Path) -> dict[str, tuple[int, int]]:
+    """Each file's size and time."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+LINES = [f"Line {i} of a text of its own.\n" for i in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("begun", "resumed", "says"),
+    [
+        ([], ["--data.stride=30"], "data.stride: the run has 40, here is 30"),
+        # as many windows
+        (["--data.stride=100"], ["--data.stride=101"], "data.stride: the run has 100, here is 101"),
+        ([], ["--data.context_length=15"], "data.context_length: the run has 16, here is 15"),
+        ([], ["--data.document_boundaries=true"], "data.document_boundaries: the run has False"),
+        ([], ["--seed_everything=7"], "seed_everything: the run has 123, here is 7"),
+        ([], ["--rng=global"], "rng: the run has step, here is global"),
+        ([], ["--trainer.overfit_batches=2"], "trainer.overfit_batches: the run was begun without"),
+        ([], ["--data.train_ratio=0.11"], "data.text: the training text is not the one"),
+        ([], ["--data.text=middle.txt"], "data.text: the training text is not the one"),
+        ([], ["--data.text=end.txt"], "data.text: the validation text is not the one"),
+        (
+            ["--data.mixture={my.txt: 1, sample: 2}"],
+            ["--data.mixture={my.txt: 1, sample: 3}"],
+            "data.mixture: the run has drawn on 0.3333 of",
+        ),
+        (
+            ["--data.mixture={my.txt: 1, sample: 2}"],
+            ["--data.mixture={my.txt: 1, sample: 2}", "--seed_everything=124"],
+            "seed_everything: the run has 123, here is 124",
+        ),
+        (
+            ["--data.mixture={my.txt: 1, end.txt: 1}"],
+            ["--data.mixture={end.txt: 1, my.txt: 1}"],
+            "data.text: the validation text is not the one",
+        ),
+        (["--data.mixture={my.txt: 1}"], [], "data.mixture: the run has drawn on 1 of"),
+    ],
+)
+def test_resuming_with_other_windows_is_refused(
+    fit: Command, command: Command, begun: list[str], resumed: list[str], says: str
+) -> None:
+    """Whatever decides a window: in one line, and nothing of the run is touched."""
+    for name, line in (("my.txt", None), ("middle.txt", 15), ("end.txt", -15)):
+        text = list(LINES)
+        if line is not None:  # as many tokens, neither the first nor the last
+            text[line] = text[line].replace("Line", "Word")
+        Path(name).write_text("".join(text), encoding="utf-8")
+    fit("--data.text=my.txt", *begun, "--trainer.max_steps=5")
+    before = _listed(Path("checkpoints"))
+    done = command(
+        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last",
+        "--trainer.max_steps=9", "--data.text=my.txt", *resumed,
+    )  # fmt: skip
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith(f"gpt_lightning: error: {says}"), done.err
+    assert _listed(Path("checkpoints")) == before
+
+
+def test_a_batch_size_that_does_not_meet_the_position_is_refused(
+    fit: Command, command: Command
+) -> None:
     fit("--trainer.max_steps=5")
     again = ("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last")
-    done = command(*again, "--data.stride=30")
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "the run has seen" in done.err
     done = command(*again, "--data.batch_size=4")
     assert "cut after 10 windows of an epoch, which batches of 4 do not meet" in done.err
     fit("--ckpt_path=last", "--data.batch_size=5", "--trainer.max_steps=7")
@@ -373,16 +432,44 @@ def test_validate(fit: Command, command: Command) -> None:
     assert {"train_loss", "val_loss", "train_perplexity", "val_perplexity"} <= set(results[0])
     assert results[0]["val_tokens"] % 16 == 0
     for key, value in results[0].items():
-        assert results[1][key] == pytest.approx(value, rel=1e-5)
+        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-5)
+        assert results[1][key] == same
     assert command("validate", config).code == 2
     done = command("validate", config, "--ckpt_path=best")
-    assert done.out.startswith("training")
-    assert "validation" in done.out
+    lines = [line.split() for line in done.out.splitlines()]
+    assert [line[0] for line in lines] == ["weights", "text", "training", "validation"]
+    assert lines[0][1] == "checkpoints/quickstart/best.ckpt"
     done = command(
         "validate", config, "--ckpt_path=last", "--json", "--trainer.precision=bf16-true"
     )
     assert json.loads(done.out)["val_tokens"] == results[0]["val_tokens"]
     assert json.loads(done.out)["val_loss"] == pytest.approx(results[0]["val_loss"], rel=1e-2)
+
+
+def test_validate_without_a_config_measures_the_runs_own_text(
+    fit: Command, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "my.txt").write_text("A text of its own, line by line. " * 100, encoding="utf-8")
+    fit("--trainer.max_steps=2", "--data.text=my.txt", "--data.stride=7", "--data.train_ratio=0.6")
+    config = "--config=checkpoints/quickstart/config.yaml"
+    expected = json.loads(command("validate", config, "--ckpt_path=last", "--json").out)
+    assert (expected["text"], expected["stride"], expected["context_length"]) == ("my.txt", 7, 16)
+    for source in (
+        "--init_from=checkpoints/quickstart",
+        "--init_from=checkpoints/quickstart/last.ckpt",
+        "--ckpt_path=checkpoints/quickstart/last.ckpt",
+    ):
+        found = json.loads(command("validate", source, "--json").out)
+        assert found == expected
+    found = json.loads(command("validate", "--ckpt_path=last", "--run=quickstart", "--json").out)
+    assert found == expected
+    # what is asked for wins
+    other = json.loads(
+        command("validate", "--ckpt_path=last", "--run=quickstart", "--json", "--data.text=sample",
+                "--data.train_ratio=0.5").out
+    )  # fmt: skip
+    assert (other["text"], other["stride"]) == ("sample", 7)
+    assert other["val_windows"] > expected["val_windows"]
 
 
 def test_validate_measures_the_run_it_is_given(fit: Command, command: Command) -> None:

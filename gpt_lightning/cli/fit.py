@@ -1,7 +1,9 @@
 """``fit`` and ``validate``: what a user's run does before Lightning has it, and says after."""
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from gpt_lightning.cli.remarks import of_precision, remarks
 from gpt_lightning.cli.training_cli import TrainingCLI, is_rank_zero
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.pretrained.source import find_checkpoint
 from gpt_lightning.training.allocator import keep_freed_memory
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS, say
 from gpt_lightning.training.elastic import connect_ranks, ends_together
@@ -159,19 +162,32 @@ def validate(arguments: list[str]) -> None:
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
-        _print_validation(metrics, as_json=bool(cli.config.json))
+        _print_validation(metrics, _what_was_measured(cli), as_json=bool(cli.config.json))
 
 
-def _print_validation(metrics: dict[str, float], *, as_json: bool) -> None:
+def _what_was_measured(cli: TrainingCLI) -> dict[str, Any]:
+    """Weights, text and windows, for who reads the losses."""
+    source = cli.source_name() or ""
+    with suppress(FileNotFoundError):  # of another form than ours
+        source = os.path.relpath(find_checkpoint(source))
+    return {"source": source, **cli.datamodule.described()}
+
+
+def _print_validation(metrics: dict[str, float], about: dict[str, Any], *, as_json: bool) -> None:
     for split in ("train", "val"):
         metrics[f"{split}_tokens"] = int(metrics[f"{split}_tokens"])
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps({**metrics, **about}))
         return
+    text = ", ".join(about["text"]) if isinstance(about["text"], list) else about["text"]
+    print(f"weights     {about['source']}")
+    print(
+        f"text        {text}, windows of {about['context_length']} tokens, one every {about['stride']}"
+    )
     for split, name in (("train", "training"), ("val", "validation")):
         print(
             f"{name:<10}  loss {metrics[f'{split}_loss']:.6f}  "
             f"perplexity {metrics[f'{split}_perplexity']:.3f}  "
             f"bits/byte {metrics[f'{split}_bits_per_byte']:.4f}  "
-            f"tokens {metrics[f'{split}_tokens']:,}"
+            f"tokens {metrics[f'{split}_tokens']:,}  windows {about[f'{split}_windows']:,}"
         )

@@ -1,5 +1,6 @@
 """A run's settings, by LightningCLI: parsed, and made into our module, our data and a trainer."""
 
+import json
 import logging
 import re
 import warnings
@@ -100,6 +101,28 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
         self.config = parse(parser, args)
+        if self.verb == "validate" and not self.config.config:
+            self.arguments = [*self._data_of_run(parser), *self.arguments]
+            self.config = parse(parser, self.arguments)
+
+    def _data_of_run(self, parser: ArgumentParser) -> list[str]:
+        """The settings of the data that a run was trained on, as arguments; none where the weights are of no run."""
+        source = Path(self.source_name() or "").expanduser()
+        path = (source if source.is_dir() else source.parent) / "config.yaml"
+        if not self.source_name() or not path.is_file():
+            return []
+        run = parse(
+            parser, [f"--config={path}", f"--seed_everything={self.config.seed_everything}"]
+        )
+        data = run.data.as_dict()
+        given = {name for name in ("text", "mixture") if _is_given(f"data.{name}", self.arguments)}
+        if given:  # another text in place of the run's, be it one or several
+            data = {key: value for key, value in data.items() if key not in ("text", "mixture")}
+        return [
+            f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in data.items()
+            if value is not None and key not in ("seed", "rng")
+        ]
 
     def before_instantiate_classes(self) -> None:
         defaults = self.parser.get_defaults(skip_validation=True).as_dict()
@@ -130,7 +153,7 @@ class TrainingCLI(LightningCLI):
             config.ckpt_path = "last" if self._has_begun() else None
         if self.verb == "fit" and config.ckpt_path:
             self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
-        elif source := self._source_name():
+        elif source := self.source_name():
             self.source = read_source(source, n_heads=named.get("n_heads"))
             if "tied_embeddings" in named:
                 self.source = with_head(self.source, tied=named["tied_embeddings"])
@@ -146,7 +169,8 @@ class TrainingCLI(LightningCLI):
     def _has_begun(self) -> bool:
         return any((self.folder / name).is_file() for name in (LAST, PREVIOUS))
 
-    def _source_name(self) -> str | None:
+    def source_name(self) -> str | None:
+        """Where the weights come from, as the user names it; None: from nowhere."""
         config = self.config
         if config.ckpt_path in ("last", "best"):
             return str(self.folder / config.ckpt_path)
@@ -248,6 +272,11 @@ class TrainingCLI(LightningCLI):
                 purge_step=read_checkpoint(self.ckpt_path)["global_step"] if self.ckpt_path else 0,
             )
         return chosen
+
+
+def _is_given(option: str, arguments: list[str]) -> bool:
+    """Whether the command line names it."""
+    return any(argument.partition("=")[0] == f"--{option}" for argument in arguments)
 
 
 def is_rank_zero() -> bool:

@@ -304,6 +304,16 @@ class TextDataModule(LightningDataModule):
                     what = f"the run has {theirs}, here is {own}"
             raise ValueError(f"{_SETTINGS.get(key, f'data.{key}')}: {what}; {remedy}")
 
+    def described(self) -> dict[str, Any]:
+        """The text and its windows, for a result that names what was measured."""
+        return {
+            "text": self.text if self.mixture is None else list(self.mixture),
+            "context_length": self._length(),
+            "stride": self.stride or self._length(),
+            "train_windows": len(self._windows["training"]),
+            "val_windows": len(self._windows["validation"]),
+        }
+
     def validation_windows(self) -> WindowLoader:
         return self._loader("validation", shuffle=False, drop_last=False)
 

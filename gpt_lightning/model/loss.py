@@ -40,7 +40,8 @@ def chunked_cross_entropy(
         features: ``(B, T, C)``, the model's last norm.
         weight: ``(V, C)``, the head's.
         targets: ``(B, T)``.
-        chunk_size: Tokens whose logits are held, ``(chunk_size, V)``, in float32 unless a kernel takes them as they are.
+        chunk_size: Tokens whose logits are held, ``(chunk_size, V)``, in float32 (float64 where the model is), unless
+            a kernel takes them as they are.
         pad_vocabulary: Whether the product is computed with V rounded up to a multiple of 64, which GPUs
             are faster at. The extra rows have no probability and no gradient.
     """
@@ -101,7 +102,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x, w = features.to(dtype), weight.to(dtype)
             if pad_vocabulary and V % PAD_VOCABULARY_TO:
                 w = F.pad(w, (0, 0, 0, -V % PAD_VOCABULARY_TO))
-            total = torch.zeros((), dtype=torch.float32, device=x.device)
+            precise = torch.promote_types(dtype, torch.float32)
+            total = torch.zeros((), dtype=precise, device=x.device)
             grad_x = torch.empty_like(features) if wants[0] else None
             # of many chunks, which 16 bits would round to their sum one by one
             sums = torch.promote_types(weight.dtype, torch.float32)
@@ -115,7 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     total += kernel(logits, targets[part], V, 1 / N, gradient=any(wants))
                     _add_gradients(logits, x[part], w, grad_x, grad_w, part)
                     continue
-                logits = logits.float()
+                logits = logits.to(precise)
                 logits[:, V:] = -torch.inf
                 target = targets[part, None]
                 of_target = logits.gather(1, target)

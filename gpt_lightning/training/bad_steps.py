@@ -129,7 +129,7 @@ class BadSteps(Callback):
                 # AdamW passes over parameters without gradient
                 optimizer.zero_grad(set_to_none=True)
             return
-        both = torch.stack([loss.float(), grad_norm])
+        both = torch.stack([loss.float(), grad_norm.float()])
         self._judge_waiting(trainer)
         # the fused step reads it where it runs, and leaves everything as it was where it is 1
         optimizer.found_inf = (~both.isfinite().all()).float()  # type: ignore[attr-defined]

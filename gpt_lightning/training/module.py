@@ -139,7 +139,8 @@ class GPTLightningModule(LightningModule):
         else:  # no draws: exercise 5.4 seeds after loading
             with torch.device("meta"):
                 self.model = GPTModel(self.config)
-            weights = take_weights(self._start, torch.float32)
+            precise = torch.float64 if self.trainer.precision == "64-true" else torch.float32
+            weights = take_weights(self._start, precise)
             if self.trainer.training:  # which writes into them
                 self.model.to_empty(device="cpu")
             self.model.load_state_dict(weights, assign=not self.trainer.training)

@@ -68,7 +68,8 @@ def _norm_on_cpu(parts: list[Tensor]) -> Tensor:
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """Their 2-norm together, a float32 scalar; of shards the whole ones', which all ranks ask for at once.
+    """Their 2-norm together, a scalar in float32 (float64 of float64); of shards the whole ones', which all ranks ask
+    for at once.
 
     On a CPU by blocks: torch sums a whole tensor's squares up in float32, which makes the norm of the
     124M's embedding 0.3 % too small, and another one of its shards.
@@ -81,7 +82,8 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
         squares = norm.double().square()
         dist.all_reduce(squares, group=first.device_mesh.get_group())
         norm = squares.sqrt()
-    return norm.float()
+    precise = torch.float32 if first is None else torch.promote_types(first.dtype, torch.float32)
+    return norm.to(precise)
 
 
 _SURELY_FINITE = 1e15  # the squares of smaller elements, and their sum, are far from float32's end

@@ -223,7 +223,11 @@ def test_saving_in_the_background_changes_nothing(fit: Command) -> None:
 
 def _listed(folder: Path) -> dict[str, tuple[int, int]]:
     """Each file's size and time."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 LINES = [f"Line {i} of a text of its own.\n" for i in range(300)]

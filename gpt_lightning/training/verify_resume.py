@@ -150,11 +150,6 @@ def _parts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in checkpoint.items()
         if key not in ("state_dict", "optimizer_states")
     }
-    # Lightning's note of whether an epoch was begun or is yet to be: at its end, from where a run was
-    # resumed, the two are the same
-    for counts in rest["loops"]["fit_loop"]["epoch_progress"].values():
-        for begun in ("ready", "started"):
-            counts.pop(begun, None)
     return {"weights": weights, "optimizer": optimizer, "counters": rest}
 
 

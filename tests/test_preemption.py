@@ -271,12 +271,14 @@ def test_verify_resume(tmp_path: Path) -> None:
     for part in answer["compared"]:
         assert part["straight"] == part["resumed"]
         assert len(part["straight"]) == 64
-    # the killed run had done work that was done again
+    # an epoch is 3 of its 7 updates; killed at its end, and twice when work was lost that is done again
+    assert (answer["kills"], answer["epoch_steps"]) == ([3, 4, 5], 3)
+    assert "6 updates, ended by max_epochs; 3 an epoch (of 7, cut short" in done.stderr
     lines = [
         json.loads(line)
         for line in (tmp_path / "kept/cut/windows-0.jsonl").read_text().splitlines()
     ]
-    assert [line[0] for line in lines] == [0, 1, 2, 3, 3, 4, 5]
+    assert [line[0] for line in lines] == [0, 1, 2, 3, 3, 4, 3, 4, 5]
     left = Path("checkpoints/verified/last.ckpt")
     compared = compare_checkpoints(tmp_path / "kept/straight" / left, tmp_path / "kept/cut" / left)
     assert not any(part.difference for part in compared)

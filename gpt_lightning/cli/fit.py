@@ -47,7 +47,7 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
             _refuse_a_run_that_is_there(folder)
         if cli.checkpoints is not None:
             cli.checkpoints.check_room(cli.model.config, str(cli.trainer.precision))
-        _check_data(cli)
+        check_data(cli)
         _check_compiler(cli)
     connect_ranks(cli.trainer)
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
@@ -108,7 +108,7 @@ def _refuse_a_run_that_is_there(folder: Path) -> None:
     )
 
 
-def _check_data(cli: TrainingCLI, stage: str = "fit") -> None:
+def check_data(cli: TrainingCLI, stage: str = "fit") -> None:
     """Read the text before anything is written: Lightning makes the loggers' files first."""
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
@@ -153,7 +153,7 @@ def validate(arguments: list[str]) -> None:
     assert cli.source is not None
     cli.model.start_from(cli.source)
     if is_rank_zero():
-        _check_data(cli, "validate")
+        check_data(cli, "validate")
         _check_compiler(cli)
         for remark in of_precision(cli.trainer):
             print(f"gpt_lightning: {remark}", file=sys.stderr)

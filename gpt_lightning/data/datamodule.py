@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
-from gpt_lightning.data.epochs import batches_of_epoch
+from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
 from gpt_lightning.data.loader import Rng, WindowLoader
 from gpt_lightning.data.mixture import Mixture, described
 from gpt_lightning.data.store import is_store
@@ -209,6 +209,16 @@ class TextDataModule(LightningDataModule):
                 "give more"
             )
         self.trainer.limit_train_batches = batches
+
+    @property
+    def has_global_batch(self) -> bool:
+        """Whether an update's windows are given, whatever the devices."""
+        return self._global_batch() is not None
+
+    def epoch_shape(self) -> EpochShape:
+        """Of a run on this data, with the trainer's limit."""
+        batches, accumulate = self.train_dataloader().batches, self._accumulate()
+        return EpochShape(batches, accumulate, self.windows_at_a_time * self._length())
 
     def _accumulate(self) -> int:
         """Batches an update."""

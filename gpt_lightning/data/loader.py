@@ -123,14 +123,15 @@ class WindowLoader:
         return whole + bool(rest and not self.drop_last)
 
     @property
-    def _end(self) -> int:
+    def batches(self) -> int:
+        """Of a pass; ``max_batches`` cuts it short."""
         return len(self) if self.max_batches is None else min(self.max_batches, len(self))
 
     def __iter__(self) -> Iterator[Batch]:
-        if not (self._resuming and self._batches < self._end):
+        if not (self._resuming and self._batches < self.batches):
             self._begin_epoch()
         self._resuming = False
-        batches = range(self._batches, self._end)
+        batches = range(self._batches, self.batches)
         reader = self._read_ahead(self._numbers(self._order(), batches))
         while True:
             asked = time.perf_counter()
@@ -234,7 +235,7 @@ class WindowLoader:
                 f"data.batch_size: the run was cut after {seen} windows of an epoch, "
                 f"which batches of {self.windows_at_a_time} do not meet; give a divisor of it"
             )
-        if batches % self.accumulate and batches < self._end:
+        if batches % self.accumulate and batches < self.batches:
             raise ValueError(
                 f"data.global_batch_size: the run was cut after {seen} windows of an epoch, which updates of "
                 f"{self.windows_at_a_time * self.accumulate} do not meet; resume with as many an update "

@@ -20,6 +20,7 @@ from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.generation.generate import generate
 from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.averages import TokenMean
+from gpt_lightning.training.counting import ends_run
 from gpt_lightning.training.figures import attempt, log_figures
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.throughput import TrainingClock
@@ -232,9 +233,11 @@ class TextSamples(Callback):
         if row is not self._last_row and row:
             self._last_row = row
             self._log_next_token(trainer, pl_module, int(row["step"]))
-        # here and not in on_train_epoch_end, so that a run that is saved after its epoch's last batch has shown it
+        # here and not in on_train_epoch_end, so that a checkpoint of the epoch's last batch means that it was shown
         if trainer.is_last_batch:
             self._sample(trainer, pl_module, trainer.global_step - 1)
+        elif ends_run(trainer):
+            self._sample_of_cut_epoch(trainer, pl_module)
 
     def _log_next_token(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, GPTLightningModule)
@@ -266,10 +269,12 @@ class TextSamples(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that ends within an epoch shows its last text too. Its step is one that a resumed run
-        # takes off TensorBoard's page: in a run that was not cut there is no text here.
-        if trainer.global_step != self._sampled_step:
-            self._sample(trainer, pl_module, trainer.global_step)
+        if trainer.global_step != self._sampled_step:  # stopped by a signal, say
+            self._sample_of_cut_epoch(trainer, pl_module)
+
+    def _sample_of_cut_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        # at a step that a resumed run removes from TensorBoard: a run that is not cut has no text here
+        self._sample(trainer, module, trainer.global_step)
 
     def _sample(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, GPTLightningModule)

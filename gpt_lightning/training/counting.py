@@ -1,11 +1,11 @@
-"""Ending a run after a number of training tokens."""
+"""When a run ends: after a number of tokens, and whether it does now."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.epochs import EpochShape
-from gpt_lightning.data.loader import WindowLoader
 from gpt_lightning.training.module import GPTLightningModule
 
 
@@ -52,10 +52,15 @@ class MaxTokens(Callback):
         return trainer.global_step + epoch.steps_for(left, after_batches=done)
 
 
+def ends_run(trainer: Trainer) -> bool:
+    """Whether the step that was just done is the run's last."""
+    if trainer.should_stop:
+        return bool(trainer.fit_loop._can_stop_early)
+    ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return ends_epochs or trainer.global_step == trainer.max_steps
+
+
 def epoch_shape(trainer: Trainer) -> EpochShape | None:
-    """Of a run on our data, once its loader is there."""
-    loader, batches = trainer.train_dataloader, trainer.num_training_batches
-    if not isinstance(loader, WindowLoader) or not batches:
-        return None
-    tokens_per_batch = loader.windows_at_a_time * (loader.windows.shape[1] - 1)
-    return EpochShape(int(batches), trainer.accumulate_grad_batches, tokens_per_batch)
+    """Of a run on our data."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data.epoch_shape() if isinstance(data, TextDataModule) else None

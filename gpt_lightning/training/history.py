@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from gpt_lightning.training.callbacks import LossEvaluation
+from gpt_lightning.training.counting import ends_run
 from gpt_lightning.training.figures import attempt
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class RunHistory(Callback):
         self.hparams = hparams or {}
         self.rows: list[Row] = []
         self._last: Row = {}
+        self._finished_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = self.evaluation.row
@@ -60,12 +62,17 @@ class RunHistory(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not trainer.is_global_zero or self.evaluation.row is self._last:
+        if not trainer.is_global_zero:
             return
-        self._last = self.evaluation.row
-        seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
-        self.rows.append({**self._last, "seen_epochs": seen_epochs})
-        attempt(self._append)
+        if self.evaluation.row is not self._last:
+            self._last = self.evaluation.row
+            seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(
+                trainer.num_training_batches
+            )
+            self.rows.append({**self._last, "seen_epochs": seen_epochs})
+            attempt(self._append)
+        if ends_run(trainer):  # before the last checkpoint, after which nothing may be missing
+            self._finish(trainer, pl_module)
 
     def _append(self) -> None:
         if not self.path.exists():
@@ -82,9 +89,13 @@ class RunHistory(Callback):
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self.rows:
-            return
-        attempt(lambda: self._draw(trainer, pl_module))
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.rows and self._finished_step != trainer.global_step:
+            self._finished_step = trainer.global_step
+            attempt(lambda: self._draw(trainer, module))
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         from matplotlib.image import imsave

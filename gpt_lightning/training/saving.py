@@ -24,6 +24,7 @@ from gpt_lightning.training.checkpoint import (
     copy_of,
     remove_leftovers,
 )
+from gpt_lightning.training.counting import ends_run
 from gpt_lightning.training.figures import attempt
 from gpt_lightning.training.sharding import local
 from gpt_lightning.training.throughput import TrainingClock
@@ -163,7 +164,7 @@ class RunCheckpoints(Checkpoint):
             self._best = self._being_written = None  # memory for the copy
             with self.clock.stopped(pl_module.device):
                 self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
-        ends = trainer.should_stop or step == trainer.max_steps or _ends_the_last_epoch(trainer)
+        ends = ends_run(trainer)
         if ends or self._is_due(trainer):
             with self.clock.stopped(pl_module.device):
                 self._save(trainer, pl_module, ends=ends)
@@ -234,7 +235,3 @@ class RunCheckpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_val_loss = state_dict["best_val_loss"]
-
-
-def _ends_the_last_epoch(trainer: Trainer) -> bool:
-    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.data.loader import Batch, WindowLoader
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training.checkpoint import LAST
 
 RUN = "verified"
+Limit = Literal["max_steps", "max_epochs", "max_tokens"]
 
 
 class WindowRecorder(Callback):
@@ -64,39 +66,113 @@ class Compared:
     difference: str
 
 
+@dataclass(frozen=True)
+class Shortened:
+    """A run that ends in its own way, by epochs, steps or tokens, but sooner.
+
+    Attributes:
+        limits: The arguments of ``fit`` that make it so.
+        steps: Optimizer steps of the whole run.
+        epoch_steps: Of an epoch.
+        kills: The steps, counted from 0, at whose beginning it is killed; at least one begins an epoch.
+        save_every: Steps from one checkpoint to the next.
+    """
+
+    limits: tuple[str, ...]
+    steps: int
+    epoch_steps: int
+    kills: tuple[int, ...]
+    save_every: int
+
+
+def shorten(
+    epoch: EpochShape,
+    ends_by: Limit,
+    steps: int,
+    more_steps: int,
+    kills: int,
+    *,
+    limit_unit: int = 1,
+) -> Shortened:
+    """Have a run end after ``steps + more_steps`` (with epochs: the whole epochs that hold them).
+
+    The first kill comes after ``steps``, the others at even distances after it, one at an epoch's end. Where
+    an epoch is too long for that, it is cut short.
+
+    Args:
+        epoch: As the run has it.
+        limit_unit: What ``trainer.limit_train_batches`` counts in, in batches: 1, or those of a global batch.
+    """
+    total = steps + more_steps
+    spread = list(dict.fromkeys(steps + i * more_steps // kills for i in range(kills)))
+    length = epoch.steps
+    ends = range(length, total, length)
+    if (later := [end for end in ends if end > steps]) and kills > 1 and steps % length:
+        # the last kill is moved: the first keeps its place
+        spread[-1] = later[-1]
+    elif steps % length:
+        length = max(d for d in range(1, min(steps, length) + 1) if steps % d == 0)
+    cut = length < epoch.steps
+    limits = (
+        [f"--trainer.limit_train_batches={length * epoch.accumulate // limit_unit}"] if cut else []
+    )
+    tokens = EpochShape(
+        length * epoch.accumulate if cut else epoch.batches,
+        epoch.accumulate,
+        epoch.tokens_per_batch,
+    )
+    match ends_by:
+        case "max_epochs":
+            epochs = -(-total // length)
+            total = epochs * length
+            limits += [f"--trainer.max_epochs={epochs}"]
+        case "max_steps":
+            limits += [f"--trainer.max_steps={total}", "--trainer.max_epochs=-1"]
+        case "max_tokens":
+            limits += [f"--max_tokens={tokens.tokens_after(total)}", "--trainer.max_epochs=null"]
+    # rarely enough that a kill costs steps, which are then done again
+    apart = max(2, more_steps // kills)
+    save_every = next((d for d in range(apart, steps) if steps % d == 0), steps)
+    at = [
+        kill + (kill % save_every == 0 and kill % length != 0 and kill + 1 < total)
+        for kill in sorted(spread)
+    ]
+    return Shortened(tuple(limits), total, length, tuple(dict.fromkeys(at)), save_every)
+
+
 def verify_resume(
     fit_arguments: list[str],
     folder: Path,
-    steps: int,
-    more_steps: int,
+    plan: Shortened,
     on_run: Callable[[str], None] = lambda what: None,
 ) -> list[Compared]:
-    """Train ``steps + more_steps`` updates straight, and again with a SIGKILL after ``steps`` and a resume.
+    """Train a run as ``plan`` says without a stop, and again with SIGKILLs and resumes; compare the two.
 
-    Both are the real command in processes of its own, in ``folder``. The kill comes one update after the
-    checkpoint at ``steps`` where there is one, so that work that was lost is done again.
+    Both are the real command in processes of its own, in ``folder``.
 
     Raises:
         ValueError: The command refuses ``fit_arguments``, with what it says.
         RuntimeError: A run failed in another way.
     """
-    kill_at = steps + (more_steps > 1)
     straight, cut = folder / "straight", folder / "cut"
     for place in (straight, cut):
         place.mkdir(parents=True, exist_ok=True)
     common = [
         *fit_arguments,
         f"--run={RUN}",
-        f"--trainer.max_steps={steps + more_steps}",
-        "--trainer.max_epochs=-1",
-        f"--checkpoint.every_n_train_steps={steps}",
+        *plan.limits,
+        f"--checkpoint.every_n_train_steps={plan.save_every}",
     ]
-    on_run(f"{steps + more_steps} steps straight")
+    on_run(f"{plan.steps} steps without a stop")
     _fit(common, straight)
-    on_run(f"again, killed at step {kill_at}")
-    _fit(common, cut, kill_at=kill_at)
-    on_run(f"resumed from step {steps}")
-    _fit([*common, "--ckpt_path=last"], cut)
+    resume: list[str] = []
+    for kill_at in plan.kills:
+        at_end = " (an epoch's end)" if kill_at % plan.epoch_steps == 0 else ""
+        on_run(f"{'resumed, ' if resume else 'again, '}killed after step {kill_at}{at_end}")
+        _fit([*common, *resume], cut, kill_at=kill_at)
+        resume = ["--ckpt_path=last"]
+    on_run("resumed, to the end")
+    _fit([*common, *resume], cut)
     left = Path("checkpoints", RUN, LAST)
     return [
         *compare_checkpoints(straight / left, cut / left),

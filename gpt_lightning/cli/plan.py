@@ -54,12 +54,13 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"mfu: {config.mfu} is no share of the peak; give e.g. 0.4")
     setting = cli.setting()
     peak, room = cli.peak(setting), cli.device_memory(setting)
-    tokens, updates, epochs = cli.length(setting)
+    epoch = cli.epoch(setting)
+    tokens, updates = cli.length(setting, epoch)
     found = plan(
         setting,
         tokens=tokens,
         updates=updates,
-        epochs=epochs,
+        epoch=epoch,
         peak_flops=peak,
         mfu=config.mfu,
         device_memory=room,
@@ -257,10 +258,9 @@ class PlanCLI(TrainingCLI):
             )
         return windows // (batch_size * devices), True
 
-    def length(self, setting: Setting) -> tuple[int | None, int | None, float | None]:
-        """Tokens, updates and epochs of the run, as ``fit`` would count them; None: not known."""
+    def length(self, setting: Setting, epoch: EpochShape | None) -> tuple[int | None, int | None]:
+        """Tokens and updates of the run, as ``fit`` would count them; None: not known."""
         config, trainer = self.config, self.config.trainer
-        epoch = self._epoch(setting)
         max_steps = -1 if trainer.max_steps is None else int(trainer.max_steps)
         max_tokens = config.get("max_tokens")
         if config.tokens is not None:
@@ -280,15 +280,15 @@ class PlanCLI(TrainingCLI):
             limits = [] if by_trainer is None else [by_trainer]
             limits += [epoch.steps_for(max_tokens)] if max_tokens else []
         if not limits:
-            return None, None, None
+            return None, None
         updates = min(limits)
         tokens = updates * per_update if epoch is None else epoch.tokens_after(updates)
         if config.tokens is not None:
             tokens = int(config.tokens)
-        return tokens, updates, None if epoch is None else tokens / epoch.tokens
+        return tokens, updates
 
-    def _epoch(self, setting: Setting) -> EpochShape | None:
-        """Of this run; None: its text is not here."""
+    def epoch(self, setting: Setting) -> EpochShape | None:
+        """Of the run; None: its text is not here."""
         windows, trainer = self._windows(setting), self.config.trainer
         if windows is None:
             return None

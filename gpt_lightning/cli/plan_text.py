@@ -29,10 +29,7 @@ def print_plan(found: Plan, setting: Setting, notes: dict[str, str]) -> None:
         "updates": "not known: give --tokens"
         if found.updates is None
         else f"{found.updates:,} for {found.tokens:,} tokens",
-        "epochs": "not known: the text is not here"
-        if found.epochs is None
-        else f"{found.epochs:,.3g} over the training text"
-        + (", which is a lot: the model may learn it by heart" if found.epochs > 40 else ""),
+        "epochs": _epochs(found),
         "time": _time(found, setting),
         "a checkpoint": f"{found.checkpoint / 1e9:,.2f} GB; on disk {found.disk / 1e9:,.2f} GB at most",
         "KV cache": f"{found.kv_cache / 1e6:,.1f} MB in float32: one text of "
@@ -49,12 +46,21 @@ def print_plan(found: Plan, setting: Setting, notes: dict[str, str]) -> None:
     print(f"{'verdict':<{width}}  {_verdict(found, step.precision)}")
 
 
+MANY_EPOCHS = 40
+
 _WHEN = {
     "forward": "in the forward pass",
     "loss": "in the loss",
     "backward": "in the backward pass",
     "optimizer's step": "in the optimizer's step",
 }
+
+
+def _epochs(found: Plan) -> str:
+    if found.epochs is None:
+        return "not known: the text is not here"
+    often = "; so many passes usually overfit" if found.epochs > MANY_EPOCHS else ""
+    return f"{found.epochs:,.4g} of {found.updates_per_epoch:,} updates each{often}"
 
 
 def _time(found: Plan, setting: Setting) -> str:

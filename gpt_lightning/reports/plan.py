@@ -6,6 +6,7 @@ from itertools import combinations
 from math import ceil
 from typing import Literal
 
+from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model import cost
 from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, Held, TrainingStep, held
 
@@ -73,7 +74,7 @@ class Plan:
         checkpoint: One file.
         disk: All files of a run, and the one being written.
         updates: Of the optimizer, for ``tokens``.
-        epochs: How often ``tokens`` go through the text; None: the text is not here.
+        updates_per_epoch, epochs: Of the run; None: the text is not here.
         hours: For ``tokens``, at ``mfu`` of ``peak_flops`` a device.
         device_memory: What a device has; none: not known.
         nearest: What to change where it does not fit; none: it fits, or nothing that plan knows is enough.
@@ -94,6 +95,7 @@ class Plan:
     tokens_per_update: int
     tokens: int | None
     updates: int | None
+    updates_per_epoch: int | None
     epochs: float | None
     flops: float | None
     peak_flops: float | None
@@ -110,7 +112,7 @@ def plan(
     *,
     tokens: int | None = None,
     updates: int | None = None,
-    epochs: float | None = None,
+    epoch: EpochShape | None = None,
     peak_flops: float | None = None,
     mfu: float = 0.4,
     device_memory: int | None = None,
@@ -120,7 +122,7 @@ def plan(
     Args:
         tokens: To train on.
         updates: Of the optimizer in that; None: as many as have all of ``tokens_per_update``.
-        epochs: How often the text is seen; None: not known.
+        epoch: What an epoch has; None: the text is not here.
         peak_flops: FLOP/s of one device at most; none: no time is told.
         mfu: Share of the peak that the run reaches.
         device_memory: Bytes that one device has; none: it is not said what fits.
@@ -155,7 +157,8 @@ def plan(
         tokens_per_update=setting.tokens_per_update,
         tokens=tokens,
         updates=updates,
-        epochs=epochs,
+        updates_per_epoch=None if epoch is None else epoch.steps,
+        epochs=None if epoch is None or tokens is None else tokens / epoch.tokens,
         flops=flops,
         peak_flops=peak_flops,
         mfu=mfu,

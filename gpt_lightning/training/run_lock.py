@@ -1,11 +1,13 @@
 """The lock of a run's folder: one process at a time trains a run."""
 
+import hashlib
 import json
 import os
 import secrets
 import socket
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from gpt_lightning.training.checkpoint import say
 LOCK = ".lock"
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 60.0  # without a heartbeat, of a process that cannot be asked for
+CLAIM_SECONDS = 10.0
 
 
 class RunLock:
@@ -68,7 +71,8 @@ class RunLock:
                     f"{holder.get('host', 'an unknown host')} since {holder.get('since', '?')}; wait until it "
                     "ends, or give this run another name by --run NAME"
                 )
-            _remove(path, holder)
+            if self._take_over(path, holder):
+                break
         self._path = path
         threading.Thread(target=self._beat, args=(path,), daemon=True).start()
 
@@ -103,6 +107,29 @@ class RunLock:
             raise _not_writable(path.parent, error) from error
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump({**_this_process(), "token": self._token}, file)
+        return True
+
+    def _take_over(self, path: Path, stale: dict[str, Any]) -> bool:
+        """Replace a stale lock; False where another process was faster.
+
+        Of the processes that have found this very lock stale, the one that makes the claim's file may replace it.
+        """
+        content = json.dumps(stale, sort_keys=True)
+        claim = path.with_name(f"{LOCK}.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
+        if not self._create(claim):
+            with suppress(FileNotFoundError):
+                if time.time() - claim.stat().st_mtime > CLAIM_SECONDS:  # its maker was killed
+                    claim.unlink()
+            time.sleep(0.01)
+            return False
+        try:
+            if _read(path)[0] != stale:
+                return False
+            os.replace(claim, path)
+        except FileNotFoundError:
+            return False
+        finally:
+            claim.unlink(missing_ok=True)
         return True
 
     def _is_own(self, path: Path) -> bool:
@@ -198,14 +225,3 @@ def _runs(pid: Any, started: Any) -> bool:
         return False
     except psutil.AccessDenied:
         return True
-
-
-def _remove(path: Path, stale: dict[str, Any]) -> None:
-    """Remove a stale lock, unless another process has just replaced it."""
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with suppress(FileNotFoundError):
-        os.rename(path, aside)  # of several processes one alone can do it
-        if _read(aside)[0] != stale:
-            with suppress(OSError):
-                os.link(aside, path)
-        aside.unlink()

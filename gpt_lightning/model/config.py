@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+DROP_RATES = ("drop_rate", "attn_drop_rate", "emb_drop_rate")
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -19,6 +21,7 @@ class GPTConfig:
         attn_drop_rate: Dropout on the attention weights where it is another: with any, attention leaves its
             fastest kernels, on a CPU by a factor of 1.5 to 4; none: drop_rate. On a CPU in bfloat16 windows up to
             512 draw other numbers for it than torch's kernel does.
+        emb_drop_rate: Dropout after the embeddings where it differs; None: drop_rate.
         qkv_bias: Whether the query, key and value projections have a bias (GPT-2 has, the book not).
         tied_embeddings: Whether the output head is the token embedding (GPT-2), else it has weights of
             its own (the book). A tied model starts from GPT-2's initial weights, an untied one from the
@@ -37,13 +40,14 @@ class GPTConfig:
     qkv_bias: bool = False
     tied_embeddings: bool = False
     attn_drop_rate: float | None = None
+    emb_drop_rate: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ValueError(f"{name}: {value} is no size; give a whole number from 1")
-        for name in ("drop_rate", "attn_drop_rate"):
+        for name in DROP_RATES:
             rate = getattr(self, name)
             if rate is not None and not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name}: {rate} is outside [0, 1); 0 turns dropout off")
@@ -57,6 +61,10 @@ class GPTConfig:
     def attention_drop_rate(self) -> float:
         return self.drop_rate if self.attn_drop_rate is None else self.attn_drop_rate
 
+    @property
+    def embedding_drop_rate(self) -> float:
+        return self.drop_rate if self.emb_drop_rate is None else self.emb_drop_rate
+
     def differences(
         self, named: Mapping[str, Any], assumed: Collection[str] = ()
     ) -> dict[str, tuple[Any, Any]]:
@@ -69,7 +77,7 @@ class GPTConfig:
         return {
             name: (mine[name], value)
             for name, value in named.items()
-            if name not in ("drop_rate", "attn_drop_rate", *assumed) and mine[name] != value
+            if name not in (*DROP_RATES, *assumed) and mine[name] != value
         }
 
 

@@ -131,7 +131,7 @@ class GPTModel(nn.Module):
         self.activation_checkpointing = False
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
-        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.drop_emb = nn.Dropout(config.embedding_drop_rate)
         self.trf_blocks = nn.ModuleList(
             TransformerBlock(config, layer) for layer in range(config.n_layers)
         )

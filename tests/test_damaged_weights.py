@@ -330,6 +330,34 @@ def test_folder_that_is_none(refuse: Any, tmp_path: Path) -> None:
            "hparams.json with model.ckpt.index")  # fmt: skip
     refuse("nowhere", "nowhere: does not exist", "gpt2-124M")
     refuse("gpt2-128M", "did you mean gpt2-124M?")
+    refuse("gpt2-meduim", "gpt2-meduim: does not exist; did you mean gpt2-medium?")
+    refuse("GPT2-XL", "did you mean gpt2-xl?")
+    refuse("./gpt2", "./gpt2: does not exist; did you mean gpt2?")
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("checkpoints/quikstart", "checkpoints/quickstart"),
+        ("checkpoint/quickstart", "checkpoints/quickstart"),
+        ("Checkpoints/quickstrat/last", "checkpoints/quickstart/last"),
+        ("quickstart", "checkpoints/quickstart"),
+        ("quikstart", "checkpoints/quickstart"),
+        ("models/modle.pth", "models/model.pth"),
+        ("model/model.pth", "models/model.pth"),
+    ],
+)
+def test_a_path_that_is_not_there_gets_the_nearest(refuse: Any, source: str, meant: str) -> None:
+    Path("checkpoints/quickstart").mkdir(parents=True)
+    Path("checkpoints/quickstart/last.ckpt").touch()
+    Path("checkpoints/verdict").mkdir()
+    Path("models").mkdir()
+    Path("models/model.pth").touch()
+    refuse(source, f"{source}: does not exist", f"did you mean {meant}?")
+
+
+def test_a_path_that_is_like_none(refuse: Any) -> None:
+    refuse("nowhere/at/all", "does not exist; give a file, a folder or one of gpt2-124M")
 
 
 def test_dest(command: Command, refuse: Any, whole: Path, tmp_path: Path) -> None:

@@ -567,8 +567,7 @@ def test_without_huggingface_hub(command: Command, monkeypatch: pytest.MonkeyPat
     [
         ("124M", "did you mean gpt2-124M?"),
         ("gpt2-1.5B", "did you mean gpt2-1558M?"),
-        ("gpt2-medium", "did you mean gpt2-355M?"),
-        ("openai-community/gpt2", "did you mean gpt2-124M?"),
+        ("gpt2-meduim", "did you mean gpt2-medium?"),
         ("llama", "give one of gpt2-124M, gpt2-355M, gpt2-774M, gpt2-1558M"),
     ],
 )
@@ -593,6 +592,40 @@ def test_a_size_that_is_not_there_as_source(command: Command) -> None:
     done = command("generate", "--from=gpt2-355M", "--prompt=a")
     refused(done, "gpt_lightning download gpt2-355M", str(folder_of("gpt2-355M", "hub")))
     assert "config.json and model.safetensors" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("gpt2", "gpt2-124M"),
+        ("gpt2-small", "gpt2-124M"),
+        ("openai-community/gpt2", "gpt2-124M"),
+        ("gpt2-medium", "gpt2-355M"),
+        ("gpt2-large", "gpt2-774M"),
+        ("gpt2-xl", "gpt2-1558M"),
+    ],
+)
+def test_other_names_of_the_sizes(
+    command: Command, name: str, size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
+    refused(command("download", name, "--source=openai"), f"of {size} cannot be fetched")
+    for arguments in (
+        ["generate", f"--from={name}", "--prompt=a"],
+        ["validate", f"--init_from={name}"],
+        ["convert", name, "x.ckpt", "--format=lightning"],
+        ["report", "sizes", "--from", name, "--prompt=a"],
+    ):
+        refused(command(*arguments), f"run python -m gpt_lightning download {size}")
+    width = GPT2_SIZES[size].emb_dim
+    done = command("plan", f"--init_from={name}", "--data.text=sample", "--model.config.emb_dim=8")
+    refused(done, f"model.config.emb_dim is {width} there and 8 here")
+    # a folder or file of that name comes first
+    (tmp_path / name).mkdir(parents=True)
+    refused(command("generate", f"--from={name}", "--prompt=a"), f"or {size} for the downloaded")
+    (tmp_path / name).rmdir()
+    (tmp_path / f"{name}.ckpt").write_bytes(b"")
+    refused(command("generate", f"--from={name}", "--prompt=a"), f"{name}.ckpt: is no file of")
 
 
 def test_help_imports_neither_torch_nor_lightning() -> None:

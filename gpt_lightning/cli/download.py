@@ -11,33 +11,26 @@ from rich.progress import TaskID
 
 from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
 from gpt_lightning.cli.parsing import parse, suggest
-from gpt_lightning.model.config import GPT2_SIZES
-
-# as Hugging Face calls them
-_HUB_NAMES = {
-    "gpt2": "gpt2-124M",
-    "gpt2-medium": "gpt2-355M",
-    "gpt2-large": "gpt2-774M",
-    "gpt2-xl": "gpt2-1558M",
-}
+from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
 
 
 def run(arguments: list[str]) -> None:
     """Fetch the weights of a GPT-2, to be named in --from and --init_from: gpt2-124M, gpt2-355M,
-    gpt2-774M or gpt2-1558M.
+    gpt2-774M or gpt2-1558M; gpt2, gpt2-medium, gpt2-large and gpt2-xl are the same.
 
     What is there is checked, what is missing or damaged is fetched; a broken download is gone on with.
     """
     settings = parse(_parser(), arguments)
-    if settings.name not in GPT2_SIZES:
-        named = settings.name.removeprefix("openai-community/")
-        near = suggest(_HUB_NAMES.get(named, named), GPT2_SIZES)
-        raise ValueError(f"{settings.name}: is no size of GPT-2; {near}")
+    size = gpt2_size(settings.name)
+    if size is None:
+        raise ValueError(
+            f"{settings.name}: is no size of GPT-2; {suggest(settings.name, GPT2_NAMES)}"
+        )
     from gpt_lightning.pretrained.download import download
 
     with _Shown() as shown:
         folder = download(
-            settings.name,
+            size,
             settings.source,
             folder=Path(settings.out).expanduser() if settings.out else None,
             mirror=settings.mirror,
@@ -50,7 +43,7 @@ def run(arguments: list[str]) -> None:
             for file in sorted(folder.iterdir())
             if not file.name.startswith(".")
         }
-        print(json.dumps({"name": settings.name, "folder": str(folder), "files": files}))
+        print(json.dumps({"name": size, "folder": str(folder), "files": files}))
     else:
         print(folder)
 

@@ -22,6 +22,7 @@ from gpt_lightning.data.windows import window_count
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
 from gpt_lightning.model.own_kernels import obstacle_to_kernels
+from gpt_lightning.pretrained.source import size_to_download
 from gpt_lightning.reports.plan import Setting, Strategy, plan
 from gpt_lightning.training.module import agreed_architecture
 from gpt_lightning.training.throughput import MEMORY, OLDER_THAN_AMPERE, PEAKS, peak_flops
@@ -111,12 +112,13 @@ class PlanCLI(TrainingCLI):
         config = self.config
         if config.ckpt_path == "auto":
             config.ckpt_path = "last" if self._has_begun() else None
-        if config.init_from in GPT2_SIZES and not config.ckpt_path:  # known before it is downloaded
+        size = size_to_download(config.init_from) if config.init_from else None
+        if size is not None and not config.ckpt_path:  # known before it is downloaded
             linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
             given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
             named = given.get("model", {}).get("config") or {}
             what = f"init_from: {config.init_from}"
-            adopted = agreed_architecture(what, GPT2_SIZES[config.init_from], named)
+            adopted = agreed_architecture(what, GPT2_SIZES[size], named)
             config.model.config = Namespace(**asdict(adopted))
         else:
             super()._adopt_architecture()

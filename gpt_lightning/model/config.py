@@ -92,3 +92,19 @@ GPT2_SIZES: dict[str, GPTConfig] = {
         ("gpt2-1558M", 1600, 25, 48),
     ]
 }
+
+# the names that Hugging Face and the book give the same four
+_OTHER_NAMES = {
+    "gpt2": "gpt2-124M",
+    "gpt2-small": "gpt2-124M",
+    "gpt2-medium": "gpt2-355M",
+    "gpt2-large": "gpt2-774M",
+    "gpt2-xl": "gpt2-1558M",
+}
+GPT2_NAMES = (*GPT2_SIZES, *_OTHER_NAMES)
+
+
+def gpt2_size(name: str) -> str | None:
+    """The key of :data:`GPT2_SIZES` that a public name of GPT-2 stands for, None for any other name."""
+    name = name.removeprefix("openai-community/")
+    return name if name in GPT2_SIZES else _OTHER_NAMES.get(name)

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from gpt_lightning.data.manifest import check_manifest
-from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.book import is_book, read_book
 from gpt_lightning.pretrained.download import find_downloaded
@@ -42,17 +43,52 @@ def find_checkpoint(source: str) -> Path:
         if candidate.is_file():
             return candidate
     if path.is_dir():
-        raise FileNotFoundError(f"{source}: holds none of {_LOOKED_FOR}; give another")
-    near = get_close_matches(source, GPT2_SIZES, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"or one of {', '.join(GPT2_SIZES)}"
-    raise FileNotFoundError(f"{source}: does not exist; give a file, a folder, {remedy}")
+        size = gpt2_size(source)
+        remedy = f", or {size} for the downloaded weights" if size not in (None, source) else ""
+        raise FileNotFoundError(f"{source}: holds none of {_LOOKED_FOR}; give another{remedy}")
+    near = _nearest(source)
+    other = f"give a file, a folder or one of {', '.join(GPT2_SIZES)}"
+    remedy = f"did you mean {near}?" if near else other
+    raise FileNotFoundError(f"{source}: does not exist; {remedy}")
+
+
+def _nearest(source: str) -> str | None:
+    """The public name, the path or the run in ``checkpoints`` that is spelled most like ``source``."""
+    known = {name.lower(): name for name in GPT2_NAMES}
+    if (path := _nearest_path(Path(source).expanduser())) is not None:
+        known[str(path).lower()] = str(path)
+    known |= {run.name.lower(): str(run) for run in _children(Path("checkpoints"))}
+    near = get_close_matches(source.lower(), known, n=1)
+    return known[near[0]] if near else None
+
+
+def _nearest_path(path: Path) -> Path | None:
+    """``path`` with each part that does not exist replaced by the nearest one that does."""
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if not (found / part).exists() and not (found / f"{part}.ckpt").is_file():
+            near = get_close_matches(part, [child.name for child in _children(found)], n=1)
+            if not near:
+                return None
+            part = near[0]
+        found /= part
+    return found
+
+
+def _children(folder: Path) -> list[Path]:
+    """Folders and files of weights in ``folder``, 1,000 at most."""
+    try:
+        children = list(islice(folder.iterdir(), 1000))
+    except OSError:
+        return []
+    return [c for c in children if c.suffix in (".ckpt", ".pth", ".pt") or c.is_dir()]
 
 
 def read_source(source: str, *, n_heads: int | None = None) -> Source:
     """Weights and architecture of what ``source`` names, whatever its form, checked for being whole.
 
-    The form is told by what is there: a folder by its files, a file by what it holds. A name of
-    :data:`GPT2_SIZES` that is no path is what the download command has fetched.
+    The form is told by what is there: a folder by its files, a file by what it holds. A public name of
+    GPT-2 (:func:`gpt2_size`) that is no path is what the download command has fetched.
 
     Args:
         n_heads: For the one form that does not tell it, the book's.
@@ -61,7 +97,8 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
         ValueError: It is none of the forms, damaged, or contradicts itself.
         OSError: There is no such file, or it cannot be read.
     """
-    path = _located(source)
+    located = _located(source)
+    path = Path(located).expanduser()
     try:
         if is_huggingface(path):
             check_manifest(path)
@@ -70,7 +107,7 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
             check_manifest(path)
             found = read_openai(path)
         else:
-            found = _read_file(find_checkpoint(str(path)), n_heads)
+            found = _read_file(find_checkpoint(located), n_heads)
         _check(found, source)
     # what a content of another kind than its form has may run into: a number for a name, a scalar for a
     # matrix, a size beyond all memory
@@ -108,22 +145,31 @@ def build_model(
 
 def weight_files(source: str) -> list[Path]:
     """The files in which the weights of ``source`` lie; errors as :func:`read_source`."""
-    path = _located(source)
+    located = _located(source)
+    path = Path(located).expanduser()
     if is_huggingface(path):
         return sorted(path.glob("*.safetensors"))
     if is_openai(path):
         return sorted(path.glob("model.ckpt.*"))
-    return [find_checkpoint(str(path))]
+    return [find_checkpoint(located)]
 
 
-def _located(source: str) -> Path:
-    """The file or folder; a folder also where one of its files is named."""
+def size_to_download(source: str) -> str | None:
+    """The size of GPT-2 that ``source`` names; None where it names none, or there is such a path."""
     path = Path(source).expanduser()
-    if source in GPT2_SIZES and not path.exists():
-        path = find_downloaded(source)
+    if path.exists() or path.with_name(path.name + ".ckpt").is_file():
+        return None
+    return gpt2_size(source)
+
+
+def _located(source: str) -> str:
+    """The file or folder; a folder also where one of its files is named."""
+    if (size := size_to_download(source)) is not None:
+        return str(find_downloaded(size))
+    path = Path(source)
     if path.name in ("config.json", "model.safetensors", "hparams.json", "model.ckpt.index"):
-        return path.parent
-    return path
+        return str(path.parent)
+    return source
 
 
 def _read_file(path: Path, n_heads: int | None) -> Source:

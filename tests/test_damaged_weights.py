@@ -168,6 +168,19 @@ def test_damaged_manifest(refuse: Any, whole: Path, tmp_path: Path) -> None:
         ("model_type", "llama", "model_type is 'llama'"),
         ("tie_word_embeddings", False, "has no lm_head.weight"),
         ("resid_pdrop", 3, "drop_rate: 3"),
+        ("embd_pdrop", 3, "emb_drop_rate: 3"),
+        ("attn_pdrop", "0.2", "attn_pdrop is '0.2', not a number"),
+        ("num_attention_heads", 6, "n_head is 12 and num_attention_heads is 6"),
+        ("hidden_size", 48, "n_embd is 24 and hidden_size is 48"),
+        ("num_hidden_layers", 2, "n_layer is 1 and num_hidden_layers is 2"),
+        ("max_position_embeddings", 8, "n_positions is 64 and max_position_embeddings is 8"),
+        ("scale_attn_weights", False, "scale_attn_weights is False"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06"),
+        ("add_cross_attention", True, "add_cross_attention is True"),
+        ("activation_function", "gelu", "activation_function is 'gelu'"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings is 'false'"),
+        ("quantization_config", {"quant_method": "fp8"}, "has a quantization_config"),
     ],
     ids=str,
 )  # fmt: skip
@@ -198,6 +211,13 @@ def test_missing_and_foreign_tensors(refuse: Any, whole: Path, tmp_path: Path) -
     refuse("hf", "has transformer.h.0.crossattention.bias")
     save_file({**tensors, "transformer.ln_f.bias": torch.ones(24, dtype=torch.int64)}, path)
     refuse("hf", "final_norm.bias holds torch.int64")
+    float8 = torch.ones(24).to(torch.float8_e4m3fn)
+    save_file({**tensors, "transformer.ln_f.bias": float8}, path)
+    refuse("hf", "final_norm.bias holds torch.float8_e4m3fn")
+    save_file(
+        {**tensors, "model.lm_head.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}, path
+    )
+    refuse("hf", "has both", "lm_head.weight")
 
     saved = torch.load(whole / "model.pth", weights_only=True)
     without = {n: t for n, t in saved.items() if n != "trf_blocks.0.att.W_key.weight"}

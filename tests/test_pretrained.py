@@ -1,6 +1,8 @@
 """Weights in every public form: read, written, held against transformers and the book's code."""
 
 import json
+import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Command, python
 from random_gpt2 import random_gpt2, transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate, load_model
 from gpt_lightning.data.tokenizer import gpt2_encoding
+from gpt_lightning.pretrained import openai
 from gpt_lightning.pretrained.convert import Form, convert
 from gpt_lightning.pretrained.formats import Source, write_lightning
+from gpt_lightning.pretrained.gpt2_names import gpt2_names
+from gpt_lightning.pretrained.openai import _spelled as spelled
 from gpt_lightning.pretrained.source import read_source
 
 needs_tensorflow = pytest.mark.skipif(
@@ -77,6 +83,50 @@ def test_sharded_and_untied_hugging_face(tmp_path: Path) -> None:
     ours = load_model(str(tmp_path / "shards"))
     assert not ours.config.tied_embeddings
     assert_same_logits(ours, theirs, random_ids(2, 20))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set the keys of a JSON object; None takes a key out."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("tied", "shards"), [(True, False), (None, True)])
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(
+    tmp_path: Path, command: Command, tied: bool | None, shards: bool
+) -> None:
+    model = random_gpt2(tmp_path / "hf", tie_word_embeddings=False)
+    if shards:
+        shutil.rmtree(tmp_path / "hf")
+        model.save_pretrained(tmp_path / "hf", max_shard_size="2MB")
+    edit_json(tmp_path / "hf" / "config.json", tie_word_embeddings=tied)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    done = command("convert", "hf", "ours.ckpt", "--format=lightning")
+    assert done.code == 0, done.err
+    assert done.err.splitlines() == [
+        "gpt_lightning: hf: its config.json ties the output head to the token embedding, but "
+        "lm_head.weight has other weights; they are kept",
+        "ours.ckpt: written",
+    ]
+    ours = load_model("ours.ckpt")
+    assert not ours.config.tied_embeddings
+    assert_same_logits(ours, theirs, random_ids(2, 20))
+    assert_same_logits(ours, model, random_ids(2, 20))
+
+
+@pytest.mark.parametrize("kept", ["transformer.wte.weight", "lm_head.weight", "both"])
+def test_a_tied_head_is_tied_under_whichever_name_it_was_saved(tmp_path: Path, kept: str) -> None:
+    theirs = random_gpt2(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop("transformer.wte.weight")
+    names = ("transformer.wte.weight", "lm_head.weight") if kept == "both" else (kept,)
+    save_file({**tensors, **{name: head.clone() for name in names}}, path)
+    found = read_source(str(tmp_path / "hf"))
+    assert found.warnings == ()
+    assert found.config.tied_embeddings
+    assert_same_logits(load_model(str(tmp_path / "hf")), theirs, random_ids(2, 20))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -181,6 +231,41 @@ def test_a_books_gpt2_is_tied(tmp_path: Path) -> None:
     assert load_model(str(tmp_path / "model.pth")).config.tied_embeddings
 
 
+def test_books_heads_are_kept_in_files_of_ours(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """128 wide with 4 heads, which no shape tells; the book's own code still loads the file."""
+    theirs, cfg = book_model(emb_dim=128, n_heads=4, n_layers=1, vocab_size=300)
+    torch.save(theirs.state_dict(), "model.pth")
+    assumed = (
+        f"gpt_lightning: {tmp_path}/model.pth: does not hold its number of attention heads; assuming 2 (64 wide); if it has "
+        "another, give --n_heads (with fit and validate --model.config.n_heads)"
+    )
+    done = command("convert", "model.pth", "guessed.ckpt", "--format=lightning")
+    dropout = "gpt_lightning: model.pth: does not hold its dropout; 0.1 is written"
+    assert done.err.splitlines() == [assumed, dropout, "guessed.ckpt: written"]
+    load_model("model.pth")
+    assert capsys.readouterr().err.splitlines()[0] == assumed
+
+    done = command("convert", "model.pth", "again.pth", "--format=book", "--n_heads=4")
+    assert done.err.splitlines() == [dropout, "again.pth: written"]
+    book_again = book.BookGPT(cfg)
+    book_again.load_state_dict(torch.load("again.pth", weights_only=True))  # strict
+    done = command("convert", "again.pth", "ours.ckpt", "--format=lightning")
+    assert (done.code, done.err) == (0, "ours.ckpt: written\n")
+    for source in ("again.pth", "ours.ckpt"):
+        ours = load_model(source)
+        assert ours.config.n_heads == 4
+        with torch.inference_mode():
+            idx = random_ids(2, 16) % 300
+            torch.testing.assert_close(ours(idx), theirs(idx), atol=1e-5, rtol=1e-5)
+    for verb in (["convert", "again.pth", "x.ckpt", "--format=lightning"],
+                 ["generate", "--from=again.pth", "--prompt=a"]):  # fmt: skip
+        done = command(*verb, "--n_heads=8")
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "n_heads: again.pth has 4, not 8" in done.err
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt(tmp_path: Path, bias: bool) -> None:
     theirs = random_gpt2(tmp_path / "hf", activation_function="gelu_new")
@@ -204,7 +289,9 @@ def test_nanogpt(tmp_path: Path, bias: bool) -> None:
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
 
-def test_nanogpts_head_that_is_its_own_is_kept(tmp_path: Path) -> None:
+def test_nanogpts_head_that_is_its_own_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = random_gpt2(tmp_path / "hf", tie_word_embeddings=False)
     state = {
         name: tensor.t().contiguous() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -215,6 +302,7 @@ def test_nanogpts_head_that_is_its_own_is_kept(tmp_path: Path) -> None:
                  "vocab_size": 50257, "dropout": 0.0}  # fmt: skip
     torch.save({"model": state, "model_args": arguments}, tmp_path / "ckpt.pt")
     ours = load_model(str(tmp_path / "ckpt.pt"))
+    assert "lm_head.weight has other weights than the token embedding" in capsys.readouterr().err
     assert not ours.config.tied_embeddings
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
@@ -222,9 +310,10 @@ def test_nanogpts_head_that_is_its_own_is_kept(tmp_path: Path) -> None:
 def test_moments_go_to_the_book_and_back(fit_to_convert: Path) -> None:
     """ours → the book's .pth → ours is the identity, optimizer included; and the book's AdamW takes it."""
     convert(str(fit_to_convert), Path("book.pth"), "book")
-    convert("book.pth", Path("again.ckpt"), "lightning", n_heads=2)
+    convert("book.pth", Path("again.ckpt"), "lightning")
     before, after = read_source(str(fit_to_convert)), read_source("again.ckpt")
-    assert before.config.differences(vars(after.config)) == {}
+    assert before.config == after.config  # heads and dropout too, which no weight tells
+    assert read_source("book.pth").warnings == ()
     assert before.state_dict.keys() == after.state_dict.keys()
     for name, tensor in before.state_dict.items():
         assert torch.equal(after.state_dict[name], tensor), name
@@ -262,3 +351,192 @@ def fit_to_convert(command: Command) -> Path:
                    "--model.config.tied_embeddings=false")  # fmt: skip
     assert done.code == 0, done.err
     return Path("checkpoints/r/last.ckpt")
+
+
+def test_openais_files_with_a_head(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow stays out: its checkpoint is there as the safetensors file that is made of it."""
+    theirs = random_gpt2(tmp_path / "hf", n_layers=1)
+    found = read_source("hf")
+    tensors = {
+        spelled(name): t.t()[None].contiguous() if name.part == "matrix" else t.contiguous()
+        for name in gpt2_names(1)
+        for t in [found.state_dict[name.ours]]
+    }
+    save_file(tensors, tmp_path / "turned.safetensors")
+    monkeypatch.setattr(openai, "_as_safetensors", lambda _: tmp_path / "turned.safetensors")
+    Path("tf").mkdir()
+    hparams = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 24, "n_head": 12, "n_layer": 1}
+    Path("tf/hparams.json").write_text(json.dumps(hparams))
+    Path("tf/model.ckpt.index").touch()
+    assert_same_logits(load_model("tf"), theirs, random_ids(2, 20))
+    more = {"head/w": tensors["model/wte"] + 1, "beta1_power": torch.ones(())}
+    save_file(tensors | more, tmp_path / "turned.safetensors")
+    done = command("generate", "--from=tf", "--prompt=a")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "tf: has head/w, which no GPT-2 of its hparams.json has" in done.err
+
+
+# --- dropout, dtypes, names -----------------------------------------------------------------------
+
+
+def test_each_dropout_rate_is_kept(tmp_path: Path) -> None:
+    random_gpt2(tmp_path / "hf", n_layers=1, resid_pdrop=0.1, embd_pdrop=0.2, attn_pdrop=0.3)
+    convert(str(tmp_path / "hf"), tmp_path / "ours.ckpt", "lightning")
+    convert(str(tmp_path / "ours.ckpt"), tmp_path / "model.pth", "book")
+    convert(str(tmp_path / "model.pth"), tmp_path / "again", "hf")
+    theirs = transformers.GPT2Config.from_pretrained(tmp_path / "again")
+    assert (theirs.resid_pdrop, theirs.embd_pdrop, theirs.attn_pdrop) == (0.1, 0.2, 0.3)
+    ours = load_model(str(tmp_path / "again"))
+    assert ours.drop_emb.p == 0.2
+    assert (ours.trf_blocks[0].drop_shortcut.p, ours.trf_blocks[0].att.drop_rate) == (0.1, 0.3)
+
+
+def test_sizes_under_the_names_that_all_models_have(tmp_path: Path) -> None:
+    theirs = random_gpt2(tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "config.json", n_head=None, num_attention_heads=12, n_embd=None,
+              hidden_size=24, n_layer=None, num_hidden_layers=2, n_positions=None,
+              max_position_embeddings=64)  # fmt: skip
+    transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    assert_same_logits(load_model(str(tmp_path / "hf")), theirs, random_ids(2, 20))
+
+
+def nanogpt_file(
+    theirs: Any, rename: Callable[[str], str] = str, **settings: Any
+) -> dict[str, Any]:
+    """nanoGPT's ``ckpt.pt`` with the weights of a model of transformers'."""
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        state[rename(name)] = tensor.t().contiguous() if transposed else tensor
+    config = theirs.config
+    arguments = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
+                 "block_size": config.n_positions, "bias": True, "vocab_size": config.vocab_size,
+                 "dropout": 0.0, **settings}  # fmt: skip
+    return {"model": state, "model_args": arguments}
+
+
+def halved(tensors: Any) -> Any:
+    """Matrices in half precision, the rest as it is."""
+    return {n: t.half() if t.dim() > 1 else t for n, t in tensors.items()}
+
+
+def gpt2_for_halving(folder: Path, emb_dim: int = 64) -> Any:
+    """Its matrices are the same in half precision."""
+    theirs = random_gpt2(folder, emb_dim=emb_dim, n_heads=1, n_layers=1, n_positions=16)
+    for parameter in theirs.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.half().float()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def two_dtypes(source: str) -> str:
+    return (
+        f"gpt_lightning: {source}: has weights in float16 and float32; float32 is used for all, where no other "
+        "dtype is asked for"
+    )
+
+
+@pytest.mark.parametrize("form", ["hf", "lightning", "book", "nanogpt"])
+def test_two_dtypes_in_one_file(tmp_path: Path, command: Command, form: str) -> None:
+    """As some trainers save; OpenAI's files are read as float32 whatever they hold."""
+    theirs = gpt2_for_halving(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    source = {"hf": "hf", "lightning": "ours.ckpt", "book": "model.pth", "nanogpt": "ckpt.pt"}[form]
+    if form == "hf":
+        save_file(halved(load_file(path)), path)
+    elif form == "nanogpt":
+        content = nanogpt_file(theirs)
+        torch.save({**content, "model": halved(content["model"])}, source)
+    elif form == "lightning":
+        convert("hf", Path(source), "lightning")
+        content = torch.load(source, weights_only=True)
+        torch.save({**content, "state_dict": halved(content["state_dict"])}, source)
+    else:
+        convert("hf", Path(source), "book")
+        torch.save(halved(torch.load(source, weights_only=True)), source)
+    done = command("generate", f"--from={source}", "--prompt=a", "--max_new_tokens=2")
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[-1] == two_dtypes(source)  # after the guess of the book's heads
+    assert_same_logits(load_model(source), theirs, random_ids(2, 16))
+    assert load_model(source, dtype=torch.bfloat16).tok_emb.weight.dtype == torch.bfloat16
+    done = command("convert", source, "again", "--format=hf")
+    assert done.code == 0, done.err
+    assert two_dtypes(source) in done.err.splitlines()
+    assert {t.dtype for t in load_file("again/model.safetensors").values()} == {torch.float32}
+
+
+def test_two_dtypes_are_trained_and_measured(tmp_path: Path, command: Command) -> None:
+    gpt2_for_halving(tmp_path / "hf", emb_dim=8)
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file(halved(load_file(path)), path)
+    run = (f"--config={ROOT}/configs/gpt2.yaml", "--init_from=hf", "--trainer.accelerator=cpu",
+           "--data.text=sample", "--data.context_length=16")  # fmt: skip
+    for arguments in (
+        ("validate", *run, "--trainer.limit_val_batches=2"),
+        ("fit", *run, "--trainer.fast_dev_run=1", "--evaluation.prompt=null"),
+        ("report", "sampling", "--from=hf", "--prompt=a", "--num_samples=10"),
+    ):
+        done = command(*arguments)
+        assert done.code == 0, done.err
+        assert two_dtypes("hf") in done.err.splitlines()
+
+
+RARE_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.module.", "_fsdp_wrapped_module.model.")
+PREFIXES = ["module._orig_mod.", "model.",
+            *(pytest.param(prefix, marks=pytest.mark.slow) for prefix in RARE_PREFIXES)]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrapped_models(tmp_path: Path, prefix: str) -> None:
+    """torch.compile, DDP, FSDP and a module around the model each put something before the names."""
+    theirs = random_gpt2(tmp_path / "hf", emb_dim=64, n_heads=1, n_layers=1, vocab_size=300)
+    idx = random_ids(2, 20) % 300
+    torch.save(nanogpt_file(theirs, lambda name: prefix + name), tmp_path / "ckpt.pt")
+    assert_same_logits(load_model(str(tmp_path / "ckpt.pt")), theirs, idx)
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    assert_same_logits(load_model(str(tmp_path / "hf")), theirs, idx)
+    save_file(
+        {name.replace("h.0.", "h.0._orig_mod."): t for name, t in load_file(path).items()}, path
+    )
+    assert_same_logits(load_model(str(tmp_path / "hf")), theirs, idx)
+
+    model, _ = book_model(vocab_size=300, n_layers=1)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(idx[:, :16]).sum().backward()
+    optimizer.step()
+    moment = optimizer.state[model.tok_emb.weight]["exp_avg"]
+    torch.save(state, tmp_path / "model.pth")
+    torch.save({"model_state_dict": state, "optimizer_state_dict": optimizer.state_dict()},
+               tmp_path / "both.pth")  # fmt: skip
+    blocks = {name.replace("s.0.", "s.0._orig_mod."): tensor for name, tensor in state.items()}
+    torch.save(blocks, tmp_path / "blocks.pth")
+    for name in ("blocks.pth", "model.pth", "both.pth"):
+        found = read_source(str(tmp_path / name))
+        assert torch.equal(found.state_dict["tok_emb.weight"], state[prefix + "tok_emb.weight"])
+        if name == "both.pth":
+            assert found.optimizer_state is not None
+            assert torch.equal(found.optimizer_state["state"][0]["exp_avg"], moment)
+
+    write_lightning(found, tmp_path / "ours.ckpt")
+    content = torch.load(tmp_path / "ours.ckpt", weights_only=True)
+    content["state_dict"] = {prefix + name: t for name, t in content["state_dict"].items()}
+    torch.save(content, tmp_path / "wrapped.ckpt")
+    again = read_source(str(tmp_path / "wrapped.ckpt"))
+    assert again.state_dict.keys() == found.state_dict.keys()
+
+
+def test_a_checkpoint_with_other_names_is_no_run_to_resume(command: Command) -> None:
+    config = GPTConfig(context_length=16, emb_dim=8, n_heads=2, n_layers=1)
+    write_lightning(Source(config, GPTModel(config).state_dict()), Path("ours.ckpt"))
+    content = torch.load("ours.ckpt", weights_only=True)
+    content |= {"optimizer_states": [{}], "loops": {}, "tokens_seen": 0}
+    content["state_dict"] = {f"_orig_mod.{n}": t for n, t in content["state_dict"].items()}
+    torch.save(content, "wrapped.ckpt")
+    done = command("fit", f"--config={ROOT}/configs/quickstart.yaml", "--ckpt_path=wrapped.ckpt")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "has other names than a run's checkpoint; give it as --init_from" in done.err

@@ -1,6 +1,8 @@
 """The book's ``model.pth`` and ``model_and_optimizer.pth``, as its notebooks save them."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,17 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import Source
+from gpt_lightning.pretrained.formats import (
+    POSITIONS,
+    Source,
+    plain_names,
+    same_values,
+    stored_config,
+)
 
-_HEAD_DIM = 64  # of every GPT-2 and of the book's models; the file tells the width, not the heads
+_HEAD_DIM = 64  # of every GPT-2 and of the book's models
+# our entry in a state dict's _metadata, which load_state_dict passes over: the architecture
+_METADATA = "gpt_lightning"
 _THIRDS = ("W_query", "W_key", "W_value")
 _NORM_PARTS = {"weight": "scale", "bias": "shift"}
 # in an optimizer's state of a parameter, what has the parameter's shape
@@ -19,51 +29,75 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def is_book(content: Any) -> bool:
     return isinstance(content, dict) and (
-        "model_state_dict" in content or "trf_blocks.0.att.W_query.weight" in content
+        "model_state_dict" in content
+        or any(isinstance(n, str) and n.endswith(".W_query.weight") for n in content)
     )
 
 
 def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -> Source:
     """The moments of ``model_and_optimizer.pth`` come with its weights, under our names.
 
+    A file that :func:`write_book` wrote holds its architecture. The book's own code writes shapes alone: of
+    such a file the heads are ``n_heads``, or as many as are 64 wide, with a warning.
+
     Args:
         content: What the file holds.
-        n_heads: The heads, which the file does not tell; none: as many as are 64 wide.
 
     Raises:
         ValueError: The file lacks a tensor, or the heads are to be given.
     """
-    theirs = content.get("model_state_dict", content)
-    if not isinstance(theirs, dict) or not all(isinstance(t, Tensor) for t in theirs.values()):
+    saved = content.get("model_state_dict", content)
+    if not isinstance(saved, dict) or not all(isinstance(t, Tensor) for t in saved.values()):
         raise ValueError(f"{path}: its model_state_dict is not one of tensors; give another")
-    config = _config(theirs, path, n_heads)
+    names = plain_names(saved, POSITIONS, path)
+    theirs = {plain: saved[name] for plain, name in names.items()}
+    config = _shapes(theirs, path)
+    warnings: tuple[str, ...] = ()
+    assumed = frozenset({"drop_rate"})
+    if (recorded := getattr(saved, "_metadata", {}).get(_METADATA)) is not None:
+        config, assumed = stored_config(recorded, path), frozenset()
+    elif n_heads is not None:
+        config = replace(config, n_heads=n_heads)
+    else:
+        config = replace(config, n_heads=_assumed_heads(config.emb_dim, path))
+        assumed |= {"n_heads"}
+        warnings = (
+            f"{path}: does not hold its number of attention heads; assuming {config.n_heads} "
+            f"({_HEAD_DIM} wide); if it has another, give --n_heads (with fit and validate --model.config.n_heads)",
+        )
     weights = {name: t for name, t in theirs.items() if not name.endswith(".mask")}
     optimizer_state = content.get("optimizer_state_dict")
+    # the book puts GPT-2's embedding into its head too; an optimizer counts them as two
+    shared = same_values(weights["out_head.weight"], weights["tok_emb.weight"])
+    if shared and optimizer_state is None and (config.tied_embeddings or not recorded):
+        config = replace(config, tied_embeddings=True)
+        del weights["out_head.weight"]
+    else:
+        config = replace(config, tied_embeddings=False)
     if optimizer_state is not None:
         optimizer_state = _our_optimizer(optimizer_state, list(weights), config, path)
-    elif torch.equal(weights["out_head.weight"], weights["tok_emb.weight"]):
-        # GPT-2's own weights, which the book puts into both
-        config = GPTConfig(**{**vars(config), "tied_embeddings": True})
-        del weights["out_head.weight"]
-    return Source(
-        config, _to_ours(weights, config), optimizer_state, frozenset({"n_heads", "drop_rate"})
-    )
+    state_dict = _to_ours(weights, config)
+    return Source(config, state_dict, optimizer_state, assumed, warnings)
 
 
 def write_book(source: Source, path: Path) -> None:
     """``model.pth``'s form, or ``model_and_optimizer.pth``'s where there are moments to write.
 
+    The architecture goes into the state dict's ``_metadata``, which ``torch.save`` keeps and the book's
+    ``load_state_dict`` does not look at.
+
     A tied head becomes the book's own head with the same weights; its moments are those of one matrix
     that is two in the book, and so are left out.
     """
     config = source.config
-    weights = _to_book(source.state_dict, config)
+    weights = OrderedDict(_to_book(source.state_dict, config))
     if config.tied_embeddings:
         weights["out_head.weight"] = _own(source.state_dict["tok_emb.weight"])
     names = list(weights)
     length = config.context_length
     for i in range(config.n_layers):
         weights[f"trf_blocks.{i}.att.mask"] = torch.triu(torch.ones(length, length), diagonal=1)
+    weights.__dict__["_metadata"] = {_METADATA: asdict(config)}
     if source.optimizer_state is None or config.tied_embeddings:
         torch.save(weights, path)
         return
@@ -111,7 +145,7 @@ def _to_ours(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tens
 
 def _put_together(parts: list[Tensor], name: str) -> Tensor:
     first = parts[0]
-    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+    if any(part.shape != first.shape or not part.is_floating_point() for part in parts):
         raise ValueError(f"{name}: is not of the shape and dtype of its key and value")
     return torch.cat(parts)
 
@@ -143,27 +177,30 @@ def _book_order(config: GPTConfig) -> list[str]:
     return sorted(order, key=key)
 
 
-def _config(theirs: dict[str, Tensor], path: Path, n_heads: int | None) -> GPTConfig:
+def _shapes(theirs: dict[str, Tensor], path: Path) -> GPTConfig:
+    """The architecture as far as the shapes tell, with one head."""
     for name in ("tok_emb.weight", "pos_emb.weight", "out_head.weight"):
         if name not in theirs or theirs[name].dim() != 2:
             raise ValueError(f"{path}: has no {name}, as the book's model has; give another")
     vocab_size, emb_dim = theirs["tok_emb.weight"].shape
-    if n_heads is None:
-        if emb_dim % _HEAD_DIM:
-            raise ValueError(
-                f"n_heads: {path} does not tell it, and its width of {emb_dim} has no heads of "
-                f"{_HEAD_DIM}; give it"
-            )
-        n_heads = emb_dim // _HEAD_DIM
     blocks = [name.split(".")[1] for name in theirs if name.startswith("trf_blocks.")]
     return GPTConfig(
         vocab_size=vocab_size,
         context_length=theirs["pos_emb.weight"].shape[0],
         emb_dim=emb_dim,
-        n_heads=n_heads,
+        n_heads=1,
         n_layers=len(set(blocks)) or 1,
         qkv_bias="trf_blocks.0.att.W_query.bias" in theirs,
     )
+
+
+def _assumed_heads(emb_dim: int, path: Path) -> int:
+    if emb_dim % _HEAD_DIM:
+        raise ValueError(
+            f"n_heads: {path} does not hold it, and its width of {emb_dim} is not a multiple of "
+            f"{_HEAD_DIM}; give --n_heads (with fit and validate --model.config.n_heads)"
+        )
+    return emb_dim // _HEAD_DIM
 
 
 def _our_optimizer(

@@ -3,6 +3,7 @@
 import glob
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,10 @@ from safetensors import SafetensorError
 
 from gpt_lightning.data.manifest import write_manifest
 from gpt_lightning.pretrained.book import write_book
-from gpt_lightning.pretrained.formats import write_lightning
+from gpt_lightning.pretrained.formats import in_one_dtype, write_lightning
 from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.openai import write_openai
-from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.pretrained.source import check_heads, print_warnings, read_source
 
 Form = Literal["hf", "openai-tf", "lightning", "book"]
 _WRITERS = {
@@ -46,6 +47,15 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
     if suffix is not None and dest.suffix != suffix:
         raise ValueError(f"dest: {dest} is one file in the form {form}; call it {dest}{suffix}")
     found = read_source(source, n_heads=n_heads)
+    check_heads(found, source, n_heads)
+    print_warnings(found)
+    if "drop_rate" in found.assumed and form != "openai-tf":
+        rate = found.config.drop_rate
+        print(
+            f"gpt_lightning: {source}: does not hold its dropout; {rate} is written",
+            file=sys.stderr,
+        )
+    found = in_one_dtype(found)
     with _whole_or_not_at_all(dest) as hidden:
         if suffix is None:
             hidden.mkdir()

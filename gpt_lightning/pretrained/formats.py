@@ -6,8 +6,9 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from gpt_lightning.model.config import GPTConfig
 
 _MODULE_PREFIX = "model."  # GPTLightningModule holds the GPTModel as ``model``
+POSITIONS = "pos_emb.weight"  # which every GPTModel has
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Source:
             :func:`take_weights` does.
         optimizer_state: What ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
         assumed: Keys of ``config`` that the file does not tell, so that another value is no contradiction.
+        warnings: What a user should know about how the files were read, one line each.
         let_go: Drops from memory what was read of the mapped file so far, see :func:`let_go_of`.
     """
 
@@ -37,15 +40,17 @@ class Source:
     state_dict: dict[str, Tensor]
     optimizer_state: dict[str, Any] | None = None
     assumed: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
     let_go: Callable[[], object] = lambda: None
 
 
 def take_weights(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights as they are computed with, contiguous and in ``dtype`` (none: as stored).
+    """The weights as they are computed with, contiguous and in ``dtype`` (None: :func:`stored_dtype`).
 
     ``source`` is left without weights: each tensor is read, transposed and converted on its own and its
     file's pages let go, so that memory never holds more than the result and one tensor.
     """
+    dtype = dtype or stored_dtype(source)
     weights = {}
     for name in list(source.state_dict):
         weights[name] = _contiguous(source.state_dict.pop(name), dtype)
@@ -53,12 +58,56 @@ def take_weights(source: Source, dtype: torch.dtype | None = None) -> dict[str, 
     return weights
 
 
-def _contiguous(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In one step, without a copy between a transposed tensor and a converted one."""
-    dtype = dtype or tensor.dtype
     if tensor.is_contiguous() and tensor.dtype == dtype:
         return tensor
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype of the weights; where there are several, the smallest that holds all of them exactly."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in source.state_dict.values()})
+
+
+def in_one_dtype(source: Source) -> Source:
+    """``source`` with all weights in :func:`stored_dtype`."""
+    dtype = stored_dtype(source)
+    weights = {name: tensor.to(dtype) for name, tensor in source.state_dict.items()}
+    return replace(source, state_dict=weights)
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and, whatever their dtypes, the same values."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(dtype), other.to(dtype))
+
+
+# parts of names that torch.compile, DataParallel, FSDP and activation checkpointing put in
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def plain_names(names: Iterable[str], known: str, path: Path) -> dict[str, str]:
+    """Each name as a bare model has it → the name as it is in the file.
+
+    The parts that wrappers put in are left out, and so is the prefix that stands before ``known``, the name
+    of a tensor that every model of the kind has, in this file.
+
+    Raises:
+        ValueError: Two names are the same then.
+    """
+    short = {
+        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
+    }
+    prefixes = {s.removesuffix(known) for s in short.values() if f".{s}".endswith(f".{known}")}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    plain: dict[str, str] = {}
+    for name, bare in short.items():
+        bare = bare.removeprefix(prefix)
+        if bare in plain:
+            raise ValueError(f"{path}: has both {plain[bare]} and {name}; give a file with one")
+        plain[bare] = name
+    return plain
 
 
 def with_head(source: Source, *, tied: bool) -> Source:
@@ -71,7 +120,7 @@ def with_head(source: Source, *, tied: bool) -> Source:
         return source
     weights = dict(source.state_dict)
     if tied:
-        if not torch.equal(weights.pop("out_head.weight"), weights["tok_emb.weight"]):
+        if not same_values(weights.pop("out_head.weight"), weights["tok_emb.weight"]):
             raise ValueError(
                 "model.config.tied_embeddings: true, but the source's head has weights of its own; "
                 "give false"
@@ -172,7 +221,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def checkpoint_config(checkpoint: dict[str, Any], path: Path) -> GPTConfig:
     """The architecture a checkpoint of ours was trained with; ``ValueError`` where it is none."""
-    stored = checkpoint["hyper_parameters"]["config"]
+    return stored_config(checkpoint["hyper_parameters"]["config"], path)
+
+
+def stored_config(stored: Any, path: Path) -> GPTConfig:
+    """An architecture that was written as a dict; ``ValueError`` where it is none."""
     try:
         return GPTConfig(**stored)
     except (TypeError, ValueError) as error:
@@ -185,9 +238,10 @@ def read_lightning(checkpoint: dict[str, Any], path: Path) -> Source:
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise ValueError(f"{path}: its state_dict is not one of tensors; give another")
     optimizers = checkpoint.get("optimizer_states") or [None]
+    names = plain_names(weights, POSITIONS, path)
     return Source(
         config=checkpoint_config(checkpoint, path),
-        state_dict={name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in weights.items()},
+        state_dict={plain: weights[name] for plain, name in names.items()},
         optimizer_state=optimizers[0],
     )
 

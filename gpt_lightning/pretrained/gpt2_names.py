@@ -1,7 +1,10 @@
 """The names that OpenAI gave GPT-2's modules, which Hugging Face and nanoGPT kept, beside ours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+from gpt_lightning.pretrained.formats import plain_names
 
 # what a tensor is, as the forms spell and lay out each kind in their own way
 Part = Literal["embedding", "gain", "matrix", "bias"]
@@ -22,6 +25,27 @@ class GPT2Name(NamedTuple):
     ours: str
     module: str
     part: Part
+
+
+HEAD = "lm_head.weight"
+
+
+def spelled(name: GPT2Name) -> str:
+    """The tensor's name in Hugging Face's and nanoGPT's form, without ``transformer.``."""
+    return f"{name.module}.{'bias' if name.part == 'bias' else 'weight'}"
+
+
+def names_in_file(names: Iterable[str], path: Path) -> dict[str, str]:
+    """Each tensor's name as :func:`spelled` and :data:`HEAD` have it → its name in a file.
+
+    Raises:
+        ValueError: Two names are of one tensor.
+    """
+    plain = plain_names(names, "wpe.weight", path)
+    heads = [name for name in plain if f".{name}".endswith(f".{HEAD}")]
+    if len(heads) > 1:
+        raise ValueError(f"{path}: has both {heads[0]} and {heads[1]}; give a file with one")
+    return {HEAD if name in heads else name: original for name, original in plain.items()}
 
 
 def gpt2_names(n_layers: int) -> Iterator[GPT2Name]:

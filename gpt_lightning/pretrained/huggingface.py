@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, vocabulary_file
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import Source
-from gpt_lightning.pretrained.gpt2_names import GPT2Name, gpt2_names
+from gpt_lightning.pretrained.formats import Source, same_values
+from gpt_lightning.pretrained.gpt2_names import HEAD, gpt2_names, names_in_file, spelled
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEYS = {
@@ -23,7 +24,16 @@ _KEYS = {
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
-# settings under which GPT2LMHeadModel computes something else than GPTModel, and what they must be
+_RATES = {"drop_rate": "resid_pdrop", "attn_drop_rate": "attn_pdrop", "emb_drop_rate": "embd_pdrop"}
+# the names under which transformers takes the same settings too
+_ALIASES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
+# settings under which GPT2LMHeadModel computes something else than GPTModel, and what they must be.
+# reorder_and_upcast_attn is not among them: it changes the rounding in half precision alone.
 _FIXED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -51,29 +61,43 @@ def read_huggingface(folder: Path) -> Source:
     settings = read_json(folder / "config.json")
     config = _config(settings, folder / "config.json")
     homes = _homes(folder)
-    prefix = "transformer." if "transformer.wte.weight" in homes else ""
-    tied = config.tied_embeddings
+    names = names_in_file(homes, folder)
+
+    def read(name: str) -> Tensor:
+        return read_tensor(homes[names[name]], names[name])
+
+    if config.tied_embeddings and HEAD in names:  # whoever saves one of the two keeps either
+        names.setdefault("wte.weight", names[HEAD])
     state_dict = {}
-    known = set()
     for name in gpt2_names(config.n_layers):
-        theirs = prefix + _spelled(name)
-        known.add(theirs)
-        if theirs not in homes:
-            raise ValueError(f"{folder}: has no {theirs}, which its config.json calls for")
-        tensor = read_tensor(homes[theirs], theirs)
+        theirs = spelled(name)
+        if theirs not in names:
+            prefix = names.get("wpe.weight", "").removesuffix("wpe.weight")
+            raise ValueError(f"{folder}: has no {prefix}{theirs}, which its config.json calls for")
+        tensor = read(theirs)
         state_dict[name.ours] = tensor.t() if name.part == "matrix" else tensor
-    if not tied:
-        if "lm_head.weight" not in homes:
-            raise ValueError(f"{folder}: has no lm_head.weight, which its config.json calls for")
-        state_dict["out_head.weight"] = read_tensor(homes["lm_head.weight"], "lm_head.weight")
     unknown = [
-        name
-        for name in homes.keys() - known - {"lm_head.weight"}
+        names[name]
+        for name in names.keys() - {HEAD, *map(spelled, gpt2_names(config.n_layers))}
         if not name.endswith(_NEVER_WEIGHTS)
     ]
     if unknown:
         raise ValueError(f"{folder}: has {min(unknown)}, which no GPT-2 of its config.json has")
-    return Source(config, state_dict)
+    warnings: tuple[str, ...] = ()
+    if HEAD in names:
+        head = read(HEAD)
+        # as transformers does it
+        if config.tied_embeddings and not same_values(head, state_dict["tok_emb.weight"]):
+            config = replace(config, tied_embeddings=False)
+            warnings = (
+                f"{folder}: its config.json ties the output head to the token embedding, but {names[HEAD]} has "
+                "other weights; they are kept",
+            )
+        if not config.tied_embeddings:
+            state_dict["out_head.weight"] = head
+    elif not config.tied_embeddings:
+        raise ValueError(f"{folder}: has no lm_head.weight, which its config.json calls for")
+    return Source(config, state_dict, warnings=warnings)
 
 
 def write_huggingface(source: Source, folder: Path) -> None:
@@ -86,7 +110,7 @@ def write_huggingface(source: Source, folder: Path) -> None:
         else:  # without qkv_bias
             tensor = torch.zeros(3 * config.emb_dim, dtype=weights["tok_emb.weight"].dtype)
         tensor = tensor.t() if name.part == "matrix" else tensor
-        tensors[f"transformer.{_spelled(name)}"] = tensor.contiguous()
+        tensors[f"transformer.{spelled(name)}"] = tensor.contiguous()
     if not config.tied_embeddings:
         tensors["lm_head.weight"] = weights["out_head.weight"].contiguous()
     end_of_text = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
@@ -94,7 +118,8 @@ def write_huggingface(source: Source, folder: Path) -> None:
         "architectures": ["GPT2LMHeadModel"],
         **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
         **{key: values[0] for key, values in _FIXED.items()},
-        **dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.drop_rate),
+        "resid_pdrop": config.drop_rate,
+        "embd_pdrop": config.embedding_drop_rate,
         "attn_pdrop": config.attention_drop_rate,
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text),
         "n_ctx": config.context_length,
@@ -141,38 +166,45 @@ def _homes(folder: Path) -> dict[str, Path]:
     return homes
 
 
-def _spelled(name: GPT2Name) -> str:
-    return f"{name.module}.{'bias' if name.part == 'bias' else 'weight'}"
-
-
 def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
     for key, allowed in _FIXED.items():
         if (value := settings.get(key, allowed[0])) not in allowed:
             raise ValueError(f"{path}: {key} is {value!r}; a GPTModel has {allowed[0]!r}")
+    if settings.get("quantization_config") is not None:
+        raise ValueError(f"{path}: has a quantization_config; give weights that are not quantized")
     sizes = {}
     for ours, theirs in _KEYS.items():
-        value = settings.get(theirs, settings.get("n_ctx") if theirs == "n_positions" else None)
+        value = _size(settings, theirs, path)
         if type(value) is not int:
             raise ValueError(f"{path}: {theirs} is {value!r}, not a whole number")
         sizes[ours] = value
     if settings.get("n_inner") not in (None, 4 * sizes["emb_dim"]):
         raise ValueError(f"{path}: n_inner is {settings['n_inner']}; a GPTModel has 4 times n_embd")
+    tied = settings.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}, neither true nor false")
+    rates: dict[str, Any] = {}
+    for ours, theirs in _RATES.items():
+        rate = settings.get(theirs, 0.1)
+        if type(rate) not in (int, float):
+            raise ValueError(f"{path}: {theirs} is {rate!r}, not a number")
+        if ours == "drop_rate" or rate != rates["drop_rate"]:
+            rates[ours] = rate
     try:
-        return GPTConfig(
-            **sizes,
-            drop_rate=settings.get("resid_pdrop", 0.1),
-            attn_drop_rate=_other_than(
-                settings.get("resid_pdrop", 0.1), settings.get("attn_pdrop", 0.1)
-            ),
-            qkv_bias=True,
-            tied_embeddings=bool(settings.get("tie_word_embeddings", True)),
-        )
-    except (TypeError, ValueError) as error:
+        return GPTConfig(**sizes, **rates, qkv_bias=True, tied_embeddings=tied)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _other_than(rate: Any, other: Any) -> Any:
-    return None if other == rate else other
+def _size(settings: dict[str, Any], key: str, path: Path) -> Any:
+    """A setting under either of its names; ``ValueError`` where they have different values."""
+    alias = _ALIASES.get(key, key)
+    value = settings.get(key, settings.get(alias))
+    if settings.get(alias, value) != value:
+        raise ValueError(
+            f"{path}: {key} is {value!r} and {alias} is {settings[alias]!r}; remove the wrong one"
+        )
+    return settings.get("n_ctx") if value is None and key == "n_positions" else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import Source
-from gpt_lightning.pretrained.gpt2_names import gpt2_names
+from gpt_lightning.pretrained.formats import Source, same_values
+from gpt_lightning.pretrained.gpt2_names import HEAD, gpt2_names, names_in_file, spelled
 
-_COMPILED = "_orig_mod."
 _PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64
 
 
@@ -29,8 +28,10 @@ def read_nanogpt(content: dict[str, Any], path: Path) -> Source:
     settings, theirs = content["model_args"], content["model"]
     if not isinstance(settings, dict) or not isinstance(theirs, dict):
         raise ValueError(f"{path}: its model_args and model are no dicts; give another")
-    theirs = {name.removeprefix(_COMPILED): tensor for name, tensor in theirs.items()}
-    has_bias = bool(settings.get("bias", True))
+    names = names_in_file(theirs, path)
+    theirs = {plain: theirs[name] for plain, name in names.items()}
+    # without the setting the tensors tell: before it was introduced, there were always biases
+    has_bias = bool(settings.get("bias", "ln_f.bias" in theirs))
     try:
         vocab_size = settings["vocab_size"]
         config = GPTConfig(
@@ -47,22 +48,25 @@ def read_nanogpt(content: dict[str, Any], path: Path) -> Source:
         raise ValueError(f"{path}: its model_args are no GPT's ({error})") from error
     state_dict: dict[str, Tensor] = {}
     for name in gpt2_names(config.n_layers):
-        key = f"transformer.{name.module}.{'bias' if name.part == 'bias' else 'weight'}"
-        if isinstance(tensor := theirs.get(key), Tensor):
+        if isinstance(tensor := theirs.pop(spelled(name), None), Tensor):
             state_dict[name.ours] = tensor
         elif has_bias or name.part != "bias":
-            raise ValueError(f"{path}: has no {key}, which its model_args call for")
+            raise ValueError(
+                f"{path}: has no transformer.{spelled(name)}, which its model_args call for"
+            )
         elif not name.ours.endswith("qkv.bias"):
-            weight = theirs[f"transformer.{name.module}.weight"]
+            weight = state_dict[name.ours.removesuffix("bias") + "weight"]
             state_dict[name.ours] = torch.zeros(weight.shape[0], dtype=weight.dtype)
-    known = {f"transformer.{n.module}.{part}" for n in gpt2_names(config.n_layers)
-             for part in ("weight", "bias")}  # fmt: skip
-    head = theirs.get("lm_head.weight")
-    for key in theirs.keys() - known - {"lm_head.weight"}:
+    head = theirs.pop(HEAD, None)
+    for key in theirs:
         if not key.endswith(".attn.bias"):  # a causal mask
-            raise ValueError(f"{path}: has {key}, which no GPT of its model_args has")
-    if head is not None and not torch.equal(head, state_dict["tok_emb.weight"]):
+            raise ValueError(f"{path}: has {names[key]}, which no GPT of its model_args has")
+    warnings: tuple[str, ...] = ()
+    if head is not None and not same_values(head, state_dict["tok_emb.weight"]):
         config = replace(config, tied_embeddings=False)
+        warnings = (
+            f"{path}: {names[HEAD]} has other weights than the token embedding; they are kept",
+        )
         state_dict["out_head.weight"] = head[: config.vocab_size]
     state_dict["tok_emb.weight"] = state_dict["tok_emb.weight"][: config.vocab_size]
-    return Source(config, state_dict)
+    return Source(config, state_dict, warnings=warnings)

@@ -70,7 +70,9 @@ def read_openai(folder: Path) -> Source:
             tensor = tensor[0].t()
         state_dict[name.ours] = tensor
         there.discard(theirs)
-    if more := [name for name in there if name.startswith("model/")]:
+    # what an optimizer counts are scalars; a matrix, such as a head, is not to be lost
+    more = [n for n in there if n.startswith("model/") or read_tensor(converted, n).dim() > 1]
+    if more:
         raise ValueError(f"{folder}: has {min(more)}, which no GPT-2 of its hparams.json has")
     return Source(config, state_dict)
 

@@ -1,5 +1,6 @@
 """SOURCE, wherever a command takes one, to weights."""
 
+import sys
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
@@ -19,6 +20,7 @@ from gpt_lightning.pretrained.formats import (
     let_go_of,
     read_lightning,
     read_torch,
+    stored_dtype,
     take_weights,
 )
 from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
@@ -29,6 +31,9 @@ _LOOKED_FOR = (
     "last.ckpt or best.ckpt (a run), config.json with model.safetensors (Hugging Face), "
     "hparams.json with model.ckpt.index (OpenAI)"
 )
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def find_checkpoint(source: str) -> Path:
@@ -91,7 +96,7 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
     GPT-2 (:func:`gpt2_size`) that is no path is what the download command has fetched.
 
     Args:
-        n_heads: For the one form that does not tell it, the book's.
+        n_heads: For a file of the book's own code, which does not hold it.
 
     Raises:
         ValueError: It is none of the forms, damaged, or contradicts itself.
@@ -109,12 +114,26 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
         else:
             found = _read_file(find_checkpoint(located), n_heads)
         _check(found, source)
+        found = _with_dtype_warning(found, source)
     # what a content of another kind than its form has may run into: a number for a name, a scalar for a
     # matrix, a size beyond all memory
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         brief = " ".join(str(error).split())[:120]
         raise ValueError(f"{source}: is damaged or contradicts itself ({brief})") from error
     return found
+
+
+def check_heads(found: Source, source: str, n_heads: int | None) -> None:
+    """``ValueError`` where ``n_heads`` is given and contradicts ``source``."""
+    if n_heads not in (None, found.config.n_heads):
+        raise ValueError(
+            f"n_heads: {source} has {found.config.n_heads}, not {n_heads}; leave it out"
+        )
+
+
+def print_warnings(found: Source) -> None:
+    for line in found.warnings:
+        print(f"gpt_lightning: {line}", file=sys.stderr)
 
 
 def load_model(
@@ -126,10 +145,8 @@ def load_model(
 ) -> GPTModel:
     """The model that ``source`` names, in eval mode; for arguments and errors see :func:`read_source`."""
     found = read_source(source, n_heads=n_heads)
-    if n_heads not in (None, found.config.n_heads):
-        raise ValueError(
-            f"n_heads: {source} has {found.config.n_heads}, not {n_heads}; leave it out"
-        )
+    check_heads(found, source, n_heads)
+    print_warnings(found)
     return build_model(replace(found, optimizer_state=None), device=device, dtype=dtype)
 
 
@@ -209,7 +226,22 @@ def _check(found: Source, source: str) -> None:
                 f"{source}: {name} is {tuple(own.shape)}, its architecture says "
                 f"{tuple(tensor.shape)}; give a whole copy"
             )
-        if not own.is_floating_point():
+        if own.dtype not in _DTYPES:
             raise ValueError(f"{source}: {name} holds {own.dtype}, no weights; give another")
     if unknown := found.state_dict.keys() - expected.keys():
         raise ValueError(f"{source}: has {min(unknown)}, which is no part of its architecture")
+
+
+def _with_dtype_warning(found: Source, source: str) -> Source:
+    dtypes = sorted({_name(tensor.dtype) for tensor in found.state_dict.values()})
+    if len(dtypes) == 1:
+        return found
+    line = (
+        f"{source}: has weights in {' and '.join(dtypes)}; {_name(stored_dtype(found))} is used for all, "
+        "where no other dtype is asked for"
+    )
+    return replace(found, warnings=(*found.warnings, line))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

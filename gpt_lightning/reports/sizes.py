@@ -23,8 +23,13 @@ from gpt_lightning.generation.text import generate_texts
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import cross_entropy
 from gpt_lightning.model.packed import pack_weights
-from gpt_lightning.pretrained.formats import Source
-from gpt_lightning.pretrained.source import build_model, read_source, weight_files
+from gpt_lightning.pretrained.formats import Source, stored_dtype
+from gpt_lightning.pretrained.source import (
+    build_model,
+    print_warnings,
+    read_source,
+    weight_files,
+)
 from gpt_lightning.reports.sampling import in_any_font
 
 if TYPE_CHECKING:
@@ -122,13 +127,15 @@ def measure(source: str, task: Task) -> Measured:
         raise ValueError(
             f"{source}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}; give another"
         )
+    print_warnings(found)
+    dtype = dtype or stored_dtype(found)
     described = _description(source, _parameters(found))
     needed = int(_ROOM * sum(
-        t.numel() * (dtype or t.dtype).itemsize for t in found.state_dict.values()
+        t.numel() * dtype.itemsize for t in found.state_dict.values()
     ))  # fmt: skip
     if found.config.tied_embeddings:  # decoding reads the head in an order of its own
         embedding = found.state_dict["tok_emb.weight"]
-        needed += embedding.numel() * (dtype or embedding.dtype).itemsize
+        needed += embedding.numel() * dtype.itemsize
     if task.text is not None:  # logits, their logarithms
         needed += 8 * task.batch_size * task.context_length * found.config.vocab_size
     if needed > (free := _free_memory(task)):

@@ -70,6 +70,10 @@ def checkpoint_to_resume(
         )
     if not isinstance(checkpoint.get("tokens_seen"), int):
         raise ValueError(f"ckpt_path: {path} is of another LightningModule; give another")
+    if {f"model.{name}" for name in found.state_dict} != checkpoint["state_dict"].keys():
+        raise ValueError(
+            f"ckpt_path: {path} has other names than a run's checkpoint; give it as --init_from"
+        )
     _check_state(checkpoint, path)
     return path, agreed_architecture(f"ckpt_path: {path}", found.config, named)
 

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate, load_model
-from gpt_lightning.data.tokenizer import gpt2_encoding
+from gpt_lightning.data.tokenizer import gpt2_encoding, vocabulary_file
+from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.pretrained import openai
 from gpt_lightning.pretrained.convert import Form, convert
 from gpt_lightning.pretrained.formats import Source, write_lightning
 from gpt_lightning.pretrained.gpt2_names import gpt2_names
 from gpt_lightning.pretrained.openai import _spelled as spelled
 from gpt_lightning.pretrained.source import read_source
+from gpt_lightning.reports.sizes import Task, measure
 
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"
@@ -353,7 +355,7 @@ def fit_to_convert(command: Command) -> Path:
     return Path("checkpoints/r/last.ckpt")
 
 
-def test_openais_files_with_a_head(
+def test_openais_files_with_a_head_or_another_tokenizer(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorFlow stays out: its checkpoint is there as the safetensors file that is made of it."""
@@ -370,7 +372,15 @@ def test_openais_files_with_a_head(
     hparams = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 24, "n_head": 12, "n_layer": 1}
     Path("tf/hparams.json").write_text(json.dumps(hparams))
     Path("tf/model.ckpt.index").touch()
+    shutil.copy(vocabulary_file("encoder.json"), "tf")
+    shutil.copy(vocabulary_file("vocab.bpe"), "tf")
     assert_same_logits(load_model("tf"), theirs, random_ids(2, 20))
+    assert command("generate", "--from=tf", "--prompt=a", "--max_new_tokens=1").err == ""
+    swap(Path("tf/encoder.json"))
+    done = command("generate", "--from=tf", "--prompt=a")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "tf: has another tokenizer than GPT-2's: tf/encoder.json has another" in done.err
+    shutil.copy(vocabulary_file("encoder.json"), "tf")
     more = {"head/w": tensors["model/wte"] + 1, "beta1_power": torch.ones(())}
     save_file(tensors | more, tmp_path / "turned.safetensors")
     done = command("generate", "--from=tf", "--prompt=a")
@@ -528,6 +538,199 @@ def test_prefixes_of_wrapped_models(tmp_path: Path, prefix: str) -> None:
     torch.save(content, tmp_path / "wrapped.ckpt")
     again = read_source(str(tmp_path / "wrapped.ckpt"))
     assert again.state_dict.keys() == found.state_dict.keys()
+
+
+# --- another tokenizer ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with the tokenizer that transformers saves beside it, in one file and in two."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "hf"
+    random_gpt2(folder, emb_dim=8, n_heads=2, n_layers=1, n_positions=32)
+    shutil.copy(vocabulary_file("encoder.json"), folder / "vocab.json")
+    shutil.copy(vocabulary_file("vocab.bpe"), folder / "merges.txt")
+    transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+def spell_differently(folder: Path) -> None:
+    """The same content: keys in another order, indented, merges as strings, other line ends."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    del content["model"]["vocab"]["<|endoftext|>"]
+    content["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+    }
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+    vocabulary = json.loads((folder / "vocab.json").read_bytes())
+    text = json.dumps(dict(reversed(vocabulary.items())), ensure_ascii=False, indent=1)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (folder / "merges.txt").write_bytes("\r\n".join(lines[1:]).encode())
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2TokenizerFast",
+              pad_token="<|endoftext|>", clean_up_tokenization_spaces=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [lambda folder: None, spell_differently])
+def test_gpt2s_tokenizer_however_it_is_written(
+    with_tokenizer: Path, tmp_path: Path, command: Command, change: Callable[[Path], None]
+) -> None:
+    shutil.copytree(with_tokenizer, "hf")
+    change(Path("hf"))
+    done = command("generate", "--from=hf", "--prompt=a", "--max_new_tokens=1")
+    assert (done.code, done.err) == (0, "")
+    done = command("convert", "hf", "again", "--format=hf")
+    assert done.code == 0, done.err
+    assert command("generate", "--from=again", "--prompt=a", "--max_new_tokens=1").code == 0
+
+
+def swap(path: Path, *keys: str) -> None:
+    """The first two entries of a list or dict in a JSON file trade places."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    inner = content
+    for key in keys:
+        inner = inner[key]
+    one, other = (0, 1) if isinstance(inner, list) else list(inner)[:2]
+    inner[one], inner[other] = inner[other], inner[one]
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def swap_merges(folder: Path) -> None:
+    version, one, other, *rest = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    text = "\n".join([version, other, one, *rest])
+    (folder / "merges.txt").write_text(text, encoding="utf-8")
+
+
+def add_token(folder: Path) -> None:
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|user|>"])
+    tokenizer.save_pretrained(folder)
+
+
+def save_with(**settings: Any) -> Callable[[Path], None]:
+    """As transformers saves its tokenizer with other settings."""
+
+    def change(folder: Path) -> None:
+        transformers.GPT2Tokenizer.from_pretrained(folder, **settings).save_pretrained(folder)
+        edit_json(folder / "tokenizer_config.json", **dict.fromkeys(settings))
+
+    return change
+
+
+OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "vocab.json": (lambda f: swap(f / "vocab.json"), "vocab.json has another vocabulary"),
+    "merges.txt": (swap_merges, "merges.txt has other merges"),
+    "vocabulary": (
+        lambda f: swap(f / "tokenizer.json", "model", "vocab"),
+        "tokenizer.json has another vocabulary",
+    ),
+    "merges": (
+        lambda f: swap(f / "tokenizer.json", "model", "merges"),
+        "tokenizer.json has other merges",
+    ),
+    "added": (add_token, "adds the token '<|user|>'"),
+    "prefix space": (save_with(add_prefix_space=True), "splits a text otherwise"),
+    "bos": (save_with(add_bos_token=True), "adds tokens to each text"),
+    "normalizer": (
+        lambda f: edit_json(f / "tokenizer.json", normalizer={"type": "NFC"}),
+        "has a normalizer",
+    ),
+    "not json": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be read"),
+    "class": (
+        lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class="BertTokenizer"),
+        "names BertTokenizer",
+    ),
+    "class in config": (
+        lambda f: edit_json(f / "config.json", tokenizer_class="BertTokenizer"),
+        "names BertTokenizer",
+    ),
+    "sentencepiece": (lambda f: (f / "spiece.model").touch(), "spiece.model belongs to another"),
+}  # fmt: skip
+
+
+SLOW = ("prefix space", "bos", "vocabulary", "merges")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [pytest.param(other, marks=pytest.mark.slow if other in SLOW else ()) for other in OTHERS],
+)
+def test_another_tokenizer_is_refused_for_text(
+    with_tokenizer: Path, tmp_path: Path, command: Command, other: str
+) -> None:
+    shutil.copytree(with_tokenizer, "hf")
+    change, cause = OTHERS[other]
+    change(Path("hf"))
+    done = command("generate", "--from=hf", "--prompt=a")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("gpt_lightning: error: hf: has another tokenizer than GPT-2's: "), (
+        done.err
+    )
+    assert cause in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.fixture
+def other_tokenizers(with_tokenizer: Path, command: Command) -> list[str]:
+    shutil.copytree(with_tokenizer, "hf")
+    OTHERS["vocab.json"][0](Path("hf"))
+    characters = random_gpt2(Path("x"), emb_dim=8, n_heads=2, n_layers=1, vocab_size=65)
+    content = nanogpt_file(characters)
+    torch.save(content, "ckpt.pt")
+    Path("beside").mkdir()
+    gpt2 = transformers.GPT2LMHeadModel.from_pretrained(with_tokenizer)
+    torch.save(nanogpt_file(gpt2), "beside/ckpt.pt")
+    Path("beside/meta.pkl").write_bytes(b"never opened")
+    torch.save(nanogpt_file(gpt2, vocab_size=50257), "gpt2.pt")
+    return ["hf", "ckpt.pt", "beside/ckpt.pt"]
+
+
+def test_another_tokenizer_is_refused_wherever_text_is_used(
+    other_tokenizers: list[str], command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2 = f"--config={ROOT}/configs/gpt2.yaml"
+    for source in other_tokenizers:
+        for arguments in (
+            ["generate", f"--from={source}", "--prompt=A"],
+            ["report", "sampling", f"--from={source}", "--prompt=A"],
+            ["report", "sweep", f"--from={source}", "--prompt=A"],
+            ["validate", gpt2, f"--init_from={source}", "--data.text=sample"],
+            ["fit", gpt2, f"--init_from={source}", "--data.text=sample"],
+            ["plan", gpt2, f"--init_from={source}", "--data.text=sample"],
+        ):
+            done = command(*arguments)
+            assert done.code == 2, (arguments, done.out)
+            assert f"{source}: has another tokenizer than GPT-2's: " in done.err
+            assert done.err.count("\n") == 1
+    done = command("generate", "--from=gpt2.pt", "--prompt=A", "--max_new_tokens=1")
+    assert done.code == 0, done.err
+    task = Task(prompt="A", sampling=Sampling(), num_samples=1, max_new_tokens=1, seed=1)
+    with pytest.raises(ValueError, match="has another tokenizer than GPT-2's"):
+        measure("ckpt.pt", task)  # what report sizes does in a process of its own
+    load_model("ckpt.pt")  # for whoever has the ids
+    assert "ckpt.pt: has another tokenizer than GPT-2's" in capsys.readouterr().err
+    assert not Path("checkpoints").exists()
+
+
+def test_another_tokenizer_does_not_become_gpt2s_by_a_conversion(
+    other_tokenizers: list[str], command: Command
+) -> None:
+    """Where the vocabulary is smaller each form shows it; where it is not, none does."""
+    for form, dest in (("hf", "dest"), ("book", "dest.pth"), ("lightning", "dest.ckpt")):
+        for source in ("hf", "beside/ckpt.pt"):
+            done = command("convert", source, dest, f"--format={form}", "--n_heads=2")
+            assert (done.code, done.err.count("\n")) == (2, 1)
+            assert f"{source}: has another tokenizer than GPT-2's: " in done.err
+        done = command("convert", "ckpt.pt", dest, f"--format={form}")
+        assert done.code == 0, done.err
+        done = command("generate", f"--from={dest}", "--prompt=A")
+        assert done.code == 2
+        assert "its vocabulary has 65 tokens" in done.err
+    assert not Path("dest/vocab.json").exists()
 
 
 def test_a_checkpoint_with_other_names_is_no_run_to_resume(command: Command) -> None:

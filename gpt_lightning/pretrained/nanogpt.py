@@ -1,6 +1,7 @@
 """nanoGPT's ``ckpt.pt``. Its GELU is the exact one, ours GPT-2's tanh form: logits differ by about 1e-3."""
 
 from dataclasses import replace
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gpt_lightning.pretrained.formats import Source, same_values
 from gpt_lightning.pretrained.gpt2_names import HEAD, gpt2_names, names_in_file, spelled
 
 _PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64
+_META = "meta.pkl"  # a tokenizer of the data's own, a pickle that is never opened
 
 
 def is_nanogpt(content: Any) -> bool:
@@ -69,4 +71,14 @@ def read_nanogpt(content: dict[str, Any], path: Path) -> Source:
         )
         state_dict["out_head.weight"] = head[: config.vocab_size]
     state_dict["tok_emb.weight"] = state_dict["tok_emb.weight"][: config.vocab_size]
-    return Source(config, state_dict, warnings=warnings)
+    other_tokenizer = _other_tokenizer(config, path)
+    return Source(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
+
+
+def _other_tokenizer(config: GPTConfig, path: Path) -> str | None:
+    """nanoGPT's data has GPT-2's tokenizer, or one of its own, of any size, in ``meta.pkl``."""
+    if lexists(path.parent / _META):
+        return f"{path.parent / _META} belongs to another tokenizer"
+    if config.vocab_size != VOCAB_SIZE:
+        return f"its vocabulary has {config.vocab_size} tokens"
+    return None

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from gpt_lightning.data.corpus import cache_folder
 from gpt_lightning.data.manifest import damaged_files, write_manifest
-from gpt_lightning.data.tokenizer import vocabulary_file
+from gpt_lightning.data.tokenizer import VOCAB_SIZE, vocabulary_bytes
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.formats import Source
 from gpt_lightning.pretrained.gpt2_names import GPT2Name, gpt2_names
@@ -31,6 +31,7 @@ from gpt_lightning.pretrained.huggingface import (
     tensor_names,
     write_json,
 )
+from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
 
 CHECKPOINT = "model.ckpt"
 INDEX, DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"
@@ -74,7 +75,9 @@ def read_openai(folder: Path) -> Source:
     more = [n for n in there if n.startswith("model/") or read_tensor(converted, n).dim() > 1]
     if more:
         raise ValueError(f"{folder}: has {min(more)}, which no GPT-2 of its hparams.json has")
-    return Source(config, state_dict)
+    return Source(
+        config, state_dict, other_tokenizer=tokenizer_difference(folder, config.vocab_size)
+    )
 
 
 def write_openai(source: Source, folder: Path) -> None:
@@ -108,8 +111,9 @@ def write_openai(source: Source, folder: Path) -> None:
     write_json(
         folder / "hparams.json", {theirs: getattr(config, ours) for ours, theirs in _KEYS.items()}
     )
-    for vocabulary in ("encoder.json", "vocab.bpe"):
-        (folder / vocabulary).write_bytes(Path(vocabulary_file(vocabulary)).read_bytes())
+    if config.vocab_size >= VOCAB_SIZE:  # else its tokens are not GPT-2's
+        for vocabulary in ("encoder.json", "vocab.bpe"):
+            (folder / vocabulary).write_bytes(vocabulary_bytes(vocabulary))
 
 
 def _spelled(name: GPT2Name) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gpt_lightning.data.manifest import check_manifest
+from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.book import is_book, read_book
@@ -120,7 +121,19 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         brief = " ".join(str(error).split())[:120]
         raise ValueError(f"{source}: is damaged or contradicts itself ({brief})") from error
+    if found.other_tokenizer is None and found.config.vocab_size < VOCAB_SIZE:
+        cause = f"its vocabulary has {found.config.vocab_size} tokens"
+        found = replace(found, other_tokenizer=cause)
     return found
+
+
+def check_tokenizer(found: Source, source: str) -> None:
+    """``ValueError`` where text for this model cannot be encoded with GPT-2's tokenizer."""
+    if found.other_tokenizer is not None:
+        raise ValueError(
+            f"{source}: has another tokenizer than GPT-2's: {found.other_tokenizer}; give a model "
+            "with GPT-2's tokenizer"
+        )
 
 
 def check_heads(found: Source, source: str, n_heads: int | None) -> None:
@@ -142,10 +155,20 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     n_heads: int | None = None,
+    for_text: bool = False,
 ) -> GPTModel:
-    """The model that ``source`` names, in eval mode; for arguments and errors see :func:`read_source`."""
+    """The model that ``source`` names, in eval mode; for arguments and errors see :func:`read_source`.
+
+    Args:
+        for_text: Whether a model whose tokenizer is not GPT-2's is refused; else there is a warning.
+    """
     found = read_source(source, n_heads=n_heads)
     check_heads(found, source, n_heads)
+    if for_text:
+        check_tokenizer(found, source)
+    elif found.other_tokenizer is not None:
+        line = f"{source}: has another tokenizer than GPT-2's: {found.other_tokenizer}"
+        found = replace(found, warnings=(*found.warnings, line))
     print_warnings(found)
     return build_model(replace(found, optimizer_state=None), device=device, dtype=dtype)
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from gpt_lightning.data.loader import WindowLoader
-from gpt_lightning.data.tokenizer import VOCAB_SIZE, encode_prompt
+from gpt_lightning.data.tokenizer import encode_prompt
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import Windows
 from gpt_lightning.generation.generate import stream_ids
@@ -26,6 +26,7 @@ from gpt_lightning.model.packed import pack_weights
 from gpt_lightning.pretrained.formats import Source, stored_dtype
 from gpt_lightning.pretrained.source import (
     build_model,
+    check_tokenizer,
     print_warnings,
     read_source,
     weight_files,
@@ -123,10 +124,7 @@ def measure(source: str, task: Task) -> Measured:
     """
     dtype = getattr(torch, task.dtype) if task.dtype else None
     found = read_source(source, n_heads=task.n_heads)
-    if found.config.vocab_size < VOCAB_SIZE:
-        raise ValueError(
-            f"{source}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}; give another"
-        )
+    check_tokenizer(found, source)
     print_warnings(found)
     dtype = dtype or stored_dtype(found)
     described = _description(source, _parameters(found))

@@ -322,6 +322,20 @@ def test_shards_that_are_not_there(refuse: Any, whole: Path, tmp_path: Path) -> 
         refuse("hf", cause)
 
 
+def test_a_shard_that_the_index_does_not_name(refuse: Any, tmp_path: Path) -> None:
+    """It may hold the head, which would be taken for tied."""
+    model = random_gpt2(tmp_path / "one", vocab_size=300, n_layer=1, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = content["weight_map"].pop("lm_head.weight")
+    assert shard not in content["weight_map"].values()
+    index.write_text(json.dumps(content))
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    refuse("hf", f"does not name {shard}")
+
+
 class Canary:
     def __reduce__(self) -> Any:
         return os.mkdir, ("canary",)
@@ -365,6 +379,7 @@ def test_folder_that_is_none(refuse: Any, tmp_path: Path) -> None:
         ("quikstart", "checkpoints/quickstart"),
         ("models/modle.pth", "models/model.pth"),
         ("model/model.pth", "models/model.pth"),
+        ("models/weights.safetensor", "models/weights.safetensors"),
     ],
 )
 def test_a_path_that_is_not_there_gets_the_nearest(refuse: Any, source: str, meant: str) -> None:
@@ -373,6 +388,7 @@ def test_a_path_that_is_not_there_gets_the_nearest(refuse: Any, source: str, mea
     Path("checkpoints/verdict").mkdir()
     Path("models").mkdir()
     Path("models/model.pth").touch()
+    Path("models/weights.safetensors").touch()
     refuse(source, f"{source}: does not exist", f"did you mean {meant}?")
 
 

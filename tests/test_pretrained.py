@@ -115,6 +115,13 @@ def test_a_head_of_its_own_is_kept_where_the_config_ties_it(
     assert not ours.config.tied_embeddings
     assert_same_logits(ours, theirs, random_ids(2, 20))
     assert_same_logits(ours, model, random_ids(2, 20))
+    # an error stays one line
+    done = command("convert", "hf", "tf", "--format=openai-tf")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    done = command("validate", f"--config={ROOT}/configs/gpt2.yaml", "--init_from=hf",
+                   "--model.config.tied_embeddings=true")  # fmt: skip
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "the source's head has weights of its own" in done.err
 
 
 @pytest.mark.parametrize("kept", ["transformer.wte.weight", "lm_head.weight", "both"])

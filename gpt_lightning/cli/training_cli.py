@@ -156,13 +156,13 @@ class TrainingCLI(LightningCLI):
         elif source := self.source_name():
             self.source = read_source(source, n_heads=named.get("n_heads"))
             check_tokenizer(self.source, source)
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                print_warnings(self.source)
             if "tied_embeddings" in named:
                 self.source = with_head(self.source, tied=named["tied_embeddings"])
             adopted = agreed_architecture(
                 f"init_from: {source}", self.source.config, named, self.source.assumed
             )
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                print_warnings(self.source)
         elif self.verb == "validate":
             raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
         else:

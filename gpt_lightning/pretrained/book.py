@@ -54,7 +54,8 @@ def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -
     config = _shapes(theirs, path)
     warnings: tuple[str, ...] = ()
     assumed = frozenset({"drop_rate"})
-    if (recorded := getattr(saved, "_metadata", {}).get(_METADATA)) is not None:
+    recorded = (getattr(saved, "_metadata", None) or {}).get(_METADATA)
+    if recorded is not None:
         config, assumed = stored_config(recorded, path), frozenset()
     elif n_heads is not None:
         config = replace(config, n_heads=n_heads)

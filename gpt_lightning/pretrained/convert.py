@@ -55,13 +55,6 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
             f"{source}: has another tokenizer than GPT-2's: {found.other_tokenizer}; no form that is written here "
             "holds it, so text would be read with GPT-2's; give a model with GPT-2's tokenizer"
         )
-    print_warnings(found)
-    if "drop_rate" in found.assumed and form != "openai-tf":
-        rate = found.config.drop_rate
-        print(
-            f"gpt_lightning: {source}: does not hold its dropout; {rate} is written",
-            file=sys.stderr,
-        )
     found = in_one_dtype(found)
     with _whole_or_not_at_all(dest) as hidden:
         if suffix is None:
@@ -69,6 +62,13 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
         _WRITERS[form](found, hidden)
         if suffix is None:
             write_manifest(hidden, [path.name for path in hidden.iterdir()])
+    print_warnings(found)
+    if "drop_rate" in found.assumed and form != "openai-tf":
+        rate = found.config.drop_rate
+        print(
+            f"gpt_lightning: {source}: does not hold its dropout; {rate} is written",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

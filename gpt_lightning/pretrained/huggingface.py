@@ -163,6 +163,11 @@ def _homes(folder: Path) -> dict[str, Path]:
         if Path(shard).name != shard:
             raise ValueError(f"{folder / INDEX}: names {shard}, which is not in its folder")
         homes.update(dict.fromkeys(tensor_names(folder / shard), folder / shard))
+    shards = {home.name for home in homes.values()}
+    for more in sorted({path.name for path in folder.glob("model-*.safetensors")} - shards):
+        # of as many as the index has; of another number they are left from another save
+        if more.partition("-of-")[2] in {shard.partition("-of-")[2] for shard in shards}:
+            raise ValueError(f"{folder / INDEX}: does not name {more}; give a whole copy")
     for name, shard in weight_map.items():
         if homes.get(name) != folder / str(shard):
             raise ValueError(f"{folder / INDEX}: {name} is not in {shard}; give a whole copy")

@@ -34,6 +34,7 @@ _LOOKED_FOR = (
 )
 
 
+_SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -87,7 +88,7 @@ def _children(folder: Path) -> list[Path]:
         children = list(islice(folder.iterdir(), 1000))
     except OSError:
         return []
-    return [c for c in children if c.suffix in (".ckpt", ".pth", ".pt") or c.is_dir()]
+    return [c for c in children if c.suffix in _SUFFIXES or c.is_dir()]
 
 
 def read_source(source: str, *, n_heads: int | None = None) -> Source:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -315,6 +315,73 @@ def test_or_it_stops(command: Command, fit: Command) -> None:
     assert "No space left on device" in done.err.splitlines()[-1]
     assert read_checkpoint(newest_whole(RUN))["global_step"] == 1
     fit("--trainer.max_steps=4", "--ckpt_path=last")
+
+
+class Moves(Callback):
+    """Takes files of the run away after its second step, as a user or another program may."""
+
+    names: ClassVar[list[str]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            for name in self.names:
+                (RUN / name).rename(f"taken-{name}")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["last.ckpt"], ["last.ckpt", "previous.ckpt", "best.ckpt"], ["manifest.json", "last.ckpt"]],
+)
+def test_files_that_are_taken_away_are_saved_again_at_once(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    monkeypatch.setattr(Moves, "names", names)
+    done = fit("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1", "--evaluation.eval_freq=1",
+               "--allow_import=test_durability", "--trainer.callbacks+=test_durability.Moves")  # fmt: skip
+    assert f"{RUN / 'last.ckpt'} is gone" in done.err
+    assert "cannot be written" not in done.err
+    assert read_checkpoint(newest_whole(RUN))["global_step"] == 3
+    fit("--trainer.max_steps=5", "--ckpt_path=last")
+
+
+def test_a_save_that_fails_says_only_what_is_true(tmp_path: Path) -> None:
+    io = DurableCheckpointIO()
+    (tmp_path / "run").write_text("a file where the folder should be")
+    io.save_checkpoint(small_checkpoint(1), tmp_path / "run" / "last.ckpt")
+    assert str(io.failures["last.ckpt"]).endswith("; there is no such file")
+
+
+def test_metrics_that_are_taken_away_are_written_again(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Moves, "names", ["metrics.csv"])
+    done = fit("--trainer.max_steps=4", "--evaluation.eval_freq=1",
+               "--allow_import=test_durability", "--trainer.callbacks+=test_durability.Moves")  # fmt: skip
+    assert done.err.count("metrics.csv is gone") == 1
+    steps = [line.split(",")[0] for line in (RUN / "metrics.csv").read_text().splitlines()]
+    assert steps == ["step", "0", "1", "2", "3"]
+    fit("--trainer.max_steps=5", "--evaluation.eval_freq=1", "--ckpt_path=last")
+    steps = [line.split(",")[0] for line in (RUN / "metrics.csv").read_text().splitlines()]
+    assert steps == ["step", "0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16-true", 2), ("32-true", 4), ("64-true", 8)])
+def test_room_is_counted_in_the_runs_precision(
+    fit: Command, command: Command, monkeypatch: pytest.MonkeyPatch, precision: str, size: int
+) -> None:
+    from conftest import ROOT, SMALL
+
+    fit("--run=real", "--trainer.max_steps=1", f"--trainer.precision={precision}")
+    real = Path("checkpoints/real/last.ckpt").stat().st_size
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 98 // 100))
+    arguments = ["fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1",
+                 f"--trainer.precision={precision}"]  # fmt: skip
+    done = command(*arguments)
+    assert done.code == 2
+    assert f"for 4 files of {real / 1e9:.2f} GB" in done.err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 102 // 100))
+    assert command(*arguments).code == 0
 
 
 def test_no_room_is_said_before_the_first_step(

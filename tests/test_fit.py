@@ -211,6 +211,63 @@ def test_run_that_stops_itself_in_mid_epoch_goes_on(
     assert same_run("straight", "cut")
 
 
+@pytest.mark.parametrize(
+    ("limit", "larger", "says"),
+    [
+        ("--trainer.max_steps=5", "--trainer.max_steps=6", "step 5 of 5"),
+        ("--trainer.max_epochs=1", "--trainer.max_epochs=2", "epoch 1 of 1"),
+        ("--max_tokens=150", "--max_tokens=170", "token 160 of 150"),
+    ],
+)
+def test_a_finished_run_says_how_to_train_further(
+    fit: Command, limit: str, larger: str, says: str
+) -> None:
+    ends = ["--trainer.max_epochs=-1"] if "epochs" not in limit else []
+    fit(*ends, limit)
+    before = _listed(Path("checkpoints"))
+    for ckpt_path in ("last", "auto", "checkpoints/quickstart/last.ckpt"):
+        done = fit(*ends, limit, f"--ckpt_path={ckpt_path}")
+        assert done.out == ""
+        option = limit.partition("=")[0]
+        assert done.err.splitlines()[-1] == (
+            f"checkpoints/quickstart: already finished ({says}); to train further, give a larger {option}"
+        )
+        assert _listed(Path("checkpoints")) == before
+    fit(*ends, larger, "--ckpt_path=last")
+    assert _listed(Path("checkpoints")) != before
+
+
+def test_a_checkpoint_whose_epochs_were_miscounted_is_corrected(fit: Command) -> None:
+    """As Lightning wrote it after a resume at an epoch's end: an epoch is missing from its counts."""
+    extra = (*THREE_EPOCHS, "--checkpoint.every_n_train_steps=3")
+    fit("--run=straight", *extra)
+    fit("--run=cut", *extra, "--trainer.max_epochs=1")
+    fit("--run=cut", *extra, "--trainer.max_epochs=2", "--ckpt_path=last")
+    path = Path("checkpoints/cut/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        assert counts == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+        counts.update(ready=1, started=1)
+    torch.save(checkpoint, path)
+    Path("checkpoints/cut/manifest.json").unlink()
+    done = fit("--run=cut", *extra, "--ckpt_path=last")
+    assert "counts 1 epochs, its data are in epoch 2" in done.err
+    assert same_run("straight", "cut")
+    fit("--run=cut", *extra, "--ckpt_path=last")  # it is right from now on
+    assert same_run("straight", "cut")
+
+
+def test_overfit_batches_repeats_the_same_windows(fit: Command) -> None:
+    fit("--trainer.overfit_batches=1", "--trainer.max_epochs=60", "--model.config.drop_rate=0",
+        "--model.lr=0.02", "--evaluation.eval_freq=59", "--evaluation.prompt=null",
+        "--trainer.callbacks+=gpt_lightning.training.verify_resume.WindowRecorder",
+        "--trainer.callbacks.folder=.")  # fmt: skip
+    seen = [json.loads(line)[2] for line in Path("windows-0.jsonl").read_text().splitlines()]
+    assert seen == [[0, 1]] * 60
+    first, last = (float(row[2]) for row in losses("quickstart"))
+    assert last < 0.1 < 5 < first
+
+
 def test_saving_in_the_background_changes_nothing(fit: Command) -> None:
     fit("--run=waiting", *THREE_EPOCHS)
     fit("--run=background", *THREE_EPOCHS, "--checkpoint.asynchronous=true")

@@ -397,6 +397,40 @@ def test_plan_counts_the_epochs_updates_as_fit_does(command: Command) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=3"],  # an epoch has 7 batches
+        ["--trainer.max_steps=4", "--trainer.accumulate_grad_batches=3"],
+        ["--trainer.max_epochs=3", "--trainer.limit_train_batches=2"],
+        ["--trainer.max_epochs=3", "--trainer.limit_train_batches=0.5"],
+        ["--trainer.max_epochs=3", "--trainer.overfit_batches=2"],
+        ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--data.global_batch_size=4"],
+        ["--trainer.max_epochs=2", "--data.global_batch_size=6"],
+        ["--trainer.max_epochs=null", "--max_tokens=500", "--trainer.accumulate_grad_batches=3"],
+        ["--trainer.max_epochs=2", "--max_tokens=150", "--trainer.limit_train_batches=3"],
+    ],
+    ids=" ".join,
+)
+def test_plan_counts_updates_and_tokens_as_fit_does(command: Command, settings: list[str]) -> None:
+    settings = [QUICKSTART, *SMALL, "--data.num_workers=0", *settings]
+    found = as_json(command, *settings)
+    done = command("fit", *settings, "--evaluation.prompt=null")
+    assert done.code == 0, done.err
+    last = read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))
+    assert (found["updates"], found["tokens"]) == (last["global_step"], last["tokens_seen"])
+    assert f"step 0 of {found['updates']} ({found['epochs']:.3g} epochs)" in done.err
+
+
+def test_plan_says_how_often_the_text_is_seen(command: Command) -> None:
+    few = command("plan", QUICKSTART, *SMALL, "--trainer.max_epochs=12").out
+    assert "epochs            12 of 7 updates each\n" in few
+    many = command(
+        "plan", QUICKSTART, *SMALL, "--trainer.max_steps=7756", "--trainer.max_epochs=-1"
+    ).out
+    assert "epochs            1,108 of 7 updates each; so many passes usually overfit\n" in many
+
+
 def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) -> None:
     done = command("plan", QUICKSTART, *SMALL, "--trainer.max_steps=10")
     assert (done.code, done.err) == (0, "")

@@ -1,6 +1,7 @@
 """Signals, kills and restarts: a run that is stopped anywhere goes on as if it never had been."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,10 +20,11 @@ import torch
 from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 
+from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import preemption
 from gpt_lightning.training.preemption import Preemption
-from gpt_lightning.training.verify_resume import compare_checkpoints
+from gpt_lightning.training.verify_resume import compare_checkpoints, shorten
 
 UPDATES = 400
 FIT = [
@@ -282,6 +284,51 @@ def test_verify_resume(tmp_path: Path) -> None:
     left = Path("checkpoints/verified/last.ckpt")
     compared = compare_checkpoints(tmp_path / "kept/straight" / left, tmp_path / "kept/cut" / left)
     assert not any(part.difference for part in compared)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 7, 9, 10, 21, 252, 100_000])
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("ends_by", ["max_epochs", "max_steps", "max_tokens"])
+def test_a_shortened_run_is_killed_at_an_epochs_end(
+    batches: int, accumulate: int, ends_by: Any
+) -> None:
+    epoch = EpochShape(batches, accumulate, 32)
+    for steps, more_steps, kills in itertools.product((1, 2, 7, 10), (1, 3, 10), (1, 2, 3)):
+        if kills > more_steps:
+            continue
+        plan = shorten(epoch, ends_by, steps, more_steps, kills)
+        assert plan.steps >= steps + more_steps
+        if ends_by != "max_epochs":
+            assert plan.steps == steps + more_steps
+        assert list(plan.kills) == sorted(set(plan.kills))
+        assert all(steps <= kill < plan.steps for kill in plan.kills)
+        assert plan.kills[0] in (steps, steps + 1)
+        assert any(kill % plan.epoch_steps == 0 for kill in plan.kills)
+        assert any(kill >= plan.save_every for kill in plan.kills)
+        assert plan.epoch_steps <= epoch.steps
+        assert any(option.startswith(f"--{'' if ends_by == 'max_tokens' else 'trainer.'}{ends_by}=") for option in plan.limits)  # fmt: skip
+
+
+class LosesAnEpoch(Callback):
+    """What Lightning 2.6.6 does when a run resumes at an epoch's end."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        progress = trainer.fit_loop.epoch_progress
+        loader = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.global_step and loader.is_last_batch:
+            for counts in (progress.total, progress.current):
+                counts.ready -= 1
+                counts.started -= 1
+
+
+@pytest.mark.slow
+def test_verify_resume_finds_a_lost_epoch(tmp_path: Path) -> None:
+    small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--allow_import=test_preemption",
+             "--trainer.callbacks+=test_preemption.LosesAnEpoch"]  # fmt: skip
+    done = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=3",
+                  cwd=tmp_path, env=ENVIRONMENT)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "error: counters: " in done.stderr.splitlines()[-1]
 
 
 class Disturbed(Callback):

@@ -24,6 +24,7 @@ from gpt_lightning.pretrained.formats import read_checkpoint
 from gpt_lightning.training import callbacks, module, saving, throughput
 from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.optim import total_norm
 from gpt_lightning.training.saving import RunCheckpoints
 from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
 
@@ -51,6 +52,50 @@ def test_loss_by_chunks_is_the_loss(chunk_size: int, pad_vocabulary: bool) -> No
             found.append([loss.detach(), features.grad, weight.grad])
         for plain, by_chunks in zip(*found, strict=True):
             torch.testing.assert_close(by_chunks, plain, atol=tolerance, rtol=tolerance)
+
+
+def test_float64_stays_float64() -> None:
+    """The loss by chunks, its gradients, and the gradients' norm."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 12, 16, generator=generator, dtype=torch.float64)
+    w = torch.randn(301, 16, generator=generator, dtype=torch.float64)
+    targets = torch.randint(301, (2, 12), generator=generator)
+    found = []
+    for chunk_size in (None, 7):
+        features, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+        if chunk_size is None:
+            loss = cross_entropy(torch.nn.functional.linear(features, weight), targets)
+        else:
+            loss = chunked_cross_entropy(features, weight, targets, chunk_size)
+        loss.backward()
+        found.append([loss.detach(), features.grad, weight.grad])
+    for plain, by_chunks in zip(*found, strict=True):
+        torch.testing.assert_close(by_chunks, plain, atol=1e-14, rtol=1e-13)
+    exact = torch.cat([x.flatten(), w.flatten()]).norm()
+    torch.testing.assert_close(total_norm([x, w]), exact, atol=0, rtol=1e-14)
+
+
+def test_a_run_in_float64_has_its_loss_by_chunks(fit: Command) -> None:
+    settings = ["--trainer.precision=64-true", "--trainer.max_steps=5", "--trainer.gradient_clip_val=0.5",
+                "--evaluation.eval_freq=1"]  # fmt: skip
+    fit("--run=whole", *settings)
+    fit("--run=chunks", *settings, "--model.loss_chunk_size=7")
+    whole, chunks = (
+        read_checkpoint(Path(f"checkpoints/{run}/last.ckpt")) for run in ("whole", "chunks")
+    )
+    for name, tensor in whole["state_dict"].items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(chunks["state_dict"][name], tensor, atol=1e-12, rtol=1e-9)
+    # as they are, also where another run begins with them
+    fit(
+        "--run=again",
+        *settings,
+        "--init_from=checkpoints/whole",
+        "--model.lr=0",
+        "--model.warmup_steps=0",
+    )
+    again = read_checkpoint(Path("checkpoints/again/last.ckpt"))["state_dict"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole["state_dict"].items())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -28,6 +28,8 @@ def run(arguments: list[str]) -> int:
         from gpt_lightning.cli.fit import fit
 
         return fit(fit_arguments)
+    if own.kills is None:
+        own.kills = min(3, max(1, own.more_steps))
     for name in ("steps", "more_steps", "kills"):
         if getattr(own, name) < 1:
             raise ValueError(f"{name}: {getattr(own, name)} is too small; give 1 or more")

@@ -54,7 +54,11 @@ class RunProgress(ProgressBar):
             print(
                 f"{parameters:,} parameters on {pl_module.device}, {trainer.precision}; "
                 f"step {trainer.global_step} of {'?' if total is None else total}"
-                f"{'' if epoch is None or total is None else f' ({total / epoch.steps:.3g} epochs)'}",
+                + (
+                    ""
+                    if epoch is None or total is None
+                    else f" ({epoch.tokens_after(total) / epoch.tokens:.3g} epochs)"
+                ),
                 file=sys.stderr,
             )
         self._start("training", trainer.global_step, total)

@@ -1,4 +1,7 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import book
 import numpy as np
@@ -9,6 +12,7 @@ from torch.utils.data import DataLoader
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.loader import WindowLoader
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_prompt, gpt2_encoding
+from gpt_lightning.data.unicode import printable
 from gpt_lightning.data.windows import Windows
 
 
@@ -163,6 +167,105 @@ def test_folder_is_its_files_in_order(tmp_path) -> None:  # type: ignore[no-unty
     (tmp_path / "a.md").write_text("first", encoding="utf-8")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     assert read_corpus(str(tmp_path)) == "first<|endoftext|>second"
+
+
+LINES = "One.\nTwo.\n\nThree, at the end.\n"
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + LINES.encode(),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.replace("\n", "\r").encode(),
+        b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode(),
+    ],
+    ids=["BOM", "CRLF", "CR", "both"],
+)
+def test_byte_order_mark_and_line_ends_are_no_text(
+    tmp_path: Path, content: bytes, name: str
+) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    text = read_corpus(str(path if name == "file" else tmp_path))
+    assert text == LINES
+    assert encode_corpus(text).tolist() == encode_corpus(LINES).tolist()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("\ufeff" * (encoding[-1] == "e") + LINES).encode(encoding))
+    named = encoding[:6].upper()
+    with pytest.raises(ValueError, match=f"a.txt is {named}, not UTF-8; convert it to UTF-8"):
+        read_corpus(str(tmp_path))
+
+
+def test_a_byte_order_mark_alone_is_an_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\r\n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_corpus(str(tmp_path / "a.txt"))
+
+
+def test_hidden_files_and_second_links_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    for name in (".ipynb_checkpoints", ".git", "more"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "b.txt").write_text(f"in {name}")
+    (folder / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    (folder / ".DS_Store").write_bytes(b"\xff")
+    (folder / "a.txt").write_text("first")
+    (folder / "c.txt").symlink_to("a.txt")
+    (folder / "d.md").hardlink_to(folder / "a.txt")
+    (folder / "e").symlink_to("more")
+    assert read_corpus(str(folder)) == "first<|endoftext|>in more"
+    assert read_corpus(str(folder)) == "first<|endoftext|>in more"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    hidden = "3 hidden files or folders (._a.txt, .git, .ipynb_checkpoints)"
+    assert f"texts: left out: {hidden}, 2 links to files already read (c.txt, d.md)\n" in err
+    (tmp_path / ".texts").mkdir()  # what is named is read
+    (tmp_path / ".texts" / "a.txt").write_text("named")
+    (tmp_path / ".b.txt").write_text("named too")
+    assert read_corpus(str(tmp_path / ".texts")) == "named"
+    assert read_corpus(str(tmp_path / ".b.txt")) == "named too"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        read_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud800"])
+def test_lone_surrogates_are_no_blanks(text: str) -> None:
+    for encode in (encode_corpus, encode_prompt):
+        with pytest.raises(ValueError, match="is not valid UTF-8"):
+            encode(text)
+
+
+def test_surrogate_pairs_are_one_character() -> None:
+    assert encode_prompt("\ud83e\udd9c") == encode_prompt("🦜")
+
+
+def test_control_characters_are_escaped_for_a_terminal() -> None:
+    assert printable("a\tb\n\x1b[31mred\x07\r\x7f\x9b\udce9ü🦜") == (
+        "a\tb\n\\x1b[31mred\\x07\\r\\x7f\\x9b\\udce9ü🦜"
+    )
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])

@@ -65,6 +65,11 @@ def check_begun(
 
 
 def _check_settings(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
+    if there.get("reader", 1) != about["reader"]:
+        raise ValueError(
+            f"{out}: was prepared by a version that reads byte order marks and line ends differently; "
+            "remove it, or give another --out"
+        )
     for name, value in about["settings"].items():
         before = there["settings"].get(name)
         if before != value:

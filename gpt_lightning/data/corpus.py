@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
+from gpt_lightning.data.folders import files_in, user_path
 from gpt_lightning.data.tokenizer import END_OF_TEXT
+from gpt_lightning.data.unicode import decode_text
 
 VERDICT_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
@@ -27,8 +28,8 @@ def cache_folder() -> Path:
 def read_corpus(text: str) -> str:
     """The text that ``data.text`` names: ``verdict``, ``sample``, a file, or a folder.
 
-    A folder is its ``.txt`` and ``.md`` files in the order of their paths, subfolders included, with
-    ``<|endoftext|>`` between them.
+    A folder is its ``.txt`` and ``.md`` files as :func:`files_in` finds them, with ``<|endoftext|>`` between
+    them. A byte order mark is left out, and all line ends are ``\\n``.
 
     Raises:
         ValueError: What was read is empty, or no UTF-8 text.
@@ -37,8 +38,8 @@ def read_corpus(text: str) -> str:
     if text == "verdict":
         return _read_file(_verdict())
     if text == "sample":
-        return files("gpt_lightning.data").joinpath("sample.txt").read_text(encoding="utf-8")
-    path = Path(text).expanduser()
+        return decode_text(files("gpt_lightning.data").joinpath("sample.txt").read_bytes())
+    path = user_path(text)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -52,8 +53,8 @@ def _read_folder(folder: Path) -> str:
     paths = text_files(folder)
     if not paths:
         raise FileNotFoundError(
-            f"data.text: {folder} holds no text files; expected {' or '.join(TEXT_SUFFIXES)}, or what "
-            "prepare has written"
+            f"data.text: {folder} holds no text files; expected {' or '.join(TEXT_SUFFIXES)} files that are not "
+            "hidden, or what prepare has written"
         )
     return END_OF_TEXT.join(_read_file(path) for path in paths)
 
@@ -62,28 +63,14 @@ def text_files(path: Path) -> list[Path]:
     """The files that :func:`read_corpus` reads of a file or folder."""
     if not path.is_dir():
         return [path]
-    return sorted(file for file in files_under(path) if file.suffix.lower() in TEXT_SUFFIXES)
-
-
-def files_under(folder: Path) -> Iterator[Path]:
-    """All files, links to files and folders followed, no folder twice."""
-    seen = set()
-    for name, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        if (real := os.path.realpath(name)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (path for each in sorted(names) if (path := Path(name, each)).is_file())
+    return files_in(path, lambda file: file.suffix.lower() in TEXT_SUFFIXES)
 
 
 def _read_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data.text: {path} is not UTF-8 (byte {error.start}: {error.reason}); convert it"
-        ) from error
+        text = decode_text(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"data.text: {path} {error}; convert it to UTF-8") from error
     except OSError as error:
         raise OSError(f"data.text: {path} cannot be read: {error.strerror}; check it") from error
     if not text.strip():

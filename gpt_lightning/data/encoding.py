@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpt_lightning.data.pieces import MARK, Piece, Split, content_hash, split_of
 from gpt_lightning.data.tokenizer import encode_documents
+from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
 
 
 class Tokens(NamedTuple):
@@ -35,14 +36,9 @@ class Encoded:
     empty: int = 0
 
 
-class _Document(NamedTuple):
+class _Text(NamedTuple):
     place: str  # for a message
     offset: int
-    content: bytes
-
-
-class _Text(NamedTuple):
-    place: str
     text: str
 
 
@@ -64,7 +60,7 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
     if piece.part:
         assert piece.split is not None
         try:
-            ids = encode_documents([_plain(piece.content)])
+            ids = encode_documents([_plain(piece.content, piece.at.offset)])
         except ValueError as error:
             place = f"{piece.source.path}, from byte {piece.at.offset}"
             raise ValueError(f"{place}: {error}") from error
@@ -73,24 +69,12 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
     texts: dict[Split, list[_Text]] = {"train": [], "val": []}
     problems: list[_Problem] = []
     for document in _documents(piece, name):
-        if isinstance(document, _Document):
-            try:
-                text = (
-                    _plain(document.content)
-                    if piece.source.kind == "text"
-                    else document.content.decode()
-                )
-            except UnicodeDecodeError as error:
-                document = _Problem(
-                    f"{document.place}: is not UTF-8 "
-                    f"(byte {document.offset + error.start}: {error.reason}); convert it"
-                )
         if isinstance(document, _Problem):
             if not skip:
                 raise ValueError(document.message)
             problems.append(document)
-        elif text.strip():
-            texts[_split(piece, document, val_ratio)].append(_Text(document.place, text))
+        elif document.text.strip():
+            texts[_split(piece, document, val_ratio)].append(document)
         elif piece.source.kind != "text":  # where nothing follows a mark, nothing is missed
             encoded.empty += 1
     for split, own in texts.items():
@@ -120,29 +104,33 @@ def _tokenised(texts: list[_Text]) -> tuple[NDArray[np.uint16], int, list[_Probl
     return encode_documents(kept), len(kept), refused
 
 
-def _split(piece: Piece, document: _Document, val_ratio: float) -> Split:
+def _split(piece: Piece, document: _Text, val_ratio: float) -> Split:
     if piece.split is not None:
         return piece.split
     until = piece.source.train_until
     if until is not None:
         return "train" if document.offset < until else "val"
-    return split_of(content_hash(document.content), val_ratio)
+    return split_of(content_hash(document.text.encode()), val_ratio)
 
 
-def _plain(content: bytes) -> str:
-    """As ``read_text`` reads it: line ends of all kinds are one."""
+def _plain(content: bytes, offset: int) -> str:
+    """Text from ``offset`` of a plain text file, as :func:`decode_text` reads the whole: the mark is at 0."""
     text = content.decode()
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return clean_text(text) if offset == 0 else line_ends(text)
 
 
-def _documents(piece: Piece, name: str) -> Iterator[_Document | _Problem]:
+def _documents(piece: Piece, name: str) -> Iterator[_Text | _Problem]:
     path = piece.source.path
     if piece.problem is not None:
         yield _Problem(f"{path}: {piece.problem}")
     elif piece.source.kind == "text":
         offset = piece.at.offset
         for content in piece.content.split(MARK):
-            yield _Document(str(path), offset, content)
+            try:
+                yield _Text(str(path), offset, _plain(content, offset))
+            except UnicodeDecodeError as error:
+                problem = decoding_problem(error, offset + error.start)
+                yield _Problem(f"{path}: {problem}; convert it to UTF-8")
             offset += len(content) + len(MARK)
     elif piece.source.kind == "lines":
         offset = piece.at.offset
@@ -156,14 +144,12 @@ def _documents(piece: Piece, name: str) -> Iterator[_Document | _Problem]:
             yield _of_text(f"{path}, row {row + 1}", row, text, name)
 
 
-def _of_line(place: str, offset: int, line: bytes, name: str) -> _Document | _Problem:
+def _of_line(place: str, offset: int, line: bytes, name: str) -> _Text | _Problem:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
-        return _Problem(
-            f"{place}: is not UTF-8 (byte {offset + error.start}: {error.reason}); "
-            "correct it, or --on_error skip"
-        )
+        problem = decoding_problem(error, offset + error.start)
+        return _Problem(f"{place}: {problem}; correct it, or --on_error skip")
     try:
         content = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
@@ -177,13 +163,15 @@ def _of_line(place: str, offset: int, line: bytes, name: str) -> _Document | _Pr
     return _of_text(place, offset, content[name], name)
 
 
-def _of_text(place: str, offset: int, text: object, name: str) -> _Document | _Problem:
+def _of_text(place: str, offset: int, text: object, name: str) -> _Text | _Problem:
+    """A row's text. Its line ends are data, but a byte order mark is left from the file it came from."""
     if not isinstance(text, str):
         kind = "null" if text is None else f"a {type(text).__name__}"
         return _Problem(f"{place}: {name} is {kind} and no text; correct it, or --on_error skip")
     try:
-        return _Document(place, offset, text.encode())
+        text.encode()
     except UnicodeEncodeError:
         return _Problem(
             f"{place}: {name} holds half a surrogate pair; correct it, or --on_error skip"
         )
+    return _Text(place, offset, text.removeprefix(BOM))

@@ -5,6 +5,7 @@ GPT-2's pattern lets no token reach over such a place, and nothing before it dep
 """
 
 import codecs
+import io
 import re
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -14,6 +15,7 @@ from typing import IO, cast
 from gpt_lightning.data import pieces
 from gpt_lightning.data.pieces import LONGEST, MARK, Piece, Position, Split, split_of
 from gpt_lightning.data.sources import Source
+from gpt_lightning.data.unicode import BOM, decoding_problem
 
 _LOOK = 1024  # bytes of a document that say whether it holds anything
 
@@ -87,22 +89,32 @@ def safe_cut(text: bytes) -> int:
 
 
 def _scan(file: IO[bytes], offset: int, end: int) -> tuple[bytes, int, str | None]:
-    """A long document's hash, where the next one begins, and whether it is no UTF-8."""
+    """A long document's hash, where the next one begins, and why it is not UTF-8.
+
+    The hash is :func:`content_hash` of the text as it is tokenised: without a byte order mark, with one kind of
+    line end.
+    """
     digest, problem = blake2b(digest_size=8), None
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     kept, done, following = b"", 0, end
+    at_start = offset == 0
 
     def take(block: bytes, final: bool) -> None:
-        nonlocal done, problem
-        digest.update(block)
-        pending = len(decoder.getstate()[0])
-        try:
-            if problem is None:
-                decoder.decode(block, final)
-        except UnicodeDecodeError as error:
-            at = offset + done - pending + error.start
-            problem = f"is not UTF-8 (byte {at}: {error.reason}); convert it"
+        nonlocal done, problem, at_start
+        begin = (
+            offset + done - len(decoder.getstate()[0])
+        )  # of what the decoder has not returned yet
         done += len(block)
+        if problem is not None:
+            return
+        try:
+            text = decoder.decode(block, final)
+        except UnicodeDecodeError as error:
+            problem = f"{decoding_problem(error, begin + error.start)}; convert it to UTF-8"
+            return
+        if at_start and text:
+            text, at_start = text.removeprefix(BOM), False
+        digest.update(text.encode())
 
     file.seek(offset)
     place = offset
@@ -129,6 +141,7 @@ def document_hashes(sources: Sequence[Source]) -> Iterator[tuple[Path, bytes | N
                 digest, following, problem = _scan(file, offset, source.bytes)
                 file.seek(offset)
                 begin = file.read(min(_LOOK, following - offset)).split(MARK)[0]
+                begin = begin.removeprefix(codecs.BOM_UTF8) if offset == 0 else begin
                 if begin.strip() or following - offset > _LOOK:
                     yield source.path, None if problem else digest
                 offset = following

@@ -39,6 +39,7 @@ OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 _LOCK = ".lock"
 _HIDDEN = {_LOCK, hidden(Path(PROGRESS)).name, hidden(Path(MANIFEST)).name}  # left by a crash
 _PROBLEMS_KEPT = 10
+_READER = 2  # changes where the same bytes are read as other documents, so that two versions are not mixed
 _UNDER_WAY = 8  # pieces a worker, so that none is idle while a shard is synced
 
 
@@ -115,6 +116,7 @@ def prepare(
     sources = with_sums(sources, workers)
     check_texts(sources, settings.split, settings.val_ratio)
     about = {
+        "reader": _READER,
         "settings": asdict(settings),
         "sources": [
             {"path": str(s.path), "kind": s.kind, "bytes": s.bytes, "sha256": s.sha256}

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from gpt_lightning.data.corpus import TEXT_SUFFIXES, files_under
+from gpt_lightning.data.corpus import TEXT_SUFFIXES
+from gpt_lightning.data.folders import files_in, user_path, without_duplicates
 from gpt_lightning.data.sums import remembered_sha256
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
@@ -50,7 +51,7 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The inputs in their order, a folder's and a glob's files by path, none twice.
+    """The inputs in their order, a folder's and a glob's files by path, no file twice: see :func:`files_in`.
 
     Raises:
         ValueError, OSError: An input is not there, holds nothing to read, or is of no known kind.
@@ -58,10 +59,10 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     found: dict[Path, Source] = {}
     for name in inputs:
         for source in _expand(name):
-            found.setdefault(source.path.resolve(), source)
+            found.setdefault(source.path, source)
     if not found:
         raise ValueError("input: is missing; name text files, folders or globs")
-    return list(found.values())
+    return [found[path] for path in without_duplicates(found)]
 
 
 def with_sums(sources: Sequence[Source], workers: int) -> list[Source]:
@@ -80,12 +81,13 @@ def with_sums(sources: Sequence[Source], workers: int) -> list[Source]:
 def _sha256(source: Source) -> str:
     if source.kind != "dataset":
         return remembered_sha256(source.path)
-    sums = [remembered_sha256(path) for path in sorted(source.path.iterdir()) if path.is_file()]
+    files = (path for path in source.path.iterdir() if not path.name.startswith("."))
+    sums = [remembered_sha256(path) for path in sorted(files) if path.is_file()]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def _expand(name: str) -> Iterator[Source]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         yield from _of_folder(path)
     elif path.exists():
@@ -123,14 +125,13 @@ def _of_folder(folder: Path) -> Iterator[Source]:
     if all((folder / name).exists() for name in _DATASET_FILES):
         yield Source(folder, "dataset", sum(path.stat().st_size for path in folder.glob("*.arrow")))
         return
-    files = sorted(
-        (path.relative_to(folder).parts, path, kind)
-        for path in files_under(folder)
-        if (kind := _kind(path))
-    )
+    files = [(path, _kind(path)) for path in files_in(folder, lambda file: _kind(file) is not None)]
     if not files:
-        raise FileNotFoundError(f"{folder}: holds nothing to read; expected {_KNOWN}")
-    for _, path, kind in files:
+        raise FileNotFoundError(
+            f"{folder}: holds nothing to read; expected {_KNOWN} files that are not hidden"
+        )
+    for path, kind in files:
+        assert kind is not None
         yield Source(path, kind, path.stat().st_size)
 
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from gpt_lightning.data.unicode import utf8_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -113,8 +115,11 @@ def byte_lengths() -> "torch.Tensor":
 
 
 def _ids(text: str, **special: Any) -> NDArray[np.uint32]:
+    encoding = gpt2_encoding()
     try:
-        return gpt2_encoding().encode_to_numpy(text, **special)
+        return encoding.encode_to_numpy(text, **special)
+    except UnicodeEncodeError:
+        return encoding.encode_to_numpy(utf8_text(text), **special)
     except ValueError as error:  # its regular expression's stack is full
         raise ValueError(
             "has more blanks in a row than the tokenizer can read, about a million; shorten them"
@@ -145,7 +150,7 @@ def encode_prompt(text: str, *, special: bool = False) -> list[int]:
     """Token ids of a prompt. ``<|endoftext|>`` in it is plain characters unless ``special``.
 
     Raises:
-        ValueError: There are about a million blanks in a row.
+        ValueError: There are about a million blanks in a row, or it is not valid UTF-8.
     """
     how: dict[str, Any] = (
         {"allowed_special": {END_OF_TEXT}} if special else {"disallowed_special": ()}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import cache_folder, read_corpus, text_files
+from gpt_lightning.data.folders import user_path
 from gpt_lightning.data.manifest import sha256_of
 from gpt_lightning.data.store import (
     SPLITS,
@@ -28,6 +29,7 @@ from gpt_lightning.data.tokenizer import encode_corpus
 WORTH_KEEPING = 1_000_000  # bytes of text, a tenth of a second to tokenise
 WORTH_PREPARING = 500_000_000  # a minute, and five times as much memory
 _SHARD_TOKENS = 1 << 40  # a text of this length was in memory
+_READER = "2"  # changes where the same bytes are read as another text: see decode_text
 
 
 class Splits(NamedTuple):
@@ -49,7 +51,7 @@ def read_splits(text: str, train_ratio: float) -> Splits:
     Raises:
         ValueError, OSError: As :func:`read_corpus` and :func:`open_store`.
     """
-    path = Path(text).expanduser()
+    path = user_path(text)
     if text in ("verdict", "sample"):
         return _in_memory(text, train_ratio)
     if is_store(path):
@@ -81,7 +83,7 @@ def count_training_tokens(text: str, train_ratio: float) -> int:
     Raises:
         ValueError, OSError: As :func:`read_splits`, but that a store's shards are not looked at.
     """
-    path = Path(text).expanduser()
+    path = user_path(text)
     if text not in ("verdict", "sample"):
         if is_store(path):
             _say_if_other_ratio(path, train_ratio)
@@ -151,8 +153,8 @@ def _kept(
         sums = [sha256(file) for file in files]
     except OSError:  # whoever reads it says why
         return None
-    key = hashlib.sha256("\n".join([*TOKENIZER.values(), repr(train_ratio), *sums]).encode())
-    return cache_folder() / "tokens" / key.hexdigest()
+    parts = [_READER, *TOKENIZER.values(), repr(train_ratio), *sums]
+    return cache_folder() / "tokens" / hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _keep(splits: Splits, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """prepare: whatever it is given, however it is run and interrupted, the same tokens; and read_splits on them."""
 
+import codecs
 import errno
 import gzip
 import json
@@ -108,6 +109,97 @@ def test_a_folder_is_what_data_text_reads(tmp_path: Path) -> None:
     prepare([str(folder.parent)], tmp_path / "out", Settings(val_ratio=0))
     expected = encode_corpus(read_corpus(str(folder.parent)))
     assert joined(tmp_path / "out")[0] == expected.tolist()
+
+
+@pytest.mark.parametrize("piece", [40, 1 << 20])
+@pytest.mark.parametrize("split", ["hash", "ratio"])
+@pytest.mark.parametrize("size", [1, 30, 400])
+def test_byte_order_marks_and_line_ends_decide_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, split: Any, size: int
+) -> None:
+    """Neither tokens nor splits: the same text from Windows is the same text; in pieces too."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
+    rng = random.Random(size)
+    words = ["one", " two", "\n", "\n\n", "  ", "ü", "🦜", "x" * 60]
+    texts = ["<|endoftext|>".join("".join(rng.choice(words) for _ in range(size)) + f" {i} {j}."
+                                  for j in range(3)) for i in range(12)]  # fmt: skip
+    stores = []
+    for name, mark, end in [("a", b"", "\n"), ("b", codecs.BOM_UTF8, "\r\n"), ("c", b"", "\r")]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for i, text in enumerate(texts):
+            (folder / f"{i:02}.txt").write_bytes(mark + text.replace("\n", end).encode())
+        if split == "hash":
+            settings = Settings(val_ratio=0.3)
+        else:  # whose cut depends on the bytes
+            settings = Settings(split="ratio", val_ratio=0)
+        prepare([str(folder)], tmp_path / f"{name}-out", settings, workers=2)
+        stores.append(joined(tmp_path / f"{name}-out"))
+    assert stores[0] == stores[1] == stores[2]
+    if split == "ratio":
+        assert stores[0][0] == encode_corpus(read_corpus(str(tmp_path / "b"))).tolist()
+
+
+def test_byte_order_marks_of_rows(tmp_path: Path) -> None:
+    """At a file's beginning and, left from the file it came from, at a text's; line ends of a text are data."""
+    content = (
+        '\ufeff{"text": "\ufeffone\\r\\n"}\r\n{"text": "two"}\r\n{"text": "\ufeff"}\r\n'.encode()
+    )
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        prepare([str(tmp_path / name)], tmp_path / f"{name}-out", Settings(val_ratio=0))
+        assert documents_of(joined(tmp_path / f"{name}-out")[0]) == ["one\r\n", "two"]
+
+
+def test_hidden_files_and_second_links_are_left_out(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As data.text leaves them out."""
+    for name in ("g/.git", "g/.ipynb_checkpoints", "g/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.txt").write_text(f"in {name}")
+    (tmp_path / "g" / "._a.jsonl").write_bytes(b"\xff")
+    (tmp_path / "g" / "2.txt").write_text("text")
+    (tmp_path / "g" / "3.txt").symlink_to("2.txt")
+    (tmp_path / "g" / "4.txt").hardlink_to(tmp_path / "g" / "2.txt")
+    for out, name in [("glob", "g/*"), ("folder", "g")]:
+        done = command("prepare", name, f"--out={out}", "--val_ratio=0", "--json")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["sources"] == 2
+        assert sorted(documents_of(joined(Path(out))[0])) == ["in g/a", "text"]
+    assert "g: left out: 3 hidden files or folders (._a.jsonl, .git, .ipynb_ch" in done.err
+    assert "2 links to files already read (3.txt, 4.txt)" in done.err
+    assert documents_of(joined(Path("folder"))[0]) == read_corpus("g").split("<|endoftext|>")[:2]
+    refused(command("prepare", "g/.git/1.txt", "--out=x", "--split=hash"), "1.txt is one document")
+
+
+def test_inputs_of_a_config(command: Command, tmp_path: Path) -> None:
+    """A text or a list; those of the command line replace them."""
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.txt").write_text("second")
+    for i, (config, more, expected) in enumerate([
+        ("inputs: a.txt", [], ["first"]),
+        ("inputs: [a.txt, b.txt]", [], ["first", "second"]),
+        ("inputs: a.txt", ["b.txt"], ["second"]),
+    ]):  # fmt: skip
+        (tmp_path / "mine.yaml").write_text(
+            f"{config}\nval_ratio: 0\nout: {i}-out\n".replace("out: ", "out: x")
+        )
+        done = command("prepare", *more, "--config=mine.yaml")
+        assert done.code == 0, done.err
+        assert documents_of(joined(Path(f"x{i}-out"))[0]) == expected
+
+
+def test_a_store_of_an_earlier_reader_is_not_continued(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    arguments = ("prepare", "a.txt", "--out=store", "--val_ratio=0")
+    assert command(*arguments).code == 0
+    manifest = store.read_sealed(Path("store/manifest.json"))
+    del manifest["reader"]
+    store.write_sealed(Path("store/manifest.json"), manifest)
+    refused(command(*arguments), "store: was prepared by a version that reads byte order marks")
+    assert joined(Path("store"))[0] == encode_prompt("one")
 
 
 def written_as(folder: Path, kind: str, texts: Sequence[str]) -> Path:
@@ -543,6 +635,11 @@ def test_a_long_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(TypeError):
             tokens.read_splits(str(path), 0.6)
     assert [a.tolist() for (a,) in first] == [a.tolist() for (a,) in again]
+    with monkeypatch.context() as patched:
+        patched.setattr(tokens, "_READER", "1")  # what another version has kept
+        patched.setattr(tokens, "read_corpus", None)
+        with pytest.raises(TypeError):
+            tokens.read_splits(str(path), 0.5)
     path.write_text(SAMPLE[1:])
     (changed,), _ = tokens.read_splits(str(path), 0.5)
     assert changed.tolist() == encode_corpus(SAMPLE[1:][: len(SAMPLE[1:]) // 2]).tolist()
@@ -582,6 +679,11 @@ BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: is damaged ("),
         ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: is damaged ("),
         ("a.parquet", b"no parquet", "a.parquet: is damaged ("),
+        ("a.txt", "text".encode("utf-16"), "a.txt: is UTF-16, not UTF-8; convert it to UTF-8"),
+        ("a.txt", ("text " * 900).encode("utf-16"), "a.txt: is UTF-16, not UTF-8; convert it"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "a.jsonl, line 1: is UTF-16, not UTF-8; "),
+        ("a.txt", b"\xef\xbb\xbfgood \xff", "a.txt: is not UTF-8 (byte 8: invalid start byte)"),
+        ("a.txt", b"\xef\xbb\xbf\r\n", "a.txt: holds no document with text"),
         ("a.txt", b" \n\n ", "a.txt: holds no document with text"),
         ("a.jsonl", b"", "a.jsonl: holds no document with text"),
         ("a.jsonl", GOOD + BLANKS, "a.jsonl, line 2: has more blanks in a row than the tokenizer"),

@@ -1,10 +1,12 @@
 """``report sampling``, ``report sweep`` and the options of ``generate``, as commands."""
 
 import csv
+import io
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +168,6 @@ def test_page_in_a_browser(command: Command, run: str, tmp_path: Path) -> None:
 def test_prompts_from_everywhere(
     command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-    import sys
-
     base = ("generate", f"--from={run}", "--max_new_tokens=6", "--json")
     single = answer(command(*base, "--prompt=The clock"))
     assert [s["text"] for s in single["samples"]] == [single["text"]]
@@ -179,6 +178,93 @@ def test_prompts_from_everywhere(
     assert answer(command(*base, "--prompt_file=prompt.txt"))["text"] == single["text"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("The clock\n"))
     assert answer(command(*base))["text"] == single["text"]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "prompts"),
+    [
+        ("prompt: Hello", ["CONFIG"], ["Hello"]),
+        ("prompt: [a, b]", ["CONFIG"], ["a", "b"]),
+        ("prompt: [a, b]", ["CONFIG", "--prompt=x"], ["x"]),
+        ("prompt: [a, b]", ["--prompt=x", "CONFIG", "--prompt=y"], ["x", "y"]),
+        ("prompt: Hello", ["--prompt=[y]", "CONFIG"], ["[y]"]),
+        ("prompt: null", ["--prompt=null", "CONFIG"], ["null"]),
+        ("prompt_file: p.txt", ["--prompt=x", "CONFIG"], ["x"]),
+        ("prompt: Hello", ["CONFIG", "--prompt_file=p.txt"], ["from a file"]),
+        ("prompt: x\nstop: [END]", ["CONFIG"], ["x"]),
+        ("prompt: x\nstop: END", ["CONFIG", "--stop", "A B"], ["x"]),
+        ("prompt: x\nnum_samples: 3", ["--num_samples=1", "CONFIG"], ["x"]),
+        ("\ufeffprompt: x", ["CONFIG"], ["x"]),
+    ],
+)
+def test_texts_of_a_config_and_of_the_command_line(
+    command: Command,
+    run: str,
+    tmp_path: Path,
+    config: str,
+    arguments: list[str],
+    prompts: list[str],
+) -> None:
+    """Text and list are both taken, and the command line wins wherever --config stands."""
+    (tmp_path / "mine.yaml").write_text(config, encoding="utf-8")
+    (tmp_path / "p.txt").write_text("from a file", encoding="utf-8")
+    options = ["--config=mine.yaml" if each == "CONFIG" else each for each in arguments]
+    done = answer(command("generate", f"--from={run}", "--max_new_tokens=0", "--json", *options))
+    assert [sample["prompt"] for sample in done["samples"]] == prompts
+    stop = {"stop: [END]": ["END"], "stop: END": ["A B"]}.get(config.partition("\n")[2])
+    assert done["settings"]["stop"] == stop
+
+
+def test_sources_of_a_config(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("from: nowhere\nprompt: x\n", encoding="utf-8")
+    done = command("report", "sizes", "--config=mine.yaml")
+    assert done.err.startswith("gpt_lightning: error: nowhere: ")
+    done = command("report", "sizes", "--from", "elsewhere", "--config=mine.yaml")
+    assert done.err.startswith("gpt_lightning: error: elsewhere: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "how"),
+    [
+        (b"\xef\xbb\xbfThe clock\n", "BOM"),
+        (b"The clock\r\n", "CRLF"),
+        (b"The clock\r", "CR"),
+        (b"\xef\xbb\xbfThe clock\r\n", "both"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_prompt_is_the_same_from_everywhere(
+    command: Command,
+    run: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    how: str,
+) -> None:
+    base = ("generate", f"--from={run}", "--max_new_tokens=0", "--json")
+    (tmp_path / "p.txt").write_bytes(content)
+    assert answer(command(*base, "--prompt_file=p.txt"))["prompt"] == "The clock"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    assert answer(command(*base))["prompt"] == "The clock"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(content.decode(), newline=""))
+    assert answer(command(*base))["prompt"] == "The clock"
+    given = content.decode().rstrip("\r\n")
+    assert answer(command(*base, f"--prompt={given}"))["prompt"] == "The clock"
+
+
+def test_home_in_paths(
+    command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "p.txt").write_text("The clock", encoding="utf-8")
+    (home / "mine.yaml").write_text("max_new_tokens: 0", encoding="utf-8")
+    base = ("generate", f"--from={run}", "--json", "--config=~/mine.yaml")
+    assert answer(command(*base, "--prompt_file=~/p.txt"))["text"] == "The clock"
+    answer(command("report", "sampling", "--out=~/figures", "--json"))
+    assert (home / "figures" / "sampling.png").exists()
+    assert not (tmp_path / "~").exists()
 
 
 def test_num_samples_and_streaming(command: Command, run: str) -> None:
@@ -236,6 +322,41 @@ def test_stop_strings(command: Command, run: str) -> None:
         (["generate", "--from=RUN", "--prompt=x", "--num_samples=0"], ["num_samples: 0"]),
         (["generate", "--from=RUN", "--prompt_file=nowhere"], ["nowhere: No such file"]),
         (["generate", "--from=RUN", "--prompt_file=latin"], ["prompt_file: latin is not UTF-8"]),
+        (
+            ["generate", "--from=RUN", "--prompt_file=utf-16"],
+            ["prompt_file: utf-16 is UTF-16, not"],
+        ),
+        (["generate", "--from=RUN", "--config=utf-16"], ["config: utf-16 is UTF-16, not UTF-8"]),
+        (["generate", "--from=RUN", "--config=latin"], ["config: latin is not UTF-8 (byte 0"]),
+        (
+            ["generate", "--from=RUN", "--config=number.yaml"],
+            ["prompt: 3 is not text; put it in quotes"],
+        ),
+        (
+            ["generate", "--from=RUN", "--prompt=caf\udce9"],
+            ["prompt: is not valid UTF-8 (byte 0xe9 at character 3)"],
+        ),
+        (
+            ["generate", "--from=RUN", "--prompt=x", "--stop=\ud800"],
+            ["stop: is not valid UTF-8 (\\ud800"],
+        ),
+        (
+            ["report", "sweep", "--from=RUN", "--prompt=caf\udce9"],
+            ["prompt: is not valid UTF-8 (byte 0xe9"],
+        ),
+        (
+            ["report", "sizes", "--from=RUN", "--prompt=\udc00"],
+            ["prompt: is not valid UTF-8 (\\udc00"],
+        ),
+        (["report", "sampling", "--token=caf\udce9"], ["token: is not valid UTF-8 (byte 0xe9"]),
+        (
+            ["report", "sampling", "--tokens=[caf\udce9]", "--logits=[1]"],
+            ["tokens: is not valid UTF-8"],
+        ),
+        (
+            ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--evaluation.prompt=caf\udce9"],
+            ["evaluation.prompt: is not valid UTF-8 (byte 0xe9"],
+        ),
         (["generate", "--from=RUN", "--prompt=x", "--prompt_file=latin"], ["give one of them"]),
     ],
     ids=lambda value: " ".join(value[:4]),
@@ -244,10 +365,12 @@ def test_bad_input(
     command: Command, run: str, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     (tmp_path / "latin").write_bytes("Übermut".encode("latin-1"))
+    (tmp_path / "utf-16").write_bytes("Übermut".encode("utf-16"))
+    (tmp_path / "number.yaml").write_bytes(b"prompt: 3")
     done = command(*[argument.replace("RUN", run) for argument in arguments])
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("gpt_lightning: error: ")
     assert done.err.count("\n") == 1
     for part in parts:
         assert part in done.err
-    assert [path.name for path in tmp_path.iterdir()] == ["latin"]
+    assert {path.name for path in tmp_path.iterdir()} == {"latin", "utf-16", "number.yaml"}

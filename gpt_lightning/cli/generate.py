@@ -3,12 +3,14 @@
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.text_options import TextList, values_of
+from gpt_lightning.data.folders import user_path
+from gpt_lightning.data.unicode import clean_text, decode_text, for_stream, utf8_text
 
 if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel
@@ -40,7 +42,7 @@ def run(arguments: list[str]) -> None:
     settings = parse(_parser(), arguments)
     if not settings["from"]:
         raise ValueError("from: is missing; give the model with --from SOURCE")
-    prompts = _prompts(settings)
+    prompts = _prompts(settings, arguments)
 
     from gpt_lightning.generation.sampling import Sampling, seeded
     from gpt_lightning.generation.text import generate_texts
@@ -83,7 +85,7 @@ def run(arguments: list[str]) -> None:
         for i, sample in enumerate(samples):
             if not alone:
                 print(f"--- {i + 1} of {len(samples)}")
-            print(sample.text)
+            print(for_stream(sample.text, sys.stdout))
 
 
 class _GrowingLine:
@@ -93,11 +95,11 @@ class _GrowingLine:
         self._next = prompt
 
     def add(self, row: int, text: str) -> None:
-        print(self._next + text, end="", flush=True)
+        print(for_stream(self._next + text, sys.stdout), end="", flush=True)
         self._next = ""
 
     def end(self) -> None:
-        print(self._next)
+        print(for_stream(self._next, sys.stdout))
 
 
 def load(source: str, device: str, dtype: str | None, n_heads: int | None = None) -> "GPTModel":
@@ -133,17 +135,17 @@ def usable_device(name: str | None) -> str:
     return name
 
 
-def _prompts(settings: Namespace) -> list[str]:
-    if settings.prompt and settings.prompt_file:
-        raise ValueError("prompt: both --prompt and --prompt_file are given; give one of them")
-    if settings.prompt:
+def _prompts(settings: Namespace, arguments: list[str]) -> list[str]:
+    given = [name for name in ("prompt", "prompt_file") if settings[name]]
+    if len(given) == 2:  # one on the command line wins over the other in a configuration
+        given = [name for name in given if values_of(f"--{name}", arguments)]
+        if len(given) != 1:
+            raise ValueError("prompt: both --prompt and --prompt_file are given; give one of them")
+    if given == ["prompt"]:
         prompts: list[str] = settings.prompt
-    elif settings.prompt_file:
-        path = Path(settings.prompt_file)
-        try:
-            prompts = [path.read_text(encoding="utf-8").removesuffix("\n")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt_file: {path} is not UTF-8; convert it") from error
+    elif given:
+        path = user_path(settings.prompt_file)
+        prompts = [_decoded(path.read_bytes(), f"prompt_file: {path}").removesuffix("\n")]
     elif sys.stdin is not None and not sys.stdin.isatty():
         prompts = [_standard_input().removesuffix("\n")]
     else:
@@ -156,13 +158,21 @@ def _prompts(settings: Namespace) -> list[str]:
 
 
 def _standard_input() -> str:
+    what = "prompt: standard input"
     raw = getattr(sys.stdin, "buffer", None)
-    if raw is None:  # it is text already
-        return sys.stdin.read()
+    if raw is not None:
+        return _decoded(raw.read(), what)
+    try:  # it is text already
+        return clean_text(utf8_text(sys.stdin.read()))
+    except ValueError as error:
+        raise ValueError(f"{what} {error}; convert it to UTF-8") from error
+
+
+def _decoded(content: bytes, what: str) -> str:
     try:
-        return str(raw.read().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError("prompt: standard input is not UTF-8; convert it") from error
+        return decode_text(content)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}; convert it to UTF-8") from error
 
 
 def _say_what_is_cropped(prompts: list[str], model: "GPTModel", *, special: bool) -> None:
@@ -186,7 +196,7 @@ def _parser() -> ArgumentParser:
     add("--config", action="config", help="These settings from a YAML file.")
     add("--from", type=str | None, help="SOURCE: a run, a checkpoint, GPT-2's files or name.")
     add("--n_heads", type=int | None, help="Attention heads, which the book's .pth does not tell.")
-    add("--prompt", type=str, action="append", help="The text to continue; repeatable.")
+    add("--prompt", action=TextList, metavar="TEXT", help="The text to continue; repeatable.")
     add("--prompt_file", type=str | None, help="A UTF-8 file that is the prompt.")
     add("--max_new_tokens", type=int, default=50, help="Tokens to add at most.")
     add(
@@ -205,7 +215,7 @@ def _parser() -> ArgumentParser:
     add("--repetition_penalty", type=float, default=1.0, help="Above 1: fewer repetitions.")
     add("--num_samples", type=int, default=1, help="Continuations of each prompt.")
     add("--eos_id", type=int | None, default=50256, help="Stop at this token; null: at none.")
-    add("--stop", type=str, action="append", help="Stop before this string; repeatable.")
+    add("--stop", action=TextList, metavar="TEXT", help="Stop before this string; repeatable.")
     add("--seed", type=int, default=123, help="What the draws depend on.")
     add(
         "--special_tokens",

@@ -4,9 +4,15 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
-from itertools import pairwise
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from gpt_lightning.cli.text_options import (
+    check_given,
+    configs_first,
+    take_texts,
+    values_of,
+)
 
 # a class_path in a YAML file is code; from elsewhere it is refused before it is imported
 ALLOWED_IMPORTS = ["gpt_lightning", "lightning", "torch"]
@@ -20,23 +26,24 @@ _BAD_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<cause>.*)', re.DOTA
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    """Parse with a parser made with ``exit_on_error=False``; its errors come as one-line ``ValueError``."""
-    allowed = ALLOWED_IMPORTS + _values_of("--allow_import", arguments)
+    """Parse with a parser made with ``exit_on_error=False``; its errors come as one-line ``ValueError``.
+
+    The command line wins over ``--config``, and of several configurations the last.
+    """
+    check_given(parser, arguments)
+    # of the command line alone: a YAML file cannot allow what it names
+    allowed = ALLOWED_IMPORTS + values_of("--allow_import", arguments)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     try:
-        return parser.parse_args(arguments)
+        settings = parser.parse_args(configs_first(parser, arguments))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from error
     except RecursionError as error:
         raise ValueError(
             "config: is nested too deeply; give settings and groups of them"
         ) from error
-
-
-def _values_of(option: str, arguments: list[str]) -> list[str]:
-    """What the command line itself gives; a YAML file cannot allow what it names."""
-    following = [value for name, value in pairwise(arguments) if name == option]
-    return following + [a.partition("=")[2] for a in arguments if a.startswith(f"{option}=")]
+    take_texts(parser, settings)
+    return settings
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

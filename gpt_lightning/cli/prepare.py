@@ -4,13 +4,14 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
 from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.text_options import TextList
+from gpt_lightning.data.unicode import for_stream, printable
 
 
 def run(arguments: list[str]) -> None:
@@ -22,10 +23,11 @@ def run(arguments: list[str]) -> None:
     the same command goes on from the last whole shard; what it has not read yet may have been corrected.
     """
     settings = parse(_parser(), arguments)
+    from gpt_lightning.data.folders import user_path
     from gpt_lightning.data.prepare import Settings, prepare
 
     chosen = Settings(settings.field, settings.split, settings.val_ratio, settings.shard_tokens)
-    out = Path(settings.out).expanduser()
+    out = user_path(settings.out)
     began = time.monotonic()
     try:
         with _Shown() as shown:
@@ -43,9 +45,9 @@ def run(arguments: list[str]) -> None:
         ) from error
     manifest = prepared.manifest
     for problem in prepared.problems:
-        print(f"skipped: {problem.partition(';')[0]}", file=sys.stderr)
+        print(printable(f"skipped: {problem.partition(';')[0]}"), file=sys.stderr)
     if prepared.was_there:
-        print(f"{out}: is prepared already, from the same sources", file=sys.stderr)
+        print(printable(f"{out}: is prepared already, from the same sources"), file=sys.stderr)
     result = {
         "folder": str(out),
         **{
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> None:
         "was_there": prepared.was_there,
         "seconds": round(time.monotonic() - began, 3),
     }
-    print(json.dumps(result) if settings.json else _described(result))
+    print(json.dumps(result) if settings.json else for_stream(_described(result), sys.stdout))
 
 
 def _cpus() -> int:
@@ -119,7 +121,7 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--config", action="config", help="These settings from a YAML file.")
-    add("inputs", type=str, nargs="+", metavar="INPUT", help="Files, folders, globs.")
+    add("inputs", action=TextList, nargs="+", metavar="INPUT", help="Files, folders, globs.")
     add("--out", type=str, required=True, help="The folder for the tokens; new, or begun before.")
     add("--field", type=str, default="text", help="The field of a row that holds its text.")
     add(

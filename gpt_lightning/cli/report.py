@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.cli.generate import DType, load, usable_device
 from gpt_lightning.cli.parsing import suggest
+from gpt_lightning.cli.text_options import TextList
 
 if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel
@@ -46,14 +47,13 @@ def report_parser(
     )
     add = parser.add_argument
     add("--config", action="config", help="These settings from a YAML file.")
-    add(
-        "--from",
-        type=str if sources else str | None,
-        nargs=sources,
-        help="SOURCE: a run, a checkpoint, GPT-2's files or name.",
-    )
+    source = "SOURCE: a run, a checkpoint, GPT-2's files or name."
+    if sources:
+        add("--from", action=TextList, nargs=sources, metavar="SOURCE", help=source)
+    else:
+        add("--from", type=str | None, help=source)
     add("--n_heads", type=int | None, help="Attention heads, which the book's .pth does not tell.")
-    add("--prompt", type=str | None, help="The text whose continuation is looked at.")
+    add("--prompt", type=str, help="The text whose continuation is looked at.")
     add("--seed", type=int, default=123, help="What the draws depend on.")
     add("--device", type=str | None, help="cpu, cuda, cuda:1, …; none: the GPU if there is one.")
     add("--dtype", type=DType | None, help="Of the weights; none: as they are stored.")

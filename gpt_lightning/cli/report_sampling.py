@@ -177,6 +177,6 @@ def _parser() -> ArgumentParser:
     )
     add("--top_p", type=list[float] | None, help="A list of top-p settings, combined too.")
     add("--num_samples", type=int, default=1000, help="Draws a setting.")
-    add("--token", type=str | None, help="A token to single out, such as pizza.")
+    add("--token", type=str, help="A token to single out, such as pizza.")
     add("--show", type=int, default=10, help="With --from: how many of the likeliest tokens.")
     return parser

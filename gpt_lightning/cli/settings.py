@@ -2,6 +2,7 @@
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.data.loader import Rng
 from gpt_lightning.training.bad_steps import OnBadStep
 from gpt_lightning.training.callbacks import evaluation_callbacks
@@ -37,8 +38,8 @@ def add_settings(parser: LightningArgumentParser, verb: str) -> None:
     )
     parser.add_argument(
         "--allow_import",
-        type=str,
-        action="append",
+        action=TextList,
+        metavar="PACKAGE",
         help="A package, besides ours, lightning and torch, that class paths in a YAML file may "
         "name; repeatable.",
     )

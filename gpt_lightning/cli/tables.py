@@ -5,6 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from gpt_lightning.data.folders import user_path
+
 
 def print_table(
     title: str, rows: list[dict[str, str]], *, texts: Collection[str] = (), lines: bool = False
@@ -35,7 +37,7 @@ def all_or(value: object) -> str:
 
 def writable_folder(name: str) -> Path:
     """``--out``, made if need be; ``OSError`` where nothing can be written there."""
-    folder = Path(name)
+    folder = user_path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.settings import add_settings
+from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
 from gpt_lightning.pretrained.source import check_tokenizer, print_warnings, read_source
@@ -100,7 +101,8 @@ class TrainingCLI(LightningCLI):
         add_settings(parser, self.verb)
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
-        self.config = parse(parser, args)
+        self.arguments = configs_first(parser, args)
+        self.config = parse(parser, self.arguments)
         if self.verb == "validate" and not self.config.config:
             self.arguments = [*self._data_of_run(parser), *self.arguments]
             self.config = parse(parser, self.arguments)

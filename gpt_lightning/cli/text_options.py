@@ -1,0 +1,127 @@
+"""Options that carry text, or lists of texts, in the same way from the command line and from a YAML file."""
+
+import os
+from argparse import Action
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from gpt_lightning.data.unicode import clean_text, decode_text, utf8_text
+
+# options that the model or the tokenizer reads; a path may hold any bytes
+_TEXTS = ("prompt", "evaluation.prompt", "stop", "token", "tokens")
+_PROMPTS = ("prompt", "evaluation.prompt")
+
+
+class TextList(Action):
+    """An option with several texts: repeated on the command line, one text or a list in a YAML file.
+
+    The texts of the command line replace those of the file; there each is taken as it is written.
+    ``nargs="+"`` allows several texts at a time. :func:`take_texts` checks what came from a file.
+    """
+
+    _given: list[str] | None = None
+
+    def __call__(
+        self,
+        parser: object,
+        namespace: Any,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        new = [values] if isinstance(values, str) else list(values or ())
+        before: list[str] | None = getattr(namespace, self.dest, None)
+        if before is not None and before is self._given:
+            new = before + new  # any other list is from a file, or of another parse
+        self._given = new
+        setattr(namespace, self.dest, self._given)
+
+
+def take_texts(parser: ArgumentParser, settings: Namespace) -> None:
+    """Turn each :class:`TextList` into a list of texts or ``None``, and check all options that carry text.
+
+    Raises:
+        ValueError: One is not text, or not valid UTF-8.
+    """
+    for action in parser._actions:
+        if isinstance(action, TextList):
+            settings[action.dest] = _as_list(action.dest, settings[action.dest])
+    for name in _TEXTS:
+        value = settings.get(name)
+        if isinstance(value, str):
+            settings[name] = _checked(name, value)
+        elif isinstance(value, list):
+            settings[name] = [_checked(name, each) for each in value]
+
+
+def _as_list(name: str, value: object) -> list[str] | None:
+    if value is None:
+        return None
+    texts: list[str] = []
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: {text!r} is not text; put it in quotes")
+        texts.append(text)
+    return texts
+
+
+def _checked(name: str, text: str) -> str:
+    try:
+        text = utf8_text(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; give valid UTF-8") from error
+    return clean_text(text) if name in _PROMPTS else text
+
+
+# --- the command line and --config ------------------------------------------------------------------
+
+
+def configs_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """The arguments with each ``--config FILE`` first, so that the command line wins whatever its order."""
+    configs: list[str] = []
+    others: list[str] = []
+    for group, is_config in _split(parser, arguments):
+        (configs if is_config else others).extend(group)
+    return configs + others
+
+
+def check_given(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Check what the command line gives before it is parsed, whose errors would name neither file nor option.
+
+    Raises:
+        ValueError: A configuration file or an option that carries text is not UTF-8.
+    """
+    for name in _TEXTS:
+        for text in values_of(f"--{name}", arguments):
+            _checked(name, text)
+    for group, is_config in _split(parser, arguments):
+        path = os.path.expanduser(group[-1].partition("=")[2] if len(group) == 1 else group[-1])
+        if is_config and os.path.isfile(path):
+            with open(path, "rb") as file:
+                content = file.read()
+            try:
+                decode_text(content)
+            except ValueError as error:
+                raise ValueError(f"config: {path} {error}; convert it to UTF-8") from error
+
+
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """The values that the command line itself gives an option."""
+    following = [value for name, value in pairwise(arguments) if name == option]
+    return following + [a.partition("=")[2] for a in arguments if a.startswith(f"{option}=")]
+
+
+def _split(parser: ArgumentParser, arguments: Sequence[str]) -> Iterator[tuple[list[str], bool]]:
+    """The arguments in their order, ``--config FILE`` together, and which those are."""
+    action = parser._option_string_actions.get("--config")
+    flags = () if action is None else tuple(action.option_strings)
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            yield [argument, *rest], False
+        elif argument in flags:
+            yield [argument, *([value] if (value := next(rest, None)) is not None else [])], True
+        else:
+            yield [argument], argument.startswith(tuple(f"{flag}=" for flag in flags))

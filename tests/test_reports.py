@@ -1,19 +1,27 @@
 """``report sampling``, ``report sweep`` and the options of ``generate``, as commands."""
 
 import csv
+import html
 import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, Command, reference
+from matplotlib.colors import to_hex
 
 from gpt_lightning.cli import main
+from gpt_lightning.cli.tables import print_table
+from gpt_lightning.data import palette
+from gpt_lightning.reports import sampling, sizes, sweep
+from gpt_lightning.training.history import loss_figure
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,260 @@ def test_sweep(command: Command, run: str, tmp_path: Path) -> None:
         "report", "sweep", f"--from={run}", "--prompt=x", "--temperatures=[0,9]", "--top_k=[0]",
         "--num_samples=2", "--max_new_tokens=5",
     ).out  # fmt: skip
+
+
+def test_the_sweep_says_what_its_figures_mean(command: Command, run: str, tmp_path: Path) -> None:
+    """The greedy text is there once, 'identical' counts texts, and exercise 5.3's equality is in the report."""
+    base = ("report", "sweep", f"--from={run}", "--prompt=The clock", "--temperatures=[0,1]",
+            "--top_k=[1,0]", "--num_samples=4", "--max_new_tokens=12", "--out=grid")  # fmt: skip
+    found = answer(command(*base, "--json"))
+    loop = found["generate_simple"]
+    assert (loop["settings"], loop["equal"]) == (3, 3)
+    assert found["cells"][0]["texts"] == [loop["text"]] * 4
+    greedy, drawn = found["cells"][0]["texts"][0], found["cells"][3]["texts"]
+    page = (tmp_path / "grid" / "sweep.html").read_text(encoding="utf-8")
+    assert page.count(html.escape(greedy)) == 1
+    assert page.count("the same text as with temperature 0, top_k 1") == 2
+    assert all(html.escape(text) in page for text in drawn)
+    assert page.count("<dd>all 4</dd>") == 3
+    assert page.count("<dd>none</dd>") == 1
+    for measure in (
+        "distinct-1",
+        "distinct-2",
+        "repetition",
+        "log-probability",
+        "next-token entropy",
+    ):
+        assert page.count(f"<dt>{measure}</dt>") == 5  # of each cell, and in the legend
+    said = "generate_simple, the plain greedy loop, gives the same text as all 3 greedy settings"
+    assert said in page
+    assert said in command(*base).out
+    none = command(*base, "--temperatures=[1]", "--top_k=[5]")
+    assert "no setting is greedy" in none.out
+
+
+def test_another_text_than_the_plain_loops_is_said() -> None:
+    assert str(sweep.PlainLoop("", 4, 4)).startswith("gives the same text as all 4 greedy settings")
+    assert str(sweep.PlainLoop("", 4, 3)).startswith("gives another text than 1 of 4 greedy")
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_texts_are_under_the_table_at_any_width(
+    command: Command, run: str, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    on_terminal(monkeypatch, width)
+    done = command("report", "sweep", f"--from={run}", "--prompt=The clock", "--temperatures=[0,1]",
+                   "--top_k=[1,5,0]", "--num_samples=2", "--max_new_tokens=9", "--top_p=[0.9,1]")  # fmt: skip
+    assert done.code == 0, done.err
+    out = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
+    table, _, texts = out.partition("\none text of each setting")
+    if width > 60:  # there it is narrower than the shortest words
+        for name in ("temperature", "top_k", "top_p", "repetition", "entropy", "identical"):
+            assert name in table
+        assert max(map(len, table.splitlines()[1:])) <= width
+    assert "temperature 0: top_k 1 with top_p 0.9, 1 with top_p 1, 5 with top_p 0.9" in " ".join(
+        texts.split()
+    )
+    assert texts.count("The clock") >= 2
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_tables_are_never_cut_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    on_terminal(monkeypatch, width)
+    row = {
+        "model": "checkpoints/a-run/best.ckpt",
+        **{f"measure {i}": f"{i}{i}.{i} GB" for i in range(12)},
+    }
+    print_table("sizes", [row, {**row, "model": "checkpoints/other/best.ckpt"}])
+    out = capsys.readouterr().out
+    for value in row.values():
+        assert out.count(value) == (1 if value == row["model"] else 2)
+    assert "…" not in out
+
+
+def test_control_characters_reach_no_terminal(
+    command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In texts, tables and messages; a pipe gets the text as it is, and newlines and tabs stay."""
+    prompt = "The\tclock\n\x1b]0;owned\x07\x1b[31m\x9b1m"
+    base = ("generate", f"--from={run}", f"--prompt={prompt}", "--max_new_tokens=1")
+    assert command(*base).out.startswith(prompt)
+    folder = tmp_path / "a\x1b[31m.txt"
+    folder.mkdir()
+    (folder / ".hidden.txt").write_text("x")
+    (folder / "b.txt").write_text("y" * 9)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    shown = "The\tclock\n\\x1b]0;owned\\x07\\x1b[31m\\x9b1m"
+    for more in (["--stream=true"], ["--stream=false"], ["--num_samples=2"]):
+        out = command(*base, *more).out
+        assert shown in out
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
+    figures = ("report", "sweep", f"--from={run}", "--temperatures=[1]", "--top_k=[5]", "--num_samples=2",
+               "--max_new_tokens=3")  # fmt: skip
+    done = command(*figures, f"--prompt={prompt}")
+    assert "\\x1b[31m" in done.out
+    assert "\x1b]" not in done.out
+    done = command("prepare", str(folder), "--val_ratio=0", "--out=c\x1b[31m")
+    assert done.code == 0
+    assert "\x1b" not in done.out + done.err
+    assert "left out: 1 hidden" in done.err
+
+
+def test_samples_of_training_are_escaped_too(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "--evaluation.prompt=The \x1b[31mclock"
+    arguments = (prompt, "--trainer.max_steps=1", "--trainer.limit_train_batches=1")
+    assert "The \x1b[31mclock" in fit(*arguments, "--run=pipe").out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    out = fit(*arguments, "--run=terminal").out
+    assert "The \\x1b[31mclock" in out
+    assert "\x1b" not in out
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def boxes(figure: Any, artists: Any) -> list[Any]:
+    renderer = figure.canvas.get_renderer()
+    return [artist.get_window_extent(renderer) for artist in artists]
+
+
+def drawn(figure: Any) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def shown_labels(axis: Any) -> list[Any]:
+    low, high = sorted(axis.get_view_interval())
+    return [
+        tick.label1 if tick.label1.get_visible() else tick.label2
+        for tick in axis.get_major_ticks()
+        if low <= tick.get_loc() <= high
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "tokens"),
+    [
+        ((0.001, 0.01, 0.02), 1e7),
+        ((1e-4, 0.0013), 9e9),
+        ((0.048, 0.5, 0.95), 5120),
+        ((0.33,), 5120),
+        ((0.1, 1.2), 999),
+        ((0.05, 2.4), 1e5),
+        ((0.05, 12.0), 5120),
+        ((1.0, 300.0), 1e12),
+    ],
+)
+def test_labels_of_the_loss_figure_do_not_overlap(epochs: Any, tokens: float) -> None:
+    rows = [
+        {"seen_epochs": e, "tokens_seen": e * tokens, "train_loss": 5 - i, "val_loss": 6 - i}
+        for i, e in enumerate(epochs)
+    ]
+    figure = drawn(loss_figure(rows))
+    for axes in figure.axes:
+        labels = boxes(figure, shown_labels(axes.xaxis))
+        assert 2 <= len(labels) <= 8
+        assert not any(a.overlaps(b) for a, b in combinations(labels, 2))
+        assert axes.get_xlim()[0] == 0
+    colors = [line.get_color() for line in figure.axes[0].lines]
+    assert colors == list(palette.SERIES[:2])
+
+
+def grey(color: str) -> float:
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_the_palette_is_told_apart_in_grey_and_on_paper() -> None:
+    first, second, *_ = palette.SERIES
+    assert abs(grey(first) - grey(second)) > 0.25
+    assert all(grey("#ffffff") - grey(color) > 0.25 for color in palette.SERIES)
+    assert palette.ink_on(0, 0, 0) == palette.ink_on(0.2, 0.2, 0.3) == palette.PAPER
+    assert palette.ink_on(1, 1, 1) == palette.ink_on(0.9, 0.8, 0.1) == palette.INK
+
+
+def test_every_setting_of_the_sampling_figure_has_a_panel_that_can_be_read() -> None:
+    settings = sweep.grid([1.0, 0.1, 5.0], [None], [None])
+    rows, _ = sampling.frequencies(
+        torch.tensor(sampling.BOOK_LOGITS), sampling.BOOK_TOKENS, settings, 1000
+    )
+    figure = drawn(sampling.sampling_figure(rows, 1000, "the book's"))
+    assert [axes.get_title() for axes in figure.axes] == [
+        "temperature 1",
+        "temperature 0.1",
+        "temperature 5",
+    ]
+    for axes, per_setting in zip(figure.axes, (rows[:9], rows[9:18], rows[18:]), strict=True):
+        bars = [patch for patch in axes.patches if patch.get_height() >= 0]
+        assert [bar.get_height() for bar in bars] == [row.probability for row in per_setting]
+        assert {to_hex(bar.get_facecolor()) for bar in bars} == {palette.SERIES[0]}
+        names = boxes(figure, axes.texts)  # a small number beside a 0 is told by its label
+        assert not any(a.overlaps(b) for a, b in combinations(names, 2))
+    assert "4.3 %" in [text.get_text() for text in figure.axes[2].texts]
+
+
+def measured(source: str, **figures: Any) -> sizes.Measured:
+    known = {"train_loss": 2.08, "val_loss": 5.4, "seconds_to_first_token": 1.0204,
+             "tokens_per_second": 13523.2, "peak_memory_bytes": 6_230_000_000}  # fmt: skip
+    return sizes.Measured(source, 164_000_000, 13_700_000, **{**known, **figures})
+
+
+def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
+    models = [
+        measured("checkpoints/a/best.ckpt"),
+        measured("checkpoints/b/best.ckpt", tokens_per_second=None),
+    ]
+    figure = drawn(sizes.figure(models, "two"))
+    texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+    assert {"1,020", "13,523", "6.23", "0.164", "–"} <= set(texts)
+    assert not any(re.search(r"e[+-]\d", text) for text in texts)
+    assert {"a/best.ckpt", "b/best.ckpt"} <= set(texts)
+    for axes in figure.axes:
+        if (legend := axes.get_legend()) is not None:
+            (box,) = boxes(figure, [legend])
+            assert not any(box.overlaps(bar) for bar in boxes(figure, [*axes.patches, *axes.texts]))
+        assert not any(a.overlaps(b) for a, b in combinations(boxes(figure, axes.texts), 2))
+    drawn(sizes.figure([measured("a", train_loss=None, val_loss=None)], "without a text"))
+
+
+def test_the_first_token_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process's first pass takes a second, of which neither model is to have more than the other."""
+    times = iter([[1.02, 0.5], [0.4], *[[0.008]] * 200, [0.008, 0.01, 0.3, 0.01]])
+    monkeypatch.setattr(sizes, "_token_times", lambda model, task, new_tokens: next(times))
+    monkeypatch.setattr(sizes, "_FIRST_TOKENS_SECONDS", 0.4 + 199.5 * 0.008)
+    task = sizes.Task("x", sizes.Sampling(), 1, 4, 1)
+    first, rate = sizes._speed(None, task)  # type: ignore[arg-type]
+    assert first == 0.008
+    assert rate == pytest.approx(100)
+
+
+def test_heat_maps_are_readable() -> None:
+    cells = [
+        sweep.Cell(t, k, p, 0.5, 0.1 * i, 0.2, -1.0 - i, 1.0, share, share == 1, ["a", "b", "c", "d"])
+        for p in (None, 0.9)
+        for i, (t, k, share) in enumerate([(0.0, 1, 1.0), (0.0, None, 0.5), (1.5, 1, 0.25), (1.5, None, 0.25)])
+    ]  # fmt: skip
+    figure = drawn(sweep.heat_maps(cells, "caption"))
+    assert len(figure.axes) == 2 * len(sweep.FIGURES)
+    maps = [axes for axes in figure.axes if axes.get_title() == "identical texts"]
+    assert [text.get_text() for text in maps[0].texts] == ["all 4", "2 of 4", "none", "none"]
+    for axes in figure.axes:
+        assert axes.title.get_fontsize() >= 12
+        colors = axes.images[0].to_rgba(axes.images[0].get_array())[..., :3].reshape(-1, 3)
+        assert [text.get_color() for text in axes.texts] == [palette.ink_on(*c) for c in colors]
+
+
+def test_figures_keep_what_their_font_can_draw() -> None:
+    assert sampling.in_any_font("tök 'α'\n🦜") == "tök 'α'\\n\\U0001f99c"
 
 
 def test_prompts_are_no_markup(command: Command, run: str) -> None:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.cli.tables import all_or, print_table, writable_folder, write_csv
+from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> None:
     } | {"methods_num_samples": compared_draws, "methods_temperature": compared_at}
     caption = f"{settings.num_samples:,} draws a setting, seed {settings.seed}"
     if settings["from"]:
-        caption += f", {settings['from']} after {shorten(repr(settings.prompt), 80)}"
+        caption += printable(f", {settings['from']} after {shorten(repr(settings.prompt), 80)}")
     if out is not None:
         write_csv(out / "sampling.csv", answer["rows"])
         (out / "sampling.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
@@ -100,8 +101,8 @@ def run(arguments: list[str]) -> None:
     for row in rows:
         if row.token == settings.token:
             print(
-                f"{row.token} at temperature {row.temperature:g}: {row.probability:.2%} exactly, "
-                f"{row.count} of {settings.num_samples} drawn"
+                f"{printable(row.token)} at temperature {row.temperature:g}: {row.probability:.2%} "
+                f"exactly, {row.count} of {settings.num_samples} drawn"
             )
 
 

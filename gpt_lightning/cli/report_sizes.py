@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import progress, report_parser
 from gpt_lightning.cli.tables import print_table, writable_folder, write_csv
+from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
     from gpt_lightning.reports.sizes import Measured
@@ -61,6 +62,7 @@ def run(arguments: list[str]) -> None:
     )
     if task.text:
         caption += f"; losses on {task.text}, windows of {task.context_length}"
+    caption = printable(caption)
     answer = {**report.as_dict(measured), "settings": asdict(task)}
     if out is not None:
         write_csv(
@@ -76,7 +78,7 @@ def run(arguments: list[str]) -> None:
     print_table(caption, [_row(model) for model in measured])
     for model in measured:
         if model.skipped:
-            print(f"{model.source}: skipped: {model.skipped}")
+            print(printable(f"{model.source}: skipped: {model.skipped}"))
     whole = [model for model in measured if model.skipped is None]
     if whole:
         trials = zip(*(model.samples for model in whole), strict=True)
@@ -108,8 +110,8 @@ def _row(model: "Measured") -> dict[str, str]:
         "train perpl.": shown(model.train_perplexity, ",.2f"),
         "val perpl.": shown(model.val_perplexity, ",.2f"),
         "tokens/s": shown(model.tokens_per_second, ",.1f"),
-        "first token": "" if milliseconds is None else f"{milliseconds:,.0f} ms",
-        "memory at most": shown(
+        "first token": "" if milliseconds is None else f"{milliseconds:,.1f} ms",
+        "peak memory": shown(
             model.peak_memory_bytes and model.peak_memory_bytes / 1e9, ",.2f"
         ) + (" GB" if model.peak_memory_bytes else ""),
     }  # fmt: skip

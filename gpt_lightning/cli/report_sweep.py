@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -11,10 +12,13 @@ from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, progress, report_parser
-from gpt_lightning.cli.tables import all_or, print_table, writable_folder, write_csv
+from gpt_lightning.cli.tables import all_or, print_table, print_texts, writable_folder, write_csv
+from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from gpt_lightning.reports.sweep import Cell
 
 
 def run(arguments: list[str]) -> None:
@@ -49,18 +53,21 @@ def run(arguments: list[str]) -> None:
             seed=settings.seed,
             on_cell=advance,
         )
+    loop = report.compare_with_plain_loop(
+        model, encode_prompt(settings.prompt), cells, settings.max_new_tokens
+    )
     used = {
         key: settings[key] for key in ("from", "prompt", "num_samples", "max_new_tokens", "seed")
     }
-    answer = {**report.as_dict(cells), "settings": used}
+    answer = {**report.as_dict(cells), "generate_simple": asdict(loop), "settings": used}
     # the prompt last, and no more of it than leaves room for the settings
     told = {key: value for key, value in used.items() if key != "prompt"}
     caption = ", ".join(f"{key} {value}" for key, value in told.items())
-    caption += f", prompt {shorten(repr(settings.prompt), 100)}"
+    caption = printable(f"{caption}, prompt {shorten(repr(settings.prompt), 100)}")
     if out is not None:
         figure = report.heat_maps(cells, caption)
         figure.savefig(out / "sweep.png", dpi=150)
-        page = report.html_page(cells, caption, _base64_png(figure))
+        page = report.html_page(cells, loop, caption, _base64_png(figure))
         (out / "sweep.html").write_text(page, encoding="utf-8")
         (out / "sweep.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
         write_csv(
@@ -80,17 +87,32 @@ def run(arguments: list[str]) -> None:
                 "distinct-1": f"{cell.distinct_1:.3f}",
                 "distinct-2": f"{cell.distinct_2:.3f}",
                 "repetition": f"{cell.repetition_rate:.3f}",
-                "log-prob.": f"{cell.mean_log_probability:.3f}",
+                "log-prob.": f"{cell.mean_log_probability:.2f}",
                 "entropy": f"{cell.next_token_entropy:.3f}",
-                "identical": f"{cell.identical_share:.2f}",
-                "one text": " ".join(cell.texts[0].split()),
+                "identical": cell.identical,
             }
             for cell in cells
         ],
-        texts=["one text"],
+    )
+    print_texts(
+        "\none text of each setting",
+        [(_names(group), group[0].texts[0]) for group in report.same_texts(cells)],
     )
     deterministic = [cell for cell in cells if cell.deterministic]
     print(f"deterministic: {len(deterministic)} of {len(cells)} settings (all texts identical)")
+    print(f"generate_simple, the plain greedy loop, {loop}")
+
+
+def _names(cells: Sequence["Cell"]) -> str:
+    """The settings of cells with the same texts: ``temperature 0: top_k 1, 5; temperature 1: top_k 1``."""
+    by_temperature: dict[float, list[str]] = {}
+    for cell in cells:
+        top_p = "" if cell.top_p is None else f" with top_p {cell.top_p:g}"
+        by_temperature.setdefault(cell.temperature, []).append(f"{all_or(cell.top_k)}{top_p}")
+    return "; ".join(
+        f"temperature {temperature:g}: top_k {', '.join(top_ks)}"
+        for temperature, top_ks in by_temperature.items()
+    )
 
 
 def _base64_png(figure: "Figure") -> str:

@@ -7,14 +7,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gpt_lightning.data.palette import INK, SERIES
 from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # the book's small vocabulary with the logits that follow "every effort moves you"
@@ -182,34 +185,89 @@ def compare_methods(
 
 
 def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -> "Figure":
-    """Bars: each token's exact probability under each setting; crosses: its share of the draws."""
+    """A panel for each setting: each token's exact probability as a bar, its share of the draws as a cross.
+
+    The line through a cross's place is where 99 % of all runs have theirs.
+    """
     from matplotlib.figure import Figure
 
-    settings = list(dict.fromkeys((row.temperature, row.top_k, row.top_p) for row in rows))
-    # each setting has the same tokens in the same order; two may have one name
-    tokens = [r.token for r in rows if (r.temperature, r.top_k, r.top_p) == settings[0]]
-    figure = Figure(figsize=(max(6.0, 0.75 * len(tokens) + 2), 4.5), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(settings)
-    for i, setting in enumerate(settings):
-        own = [r for r in rows if (r.temperature, r.top_k, r.top_p) == setting]
-        places = [place + (i - (len(settings) - 1) / 2) * width for place in range(len(own))]
-        grey = f"{0.3 + 0.6 * i / max(1, len(settings) - 1):.2f}"
-        exact = [r.probability for r in own]
-        axes.bar(places, exact, width, color=grey, edgecolor="0", label=_name(*setting))
-        axes.plot(places, [r.count / num_samples for r in own], "x", color="0", markersize=5)
-    axes.plot([], [], "x", color="0", label=f"share of {num_samples:,} draws")
-    names = [in_any_font(token) for token in tokens]
-    axes.set_xticks(range(len(tokens)), names, rotation=45, ha="right", parse_math=False)
-    axes.set_xlabel("Next token")
-    axes.set_ylabel("Probability")
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
-    figure.supxlabel(in_any_font(caption), fontsize=7, parse_math=False)
+    by_setting: dict[tuple[float, int | None, float | None], list[Frequency]] = {}
+    for row in rows:
+        by_setting.setdefault((row.temperature, row.top_k, row.top_p), []).append(row)
+    tokens = len(rows) // len(by_setting)
+    across = 3 if tokens <= 12 and len(by_setting) > 4 else 1
+    down = math.ceil(len(by_setting) / across)
+    width = max(7.0, across * (0.55 * tokens + 1.2))
+    figure = Figure(figsize=(width, 2.1 * down + 1.6), layout="constrained")
+    panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (setting, own) in zip(panels, by_setting.items(), strict=False):
+        _panel(axes, own, num_samples)
+        axes.set_title(_name(*setting), fontsize=11)
+    for i in range(len(by_setting), len(panels)):
+        panels[i].set_visible(False)
+        panels[i - across].tick_params(labelbottom=True)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center", ncols=3, fontsize=10, frameon=False,
+    )  # fmt: skip
+    figure.supylabel("Probability of the next token", fontsize=11)
+    figure.supxlabel(in_any_font(caption), fontsize=9, parse_math=False)
     return figure
 
 
+def _panel(axes: "Axes", rows: Sequence[Frequency], num_samples: int) -> None:
+    places = range(len(rows))
+    exact = [row.probability for row in rows]
+    axes.bar(places, exact, 0.7, color=SERIES[0], label="exact")
+    shares = [row.count / num_samples for row in rows]
+    label = f"share of {num_samples:,} draws"
+    axes.plot(places, shares, "X", color=SERIES[1], markeredgecolor=INK, markersize=8, label=label)
+    low = [max(0.0, row.probability - row.low / num_samples) for row in rows]
+    high = [max(0.0, row.high / num_samples - row.probability) for row in rows]
+    axes.errorbar(
+        places, exact, [low, high],
+        fmt="none", ecolor=INK, elinewidth=1, capsize=4, label="where 99 % of runs lie",
+    )  # fmt: skip
+    # above bar, line and cross; a zero and a small number look the same without it
+    heights = [max(p, p + up, share) for p, up, share in zip(exact, high, shares, strict=True)]
+    for place, (p, height) in enumerate(zip(exact, heights, strict=True)):
+        axes.annotate(
+            _percent(p), (place, height), (0, 6), textcoords="offset points",
+            ha="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    axes.set_ylim(0, 1.18)
+    axes.set_yticks([0, 0.5, 1])
+    axes.set_xticks(
+        places, [in_any_font(row.token) for row in rows], rotation=45, ha="right",
+        rotation_mode="anchor", parse_math=False,
+    )  # fmt: skip
+    axes.grid(axis="y", color=INK, alpha=0.15)
+    axes.set_axisbelow(True)
+
+
+def _percent(share: float) -> str:
+    """``57 %``, ``4.3 %``, ``0.01 %``; below that it says so, and a token that is left out is 0."""
+    if share == 0.0:
+        return "0"
+    if share < 0.0001:
+        return "<0.01 %"
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
 def in_any_font(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
+    """The text with what matplotlib's font cannot draw as escapes; it would draw boxes, with a warning."""
+    drawn = _drawn_by_font()
+    return "".join(
+        c if ord(c) in drawn and c.isprintable() else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+@cache
+def _drawn_by_font() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def as_dict(

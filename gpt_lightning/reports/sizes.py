@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from multiprocessing import get_context
+from statistics import median
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from gpt_lightning.data.loader import WindowLoader
+from gpt_lightning.data.palette import SERIES
 from gpt_lightning.data.tokenizer import encode_prompt
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import Windows
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# passes whose median is the time to the first token: so many at least, and more of them until a second is over
+_FIRST_TOKENS = 5
+_FIRST_TOKENS_SECONDS = 1.0
 _ROOM = 1.15  # what loading needs at most, times the weights' own bytes
 
 
@@ -196,20 +202,34 @@ def _peak_memory(device: str) -> int:
 
 
 def _speed(model: GPTModel, task: Task) -> tuple[float, float | None]:
-    """Seconds to the first token, and tokens a second from there on (none of a single one)."""
-    prompt_ids = encode_prompt(task.prompt)
-    times: list[float] = []
-    for new_tokens in (2, task.max_new_tokens):  # the first is a warm-up
-        generator = seeded(task.seed, task.device)
-        times = [time.perf_counter()]
-        for step in stream_ids(
-            model, [prompt_ids], new_tokens, task.sampling, eos_id=None, generator=generator
-        ):
-            step.tolist()  # waits for a GPU
-            times.append(time.perf_counter())
-    decoded = len(times) - 2
-    rate = decoded / (times[-1] - times[1]) if decoded > 0 else None
-    return times[1] - times[0], rate
+    """Median seconds to the first token, and tokens per second by the median step (``None`` for a single token).
+
+    The first passes of a process are slow, for they load kernels and read the weights from disk; a median
+    leaves out what another process takes now and then.
+    """
+    _token_times(model, task, 2)  # a warm-up
+    first: list[float] = []
+    while len(first) < _FIRST_TOKENS or sum(first) < _FIRST_TOKENS_SECONDS:
+        first += _token_times(model, task, 1)
+    steps = _token_times(model, task, task.max_new_tokens)[1:]
+    return median(first), 1 / median(steps) if steps else None
+
+
+def _token_times(model: GPTModel, task: Task, new_tokens: int) -> list[float]:
+    """Seconds from each token of one text to the next; the first is that of reading the prompt."""
+    generator = seeded(task.seed, task.device)
+    times = [time.perf_counter()]
+    for step in stream_ids(
+        model,
+        [encode_prompt(task.prompt)],
+        new_tokens,
+        task.sampling,
+        eos_id=None,
+        generator=generator,
+    ):
+        step.tolist()  # waits for a GPU
+        times.append(time.perf_counter())
+    return [after - before for before, after in pairwise(times)]
 
 
 @torch.inference_mode()
@@ -247,39 +267,72 @@ def figure(measured: Sequence[Measured], caption: str) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = [model for model in measured if model.skipped is None]
-    drawing = Figure(figsize=(11, 3.6), layout="constrained")
-    loss, speed, first, memory = drawing.subplots(1, 4)
-    names = [model.source.rstrip("/").rpartition("/")[2] for model in shown]
-    _bars(loss, names, "Loss (nats a token)", {
+    width = max(5.0, 1.1 * len(shown) + 1.5)
+    drawing = Figure(figsize=(2 * width, 8), layout="constrained")
+    (loss, memory), (speed, first) = drawing.subplots(2, 2)
+    names = short_names([model.source for model in shown])
+    _bars(loss, names, "Loss (nats per token)", {
         "training": [model.train_loss for model in shown],
         "validation": [model.val_loss for model in shown],
     })  # fmt: skip
-    _bars(speed, names, "Speed (tokens a second)",
-          {"": [model.tokens_per_second for model in shown]})  # fmt: skip
-    _bars(first, names, "First token after (ms)",
-          {"": [1e3 * (model.seconds_to_first_token or 0.0) for model in shown]})  # fmt: skip
-    _bars(memory, names, "Memory at most, file (GB)", {
-        "memory": [(model.peak_memory_bytes or 0) / 1e9 for model in shown],
+    _bars(memory, names, "Peak memory, and file (GB)", {
+        "peak memory": [(model.peak_memory_bytes or 0) / 1e9 for model in shown],
         "file": [model.file_bytes / 1e9 for model in shown],
     })  # fmt: skip
-    drawing.supxlabel(in_any_font(caption), fontsize=8, parse_math=False)
+    _bars(speed, names, "Tokens per second (median)",
+          {"": [model.tokens_per_second for model in shown]})  # fmt: skip
+    _bars(first, names, "Time to the first token (ms, median)",
+          {"": [1e3 * (model.seconds_to_first_token or 0.0) for model in shown]})  # fmt: skip
+    drawing.supxlabel(in_any_font(caption), fontsize=9, parse_math=False)
     return drawing
 
 
 def _bars(
     axes: "Axes", names: list[str], title: str, series: dict[str, list[float | None]]
 ) -> None:
+    axes.set_title(title, fontsize=12, pad=26 if len(series) > 1 else 8)
+    if all(value is None for values in series.values() for value in values):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, fontsize=10)
+        return
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
         places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
         bars = axes.bar(
-            places, [value or 0.0 for value in values], width,
-            color="0.35" if i == 0 else "0.75", edgecolor="0", label=label,
-        )  # fmt: skip
-        axes.bar_label(
-            bars, ["" if value is None else f"{value:.3g}" for value in values], fontsize=7
+            places, [value or 0.0 for value in values], 0.94 * width, color=SERIES[i], label=label
         )
-    axes.set_title(title, fontsize=9)
-    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=20, ha="right")
-    if len(series) > 1:
-        axes.legend(fontsize=7)
+        labels = ["–" if value is None else plain_number(value) for value in values]
+        axes.bar_label(bars, labels, padding=2, fontsize=9)
+    axes.set_xticks(
+        range(len(names)), [in_any_font(name) for name in names], fontsize=10, rotation=20,
+        ha="right", rotation_mode="anchor", parse_math=False,
+    )  # fmt: skip
+    axes.margins(y=0.12)
+    axes.set_xlim(-0.7, len(names) - 0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter("{x:,.10g}")
+    if len(series) > 1:  # above the bars, between them and the title
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=10, frameon=False
+        )
+
+
+def plain_number(value: float) -> str:
+    """Three digits or all before the point, never an exponent: ``1,020``, ``17.9``, ``0.585``, ``0.0042``."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """The last parts of each path, as many as tell it from the others."""
+    paths = [source.rstrip("/").split("/") for source in sources]
+    names = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        parts = 1
+        while parts < len(path) and any(other[-parts:] == path[-parts:] for other in others):
+            parts += 1
+        names.append("/".join(path[-parts:]))
+    return names

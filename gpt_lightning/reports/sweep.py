@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gpt_lightning.data.palette import INK, SEQUENTIAL, ink_on
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
-from gpt_lightning.generation.generate import NO_TOKEN, stream_ids
+from gpt_lightning.generation.generate import NO_TOKEN, generate_simple, stream_ids
 from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.reports.sampling import in_any_font
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -46,12 +48,61 @@ class Cell:
     deterministic: bool
     texts: list[str]
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the setting leaves one choice for each token."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def identical(self) -> str:
+        """How many texts are the same: ``all 8``, ``3 of 8``, ``none``."""
+        same = round(self.identical_share * len(self.texts))
+        if same == len(self.texts):
+            return f"all {same}"
+        return "none" if same == 1 else f"{same} of {len(self.texts)}"
+
+
+@dataclass(frozen=True)
+class PlainLoop:
+    """Exercise 5.3: the texts of the greedy settings beside that of :func:`generate_simple`.
+
+    Attributes:
+        text: The plain loop's, up to ``<|endoftext|>``.
+        settings: Greedy settings, which are temperature 0 and top_k 1.
+        equal: Of these, how many have this text alone.
+    """
+
+    text: str
+    settings: int
+    equal: int
+
+    def __str__(self) -> str:
+        if not self.settings:
+            return "no setting is greedy (temperature 0 or top_k 1), so none is compared with it"
+        if self.equal == self.settings:
+            return f"gives the same text as all {self.settings} greedy settings (temperature 0 or top_k 1)"
+        return (
+            f"gives another text than {self.settings - self.equal} of {self.settings} greedy settings "
+            "(temperature 0 or top_k 1)"
+        )
+
 
 FIGURES = {
-    "distinct_2": "Different pairs of tokens (share)",
-    "repetition_rate": "Tokens that repeat one of the 16 before (share)",
-    "mean_log_probability": "Log-probability under the model (nats a token)",
-    "identical_share": "Identical texts (share; 1 = deterministic)",
+    "distinct_2": "distinct-2",
+    "repetition_rate": "repetition",
+    "mean_log_probability": "log-probability (nats)",
+    "identical_share": "identical texts",
+}
+
+# what the page says about each of its measures; {n} is the number of texts in a cell
+LEGEND = {
+    "distinct-1": "share of the tokens of all {n} texts that are different ones; higher is more varied",
+    "distinct-2": "the same for pairs of neighbouring tokens",
+    "repetition": "share of the tokens that are also among the 16 tokens before them; lower is better",
+    "log-probability": "mean log-probability of the tokens under the model at temperature 1, in nats per token; "
+    "nearer to 0 is likelier text",
+    "next-token entropy": "entropy of the prompt's next token under the setting, in nats; 0 leaves one choice",
+    "identical texts": "how many of the {n} texts are the same; all {n}: the setting is deterministic",
 }
 
 
@@ -138,6 +189,21 @@ def _cell(
     )
 
 
+@torch.inference_mode()
+def compare_with_plain_loop(
+    model: GPTModel, prompt_ids: list[int], cells: Sequence[Cell], max_new_tokens: int
+) -> PlainLoop:
+    """Exercise 5.3's equality: greedy settings against the plain loop, which has no cache and no sampling."""
+    model.eval()
+    idx = torch.tensor([prompt_ids], device=_device(model))
+    new = generate_simple(model, idx, max_new_tokens)[0, len(prompt_ids) :].tolist()
+    if END_OF_TEXT_ID in new:
+        new = new[: new.index(END_OF_TEXT_ID)]
+    text = decode(prompt_ids + new)
+    greedy = [cell for cell in cells if cell.is_greedy]
+    return PlainLoop(text, len(greedy), sum(set(cell.texts) == {text} for cell in greedy))
+
+
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
@@ -186,84 +252,132 @@ def tables(cells: Sequence[Cell]) -> Iterator[tuple[float | None, list[float], l
         )
 
 
+def same_texts(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells in their order, those with the very same texts together."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell.texts), []).append(cell)
+    return list(groups.values())
+
+
 def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
-    """Each of ``FIGURES`` over temperature (down) × top_k (across), the values written in the cells."""
+    """Each of ``FIGURES`` over temperature (down) × top_k (across), the values written in the cells.
+
+    Two maps stand side by side, so that they can be read on a page; those of another top_p are below.
+    """
     from matplotlib.figure import Figure
 
     parts = list(tables(cells))
     columns = max(len(top_ks) for _, _, top_ks in parts)
     lines = max(len(temperatures) for _, temperatures, _ in parts)
-    width, height = max(4.2, 0.55 * columns + 1), max(3.4, 0.3 * lines + 1)
-    figure = Figure(figsize=(width * len(FIGURES), height * len(parts)), layout="constrained")
-    grid_of_axes = figure.subplots(len(parts), len(FIGURES), squeeze=False)
+    width, height = max(5.0, 0.8 * columns + 1), max(2.8, 0.42 * lines + 1.2)
+    down = len(FIGURES) // 2 * len(parts)
+    figure = Figure(figsize=(2 * width, height * down + 0.4), layout="constrained")
+    grid_of_axes = iter(figure.subplots(down, 2, squeeze=False).flat)
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
-    for line, (top_p, temperatures, top_ks) in enumerate(parts):
-        for axes, (field, title) in zip(grid_of_axes[line], FIGURES.items(), strict=True):
-            values = [
-                [float(getattr(by_setting[t, k, top_p], field)) for k in top_ks]
-                for t in temperatures
-            ]
-            image = axes.imshow(values, cmap="Greys", aspect="auto")
-            low, high = image.get_clim()
-            for i, value_row in enumerate(values):
-                for j, value in enumerate(value_row):
-                    dark = high > low and (value - low) / (high - low) > 0.5
-                    axes.text(
-                        j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                        color="1" if dark else "0",
-                    )  # fmt: skip
-            axes.set_title(title, fontsize=8)
+    for top_p, temperatures, top_ks in parts:
+        for field, title in FIGURES.items():
+            table = [[by_setting[t, k, top_p] for k in top_ks] for t in temperatures]
+            axes = next(grid_of_axes)
+            _heat_map(axes, field, table)
+            axes.set_title(title if top_p is None else f"{title}, top_p {top_p:g}", fontsize=13)
             axes.set_xticks(range(len(top_ks)), ["all" if k is None else str(k) for k in top_ks])
             axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
-            axes.set_xlabel("top_k" if top_p is None else f"top_k (top_p {top_p:g})")
-            axes.set_ylabel("temperature")
-    figure.supxlabel(in_any_font(caption), fontsize=8, parse_math=False)
+            axes.set_xlabel("top_k", fontsize=11)
+            axes.set_ylabel("temperature", fontsize=11)
+    figure.supxlabel(in_any_font(caption), fontsize=9, parse_math=False)
     return figure
 
 
-def html_page(cells: Sequence[Cell], caption: str, figure_png: str) -> str:
-    """A page that needs nothing but itself: the figure (base64 PNG), the grid, every text."""
+def _heat_map(axes: "Axes", field: str, table: Sequence[Sequence[Cell]]) -> None:
+    values = [[float(getattr(cell, field)) for cell in line] for line in table]
+    image = axes.imshow(values, cmap=SEQUENTIAL, aspect="auto")
+    if field == "identical_share":
+        image.set_clim(0, 1)
+    colors = image.to_rgba(torch.tensor(values).numpy())
+    for i, line in enumerate(table):
+        for j, cell in enumerate(line):
+            text = cell.identical if field == "identical_share" else f"{values[i][j]:.2f}"
+            axes.text(
+                j, i, text, ha="center", va="center", fontsize=10,
+                color=ink_on(*colors[i, j, :3]),
+            )  # fmt: skip
+    axes.set_xticks([x - 0.5 for x in range(1, len(table[0]))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(table))], minor=True)
+    axes.grid(which="minor", color="#ffffff", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def html_page(cells: Sequence[Cell], loop: PlainLoop, caption: str, figure_png: str) -> str:
+    """A page that needs nothing but itself: the figure (base64 PNG), the measures, the grid, each text once."""
     parts = []
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
+    first = {id(cell): group[0] for group in same_texts(cells) for cell in group[1:]}
     for top_p, temperatures, top_ks in tables(cells):
         if top_p is not None:
             parts.append(f"<h2>top_p {top_p:g}</h2>")
         head = "".join(f"<th>top_k {'all' if k is None else k}</th>" for k in top_ks)
-        parts.append(f"<table><thead><tr><th></th>{head}</tr></thead><tbody>")
+        parts.append(f"<table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>")
         for temperature in temperatures:
-            row = "".join(_html_cell(by_setting[temperature, k, top_p]) for k in top_ks)
+            row = "".join(
+                _html_cell(cell, first.get(id(cell)))
+                for cell in (by_setting[temperature, k, top_p] for k in top_ks)
+            )
             parts.append(f"<tr><th>temperature {temperature:g}</th>{row}</tr>")
         parts.append("</tbody></table>")
+    legend = "".join(
+        f"<dt>{name}</dt><dd>{what.format(n=len(cells[0].texts))}</dd>"
+        for name, what in LEGEND.items()
+    )
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<title>temperature × top_k</title><style>"
-        "body{font:15px/1.45 system-ui,sans-serif;margin:2em;color:#111;background:#fff}"
-        "table{border-collapse:collapse}th,td{border:1px solid #999;padding:.5em;"
-        "vertical-align:top;text-align:left;min-width:14em;max-width:26em}"
-        "img{max-width:100%}dl{display:grid;grid-template-columns:auto auto;gap:0 .6em;margin:0;"
-        "font-size:85%}dd{margin:0;text-align:right}p{white-space:pre-wrap;margin:.4em 0}"
-        "summary{cursor:pointer}</style></head><body>"
+        "<meta name='viewport' content='width=device-width'>"
+        f"<title>temperature × top_k</title><style>{_STYLE}</style></head><body>"
         f"<h1>temperature × top_k</h1><p>{html.escape(caption)}</p>"
+        f"<p>Exercise 5.3: generate_simple, the plain greedy loop, {html.escape(str(loop))}.</p>"
         f"<img alt='heat maps' src='data:image/png;base64,{figure_png}'>"
-        f"{''.join(parts)}</body></html>"
+        f"<h2>The measures</h2><dl class='legend'>{legend}</dl>"
+        f"<h2>The texts</h2>{''.join(parts)}</body></html>"
     )
 
 
-def _html_cell(cell: Cell) -> str:
+_STYLE = (
+    f"body{{font:16px/1.45 system-ui,sans-serif;margin:2em;color:{INK};background:#fff}}"
+    "h1{font-size:1.6em}h2{font-size:1.25em;margin:1.6em 0 .6em}"
+    "table{border-collapse:collapse}th,td{border:1px solid #999;padding:.6em;"
+    "vertical-align:top;text-align:left}td{min-width:14em;max-width:26em}"
+    "img{width:100%;max-width:70em}dl{display:grid;gap:0 .8em;margin:0}dd{margin:0}"
+    ".legend{grid-template-columns:max-content auto;max-width:70em;gap:.3em 1.2em}"
+    ".legend dt{font-weight:600}td dl{grid-template-columns:auto auto;font-size:87%}"
+    "td dd{text-align:right}p{white-space:pre-wrap;margin:.5em 0}"
+    ".same{font-style:italic}summary{cursor:pointer}"
+    "@media print{td{min-width:0}}"
+)
+
+
+def _html_cell(cell: Cell, same_as: Cell | None) -> str:
+    """``same_as``: an earlier cell with the same texts, to which it refers instead of repeating them."""
     figures = {
         "distinct-1": f"{cell.distinct_1:.3f}",
         "distinct-2": f"{cell.distinct_2:.3f}",
         "repetition": f"{cell.repetition_rate:.3f}",
         "log-probability": f"{cell.mean_log_probability:.3f}",
         "next-token entropy": f"{cell.next_token_entropy:.3f}",
-        "identical": f"{cell.identical_share:.2f}" + (" (deterministic)" * cell.deterministic),
+        "identical texts": cell.identical,
     }
     entries = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in figures.items())
-    first, *others = (f"<p>{html.escape(text)}</p>" for text in cell.texts)
-    return (
-        f"<td><dl>{entries}</dl>{first}"
-        f"<details><summary>{len(others)} more</summary>{''.join(others)}</details></td>"
-    )
+    if same_as is not None:
+        texts = "text" if cell.deterministic else "texts"
+        return f"<td><dl>{entries}</dl><p class='same'>the same {texts} as with {setting_name(same_as)}</p></td>"
+    first, *others = (f"<p>{html.escape(text)}</p>" for text in dict.fromkeys(cell.texts))
+    more = f"<details><summary>{len(others)} more</summary>{''.join(others)}</details>"
+    return f"<td><dl>{entries}</dl>{first}{more if others else ''}</td>"
+
+
+def setting_name(cell: Cell) -> str:
+    name = f"temperature {cell.temperature:g}, top_k {'all' if cell.top_k is None else cell.top_k}"
+    return name if cell.top_p is None else f"{name}, top_p {cell.top_p:g}"
 
 
 def as_dict(cells: Sequence[Cell]) -> dict[str, list[dict[str, object]]]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.loader import Batch, Rng, WindowLoader
 from gpt_lightning.data.tokenizer import decode, encode_prompt
+from gpt_lightning.data.unicode import for_stream
 from gpt_lightning.generation.generate import generate
 from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.averages import TokenMean
@@ -291,7 +292,7 @@ class TextSamples(Callback):
 
     @rank_zero_only
     def _show(self, trainer: Trainer, text: str, step: int) -> None:
-        print(text.replace("\n", " "), flush=True)
+        print(for_stream(text.replace("\n", " "), sys.stdout), flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 attempt(partial(logger.experiment.add_text, "sample", text, step))

@@ -12,11 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
+from gpt_lightning.data.palette import SERIES
 from gpt_lightning.training.callbacks import LossEvaluation
 from gpt_lightning.training.counting import ends_run
 from gpt_lightning.training.figures import attempt
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, float]
@@ -133,30 +135,39 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def loss_figure(rows: list[Row]) -> "Figure":
     """The book's figure: both losses over epochs, with tokens seen on a second axis."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter
 
     epochs = [row["seen_epochs"] for row in rows]
-    marker = "." if len(rows) == 1 else ""  # a line of one point is none
+    marker = "o" if len(rows) == 1 else ""  # a line of one point is not visible
     figure = Figure(figsize=(6, 4), dpi=150)
     # a layout that is computed draws it twice
     axes = figure.subplots(gridspec_kw={"left": 0.145, "right": 0.97, "bottom": 0.13, "top": 0.86})
     for tag, style, color, label in [
-        ("train_loss", "-", "0.0", "Training loss"),
-        ("val_loss", "-.", "0.45", "Validation loss"),
+        ("train_loss", "-", SERIES[0], "Training loss"),
+        ("val_loss", "--", SERIES[1], "Validation loss"),
     ]:
         losses = [row[tag] for row in rows]
-        axes.plot(epochs, losses, style, marker=marker, color=color, label=label)
+        axes.plot(epochs, losses, style, marker=marker, color=color, linewidth=2, label=label)
     axes.set_xlabel("Epochs")
     axes.set_ylabel("Loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _ticks_from_0(axes, whole=max(epochs) >= 2)
     axes.legend(loc="upper right")
     tokens_axis = axes.twiny()  # a second x-axis; the invisible plot gives it its scale
     tokens_axis.plot(
         [row["tokens_seen"] for row in rows], [row["val_loss"] for row in rows], alpha=0
     )
     tokens_axis.set_xlabel("Tokens seen")
+    _ticks_from_0(tokens_axis, whole=True)
     tokens_axis.xaxis.set_major_formatter(EngFormatter())
     return figure
+
+
+def _ticks_from_0(axes: "Axes", *, whole: bool) -> None:
+    """An x-axis from 0 with so few labels that they do not overlap, at whole numbers or anywhere."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole))
 
 
 def drawn(figure: "Figure") -> NDArray[np.uint8]:

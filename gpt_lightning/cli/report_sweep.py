@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -105,14 +106,17 @@ def run(arguments: list[str]) -> None:
 
 def _names(cells: Sequence["Cell"]) -> str:
     """The settings of cells with the same texts: ``temperature 0: top_k 1, 5; temperature 1: top_k 1``."""
-    by_temperature: dict[float, list[str]] = {}
-    for cell in cells:
-        top_p = "" if cell.top_p is None else f" with top_p {cell.top_p:g}"
-        by_temperature.setdefault(cell.temperature, []).append(f"{all_or(cell.top_k)}{top_p}")
-    return "; ".join(
-        f"temperature {temperature:g}: top_k {', '.join(top_ks)}"
-        for temperature, top_ks in by_temperature.items()
-    )
+    names = []
+    for temperature, of_temperature in groupby(cells, lambda cell: cell.temperature):
+        top_ps: dict[int | None, list[float | None]] = {}
+        for cell in of_temperature:
+            top_ps.setdefault(cell.top_k, []).append(cell.top_p)
+        for used, top_ks in groupby(top_ps, top_ps.__getitem__):
+            name = f"temperature {temperature:g}: top_k {', '.join(map(all_or, top_ks))}"
+            if used != [None]:
+                name += f" with top_p {', '.join(map(all_or, used))}"
+            names.append(name)
+    return "; ".join(names)
 
 
 def _base64_png(figure: "Figure") -> str:

@@ -195,7 +195,7 @@ def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -
     for row in rows:
         by_setting.setdefault((row.temperature, row.top_k, row.top_p), []).append(row)
     tokens = len(rows) // len(by_setting)
-    across = 3 if tokens <= 12 and len(by_setting) > 4 else 1
+    across = 2 if tokens <= 12 and len(by_setting) > 4 else 1
     down = math.ceil(len(by_setting) / across)
     width = max(7.0, across * (0.55 * tokens + 1.2))
     figure = Figure(figsize=(width, 2.1 * down + 1.6), layout="constrained")

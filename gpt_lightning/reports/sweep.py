@@ -279,7 +279,7 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
         for field, title in FIGURES.items():
             table = [[by_setting[t, k, top_p] for k in top_ks] for t in temperatures]
             axes = next(grid_of_axes)
-            _heat_map(axes, field, table)
+            _heat_map(axes, field, table, cells)
             axes.set_title(title if top_p is None else f"{title}, top_p {top_p:g}", fontsize=13)
             axes.set_xticks(range(len(top_ks)), ["all" if k is None else str(k) for k in top_ks])
             axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
@@ -289,11 +289,14 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
     return figure
 
 
-def _heat_map(axes: "Axes", field: str, table: Sequence[Sequence[Cell]]) -> None:
+def _heat_map(
+    axes: "Axes", field: str, table: Sequence[Sequence[Cell]], cells: Sequence[Cell]
+) -> None:
+    """One map of part of the cells; its colours are those of all, so that maps can be compared."""
+    every = [float(getattr(cell, field)) for cell in cells]
     values = [[float(getattr(cell, field)) for cell in line] for line in table]
     image = axes.imshow(values, cmap=SEQUENTIAL, aspect="auto")
-    if field == "identical_share":
-        image.set_clim(0, 1)
+    image.set_clim(*((0, 1) if field == "identical_share" else (min(every), max(every))))
     colors = image.to_rgba(torch.tensor(values).numpy())
     for i, line in enumerate(table):
         for j, cell in enumerate(line):

@@ -152,6 +152,24 @@ def test_byte_order_marks_of_rows(tmp_path: Path) -> None:
         assert documents_of(joined(tmp_path / f"{name}-out")[0]) == ["one\r\n", "two"]
 
 
+def test_a_row_of_a_table_that_is_not_utf_8_is_named(command: Command, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    raw = pyarrow.array(
+        [b"good", b"caf\xe9", b"\xef\xbb\xbfmark", b"\xff\xfex\x00"], pyarrow.binary()
+    )
+    texts = pyarrow.StringArray.from_buffers(4, raw.buffers()[1], raw.buffers()[2])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    arguments = ("prepare", "a.parquet", "--out=store", "--val_ratio=0")
+    refused(
+        command(*arguments), "a.parquet, row 2: is not UTF-8 (byte 3: unexpected end of data); "
+    )
+    done = command(*arguments, "--on_error=skip")
+    assert "skipped: a.parquet, row 4: is UTF-16, not UTF-8" in done.err
+    assert documents_of(joined(Path("store"))[0]) == ["good", "mark"]
+
+
 def test_hidden_files_and_second_links_are_left_out(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpt_lightning.data.documents import read_pieces
 from gpt_lightning.data.pieces import MARK, PIECE_BYTES, Piece, Position
+from gpt_lightning.data.rows import as_python
 from gpt_lightning.data.sources import Source, open_lines
 
 
@@ -97,8 +98,7 @@ def read_for(piece: Piece) -> Iterator[bytes]:
 
 
 def _written(rows: Any) -> bytes:
-    rows = rows if isinstance(rows, list) else rows.to_pylist()
-    return "".join(f"{row!r}\n" for row in rows).encode(errors="surrogatepass")
+    return "".join(f"{row!r}\n" for row in as_python(rows)).encode(errors="surrogatepass")
 
 
 def begins_the_same(source: Source, field: str, sums: Sequence[tuple[int, str]]) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.pieces import MARK, Piece, Split, content_hash, split_of
+from gpt_lightning.data.rows import as_python
 from gpt_lightning.data.tokenizer import encode_documents
 from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
 
@@ -139,8 +140,7 @@ def _documents(piece: Piece, name: str) -> Iterator[_Text | _Problem]:
                 yield _of_line(f"{path}, line {number}", offset, line, name)
             offset += len(line) + 1
     else:
-        rows = piece.content if isinstance(piece.content, list) else piece.content.to_pylist()
-        for row, text in enumerate(rows, piece.at.offset):
+        for row, text in enumerate(as_python(piece.content), piece.at.offset):
             yield _of_text(f"{path}, row {row + 1}", row, text, name)
 
 
@@ -165,6 +165,12 @@ def _of_line(place: str, offset: int, line: bytes, name: str) -> _Text | _Proble
 
 def _of_text(place: str, offset: int, text: object, name: str) -> _Text | _Problem:
     """A row's text. Its line ends are data, but a byte order mark is left from the file it came from."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            problem = decoding_problem(error)
+            return _Problem(f"{place}: {problem}; correct it, or --on_error skip")
     if not isinstance(text, str):
         kind = "null" if text is None else f"a {type(text).__name__}"
         return _Problem(f"{place}: {name} is {kind} and no text; correct it, or --on_error skip")

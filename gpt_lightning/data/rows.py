@@ -111,5 +111,22 @@ def _row_pieces(
             yield Piece(source, rows, at, after, before + source.bytes * row // total)
 
 
+def as_python(rows: Any) -> list[Any]:
+    """Rows of a piece: texts, or ``None``, or what else a table holds; a text that is not UTF-8 is ``bytes``."""
+    if isinstance(rows, list):
+        return rows
+    try:
+        return list(rows.to_pylist())
+    except UnicodeDecodeError:
+        return [_text_or_bytes(row) for row in rows]
+
+
+def _text_or_bytes(row: Any) -> Any:
+    try:
+        return row.as_py()
+    except UnicodeDecodeError:
+        return row.as_buffer().to_pybytes()
+
+
 def _no_field(source: Source, field: str, names: Sequence[str]) -> str:
     return f"{source.path}: has no text {field} (but {', '.join(names)}); name it with --field"

@@ -79,12 +79,14 @@ class PlainLoop:
     def __str__(self) -> str:
         if not self.settings:
             return "no setting is greedy (temperature 0 or top_k 1), so none is compared with it"
-        if self.equal == self.settings:
-            return f"gives the same text as all {self.settings} greedy settings (temperature 0 or top_k 1)"
-        return (
-            f"gives another text than {self.settings - self.equal} of {self.settings} greedy settings "
-            "(temperature 0 or top_k 1)"
-        )
+        which = "temperature 0 or top_k 1"
+        if self.equal < self.settings:
+            differing = self.settings - self.equal
+            return (
+                f"gives another text than {differing} of {self.settings} greedy settings ({which})"
+            )
+        many = f"all {self.settings} greedy settings" if self.settings > 1 else "the greedy setting"
+        return f"gives the same text as {many} ({which})"
 
 
 FIGURES = {

@@ -513,6 +513,20 @@ def test_a_prompt_is_the_same_from_everywhere(
     assert answer(command(*base, f"--prompt={given}"))["prompt"] == "The clock"
 
 
+def test_a_byte_order_mark_before_a_models_config(
+    command: Command, run: str, tmp_path: Path
+) -> None:
+    assert command("convert", run, "model", "--format=hf").code == 0
+    (tmp_path / "model" / "manifest.json").unlink()
+    config = tmp_path / "model" / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    base = ("generate", "--prompt=The clock", "--max_new_tokens=3", "--json")
+    assert (
+        answer(command(*base, "--from=model"))["text"]
+        == answer(command(*base, f"--from={run}"))["text"]
+    )
+
+
 def test_home_in_paths(
     command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,15 +1,16 @@
 """``generate``: prompts go in, continuations come out."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList, values_of
-from gpt_lightning.data.folders import user_path
 from gpt_lightning.data.unicode import clean_text, decode_text, for_stream, utf8_text
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _prompts(settings: Namespace, arguments: list[str]) -> list[str]:
     if given == ["prompt"]:
         prompts: list[str] = settings.prompt
     elif given:
-        path = user_path(settings.prompt_file)
+        path = Path(os.path.expanduser(settings.prompt_file))
         prompts = [_decoded(path.read_bytes(), f"prompt_file: {path}").removesuffix("\n")]
     elif sys.stdin is not None and not sys.stdin.isatty():
         prompts = [_standard_input().removesuffix("\n")]

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -23,11 +24,10 @@ def run(arguments: list[str]) -> None:
     the same command goes on from the last whole shard; what it has not read yet may have been corrected.
     """
     settings = parse(_parser(), arguments)
-    from gpt_lightning.data.folders import user_path
     from gpt_lightning.data.prepare import Settings, prepare
 
     chosen = Settings(settings.field, settings.split, settings.val_ratio, settings.shard_tokens)
-    out = user_path(settings.out)
+    out = Path(os.path.expanduser(settings.out))
     began = time.monotonic()
     try:
         with _Shown() as shown:

@@ -1,12 +1,12 @@
 """Tables for the terminal, and files for what a report found."""
 
 import csv
+import os
 import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_lightning.data.folders import user_path
 from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def all_or(value: object) -> str:
 
 def writable_folder(name: str) -> Path:
     """``--out``, made if need be; ``OSError`` where nothing can be written there."""
-    folder = user_path(name)
+    folder = Path(os.path.expanduser(name))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

@@ -5,7 +5,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from gpt_lightning.data.folders import files_in, user_path
+from gpt_lightning.data.folders import files_in
 from gpt_lightning.data.tokenizer import END_OF_TEXT
 from gpt_lightning.data.unicode import decode_text
 
@@ -39,7 +39,7 @@ def read_corpus(text: str) -> str:
         return _read_file(_verdict())
     if text == "sample":
         return decode_text(files("gpt_lightning.data").joinpath("sample.txt").read_bytes())
-    path = user_path(text)
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():

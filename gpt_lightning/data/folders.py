@@ -1,4 +1,4 @@
-"""Paths as users write them, and which files of a folder are read: one rule for ``data.text`` and ``prepare``."""
+"""Which files of a folder are read: one rule for ``data.text`` and ``prepare``."""
 
 import os
 import sys
@@ -7,11 +7,6 @@ from functools import cache
 from pathlib import Path
 
 from gpt_lightning.data.unicode import printable
-
-
-def user_path(name: str) -> Path:
-    """A path that a user has written: ``~`` and ``~user`` are home folders; an unknown user stays as written."""
-    return Path(os.path.expanduser(name))
 
 
 def files_in(folder: Path, is_read: Callable[[Path], bool]) -> list[Path]:

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from gpt_lightning.data.corpus import TEXT_SUFFIXES
-from gpt_lightning.data.folders import files_in, user_path, without_duplicates
+from gpt_lightning.data.folders import files_in, without_duplicates
 from gpt_lightning.data.sums import remembered_sha256
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
@@ -87,7 +88,7 @@ def _sha256(source: Source) -> str:
 
 
 def _expand(name: str) -> Iterator[Source]:
-    path = user_path(name)
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         yield from _of_folder(path)
     elif path.exists():

@@ -1,6 +1,7 @@
 """What ``data.text`` names, as token ids: a prepared store, or a text, which if long is one in the cache."""
 
 import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.corpus import cache_folder, read_corpus, text_files
-from gpt_lightning.data.folders import user_path
 from gpt_lightning.data.manifest import sha256_of
 from gpt_lightning.data.store import (
     SPLITS,
@@ -51,7 +51,7 @@ def read_splits(text: str, train_ratio: float) -> Splits:
     Raises:
         ValueError, OSError: As :func:`read_corpus` and :func:`open_store`.
     """
-    path = user_path(text)
+    path = Path(os.path.expanduser(text))
     if text in ("verdict", "sample"):
         return _in_memory(text, train_ratio)
     if is_store(path):
@@ -83,7 +83,7 @@ def count_training_tokens(text: str, train_ratio: float) -> int:
     Raises:
         ValueError, OSError: As :func:`read_splits`, but that a store's shards are not looked at.
     """
-    path = user_path(text)
+    path = Path(os.path.expanduser(text))
     if text not in ("verdict", "sample"):
         if is_store(path):
             _say_if_other_ratio(path, train_ratio)

@@ -76,6 +76,6 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def for_stream(text: str, stream: TextIO) -> str:
+def for_stream(text: str, stream: TextIO | None) -> str:
     """``text`` as it can be written to ``stream``: :func:`printable` on a terminal, unchanged elsewhere."""
-    return printable(text) if stream.isatty() else text
+    return printable(text) if stream is not None and stream.isatty() else text

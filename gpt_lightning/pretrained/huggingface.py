@@ -218,7 +218,7 @@ def _size(settings: dict[str, Any], key: str, path: Path) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A file that is one JSON object; ``ValueError`` where it is not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: is no JSON ({error}); give a whole copy") from error
     if not isinstance(content, dict):

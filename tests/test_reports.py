@@ -376,6 +376,16 @@ def test_heat_maps_are_readable() -> None:
         assert [text.get_color() for text in axes.texts] == [palette.ink_on(*c) for c in colors]
 
 
+def test_a_long_caption_stays_in_the_figure() -> None:
+    caption = "from " + "/a-long-folder" * 30 + ", seed 123, prompt 'Every effort'"
+    settings = sweep.grid([1.0], [None], [None])
+    rows, _ = sampling.frequencies(torch.tensor([1.0, 2.0]), ["a", "b"], settings, 10)
+    figures = [sampling.sampling_figure(rows, 10, caption), sizes.figure([measured("a")], caption)]
+    for figure in map(drawn, figures):
+        (box,) = boxes(figure, [figure._supxlabel])
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_figures_keep_what_their_font_can_draw() -> None:
     assert sampling.in_any_font("tök 'α'\n🦜") == "tök 'α'\\n\\U0001f99c"
 

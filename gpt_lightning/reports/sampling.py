@@ -4,6 +4,7 @@ V is the number of tokens, S the number of draws.
 """
 
 import math
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -211,7 +212,7 @@ def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -
         loc="outside upper center", ncols=3, fontsize=10, frameon=False,
     )  # fmt: skip
     figure.supylabel("Probability of the next token", fontsize=11)
-    figure.supxlabel(in_any_font(caption), fontsize=9, parse_math=False)
+    add_caption(figure, caption)
     return figure
 
 
@@ -252,6 +253,13 @@ def _percent(share: float) -> str:
     if share < 0.0001:
         return "<0.01 %"
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def add_caption(figure: "Figure", caption: str) -> None:
+    """The settings of a report under its figure, in as many lines as its width needs."""
+    characters = int(13 * figure.get_figwidth())  # of 9 points
+    text = textwrap.fill(in_any_font(caption), characters)
+    figure.supxlabel(text, fontsize=9, parse_math=False)
 
 
 def in_any_font(text: str) -> str:

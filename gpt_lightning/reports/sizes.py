@@ -34,7 +34,7 @@ from gpt_lightning.pretrained.source import (
     read_source,
     weight_files,
 )
-from gpt_lightning.reports.sampling import in_any_font
+from gpt_lightning.reports.sampling import add_caption, in_any_font
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -283,7 +283,7 @@ def figure(measured: Sequence[Measured], caption: str) -> "Figure":
           {"": [model.tokens_per_second for model in shown]})  # fmt: skip
     _bars(first, names, "Time to the first token (ms, median)",
           {"": [1e3 * (model.seconds_to_first_token or 0.0) for model in shown]})  # fmt: skip
-    drawing.supxlabel(in_any_font(caption), fontsize=9, parse_math=False)
+    add_caption(drawing, caption)
     return drawing
 
 

@@ -16,7 +16,7 @@ from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
 from gpt_lightning.generation.generate import NO_TOKEN, generate_simple, stream_ids
 from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.reports.sampling import in_any_font
+from gpt_lightning.reports.sampling import add_caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -287,7 +287,7 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
             axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
             axes.set_xlabel("top_k", fontsize=11)
             axes.set_ylabel("temperature", fontsize=11)
-    figure.supxlabel(in_any_font(caption), fontsize=9, parse_math=False)
+    add_caption(figure, caption)
     return figure
 
 

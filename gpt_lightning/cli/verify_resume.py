@@ -121,12 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Updates before the first kill (N); default: %(default)s.",
     )
     add("--more_steps", type=int, default=10, help="Updates after it (M); default: %(default)s.")
-    add(
-        "--kills",
-        type=int,
-        default=3,
-        help="Kills, each followed by a resume; default: %(default)s.",
-    )
+    add("--kills", type=int, help="Kills, each followed by a resume; default: 3, at most M.")
     add("--out", help="An empty folder to keep both runs in; default: a temporary one.")
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser

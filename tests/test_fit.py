@@ -662,7 +662,7 @@ def test_settings_without_effect_are_said(
 
 def test_one_evaluation_is_seen_in_the_figure() -> None:
     row = {"seen_epochs": 0.1, "tokens_seen": 32.0, "train_loss": 9.0, "val_loss": 9.5}
-    for rows, marker in [([row], "."), ([row, {**row, "seen_epochs": 0.2}], "")]:
+    for rows, marker in [([row], "o"), ([row, {**row, "seen_epochs": 0.2}], "")]:
         lines = loss_figure(rows).axes[0].lines
         assert [line.get_marker() for line in lines] == [marker, marker]
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 import signal
 from collections import defaultdict
 from collections.abc import Iterator
@@ -108,6 +109,38 @@ def test_a_run_made_longer_epoch_by_epoch(runs: Runs, tmp_path: Path) -> None:
         assert f"already finished (epoch {epochs} of {epochs})" in said(cut).splitlines()[-1]
         assert files_of(cut / "checkpoints") == before
     assert_same(straight, cut)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        ["--trainer.callbacks.every_n_epochs=1"],  # among the hooks at an epoch's end
+        pytest.param(
+            ["--trainer.callbacks.monitor=val_loss", "--trainer.limit_val_batches=2",
+             "--trainer.val_check_interval=3"],
+            marks=pytest.mark.slow,
+        ),  # after Lightning's validation
+    ],
+)  # fmt: skip
+def test_what_a_callback_of_lightnings_saves_is_resumed_too(
+    runs: Runs, tmp_path: Path, when: list[str]
+) -> None:
+    validation = [option for option in when if not option.startswith("--trainer.callbacks")]
+    straight, cut = prepared(tmp_path / "straight"), prepared(tmp_path / "cut")
+    fit = ["fit", *TINY, *validation, "--trainer.max_epochs=3"]
+    assert runs.run(straight, fit) == 0, said(straight)
+    saving = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=kept",
+              "--trainer.callbacks.save_top_k=-1", *when]  # fmt: skip
+    first = ["fit", *TINY, "--run=first", "--trainer.max_epochs=2", *saving]
+    assert runs.run(cut, first) == 0, said(cut)
+    kept = sorted((cut / "kept").glob("*.ckpt"))
+    assert len(kept) >= 2
+    for path in kept:
+        shutil.rmtree(cut / "checkpoints/r", ignore_errors=True)
+        assert runs.run(cut, [*fit, f"--ckpt_path={path}"]) == 0, said(cut)
+        last = Path("checkpoints/r/last.ckpt")
+        compared = compare_checkpoints(straight / last, cut / last)
+        assert [part.difference for part in compared if part.difference] == []
 
 
 def assert_same(straight: Path, cut: Path) -> None:

@@ -58,7 +58,12 @@ class EpochLoop(_TrainingEpochLoop):
         """Nothing: :meth:`reset` alone decides where a resumed run continues."""
 
     def reset(self) -> None:
-        resumed = self._restarting and self.trainer.fit_loop.restarted_mid_epoch
+        fit_loop = self.trainer.fit_loop
+        # Lightning does not load the data's position where the epoch of the checkpoint is complete
+        if (positions := fit_loop._combined_loader_states_to_load) and fit_loop._combined_loader:
+            fit_loop._combined_loader._load_state_dicts(positions)
+            fit_loop._combined_loader_states_to_load = []
+        resumed = self._restarting and fit_loop.restarted_mid_epoch
         self.restarting = False  # of this loop and those in it
         self._at_batch_end = False
         if not resumed:  # a new epoch

@@ -7,9 +7,10 @@ and ``--help`` for nothing.
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+from gpt_lightning.cli.streams import standard_streams
 
 PROG = "gpt_lightning"
 
@@ -37,25 +38,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
     0; 2 for a user's mistake; 1 for a run that failed or a check that did; 130 or 143 for one that was
-    stopped by SIGINT or SIGTERM.
+    stopped by SIGINT or SIGTERM; 141 for a result whose reader has gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        return _run(arguments)
-    except BrokenPipeError:  # whoever read this has had enough, and says so to nobody
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with standard_streams(run_goes_on=_trains(arguments)) as lost:
+        try:
+            try:
+                return _run(arguments)
+            finally:
+                sys.stdout.flush()  # what cannot be written is known here, not when Python ends
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if lost.error is not None:
+                return _lost_output(lost.error)
+            if isinstance(error, KeyboardInterrupt):
+                print(f"{PROG}: interrupted {error}".rstrip(), file=sys.stderr)
+                return 130
+            if debug or not isinstance(error, ValueError | OSError | FloatingPointError):
+                raise
+            print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
+            return 1 if isinstance(error, FloatingPointError) else 2
+
+
+def _trains(arguments: list[str]) -> bool:
+    """Whether the command is more than what it prints."""
+    asks = ("-h", "--help", "--print_config")
+    return arguments[:1] == ["fit"] and not any(
+        argument.partition("=")[0] in asks for argument in arguments
+    )
+
+
+def _lost_output(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):  # as a shell reports a program that SIGPIPE has ended
         return 141
-    except (ValueError, OSError, FloatingPointError) as error:
-        if debug:
-            raise
-        print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{PROG}: interrupted {interrupt}".rstrip(), file=sys.stderr)
-        return 130
+    print(
+        f"{PROG}: error: standard output: cannot be written ({error.strerror}); redirect it elsewhere",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _run(arguments: list[str]) -> int:

@@ -200,6 +200,39 @@ def test_interrupted_run_goes_on_from_its_last_interval(
     assert same_run("straight", "cut")
 
 
+@pytest.mark.parametrize("code", [1, "enough"])
+def test_an_exit_is_not_taken_for_an_interrupt(
+    command: Command,
+    at_step_5: Callable[[Callable[[Any], None]], None],
+    capsys: pytest.CaptureFixture[str],
+    code: int | str,
+) -> None:
+    def leave(trainer: Any) -> None:
+        raise SystemExit(code)
+
+    at_step_5(leave)
+    config = f"--config={ROOT}/configs/quickstart.yaml"
+    with pytest.raises(SystemExit) as left:
+        command("fit", config, *SMALL, *THREE_EPOCHS)
+    assert left.value.code == code
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].endswith(f"ended by sys.exit({code!r}), not by its settings")
+    assert "interrupted" not in said
+
+
+def test_interrupted_validation(command: Command, fit: Command) -> None:
+    fit("--trainer.max_steps=1")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = f"--config={ROOT}/configs/quickstart.yaml"
+    with mock.patch.object(GPTLightningModule, "validation_step", interrupt):
+        done = command("validate", config, *SMALL, "--ckpt_path=last")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == "gpt_lightning: interrupted"
+
+
 def test_run_that_stops_itself_in_mid_epoch_goes_on(
     fit: Command, at_step_5: Callable[[Callable[[Any], None]], None]
 ) -> None:

@@ -65,10 +65,13 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
     except SystemExit as error:
-        if error.code != 1:
-            raise
-        # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
+        if _is_interrupt(error):
+            raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
+        if cli.trainer.is_global_zero:
+            print(
+                f"{folder}: ended by sys.exit({error.code!r}), not by its settings", file=sys.stderr
+            )
+        raise
     if not cli.trainer.is_global_zero:
         return 0  # of several processes one tells
     if cli.preemption.received is not None:
@@ -77,6 +80,11 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
     else:
         print(f"{folder}: done; tensorboard --logdir {folder.parent} shows it", file=sys.stderr)
     return cli.preemption.exit_code
+
+
+def _is_interrupt(error: SystemExit) -> bool:
+    """Whether it is what Lightning makes of Ctrl-C; a callback may call ``sys.exit(1)`` too."""
+    return error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _is_finished(cli: TrainingCLI, checkpoint: Path) -> bool:
@@ -158,8 +166,13 @@ def validate(arguments: list[str]) -> None:
         for remark in of_precision(cli.trainer):
             print(f"gpt_lightning: {remark}", file=sys.stderr)
     connect_ranks(cli.trainer)
-    with ends_together(cli.trainer):
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    try:
+        with ends_together(cli.trainer):
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    except SystemExit as error:
+        if _is_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
         _print_validation(metrics, _what_was_measured(cli), as_json=bool(cli.config.json))

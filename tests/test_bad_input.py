@@ -289,3 +289,44 @@ def test_unwritable_folder(command: Command, tmp_path: Path) -> None:
     done = command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1")
     refused(done, "checkpoints")
     assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_home_folder_wherever_a_path_is_read(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", "~/cache")
+    for name in ("a.txt", "b.txt"):
+        (home / name).write_text(f"A story of {name} that is told again and again. " * 40)
+    (home / "mine.yaml").write_text(
+        "trainer:\n  default_root_dir: ~/runs\n  max_steps: 1\n"
+        "data:\n  mixture: {~/a.txt: 1, ~/b.txt: 1}\n"
+    )
+    run = "~/runs/checkpoints/quickstart"
+    own = ("--config=~/mine.yaml", "--data.train_ratio=0.5")
+    for arguments in [
+        ("fit", QUICKSTART, *SMALL, *own),
+        ("fit", QUICKSTART, *SMALL, *own, f"--ckpt_path={run}/last.ckpt"),
+        ("fit", QUICKSTART, *SMALL, *own, f"--init_from={run}", "--run=second"),
+        ("generate", f"--from={run}", "--prompt=A", "--max_new_tokens=1"),
+        ("convert", run, "~/model.pth", "--format=book"),
+        ("prepare", "~/a.txt", "~/*.txt", "--out=~/corpus", "--split=ratio"),
+        ("report", "sampling", "--out=~/figures"),
+    ]:
+        done = command(*arguments)
+        assert done.code == 0, done.err
+    for name in ("runs/checkpoints/second/last.ckpt", "model.pth", "corpus", "figures"):
+        assert (home / name).exists(), name
+    assert corpus.cache_folder() == home / "cache"
+    assert "home/runs is not empty" in command("verify-resume", "--out=~/runs").err
+    assert sorted(os.listdir(tmp_path)) == ["home"]
+
+
+def test_home_folder_of_nobody(refused_fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(refused_fit("--data.text=~nobody-here.txt"), "~nobody-here.txt does not exist")
+    monkeypatch.delenv("GPT_LIGHTNING_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    refused(refused_fit("--data.text=verdict"), "GPT_LIGHTNING_CACHE", "no home folder")

@@ -1,5 +1,6 @@
 """``convert``: weights from one form to another."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -21,8 +22,9 @@ def run(arguments: list[str]) -> None:
     settings = parse(_parser(), arguments)
     from gpt_lightning.pretrained.convert import convert
 
-    convert(settings.source, Path(settings.dest), settings.format, n_heads=settings.n_heads)
-    print(f"{settings.dest}: written", file=sys.stderr)
+    dest = Path(os.path.expanduser(settings.dest))
+    convert(settings.source, dest, settings.format, n_heads=settings.n_heads)
+    print(f"{dest}: written", file=sys.stderr)
 
 
 def _parser() -> ArgumentParser:

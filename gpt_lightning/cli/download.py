@@ -1,6 +1,7 @@
 """``download``: GPT-2's public weights into the cache."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def run(arguments: list[str]) -> None:
         folder = download(
             size,
             settings.source,
-            folder=Path(settings.out).expanduser() if settings.out else None,
+            folder=Path(os.path.expanduser(settings.out)) if settings.out else None,
             mirror=settings.mirror,
             on_bytes=shown.advance,
             on_damage=lambda path: print(f"{path}: is damaged; fetching it anew", file=sys.stderr),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import warnings
 from dataclasses import asdict
@@ -185,7 +186,7 @@ class TrainingCLI(LightningCLI):
     @property
     def folder(self) -> Path:
         """``checkpoints/RUN`` under ``trainer.default_root_dir``, or under the working directory."""
-        root = Path(self.config.trainer.default_root_dir or ".")
+        root = Path(os.path.expanduser(self.config.trainer.default_root_dir or "."))
         return root / RUNS / str(self.config.run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -21,8 +21,19 @@ TEXT_SUFFIXES = (".txt", ".md")
 
 
 def cache_folder() -> Path:
-    """``GPT_LIGHTNING_CACHE`` where it is set, else ``~/.cache/gpt_lightning``."""
-    return Path(os.environ.get("GPT_LIGHTNING_CACHE") or Path.home() / ".cache" / "gpt_lightning")
+    """``GPT_LIGHTNING_CACHE`` where it is set, else ``~/.cache/gpt_lightning``.
+
+    Raises:
+        ValueError: The user has no home folder.
+    """
+    name = os.environ.get("GPT_LIGHTNING_CACHE") or "~/.cache/gpt_lightning"
+    folder = os.path.expanduser(name)
+    if folder.startswith("~/"):
+        raise ValueError(
+            f"GPT_LIGHTNING_CACHE: {name} cannot be found, the user has no home folder; set "
+            "GPT_LIGHTNING_CACHE to a folder"
+        )
+    return Path(folder)
 
 
 def read_corpus(text: str) -> str:

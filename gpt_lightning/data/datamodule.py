@@ -1,6 +1,7 @@
 """A text as Lightning's data: split, tokenised once, cut into windows."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class TextDataModule(LightningDataModule):
                 if not len(windows):
                     if self.mixture is not None and name == "validation" and not windows.tokens:
                         continue  # of a store for training alone; others validate
-                    if is_store(Path(text).expanduser()):
+                    if is_store(Path(os.path.expanduser(text))):
                         raise ValueError(
                             f"data.text: the {name} split of {text} has {windows.tokens} tokens, one window needs "
                             f"{length + 1}; prepare it again with more in that split (--val_ratio)"

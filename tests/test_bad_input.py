@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -52,7 +53,7 @@ def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
         (["--model.decay_steps=5"], ["model.decay_steps: 5 is not after the 10 warmup_steps"]),
         (["--model.min_lr=5"], ["model.min_lr: 5.0 is above model.lr"]),
         (["--data.context_length=17"], ["data.context_length: 17 is more than the model's 16"]),
-        (["--trainer.accelerator=gpu"], ["trainer: "]),
+        (["--trainer.accelerator=gpu"], ["trainer.accelerator: no GPU can be used here"]),
         (["--data.batch_size=0"], ["data.batch_size: 0"]),
         (["--data.batch_size=5000"], ["data.batch_size: 5000", "training windows"]),
         (["--data.stride=0"], ["data.stride: 0"]),
@@ -119,9 +120,279 @@ def test_unknown_keys_in_yaml(refused_fit: Command, tmp_path: Path) -> None:
 
 
 def test_yaml_that_is_none(refused_fit: Command, tmp_path: Path) -> None:
-    for content in (b"{", b"- 1\n- 2\n", b"\xff\xfe\x00", b"just words"):
+    for content, cause in {
+        b"{": "mine.yaml: line 2: is not YAML (",
+        b"model:\n\tlr: 1\n": "mine.yaml: line 2: is not YAML (found character that cannot start",
+        b"run: !!python/object/apply:os.system [ls]\n": "only plain values are read",
+        b"- 1\n- 2\n": "mine.yaml: holds no settings",
+        b"just words": "mine.yaml: holds no settings",
+        b"": "mine.yaml: holds no settings",
+        b"null\n": "config: null is no settings",
+        b"run: a\n---\nrun: b\n": "mine.yaml: line 2: begins a second document",
+        b"? [a, b]\n: 1\n": "mine.yaml: line 1: a key must be one word",
+        b"1: 2\n": "1: is not the name of a setting",
+        b"data:\n  mixture: {1984: 1.0}\n": "data.mixture: 1984 is not text; put it in quotes",
+        b"\xff\xfe\x00": "config: mine.yaml is not UTF-8",
+        "run: Übung".encode("latin-1"): "config: mine.yaml is not UTF-8",
+    }.items():
         (tmp_path / "mine.yaml").write_bytes(content)
-        refused(refused_fit("--config=mine.yaml"))
+        refused(refused_fit("--config=mine.yaml"), cause)
+
+
+def test_keys_given_twice(refused_fit: Command, command: Command, tmp_path: Path) -> None:
+    for content, cause in {
+        "model:\n  lr: 1\n  lr: 2\n": "mine.yaml: model.lr is given twice, in lines 2 and 3",
+        "model:\n  lr: 1\ndata:\n  seed: 1\nmodel:\n  min_lr: 1\n": "model is given twice",
+        "model:\n  lr: 1\nmodel.lr: 2\n": "model.lr is given twice, in lines 2 and 3",
+        "data:\n  mixture: {a: 1, b: 2, a: 3}\n": "data.mixture.a is given twice, in line 2",
+        "model: {lr: 1, 'lr': 1}\n": "model.lr is given twice",
+        "trainer:\n  callbacks:\n  - class_path: x\n    class_path: y\n": "callbacks[0].class_path",
+        '{"model": {"lr": 1, "lr": 2}}': "model.lr is given twice, in line 1",
+    }.items():
+        (tmp_path / "mine.yaml").write_text(content)
+        refused(refused_fit("--config=mine.yaml"), cause)
+    refused(refused_fit("--data.mixture={a: 1, a: 2}"), "a is given twice")
+    refused(refused_fit("--config={run: a, run: b}"), "run is given twice")
+    (tmp_path / "model.yaml").write_text("lr: 1\nlr: 2\n")
+    refused(refused_fit("--model=model.yaml"), "lr is given twice, in lines 1 and 2")
+    (tmp_path / "mine.yaml").write_text("seed: 1\nprompt: x\nseed: 2\n")
+    for verb in ("generate", "prepare", "convert", "report sampling", "report sweep", "plan"):
+        done = command(*verb.split(), "--config=mine.yaml")
+        refused(done, "mine.yaml: seed is given twice, in lines 1 and 3; keep one of them")
+    # text that looks like it stays text
+    text = "--evaluation.prompt={a: 1, a: 2}"
+    refused(refused_fit(text, "--trainer.max_epochs=-2"), "trainer.max_epochs: -2")
+
+
+def nested_anchors(form: str) -> str:
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    for level in range(1, 10):
+        items = [f"*a{level - 1}"] * 9
+        content = form.format(
+            list=", ".join(items), map=", ".join(f"k{i}: {item}" for i, item in enumerate(items))
+        )
+        lines.append(f"a{level}: &a{level} {content}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "cause"),
+    [
+        (nested_anchors("[{list}]"), "has more than 20,000 values"),
+        (nested_anchors("{{{map}}}"), "has more than 20,000 values"),
+        (nested_anchors("{{<<: [{list}]}}"), "has more than 20,000 values"),
+        ("trainer:\n  callbacks: &a [*a]\n", "line 2: *a contains itself"),
+        ("model: &a\n  config: *a\n", "line 2: *a contains itself"),
+        (f"run: {'[' * 100_000}", "nested more than 50 levels"),
+        ("".join(f"{'  ' * depth}a:\n" for depth in range(60)), "nested more than 50 levels"),
+        (f"data:\n  mixture: {{{'a: 1, ' * 100_000}}}", "is given twice"),
+        (f"trainer:\n  callbacks: [{'x, ' * 100_000}]", "has more than 20,000 values"),
+        (f"run: {'x' * 2_000_000}", "has more than 1,000,000 characters"),
+        (f"run: {'x' * 9_000_000}", "is too large for a configuration"),
+    ],
+    ids=lambda value: value[:30].replace("\n", " "),
+)
+def test_yaml_is_bounded(refused_fit: Command, tmp_path: Path, yaml: str, cause: str) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml)
+    before = time.process_time()
+    refused(refused_fit("--config=mine.yaml"), cause)
+    assert time.process_time() - before < 1.0
+
+
+def test_a_deep_value_on_the_command_line(refused_fit: Command) -> None:
+    refused(refused_fit(f"--model.betas={'[' * 50_000}"), "model.betas: ")
+
+
+@pytest.mark.parametrize(
+    "group",
+    ["model", "model.config", "data", "trainer", "evaluation", "checkpoint", "throughput"],
+)
+def test_groups_without_settings(refused_fit: Command, tmp_path: Path, group: str) -> None:
+    for value in ("", " [1]"):
+        *outer, inner = group.split(".")
+        prefix = "".join(f"{'  ' * i}{name}:\n" for i, name in enumerate(outer))
+        (tmp_path / "mine.yaml").write_text(f"{prefix}{'  ' * len(outer)}{inner}:{value}\n")
+        done = refused_fit("--config=mine.yaml", "--trainer.accelerator=cpu")
+        refused(done, f"{group}", "leave it out")
+    refused(refused_fit(f"--{group}=null"), f"{group}: ")
+
+
+def test_settings_that_are_null(refused_fit: Command, command: Command, tmp_path: Path) -> None:
+    for dest in ("model.lr", "model.config.emb_dim", "data.batch_size", "checkpoint.best"):
+        *groups, name = dest.split(".")
+        lines = [f"{'  ' * i}{part}:" for i, part in enumerate([*groups, name])]
+        (tmp_path / "mine.yaml").write_text("\n".join(lines) + "\n")
+        done = command("fit", QUICKSTART, "--config=mine.yaml")
+        refused(done, f"{dest}: is null; give a value, or leave it out")
+    (tmp_path / "mine.yaml").write_text("temperature:\n")
+    done = command("generate", "--from=x", "--prompt=x", "--config=mine.yaml")
+    refused(done, "temperature: is null")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "fit --trainer.gradient_clip_val=.nan",
+        "fit --trainer.gradient_clip_val=1.0e+999",
+        "fit --trainer.limit_train_batches=.nan",
+        "fit --trainer.limit_val_batches=.inf",
+        "fit --trainer.overfit_batches=.nan",
+        "fit --trainer.val_check_interval=.nan",
+        "fit --model.lr=.nan",
+        "fit --model.weight_decay=.inf",
+        "fit --model.betas=[0.9,.nan]",
+        "fit --model.min_lr=.nan",
+        "fit --model.config.drop_rate=.nan",
+        "fit --model.config.attn_drop_rate=.nan",
+        "fit --data.train_ratio=.nan",
+        "fit --data.mixture={a:~.nan}",
+        "fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=x --trainer.callbacks.min_delta=.nan",
+        "validate --model.lr=-.inf",
+        "plan --mfu=.nan",
+        "plan --peak=.inf",
+        "plan --device_memory=1e999",
+        "generate --from=x --prompt=x --temperature=.nan",
+        "generate --from=x --prompt=x --top_p=.nan",
+        "generate --from=x --prompt=x --min_p=.nan",
+        "generate --from=x --prompt=x --repetition_penalty=.inf",
+        "prepare x --out=x --val_ratio=.nan",
+        "report sampling --temperatures=[1.0,.inf]",
+        "report sampling --logits=[.inf,1.0]",
+        "report sweep --from=x --prompt=x --top_p=[.nan]",
+        "report sizes --from=x --prompt=x --max_memory=.nan",
+        "report sizes --from=x --prompt=x --train_ratio=.nan",
+    ],
+)
+def test_numbers_that_are_not_finite(command: Command, arguments: str) -> None:
+    words = [word.replace("~", " ") for word in arguments.split()]
+    setting = words[-1].partition("=")[0].removeprefix("--")
+    refused(command(*words), setting, "is not a finite number")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        ("fit --trainer.max_epoch=1", "trainer.max_epochs"),
+        ("fit --trainer.max_ep=1", "trainer.max_epochs"),
+        ("fit --seed=1", "seed_everything"),
+        ("fit --lr=1", "model.lr"),
+        ("fit --epochs=1", "trainer.max_epochs"),
+        ("fit --learning_rate=1", "model.lr"),
+        ("fit --model.learning_rate=1", "model.lr"),
+        ("fit --batch_size=1", "data.batch_size"),
+        ("fit --n_layer=1", "model.config.n_layers"),
+        ("fit --model.emb_dim=1", "model.config.emb_dim"),
+        ("fit --block_size=1", "model.config.context_length"),
+        ("fit --gpus=1", "trainer.devices"),
+        ("fit --output_dir=x", "trainer.default_root_dir"),
+        ("fit --config={trainer:~{max_epoch:~1}}", "trainer.max_epochs"),
+        ("validate --ckpt=x", "ckpt_path"),
+        ("plan --token=1", "tokens"),
+        ("generate --temp=1", "temperature"),
+        ("generate --max_length=1", "max_new_tokens"),
+        ("generate --model=x", "from"),
+        ("prepare x --output=x", "out"),
+        ("prepare x --out=x --val=1", "val_ratio"),
+        ("convert a b --to=hf", "format"),
+        ("convert a b --form=hf", "format"),
+        ("download gpt2-124M --sourc=hub", "source"),
+        ("report sampling --temp=[1]", "temperatures"),
+        ("report sweep --num_sample=1", "num_samples"),
+        ("report sizes --text_=x", "text"),
+        ("verify-resume --step=1", "steps"),
+        ("verify-resume --more=1", "more_steps"),
+    ],
+)
+def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
+    done = command(*(word.replace("~", " ") for word in arguments.split()))
+    refused(done, "is not a setting", f"did you mean {near}?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("fit --trainer.precision=fp16", "trainer.precision: fp16 is unknown; did you mean 16-mixed?"),
+        ("fit --trainer.precision=8", "trainer.precision: 8 is unknown; give one of 64, 32, 16, "),
+        ("fit --trainer.accelerator=gpus", "gpus is unknown; did you mean gpu?"),
+        ("fit --trainer.strategy=dpp", "dpp is unknown; did you mean ddp?"),
+        ("fit --trainer.strategy=fsdp", "for shards give --config configs/fsdp.yaml"),
+        ("fit --trainer.devices=zero", "zero is not a number of devices; give 1 or more, or auto"),
+        ("fit --trainer.devices=[0,0]", "[0, 0] is not a list of different devices"),
+        ("fit --trainer.max_epochs=two", "two is not a whole number; give one, or null"),
+        ("fit --trainer.max_epochs=-7", "trainer.max_epochs: -7 is too small; give -1 or more"),
+        ("fit --trainer.max_time=1h", "1h is not a duration; give days:hours:minutes:seconds"),
+        ("fit --trainer.accumulate_grad_batches=0", "0 is too small; give 1 or more"),
+        ("fit --trainer.gradient_clip_val=-1", "-1 is too small; give 0 or more"),
+        ("fit --trainer.gradient_clip_algorithm=nrom", "nrom is unknown; did you mean norm?"),
+        ("fit --trainer.limit_train_batches=1.5", "1.5 is neither a share nor a number of batches"),
+        ("fit --trainer.deterministic=maybe", "maybe is unknown; give one of warn, true, false"),
+        ("fit --trainer.benchmark=x", "x is not true or false"),
+        ("fit --trainer.profiler=simpel", "simpel is unknown; did you mean simple?"),
+        ("fit --trainer.logger=tensorbord", "is not a Logger; did you mean TensorBoardLogger?"),
+        ("fit --trainer.logger=CSVLogger", "CSVLogger needs save_dir; give trainer.logger.save_dir"),
+        ("fit --trainer.callbacks=EarlyStoping", "not a Callback; did you mean EarlyStopping?"),
+        ("fit --trainer.callbacks+=EarlyStopping", "EarlyStopping needs monitor"),
+        ("fit --trainer.callbacks+=Timer --trainer.callbacks.durration=1", "did you mean duration?"),
+        ("fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=x "
+         "--trainer.callbacks.patience=x", "callbacks.patience: x is not a whole number"),
+        ("fit --trainer.plugins=foo", "foo is not a Precision or "),
+        ("fit --model.lr=x", "model.lr: x is not a number; give one, such as 0.0004"),
+        ("fit --model.betas=0.9", "0.9 is not a list; give one, such as '[0.9, 0.95]'"),
+        ("fit --model.betas=[0.9]", "[0.9] is not a list of 2; give as many values"),
+        ("fit --model.warmup_steps=1e3", "1000.0 is not a whole number; write 1000"),
+        ("fit --max_tokens=1e9", "1e9 is not a whole number; write 1000000000"),
+        ("fit --model.compile=2", "model.compile: 2 is not true or false"),
+        ("fit --model=nowhere.yaml", "model: is neither settings nor a file of them"),
+        ("fit --data.mixture=sample", "sample is not a mapping; give one, such as '{a.txt: 0.7"),
+        ("fit --data.mixture={sample:~x}", "data.mixture: x is not a number"),
+        ("fit --rng=dice", "rng: dice is unknown; give one of step, global"),
+        ("fit --checkpoint.on_failure=x", "x is unknown; give one of go_on, stop"),
+        ("fit --seed_everything=-1", "-1 is out of range; give 0 to 4294967295"),
+        ("fit --run", "run: has no value; give one after --run"),
+        ("fit stray", "stray: is not an option"),
+        ("plan --trainer.num_nodes=-3", "trainer.num_nodes: -3 is too small; give 1 or more"),
+        ("plan --gpu=h100", "did you mean H100?"),
+        ("validate --trainer.accelerator=cuda0", "did you mean cuda?"),
+        ("generate --from=x --prompt=x --dtype=half", "half is unknown; did you mean float16?"),
+        ("generate --from=x --prompt=x --json=true", "json: takes no value; give --json alone"),
+        ("generate --from=x --prompt=x --top_k=1.5", "top_k: 1.5 is not a whole number"),
+        ("report sampling --temperatures=1", "1 is not a list; give one, such as '[1, 2]'"),
+        ("prepare", "inputs, out: are missing; give INPUT --out OUT"),
+        ("prepare x --out=x --split=random", "random is unknown; did you mean ratio?"),
+        ("prepare x --out=x --shard_tokens=1e8", "write 100000000"),
+        ("convert", "source, dest, format: are missing; give SOURCE DEST --format FORMAT"),
+        ("convert a b --format=huggingface", "huggingface is unknown; did you mean hf?"),
+        ("download gpt2-124M --source=hf", "hf is unknown; did you mean hub?"),
+        ("verify-resume --steps=x", "steps: x is not a whole number; give one"),
+        ("train", "train: is no command; did you mean fit?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_in_the_users_words(command: Command, arguments: str, line: str) -> None:
+    done = command(*(word.replace("~", " ") for word in arguments.split()))
+    refused(done, line)
+    assert len(done.err) < 200
+    for word in ("<class", "typing.", "Union", "NoneType", "Namespace"):
+        assert word not in done.err
+    assert os.listdir() == []
+
+
+def test_nearest_configuration(command: Command, tmp_path: Path) -> None:
+    for name in ("configs/quickstart.yaml", "configs/verdict.yaml", "other/notes.md", "mine.yml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("run: x\n")
+    for given, near in {
+        "config/quickstart.yaml": "configs/quickstart.yaml",
+        "configs/quikstart.yaml": "configs/quickstart.yaml",
+        "quickstart": "configs/quickstart.yaml",
+        "verdict.yml": "configs/verdict.yaml",
+        "min.yml": "mine.yml",
+    }.items():
+        for verb in ("fit", "generate"):
+            done = command(verb, "--config", given)
+            refused(done, f"config: {given} does not exist; did you mean {near}?")
+    refused(command("fit", "-c", "zzz"), "config: zzz does not exist; give a YAML file")
+    refused(command("fit", "--config=configs"), "config: configs is a folder; give a YAML file")
 
 
 @pytest.mark.parametrize(
@@ -303,6 +574,7 @@ def test_home_folder_wherever_a_path_is_read(
         (home / name).write_text(f"A story of {name} that is told again and again. " * 40)
     (home / "mine.yaml").write_text(
         "trainer:\n  default_root_dir: ~/runs\n  max_steps: 1\n"
+        "  logger: {class_path: CSVLogger, init_args: {save_dir: ~/logs}}\n"
         "data:\n  mixture: {~/a.txt: 1, ~/b.txt: 1}\n"
     )
     run = "~/runs/checkpoints/quickstart"
@@ -318,7 +590,7 @@ def test_home_folder_wherever_a_path_is_read(
     ]:
         done = command(*arguments)
         assert done.code == 0, done.err
-    for name in ("runs/checkpoints/second/last.ckpt", "model.pth", "corpus", "figures"):
+    for name in ("runs/checkpoints/second/last.ckpt", "model.pth", "corpus", "figures", "logs"):
         assert (home / name).exists(), name
     assert corpus.cache_folder() == home / "cache"
     assert "home/runs is not empty" in command("verify-resume", "--out=~/runs").err

@@ -115,7 +115,9 @@ def test_every_public_name_is_there() -> None:
 def test_module_runs_as_a_command(tmp_path: Path) -> None:
     done = python("-m", "gpt_lightning", "fit", "--model.lrr=1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "gpt_lightning: error: model.lrr: is no setting; did you mean model.lr?\n"
+    assert (
+        done.stderr == "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?\n"
+    )
     assert os.listdir(tmp_path) == []
 
 

@@ -355,7 +355,7 @@ def test_verify_resume_finds_what_is_not_exact(tmp_path: Path) -> None:
 def test_verify_resume_refuses(command: Command, tmp_path: Path) -> None:
     for arguments, cause in [
         (["--steps=0"], "steps: 0 is too small"),
-        (["--model.lrr=1"], "model.lrr: is no setting; did you mean model.lr?"),
+        (["--model.lrr=1"], "model.lrr: is not a setting; did you mean model.lr?"),
         (["--out=full"], "out: full is not empty"),
     ]:
         (tmp_path / "full").mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ def _run(arguments: list[str]) -> int:
             print(f"{PROG} {__version__}")
         case [verb, *rest]:
             if verb not in VERBS:
-                from gpt_lightning.cli.parsing import suggest
+                from gpt_lightning.cli.suggestions import suggest
 
                 raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
             module, function, _ = VERBS[verb]

@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser
 from rich.progress import TaskID
 
 from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
-from gpt_lightning.cli.parsing import parse, suggest
+from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
 
 

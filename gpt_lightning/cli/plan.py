@@ -11,8 +11,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from gpt_lightning.cli.parsing import suggest
 from gpt_lightning.cli.plan_text import print_plan
+from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT, cache_folder
 from gpt_lightning.data.datamodule import nearest_multiple

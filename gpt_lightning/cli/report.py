@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.cli.generate import DType, load, usable_device
-from gpt_lightning.cli.parsing import suggest
+from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.text_options import TextList
 
 if TYPE_CHECKING:

@@ -15,9 +15,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from gpt_lightning.cli.explain import explain_class
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.settings import add_settings
 from gpt_lightning.cli.text_options import configs_first
+from gpt_lightning.cli.trainer_values import check_trainer, explain_trainer
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
 from gpt_lightning.pretrained.source import check_tokenizer, print_warnings, read_source
@@ -107,6 +109,9 @@ class TrainingCLI(LightningCLI):
         if self.verb == "validate" and not self.config.config:
             self.arguments = [*self._data_of_run(parser), *self.arguments]
             self.config = parse(parser, self.arguments)
+        check_trainer(self.config.trainer)
+        if not 0 <= (seed := self.config.seed_everything) < 2**32:
+            raise ValueError(f"seed_everything: {seed} is out of range; give 0 to {2**32 - 1}")
 
     def _data_of_run(self, parser: ArgumentParser) -> list[str]:
         """The settings of the data that a run was trained on, as arguments; none where the weights are of no run."""
@@ -127,12 +132,15 @@ class TrainingCLI(LightningCLI):
             if value is not None and key not in ("seed", "rng")
         ]
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if line := explain_class(str(error)):
+                raise ValueError(line) from error
+            raise
+
     def before_instantiate_classes(self) -> None:
-        defaults = self.parser.get_defaults(skip_validation=True).as_dict()
-        for group in ("model", "data", "trainer", "evaluation", "checkpoint", "throughput"):
-            given = self.config[group] or {}
-            if any(key not in given for key in defaults[group]):
-                raise ValueError(f"{group}: is null; give its settings, or leave it out")
         if not re.fullmatch(r"\w[\w.-]*", self.config.run):
             raise ValueError(
                 f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
@@ -239,7 +247,7 @@ class TrainingCLI(LightningCLI):
             RuntimeError,
             ModuleNotFoundError,
         ) as error:
-            raise ValueError(f"trainer: {error}") from error
+            raise ValueError(explain_trainer(error)) from error
         if trainer.world_size == 1 and not is_rank_zero():
             raise ValueError(
                 f"trainer.devices: the environment makes this process number {rank_zero_only.rank} of several "  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt_lightning.cli.explain import explain
+
 if TYPE_CHECKING:
     from gpt_lightning.training.verify_resume import Shortened
 
@@ -23,7 +25,7 @@ def run(arguments: list[str]) -> int:
     epoch's end; a long epoch is cut short for it. Weights, optimizer, counters and the windows of every update
     must be the same bits; exit code 1 names the first difference.
     """
-    own, fit_arguments = _parser().parse_known_args(arguments)
+    own, fit_arguments = _own_arguments(arguments)
     if "--print_config" in fit_arguments:
         from gpt_lightning.cli.fit import fit
 
@@ -98,6 +100,21 @@ def _shortened(
     return plan, said
 
 
+def _own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What is for this command, and what is for ``fit``."""
+    parser = _parser()
+    try:
+        own, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error), parser)) from error
+    for option in parser._option_string_actions:
+        for word in rest:
+            name = word.partition("=")[0]
+            if name.startswith("--") and option.startswith(name):
+                raise ValueError(f"{name[2:]}: is not a setting; did you mean {option[2:]}?")
+    return own, rest
+
+
 @contextmanager
 def _terminated_by_exit() -> Iterator[None]:
     """So that SIGTERM too ends what is under way, and cleans up."""
@@ -111,7 +128,10 @@ def _terminated_by_exit() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     # a plain parser, for it leaves what it does not know to fit
     parser = argparse.ArgumentParser(
-        prog="gpt_lightning verify-resume", description=run.__doc__, allow_abbrev=False
+        prog="gpt_lightning verify-resume",
+        description=run.__doc__,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     add = parser.add_argument
     add(

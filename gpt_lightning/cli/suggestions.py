@@ -1,0 +1,135 @@
+"""The nearest to what was mistyped: a name of a list, a setting, a configuration file."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import SequenceMatcher, get_close_matches
+from itertools import islice
+from pathlib import Path
+
+# what other projects call it → our settings, the first that a command has
+_SETTINGS = {
+    "epochs num_epochs n_epochs num_train_epochs": ("trainer.max_epochs",),
+    "steps num_steps max_iters iters total_steps": ("trainer.max_steps", "steps"),
+    "learning_rate": ("model.lr",),
+    "wd": ("model.weight_decay",),
+    "warmup num_warmup_steps warmup_iters": ("model.warmup_steps",),
+    "batch bs micro_batch_size per_device_train_batch_size": ("data.batch_size", "batch_size"),
+    "grad_accum gradient_accumulation_steps accumulate": ("trainer.accumulate_grad_batches",),
+    "clip grad_clip max_grad_norm": ("trainer.gradient_clip_val",),
+    "gpus num_gpus n_gpus num_devices": ("trainer.devices",),
+    "nodes": ("trainer.num_nodes",),
+    "device": ("trainer.accelerator",),
+    "fp16 bf16 amp mixed_precision dtype": ("trainer.precision", "dtype"),
+    "seed": ("seed_everything",),
+    "name run_name run_id experiment": ("run",),
+    "output_dir out_dir save_dir log_dir logdir": ("trainer.default_root_dir", "out"),
+    "output output_path o": ("out",),
+    "resume resume_from resume_from_checkpoint": ("ckpt_path",),
+    "checkpoint ckpt checkpoint_path": ("from", "ckpt_path"),
+    "model model_path model_name weights pretrained": ("from", "init_from"),
+    "dataset data_path data_dir train_file corpus": ("data.text", "text"),
+    "n_embd d_model hidden_size embed_dim": ("model.config.emb_dim",),
+    "n_layer num_layers num_hidden_layers": ("model.config.n_layers",),
+    "n_head num_heads num_attention_heads": ("model.config.n_heads", "n_heads"),
+    "block_size seq_len max_seq_len sequence_length": ("model.config.context_length",),
+    "dropout": ("model.config.drop_rate",),
+    "eval_interval eval_steps val_interval": ("evaluation.eval_freq",),
+    "save_steps save_interval save_every": ("checkpoint.every_n_train_steps",),
+    "temp": ("temperature", "temperatures"),
+    "length max_length max_tokens n_tokens": ("max_new_tokens",),
+    "n samples num_return_sequences": ("num_samples",),
+    "to": ("format",),
+    "threads num_workers jobs": ("workers",),
+}
+_VALUES = {
+    "fp16 half float16 amp": ("16-mixed", "float16"),
+    "bf16 bfloat16": ("bf16-mixed", "bfloat16"),
+    "fp32 float32 float single full": ("32-true", "float32"),
+    "fp64 float64 double": ("64-true",),
+    "huggingface transformers safetensors": ("hf",),
+    "hf huggingface": ("hub",),
+    "tf tensorflow": ("openai-tf", "openai"),
+    "pth pt": ("book",),
+    "ckpt": ("lightning",),
+    "ignore continue": ("skip",),
+    "nvidia": ("gpu",),
+    # commands
+    "train pretrain finetune": ("fit",),
+    "eval evaluate test": ("validate",),
+    "sample infer predict chat complete": ("generate",),
+    "export": ("convert",),
+    "tokenize preprocess": ("prepare",),
+    "fetch": ("download",),
+    "estimate": ("plan",),
+}
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest of ``known``, or all where they are few."""
+    known = list(known)
+    if near := nearest(word, known):
+        return f"did you mean {near}?"
+    return f"give one of {', '.join(known)}" if len(known) <= 12 else "see --help"
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """The one of ``known`` that ``word`` may have been, whatever its case."""
+    if same := _called(word, _VALUES, known):
+        return same
+    lower = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    return lower[near[0]] if near else None
+
+
+def nearest_setting(key: str, settings: Collection[str]) -> str | None:
+    """By what other projects call it, by the last part of the name, by the whole name."""
+    leaf = _leaf(key).replace("-", "_").lower()
+    if same := _called(leaf, _SETTINGS, settings):
+        return same
+    leaves = {_leaf(setting) for setting in settings}
+    near = [leaf] if leaf in leaves else []
+    near = near or sorted(name for name in leaves if len(leaf) > 2 and name.startswith(leaf))
+    near = near or get_close_matches(leaf, leaves, n=1, cutoff=0.7)
+    found = [s for s in settings if _leaf(s) in near] or get_close_matches(key, settings, n=1)
+    return max(found, key=lambda setting: _likeness(key, setting), default=None)
+
+
+def nearest_config(name: str, most: int = 2000) -> str | None:
+    """The YAML file whose path is nearest to ``name``: beside it, here, or in a folder here."""
+    given = Path(name)
+
+    def score(file: str) -> float:
+        return max(_likeness(name, file), _likeness(given.stem, Path(file).stem))
+
+    folders = [given.parent, Path(), *(path for path in _listed(Path()) if path.is_dir())]
+    files = (
+        str(path)
+        for folder in folders
+        for path in _listed(folder)
+        if path.suffix in (".yaml", ".yml", ".json")
+    )
+    return max(
+        (file for file in islice(files, most) if score(file) > 0.6),
+        key=lambda file: (score(file), _likeness(name, file)),
+        default=None,
+    )
+
+
+def _called(word: str, table: Mapping[str, Sequence[str]], known: Collection[str]) -> str | None:
+    """What ``table`` has for ``word``, where it is known here."""
+    ours = [name for words, names in table.items() if word in words.split() for name in names]
+    return next((name for name in ours if name in known), None)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _leaf(setting: str) -> str:
+    return setting.rpartition(".")[2]
+
+
+def _likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()

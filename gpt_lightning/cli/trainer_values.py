@@ -1,0 +1,124 @@
+"""Values that Lightning's Trainer would refuse in other words, in twenty lines, or not at all."""
+
+import re
+from typing import Any
+
+from jsonargparse import Namespace
+
+from gpt_lightning.cli.suggestions import suggest
+
+_LEAST = {
+    "max_epochs": -1,
+    "min_epochs": 0,
+    "max_steps": -1,
+    "min_steps": 0,
+    "num_nodes": 1,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "log_every_n_steps": 0,
+    "gradient_clip_val": 0,
+}
+_SHARES = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "overfit_batches",
+)
+_NAMES = {
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
+    "strategy": (
+        "auto",
+        "ddp",
+        "ddp_find_unused_parameters_true",
+        "ddp_find_unused_parameters_false",
+    ),
+    "gradient_clip_algorithm": ("norm", "value"),
+    "profiler": ("simple", "advanced", "pytorch"),
+}
+_DDP_SWITCHES = (
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+    "broadcast_buffers",
+)
+_WHAT_LIGHTNING_SAYS = {
+    "No supported gpu backend found": "trainer.accelerator: no GPU can be used here; give cpu, or auto",
+    "should be an int > 0": "trainer.devices: on a CPU they are processes; give how many, such as 1",
+    "can not run on your system": "trainer.accelerator: it cannot be used here; give cpu, or auto",
+}
+
+
+def check_trainer(trainer: Namespace) -> None:
+    """``ValueError`` for a value of ``trainer.*`` that is out of range or no name of anything."""
+    for name, least in _LEAST.items():
+        value = trainer.get(name)
+        if value is not None and value < least:
+            raise ValueError(f"trainer.{name}: {value} is too small; give {least} or more")
+    for name in _SHARES:
+        value = trainer.get(name)
+        if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+            raise ValueError(
+                f"trainer.{name}: {value} is neither a share nor a number of batches; give e.g. 0.5 or 10"
+            )
+    for name, known in _NAMES.items():
+        value = trainer.get(name)
+        if isinstance(value, str) and value not in known:
+            raise ValueError(f"trainer.{name}: {value} is unknown; {_name(name, value)}")
+    _check_devices(trainer.get("devices"))
+    _check_ddp(trainer.get("strategy"))
+    for name in ("max_time", "val_check_interval"):
+        value = trainer.get(name)
+        if isinstance(value, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value):
+            raise ValueError(
+                f"trainer.{name}: {value} is not a duration; give days:hours:minutes:seconds, "
+                "such as 00:01:30:00"
+            )
+
+
+def _check_ddp(strategy: Any) -> None:
+    """What DDPStrategy hands on to torch as it is."""
+    given = strategy.get("init_args", {}) if isinstance(strategy, Namespace) else {}
+    kwargs = strategy.get("dict_kwargs", {}) if isinstance(strategy, Namespace) else {}
+    for name in _DDP_SWITCHES:
+        value = kwargs.get(name, given.get(name))
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(
+                f"trainer.strategy.{name}: {value} is not true or false; give one of them"
+            )
+
+
+def explain_trainer(error: Exception) -> str:
+    """What the trainer says of its settings, in one line."""
+    said = " ".join(str(error).split())
+    for part, ours in _WHAT_LIGHTNING_SAYS.items():
+        if part in said:
+            return ours
+    return f"trainer: {said}"
+
+
+def _name(setting: str, value: str) -> str:
+    if setting == "strategy" and re.search(
+        "fsdp|shard|model_?parallel|zero|deepspeed", value, re.I
+    ):
+        return "for shards give --config configs/fsdp.yaml"
+    if setting == "strategy" and "." in value:
+        return "give a class as trainer.strategy.class_path in a YAML file"
+    return suggest(value, _NAMES[setting])
+
+
+def _check_devices(devices: Any) -> None:
+    parts = devices.strip().strip(",").split(",") if isinstance(devices, str) else devices
+    if parts is None or parts in (["auto"], ["-1"], -1):
+        return
+    if isinstance(devices, list) or (isinstance(parts, list) and "," in devices):
+        numbers = [str(part).strip() for part in parts]
+        if not numbers or not all(n.isdigit() for n in numbers) or len({*numbers}) < len(numbers):
+            raise ValueError(
+                f"trainer.devices: {devices} is not a list of different devices; give such as [0, 1]"
+            )
+    elif not str(parts[0] if isinstance(parts, list) else parts).isdigit() or int(devices) < 1:
+        raise ValueError(
+            f"trainer.devices: {devices} is not a number of devices; give 1 or more, or auto"
+        )

@@ -113,6 +113,15 @@ def test_a_lost_result_is_told(
         assert done.err.count("\n") <= 2  # prepare says what was prepared before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are bytes")
+def test_a_file_name_that_is_not_utf8(command: Command, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("A text. " * 1000)
+    own = ("--data.train_ratio=0.5", "--data.stride=16")
+    done = command(*FIT, "--data.text", name, *own)
+    assert (done.code, done.err.splitlines()[-1][:32]) == (0, "checkpoints/quickstart: done; te")
+
+
 def test_streams_are_put_back(command: Command) -> None:
     before = sys.stdout, sys.stderr
     command("--version")

@@ -110,7 +110,8 @@ class RunHistory(Callback):
                 # a step that a resumed run takes off TensorBoard's page, for it ends later
                 step = trainer.global_step
                 logger.experiment.add_image("losses", pixels, step, dataformats="HWC")
-                logger.log_hyperparams(_flat({**module.hparams, **self.hparams}), final, step)
+                hparams = _encodable(_flat({**module.hparams, **self.hparams}))
+                logger.log_hyperparams(hparams, final, step)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -188,3 +189,12 @@ def _flat(hparams: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def _encodable(value: Any) -> Any:
+    """TensorBoard takes UTF-8 only, and the name of a file may be other bytes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
+    return value

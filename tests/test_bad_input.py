@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Union
 
 import pytest
 from conftest import ROOT, SMALL, Command, Done, python
+from jsonargparse import ArgumentParser
 
+from gpt_lightning.cli.parsing import parse
 from gpt_lightning.data import corpus
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
@@ -227,6 +230,15 @@ def test_settings_that_are_null(refused_fit: Command, command: Command, tmp_path
     (tmp_path / "mine.yaml").write_text("temperature:\n")
     done = command("generate", "--from=x", "--prompt=x", "--config=mine.yaml")
     refused(done, "temperature: is null")
+
+
+def test_a_whole_number_stays_one() -> None:
+    """One batch is 1, all batches are 1.0; which of both typing tries first depends on what is imported."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--batches", type=Union[float, int, None])  # noqa: UP007
+    for given, value in {"1": 1, "1.0": 1.0, "null": None}.items():
+        found = parse(parser, [f"--batches={given}"]).batches
+        assert (type(found), found) == (type(value), value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -37,6 +37,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     use_checked_yaml()
     parser.allow_abbrev = False  # a later setting may begin with the same letters
+    _try_int_before_float(parser)
     for name in values_of("--config", arguments) + values_of("-c", arguments):
         _check_config_file(name)
     try:
@@ -52,6 +53,20 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     _check_values(config)
     _expand_home(config)
     return config
+
+
+def _try_int_before_float(parser: ArgumentParser) -> None:
+    """Else ``trainer.limit_train_batches`` of 1, one batch, may become 1.0, all batches.
+
+    ``Optional[Union[int, float]]`` is the object that typing has in its cache, which may be in another
+    order: that of whatever was imported before.
+    """
+    for action in parser._actions:
+        typehint = getattr(action, "_typehint", None)
+        kinds = get_args(typehint)
+        if get_origin(typehint) is Union and float in kinds:
+            ordered = tuple(sorted(kinds, key=lambda kind: kind is not int))
+            vars(action)["_typehint"] = Union[ordered]  # noqa: UP007
 
 
 def _check_config_file(name: str) -> None:

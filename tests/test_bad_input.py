@@ -135,7 +135,7 @@ def test_yaml_that_is_none(refused_fit: Command, tmp_path: Path) -> None:
         b"? [a, b]\n: 1\n": "mine.yaml: line 1: a key must be one word",
         b"1: 2\n": "1: is not the name of a setting",
         b"data:\n  mixture: {1984: 1.0}\n": "data.mixture: 1984 is not text; put it in quotes",
-        b"\xff\xfe\x00": "config: mine.yaml is not UTF-8",
+        b"\xff\xfe\x00": "config: mine.yaml is UTF-16, not UTF-8",
         "run: Übung".encode("latin-1"): "config: mine.yaml is not UTF-8",
     }.items():
         (tmp_path / "mine.yaml").write_bytes(content)

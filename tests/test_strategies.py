@@ -401,15 +401,15 @@ def test_the_slurm_script_with_a_stand_in_for_srun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "trainer.strategy: DDPStrategy in forked"),
+        (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "trainer.strategy: ddp_spawn is unknown; did you mean ddp?"),
         (["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
          "trainer.strategy: ModelParallelStrategy writes no checkpoints"),
-        (["--trainer.strategy=fsdp"], "trainer: The strategy `fsdp` requires a GPU"),
-        (["--trainer.strategy=nonsense"], "trainer: You selected an invalid strategy name"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy: fsdp is unknown; for shards give --config configs/fsdp.yaml"),
+        (["--trainer.strategy=nonsense"], "trainer.strategy: nonsense is unknown; give one of auto, ddp"),
         ([*FSDP, "--trainer.precision=16-mixed"], "Choose a different precision among"),
         ([*FSDP, "--trainer.strategy.process_group_backend=tcp"], "process_group_backend"),
-        (["--trainer.devices=-3"], "trainer: `devices`"),
-        (["--trainer.num_nodes=0"], "trainer: `num_nodes` must be a positive integer"),
+        (["--trainer.devices=-3"], "trainer.devices: -3 is not a number of devices"),
+        (["--trainer.num_nodes=0"], "trainer.num_nodes: 0 is too small"),
         ([*FSDP, "--data.batch_size=100"], "data.batch_size: 100 on 2 device(s) is more than the"),
     ],
 )  # fmt: skip

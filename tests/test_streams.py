@@ -171,3 +171,28 @@ def test_unbuffered(tmp_path: Path) -> None:
         subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full, check=True)
     assert (tmp_path / "checkpoints" / "quickstart" / "last.ckpt").exists()
     assert python("-u", "-m", "gpt_lightning", "--version").stdout.startswith("gpt_lightning 0")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_messages_move_no_terminal() -> None:
+    """A path may hold an escape sequence; what an error says of it reaches a terminal escaped."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if not pid:
+        path = "evil\x1b[2Jpath"
+        os.execv(sys.executable, [sys.executable, "-m", "gpt_lightning", "generate",
+                                  f"--from={path}", "--prompt=A"])  # fmt: skip
+    said = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # the process has ended
+            break
+        if not part:
+            break
+        said += part
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    assert b"error: evil\\x1b[2Jpath: does not exist" in said
+    assert b"\x1b" not in said

@@ -638,7 +638,7 @@ def test_verify_resume_with_all_of_it(tmp_path: Path) -> None:
         (["--data.mixture={}"], ["data.mixture: is empty"]),
         (["--data.mixture={sample: 0}"], ["data.mixture: sample has the weight 0"]),
         (["--data.mixture={sample: -1.5}"], ["sample has the weight -1.5"]),
-        (["--data.mixture={sample: .nan}"], ["sample has the weight nan"]),
+        (["--data.mixture={sample: .nan}"], ["data.mixture.sample: nan is not a finite number"]),
         (["--data.mixture={sample: much}"], ["data.mixture", "much"]),
         (["--data.mixture={nowhere.txt: 1}"], ["nowhere.txt does not exist"]),
         (["--data.mixture={sample: 1}", "--rng=global"], ["data.mixture: the book's order"]),
@@ -679,33 +679,14 @@ def test_evaluations_read_the_same_windows_with_any_micro_batch(fit: Command) ->
         )  # three decimals are printed
 
 
-@pytest.mark.parametrize("value", ["0", "-1"])
-def test_a_clip_of_nothing_clips_nothing(fit: Command, value: str) -> None:
-    """As Lightning has it; a factor of 0 would stop the learning, a negative one turn it round."""
+def test_a_clip_of_0_clips_nothing(fit: Command) -> None:
+    """As Lightning has it; a factor of 0 would stop the learning."""
     plain, clipped = (
         fit(f"--run={run}", "--trainer.max_steps=3", *arguments).out
-        for run, arguments in [("plain", []), ("clipped", [f"--trainer.gradient_clip_val={value}"])]
+        for run, arguments in [("plain", []), ("clipped", ["--trainer.gradient_clip_val=0"])]
     )
     assert plain == clipped
     assert same_bits("plain", "clipped")
-
-
-def test_another_text_of_the_same_length_is_refused(
-    fit: Command, command: Command, tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("one two three four five " * 600)
-    fit(f"--data.text={text}", "--trainer.max_steps=2")
-    text.write_text("six two three four five " * 600)
-    done = command(
-        "fit",
-        "--config=checkpoints/quickstart/config.yaml",
-        "--trainer.max_steps=3",
-        "--ckpt_path=last",
-    )
-    assert done.code != 0
-    assert "another text of the same length" in done.err.splitlines()[-1]
-    assert last("quickstart")["global_step"] == 2
 
 
 def test_a_store_for_training_alone(fit: Command, command: Command, tmp_path: Path) -> None:

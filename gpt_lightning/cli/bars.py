@@ -26,6 +26,6 @@ def bars_of_bytes() -> Progress:
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(file=getattr(sys.stderr, "unescaped", sys.stderr)),
         disable=not sys.stderr.isatty(),
     )

@@ -20,6 +20,7 @@ from gpt_lightning.cli.text_options import (
     values_of,
 )
 from gpt_lightning.cli.yaml_input import MAX_CHARACTERS, use_checked_yaml
+from gpt_lightning.data.unicode import decode_text
 
 # a class_path in a YAML file is code; from elsewhere it is refused before it is imported
 ALLOWED_IMPORTS = ["gpt_lightning", "lightning", "torch"]
@@ -31,7 +32,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     The command line wins over ``--config``, and of several configurations the last. Every group of settings is
     there, every number is finite, and what may not be null is not.
     """
-    check_given(parser, arguments)
+    check_given(arguments)
     # of the command line alone: a YAML file cannot allow what it names
     allowed = ALLOWED_IMPORTS + values_of("--allow_import", arguments)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
@@ -78,13 +79,14 @@ def _check_config_file(name: str) -> None:
         if path.is_file():  # what is read once, such as a pipe, is not looked at
             if path.stat().st_size > 4 * MAX_CHARACTERS:
                 raise ValueError(f"config: {name} is too large for a configuration; give another")
-            path.read_text(encoding="utf-8")
+            try:
+                decode_text(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"config: {name} {error}; convert it to UTF-8") from error
         elif not path.exists() and name != "-" and not set(name) & set("{:\n"):
             near = nearest_config(name)
             remedy = f"did you mean {near}?" if near else "give a YAML file"
             raise FileNotFoundError(f"config: {name} does not exist; {remedy}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"config: {name} is not UTF-8; convert it") from error
     except OSError as error:
         if error.strerror is None:
             raise

@@ -303,10 +303,10 @@ class PlanCLI(TrainingCLI):
             limit=trainer.overfit_batches or trainer.limit_train_batches,
         )
         if not batches:
-            raise ValueError(
-                f"data.batch_size: {setting.step.batch_size} on {setting.devices} device(s), or the global batch or "
-                f"trainer.limit_train_batches, leave no batch of the {windows} training windows; change one of them"
+            self.notes["text"] = (
+                f"has {windows} training windows, not one batch of {at_once}; fit refuses it, and needs more text"
             )
+            return None
         return EpochShape(batches, setting.micro_batches, at_once * setting.step.length)
 
     def _windows(self, setting: Setting) -> int | None:

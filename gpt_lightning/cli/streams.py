@@ -1,6 +1,7 @@
 """Standard output and standard error that cannot end a command by surprise.
 
-Characters that a stream cannot encode are replaced by escapes. A stream that cannot be written (a reader that
+Characters that a stream cannot encode are replaced by escapes, and on a terminal standard error shows control
+characters as escapes: a path or a prompt may hold any. A stream that cannot be written (a reader that
 has gone, a full disk, a closed descriptor) discards everything after the first failed write. Standard error never
 raises. Standard output never raises while a run trains; for every other command the result is lost, and the exit
 code says so.
@@ -14,6 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from gpt_lightning.data.unicode import printable
 
 
 class LostOutput:
@@ -80,6 +83,30 @@ class _Output(io.RawIOBase):
         return size
 
 
+class _Messages(io.TextIOWrapper):
+    """Standard error on a terminal. A progress bar draws on ``unescaped``."""
+
+    def write(self, text: str) -> int:
+        return super().write(printable(text))
+
+    @property
+    def unescaped(self) -> "_Unescaped":
+        return _Unescaped(self)
+
+
+class _Unescaped:
+    """A stream of messages, for what moves the cursor."""
+
+    def __init__(self, messages: _Messages) -> None:
+        self._messages = messages
+
+    def write(self, text: str) -> int:
+        return io.TextIOWrapper.write(self._messages, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._messages, name)
+
+
 def _tolerant(stream: TextIO | None, descriptor: int, on_error: Callable[[OSError], None]) -> Any:
     """The same stream over :class:`_Output`; one that is not over a descriptor (a notebook's, a test's) stays."""
     if stream is None:  # the caller has closed it: writing to the descriptor says so
@@ -92,7 +119,8 @@ def _tolerant(stream: TextIO | None, descriptor: int, on_error: Callable[[OSErro
         return stream
     stream.flush()
     output: Any = _Output(raw, on_error)
-    return io.TextIOWrapper(
+    kind = _Messages if descriptor == 2 and stream.isatty() else io.TextIOWrapper
+    return kind(
         output if raw is buffer else io.BufferedWriter(output),
         stream.encoding,
         "backslashreplace",

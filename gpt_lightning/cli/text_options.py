@@ -1,6 +1,5 @@
 """Options that carry text, or lists of texts, in the same way from the command line and from a YAML file."""
 
-import os
 from argparse import Action
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -8,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.data.unicode import clean_text, decode_text, utf8_text
+from gpt_lightning.data.unicode import clean_text, utf8_text
 
 # options that the model or the tokenizer reads; a path may hold any bytes
 _TEXTS = ("prompt", "evaluation.prompt", "stop", "token", "tokens")
@@ -87,24 +86,15 @@ def configs_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
     return configs + others
 
 
-def check_given(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """Check what the command line gives before it is parsed, whose errors would name neither file nor option.
+def check_given(arguments: Sequence[str]) -> None:
+    """Check the texts of the command line before it is parsed, whose errors would not name the option.
 
     Raises:
-        ValueError: A configuration file or an option that carries text is not UTF-8.
+        ValueError: One is not valid UTF-8.
     """
     for name in _TEXTS:
         for text in values_of(f"--{name}", arguments):
             _checked(name, text)
-    for group, is_config in _split(parser, arguments):
-        path = os.path.expanduser(group[-1].partition("=")[2] if len(group) == 1 else group[-1])
-        if is_config and os.path.isfile(path):
-            with open(path, "rb") as file:
-                content = file.read()
-            try:
-                decode_text(content)
-            except ValueError as error:
-                raise ValueError(f"config: {path} {error}; convert it to UTF-8") from error
 
 
 def values_of(option: str, arguments: Sequence[str]) -> list[str]:

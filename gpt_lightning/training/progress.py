@@ -106,7 +106,8 @@ class RunProgress(ProgressBar):
     def _start(self, what: str, done: int, total: int | None) -> None:
         self._total, self._first = total, done
         self._began = self._last_line = time.monotonic()
-        console = Console(stderr=True)
+        # what a message says is escaped on a terminal, what draws the bar is not
+        console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
         # a dumb terminal, TERM=dumb, cannot draw a line anew
         if not self._enabled or not console.is_terminal or console.is_dumb_terminal:
             return

@@ -335,6 +335,9 @@ def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
         ("fit --trainer.max_epochs=-7", "trainer.max_epochs: -7 is too small; give -1 or more"),
         ("fit --trainer.max_time=1h", "1h is not a duration; give days:hours:minutes:seconds"),
         ("fit --trainer.accumulate_grad_batches=0", "0 is too small; give 1 or more"),
+        ("fit --trainer.max_epochs=0", "trainer.max_epochs: 0 trains nothing"),
+        ("fit --trainer.max_steps=0", "trainer.max_steps: 0 trains nothing"),
+        ("fit --trainer.limit_train_batches=0.0", "trainer.limit_train_batches: 0.0 trains nothing"),
         ("fit --trainer.gradient_clip_val=-1", "-1 is too small; give 0 or more"),
         ("fit --trainer.gradient_clip_algorithm=nrom", "nrom is unknown; did you mean norm?"),
         ("fit --trainer.limit_train_batches=1.5", "1.5 is neither a share nor a number of batches"),
@@ -387,6 +390,12 @@ def test_a_wrong_value_in_the_users_words(command: Command, arguments: str, line
     for word in ("<class", "typing.", "Union", "NoneType", "Namespace"):
         assert word not in done.err
     assert os.listdir() == []
+
+
+def test_a_user_who_is_not_there_has_no_home(command: Command) -> None:
+    for arguments in (["validate", "--init_from=~nobody/run"], ["generate", "--from=~nobody/run", "--prompt=A"],
+                      ["convert", "~nobody/run", "x", "--format=hf"]):  # fmt: skip
+        refused(command(*arguments), "~nobody/run: does not exist")
 
 
 def test_nearest_configuration(command: Command, tmp_path: Path) -> None:

@@ -50,8 +50,17 @@ _WHAT_LIGHTNING_SAYS = {
 }
 
 
-def check_trainer(trainer: Namespace) -> None:
-    """``ValueError`` for a value of ``trainer.*`` that is out of range or no name of anything."""
+def check_trainer(trainer: Namespace, *, trains: bool = False) -> None:
+    """``ValueError`` for a value of ``trainer.*`` that is out of range or no name of anything.
+
+    Args:
+        trains: Whether a run without a single update is refused too.
+    """
+    for name in ("max_epochs", "max_steps", "limit_train_batches") if trains else ():
+        if trainer.get(name) == 0:
+            raise ValueError(
+                f"trainer.{name}: {trainer[name]} trains nothing; give more, or leave it out"
+            )
     for name, least in _LEAST.items():
         value = trainer.get(name)
         if value is not None and value < least:

@@ -109,13 +109,13 @@ class TrainingCLI(LightningCLI):
         if self.verb == "validate" and not self.config.config:
             self.arguments = [*self._data_of_run(parser), *self.arguments]
             self.config = parse(parser, self.arguments)
-        check_trainer(self.config.trainer)
+        check_trainer(self.config.trainer, trains=self.verb == "fit")
         if not 0 <= (seed := self.config.seed_everything) < 2**32:
             raise ValueError(f"seed_everything: {seed} is out of range; give 0 to {2**32 - 1}")
 
     def _data_of_run(self, parser: ArgumentParser) -> list[str]:
         """The settings of the data that a run was trained on, as arguments; none where the weights are of no run."""
-        source = Path(self.source_name() or "").expanduser()
+        source = Path(os.path.expanduser(self.source_name() or ""))
         path = (source if source.is_dir() else source.parent) / "config.yaml"
         if not self.source_name() or not path.is_file():
             return []

@@ -1,5 +1,6 @@
 """SOURCE, wherever a command takes one, to weights."""
 
+import os
 import sys
 from dataclasses import replace
 from difflib import get_close_matches
@@ -44,7 +45,7 @@ def find_checkpoint(source: str) -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    path = Path(source).expanduser().resolve()
+    path = Path(os.path.expanduser(source)).resolve()
     candidates = [path, path.with_name(path.name + ".ckpt"), path / "last.ckpt", path / "best.ckpt"]
     for candidate in candidates:
         if candidate.is_file():
@@ -62,7 +63,7 @@ def find_checkpoint(source: str) -> Path:
 def _nearest(source: str) -> str | None:
     """The public name, the path or the run in ``checkpoints`` that is spelled most like ``source``."""
     known = {name.lower(): name for name in GPT2_NAMES}
-    if (path := _nearest_path(Path(source).expanduser())) is not None:
+    if (path := _nearest_path(Path(os.path.expanduser(source)))) is not None:
         known[str(path).lower()] = str(path)
     known |= {run.name.lower(): str(run) for run in _children(Path("checkpoints"))}
     near = get_close_matches(source.lower(), known, n=1)
@@ -105,7 +106,7 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
         OSError: There is no such file, or it cannot be read.
     """
     located = _located(source)
-    path = Path(located).expanduser()
+    path = Path(os.path.expanduser(located))
     try:
         if is_huggingface(path):
             check_manifest(path)
@@ -187,7 +188,7 @@ def build_model(
 def weight_files(source: str) -> list[Path]:
     """The files in which the weights of ``source`` lie; errors as :func:`read_source`."""
     located = _located(source)
-    path = Path(located).expanduser()
+    path = Path(os.path.expanduser(located))
     if is_huggingface(path):
         return sorted(path.glob("*.safetensors"))
     if is_openai(path):
@@ -197,7 +198,7 @@ def weight_files(source: str) -> list[Path]:
 
 def size_to_download(source: str) -> str | None:
     """The size of GPT-2 that ``source`` names; None where it names none, or there is such a path."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists() or path.with_name(path.name + ".ckpt").is_file():
         return None
     return gpt2_size(source)

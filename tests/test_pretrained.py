@@ -718,7 +718,7 @@ def test_another_tokenizer_is_refused_wherever_text_is_used(
     task = Task(prompt="A", sampling=Sampling(), num_samples=1, max_new_tokens=1, seed=1)
     with pytest.raises(ValueError, match="has another tokenizer than GPT-2's"):
         measure("ckpt.pt", task)  # what report sizes does in a process of its own
-    load_model("ckpt.pt")  # for whoever has the ids
+    load_model("ckpt.pt")  # its ids can be used
     assert "ckpt.pt: has another tokenizer than GPT-2's" in capsys.readouterr().err
     assert not Path("checkpoints").exists()
 

@@ -9,14 +9,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
 from gpt_lightning.data.loader import Rng, WindowLoader
-from gpt_lightning.data.mixture import Mixture, described
+from gpt_lightning.data.mixture import Mixture
+from gpt_lightning.data.same_windows import check_same_windows
 from gpt_lightning.data.store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.data.tokens import read_splits
 from gpt_lightning.data.windows import JoinedWindows, Windows
-
-# what decides windows → the setting, where that is not of the data
-_SETTINGS = {"rng": "rng", "seed": "seed_everything", "shuffled": "trainer.overfit_batches"}
 
 
 class TextDataModule(LightningDataModule):
@@ -295,25 +293,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: A setting or the text differs.
         """
-        remedy = "resume with what it had, or begin a new run with --init_from"
-        for key, own in self.state_dict().items():
-            theirs = state_dict.get(key)
-            if theirs == own:
-                continue
-            match key:
-                case "training_sha256" | "validation_sha256":
-                    split = key.removesuffix("_sha256")
-                    raise ValueError(
-                        f"data.text: the {split} text is not the one that the run had (another text, or another "
-                        f"data.train_ratio); {remedy}"
-                    )
-                case "mixture":
-                    what = f"the run has drawn on {described(theirs)}, here is {described(own)}"
-                case "shuffled":
-                    what = f"the run was {'begun without' if theirs else 'begun with'} it"
-                case _:
-                    what = f"the run has {theirs}, here is {own}"
-            raise ValueError(f"{_SETTINGS.get(key, f'data.{key}')}: {what}; {remedy}")
+        check_same_windows(state_dict, self.state_dict())
 
     def described(self) -> dict[str, Any]:
         """The text and its windows, for a result that names what was measured."""

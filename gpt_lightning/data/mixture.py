@@ -66,14 +66,6 @@ class Mixture:
         return order
 
 
-def described(sources: list[list[float]] | None) -> str:
-    """Windows and weight of each source, in words; None: no mixture."""
-    if sources is None:
-        return "one text"
-    total = sum(weight for _, weight in sources)
-    return ", ".join(f"{weight / total:.4g} of {count:.0f} windows" for count, weight in sources)
-
-
 def _whole_shares(weights: Sequence[float], period: int) -> list[int]:
     """Places of each in ``period``, to the nearest, at least one."""
     shares = [max(1, int(weight * period)) for weight in weights]

@@ -67,7 +67,7 @@ def read_huggingface(folder: Path) -> Source:
     def read(name: str) -> Tensor:
         return read_tensor(homes[names[name]], names[name])
 
-    if config.tied_embeddings and HEAD in names:  # whoever saves one of the two keeps either
+    if config.tied_embeddings and HEAD in names:  # a file may hold either name of the two
         names.setdefault("wte.weight", names[HEAD])
     state_dict = {}
     for name in gpt2_names(config.n_layers):

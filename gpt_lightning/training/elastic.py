@@ -1,6 +1,5 @@
 """Processes of a run on several devices: how they find each other, and how they end together."""
 
-import atexit
 import os
 import signal
 from collections.abc import Iterator
@@ -34,7 +33,6 @@ def connect_ranks(trainer: Trainer) -> None:
         rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
     )
-    atexit.register(_disconnect)
 
 
 def _forget_address(trainer: Trainer) -> None:
@@ -49,13 +47,18 @@ def _forget_address(trainer: Trainer) -> None:
 
 @contextmanager
 def ends_together(trainer: Trainer) -> Iterator[None]:
-    """When this process fails, end those that it has launched, which would wait for it.
+    """Disconnect the ranks at the end; when this one fails, end those that it has launched, which would wait for it.
+
+    Gloo's threads may need the interpreter, so they end before it does. A rank that fails does not wait for them:
+    what they are at may need the others.
 
     Raises:
         ValueError: The processes cannot connect.
     """
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException as error:
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
@@ -67,8 +70,3 @@ def ends_together(trainer: Trainer) -> Iterator[None]:
                 f"({' '.join(str(error).split())[:120]}); give another port"
             ) from error
         raise
-
-
-def _disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -25,14 +25,14 @@ import numpy as np
 from machine import at_least, at_most, description, ratio
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.store import FORMAT, TOKENIZER, write_sealed
+from gpt_lightning.data.token_store import FORMAT, TOKENIZER, write_sealed
 
 KILLS = 5
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 
 PREPARE = """
 import sys
-from gpt_lightning.cli import main
+from gpt_lightning.cli.main import main
 code = main(sys.argv[1:])
 with open("/proc/self/status") as file:
     print(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
@@ -42,7 +42,7 @@ sys.exit(code)
 # seconds to open, growth of resident memory
 OPEN = """
 import json, sys, time
-from gpt_lightning.data.tokens import read_splits
+from gpt_lightning.data.token_cache import read_splits
 
 def resident():
     with open("/proc/self/status") as file:

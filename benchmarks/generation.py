@@ -18,10 +18,10 @@ from machine import at_least, at_most, description, interleaved, ratio
 from worker import Worker
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation.generate import stream_ids
+from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.packed import can_pack, pack_weights
+from gpt_lightning.model.packed_linear import can_pack, pack_weights
 
 PROMPT, NEW = 64, 64
 

@@ -30,8 +30,8 @@ from gpu_training import Rung, ladder, large_ladder, measure
 from machine import at_least, at_most, description, peak_memory, seconds_a_call
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.generation.decoding_step import MOST_FUSED_ROWS
-from gpt_lightning.generation.generate import Step
+from gpt_lightning.generation.cuda_graph import MOST_FUSED_ROWS
+from gpt_lightning.generation.engine import Step
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.training.throughput import peak_flops
 

@@ -10,8 +10,8 @@ import torch
 from machine import peak_memory, synchronize
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation.decoding_step import DecodingStep, padded_length
-from gpt_lightning.generation.generate import Step, stream_ids
+from gpt_lightning.generation.cuda_graph import DecodingStep, padded_length
+from gpt_lightning.generation.engine import Step, stream_ids
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model.kv_cache import KVCache
 

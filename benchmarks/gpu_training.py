@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model import loss
-from gpt_lightning.model.cost import flops_per_token
+from gpt_lightning.model.flops import flops_per_token
 from gpt_lightning.model.loss import PAD_VOCABULARY_TO
-from gpt_lightning.training.optim import build_adamw
+from gpt_lightning.training.optimizer import build_adamw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

@@ -17,8 +17,8 @@ from machine import at_most, description
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.formats import Source
 from gpt_lightning.pretrained.huggingface import write_huggingface
+from gpt_lightning.pretrained.weights import Source
 
 SUFFIXES = {"hf": "", "lightning": ".ckpt", "book": ".pth"}
 

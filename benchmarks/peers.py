@@ -87,7 +87,7 @@ MODELS = {"ours": ours, "transformers": transformers, "litgpt": litgpt, "book": 
 def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
     torch.manual_seed(0)
     if way == "ours":
-        from gpt_lightning.training.allocator import keep_freed_memory
+        from gpt_lightning.training.hardware import keep_freed_memory
 
         keep_freed_memory()  # as fit does
     model, loss = MODELS[way](settings)
@@ -139,9 +139,9 @@ def decoding_of(way: str, settings: dict[str, Any]) -> Callable[[], object]:
         return lambda: generate(model, prompt, new, config["context_length"])
     if way == "plain":
         return lambda: _plain_decoding(model, prompt, new)
-    from gpt_lightning.generation.generate import stream_ids
+    from gpt_lightning.generation.engine import stream_ids
     from gpt_lightning.generation.sampling import Sampling
-    from gpt_lightning.model.packed import pack_weights
+    from gpt_lightning.model.packed_linear import pack_weights
 
     pack_weights(model)  # as the generate command does
     return lambda: list(stream_ids(model, prompt.tolist(), new, Sampling()))

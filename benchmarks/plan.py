@@ -20,8 +20,8 @@ from typing import Any
 from machine import at_most, description
 
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.memory import TrainingStep
-from gpt_lightning.reports.plan import Plan, Setting, Strategy, plan
+from gpt_lightning.planning.memory import TrainingStep
+from gpt_lightning.planning.plan import Plan, Setting, Strategy, plan
 from gpt_lightning.training.throughput import MEMORY, PEAKS
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +114,7 @@ GPU_RUNS = {
 # which knows the process that it was forked from
 CHILD = """
 import sys
-from gpt_lightning.cli import main
+from gpt_lightning.cli.main import main
 code = main(sys.argv[1:])
 with open("/proc/self/status") as file:
     peak = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
@@ -123,7 +123,7 @@ sys.exit(code)
 """
 CHILD_ON_GPU = """
 import sys
-from gpt_lightning.cli import main
+from gpt_lightning.cli.main import main
 code = main(sys.argv[1:])
 import torch
 print(torch.cuda.max_memory_allocated())

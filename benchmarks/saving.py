@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from machine import at_most, description, interleaved, ratio
 
-from gpt_lightning.training.checkpoint import DurableCheckpointIO
+from gpt_lightning.training.checkpoint_io import DurableCheckpointIO
 
 # what one save by "ours" or "plain" takes more than the process had, over the file's bytes
 CHILD = """

@@ -29,11 +29,11 @@ from machine import at_least, at_most, description, ratio
 from worker import Worker
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.cli import main as command
+from gpt_lightning.cli.main import main as command
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.cost import flops_per_token
+from gpt_lightning.model.flops import flops_per_token
 from gpt_lightning.model.loss import cross_entropy
-from gpt_lightning.training.optim import build_adamw
+from gpt_lightning.training.optimizer import build_adamw
 from gpt_lightning.training.throughput import measured_peak
 
 HERE = Path(__file__).resolve().parent

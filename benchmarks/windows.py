@@ -18,9 +18,9 @@ from machine import at_least, at_most, description
 CHILD = """
 import sys, time
 import numpy as np
-from gpt_lightning.data.mixture import Mixture
-from gpt_lightning.data.loader import WindowLoader
-from gpt_lightning.data.windows import JoinedWindows, Windows
+from gpt_lightning.data.mixture_sampler import Mixture
+from gpt_lightning.data.dataloader import WindowLoader
+from gpt_lightning.data.dataset import JoinedWindows, Windows
 
 def resident(what):
     with open("/proc/self/status") as file:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt_lightning.data.datamodule import TextDataModule
-    from gpt_lightning.generation.generate import generate, generate_simple
+    from gpt_lightning.generation.engine import generate, generate_simple
     from gpt_lightning.model.config import GPTConfig
     from gpt_lightning.model.gpt import GPTModel
-    from gpt_lightning.pretrained.source import load_model
+    from gpt_lightning.pretrained.load import load_model
     from gpt_lightning.training.module import GPTLightningModule
 
 __version__ = "0.1.0"
@@ -31,9 +31,9 @@ _HOMES = {
     "GPTLightningModule": "training.module",
     "GPTModel": "model.gpt",
     "TextDataModule": "data.datamodule",
-    "generate": "generation.generate",
-    "generate_simple": "generation.generate",
-    "load_model": "pretrained.source",
+    "generate": "generation.engine",
+    "generate_simple": "generation.engine",
+    "load_model": "pretrained.load",
 }
 
 

@@ -1,3 +1,3 @@
-from gpt_lightning.cli import main
+from gpt_lightning.cli.main import main
 
 raise SystemExit(main())

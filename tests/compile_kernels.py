@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from gpt_lightning import GPTModel
-from gpt_lightning.generation import fused
-from gpt_lightning.model import loss_kernel
+from gpt_lightning.generation import fused_decode
+from gpt_lightning.kernels import cross_entropy as loss_kernel
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
 
@@ -66,7 +66,7 @@ def main() -> None:
     capability, size, rows = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     triton.runtime.driver.set_active(Driver(capability))
     JITFunction.__getitem__ = only_compile
-    fused.is_hopper_or_newer = lambda device: capability >= 90
+    fused_decode.is_hopper_or_newer = lambda device: capability >= 90
     config = GPT2_SIZES[size]
     with torch.device("meta"):
         model = GPTModel(config).to(torch.bfloat16)
@@ -76,7 +76,7 @@ def main() -> None:
             ids = torch.zeros(rows, dtype=torch.int64)
             history = torch.zeros(rows, length, dtype=torch.bfloat16)
             padding = ids if length == 1024 else None
-            fused.FusedForward(model, cache, ids, padding, history, history.long())()
+            fused_decode.FusedForward(model, cache, ids, padding, history, history.long())()
         logits = torch.zeros(rows, -(-config.vocab_size // 64) * 64, dtype=torch.bfloat16)
         loss_kernel.loss_and_gradient_(logits, ids, config.vocab_size, 0.5)
     once = {id(kernel): (name, kernel) for name, kernel in compiled}

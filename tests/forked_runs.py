@@ -96,7 +96,7 @@ def _serve() -> None:
 
 def _run(request: dict[str, Any]) -> None:
     """In a fork, which ends here."""
-    from gpt_lightning.cli import main
+    from gpt_lightning.cli.main import main
 
     code = 99
     try:
@@ -118,7 +118,7 @@ def _stop_at(stop: Stop) -> None:
     """Have the process send itself the signal at its point."""
     from lightning.pytorch.loops.fit_loop import _FitLoop
 
-    from gpt_lightning.training import callbacks, checkpoint, saving
+    from gpt_lightning.training import checkpoint_callback, checkpoint_io, evaluation
     from gpt_lightning.training.module import GPTLightningModule
 
     sent = False
@@ -150,7 +150,7 @@ def _stop_at(stop: Stop) -> None:
         saving_step[0] = content["global_step"]
 
     def replaced(_: Any, target: Any) -> None:
-        if Path(target).name == checkpoint.LAST:
+        if Path(target).name == checkpoint_io.LAST:
             reached("save:replaced", saving_step[0])
 
     validation = "validation_windows"
@@ -160,15 +160,17 @@ def _stop_at(stop: Stop) -> None:
            lambda module, *_: reached("batch", module.trainer.global_step))  # fmt: skip
     around(TextDataModule, validation,
            lambda data: data.trainer.training and reached("evaluation", data.trainer.global_step))  # fmt: skip
-    around(callbacks.TextSamples, "_sample",
+    around(evaluation.TextSamples, "_sample",
            lambda _, trainer, *__: reached("sample", trainer.global_step))  # fmt: skip
     around(
-        checkpoint, "_write_hashed", remember, lambda *_: reached("save:written", saving_step[0])
+        checkpoint_io, "_write_hashed", remember, lambda *_: reached("save:written", saving_step[0])
     )
-    around(checkpoint, "_write_manifest", None, lambda *_: reached("save:manifest", saving_step[0]))
-    around(checkpoint, "_rotate", None, lambda *_: reached("save:rotated", saving_step[0]))
-    around(checkpoint.os, "replace", None, replaced)
-    around(saving.RunCheckpoints, "_save", None,
+    around(
+        checkpoint_io, "_write_manifest", None, lambda *_: reached("save:manifest", saving_step[0])
+    )
+    around(checkpoint_io, "_rotate", None, lambda *_: reached("save:rotated", saving_step[0]))
+    around(checkpoint_io.os, "replace", None, replaced)
+    around(checkpoint_callback.RunCheckpoints, "_save", None,
            lambda _, trainer, *__: reached("saved", trainer.global_step))  # fmt: skip
     around(_FitLoop, "on_advance_end", lambda loop: reached("epoch end", loop.trainer.global_step))
 

@@ -511,7 +511,7 @@ def test_another_text_in_the_verdicts_place(refused_fit: Command, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gpt_lightning.cli import main
+    from gpt_lightning.cli.main import main
 
     folder = tmp_path_factory.mktemp("trained")
     root = f"--trainer.default_root_dir={folder}"
@@ -554,7 +554,7 @@ def test_full_disk_leaves_the_checkpoint_before(command: Command, tmp_path: Path
     last = tmp_path / "checkpoints" / "quickstart" / "last.ckpt"
     before = last.read_bytes()
     limited = (
-        "import resource, sys; from gpt_lightning.cli import main; "
+        "import resource, sys; from gpt_lightning.cli.main import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); sys.exit(main(sys.argv[1:]))"
     )
     more = ("--trainer.max_steps=2", "--ckpt_path=last")

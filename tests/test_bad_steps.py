@@ -13,11 +13,11 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_durability import same_bits
 
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training import bad_steps
-from gpt_lightning.training.bad_steps import BadSteps
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training import skip_step as bad_steps
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optim import norm_is_surely_finite, total_norm
+from gpt_lightning.training.optimizer import norm_is_surely_finite, total_norm
+from gpt_lightning.training.skip_step import BadSteps
 
 LAST = Path("checkpoints/quickstart/last.ckpt")
 

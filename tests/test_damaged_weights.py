@@ -16,9 +16,9 @@ from conftest import Command, Done, python
 from random_gpt2 import random_gpt2
 from safetensors.torch import load_file, save_file
 
-from gpt_lightning.data.manifest import MANIFEST
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.gpt2_names import gpt2_names
+from gpt_lightning.pretrained.name_map import gpt2_names
+from gpt_lightning.storage.checksum import MANIFEST
 
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"
@@ -90,7 +90,7 @@ def done_or_same(
     refuse: Any, name: str, whole: Path, tmp_path: Path, original: str | None = None
 ) -> None:
     """Refused; but for a bit of the padding between the records, which carries nothing."""
-    from gpt_lightning.pretrained.source import read_source
+    from gpt_lightning.pretrained.load import read_source
 
     try:
         found = read_source(str(tmp_path / name), n_heads=12)
@@ -421,7 +421,7 @@ def test_dest(command: Command, refuse: Any, whole: Path, tmp_path: Path) -> Non
 # like a disk that is full after some bytes; the signal would end the process, as no disk does
 _LIMITED = """
 import resource, signal, sys
-from gpt_lightning.cli import main
+from gpt_lightning.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 sys.exit(main(sys.argv[2:]))

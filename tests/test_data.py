@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.loader import WindowLoader
+from gpt_lightning.data.dataloader import WindowLoader
+from gpt_lightning.data.dataset import Windows
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_prompt, gpt2_encoding
 from gpt_lightning.data.unicode import printable
-from gpt_lightning.data.windows import Windows
 
 
 def some_tokens(n: int) -> np.ndarray:

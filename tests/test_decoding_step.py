@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation import decoding_step
-from gpt_lightning.generation import generate as generate_module
-from gpt_lightning.generation.decoding_step import DecodingStep, padded_length
-from gpt_lightning.generation.generate import Step, stream_ids
+from gpt_lightning.generation import cuda_graph as decoding_step
+from gpt_lightning.generation import engine as generate_module
+from gpt_lightning.generation.cuda_graph import DecodingStep, padded_length
+from gpt_lightning.generation.engine import Step, stream_ids
 from gpt_lightning.generation.sampling import Sampling, draw_unchecked
 from gpt_lightning.model.kv_cache import KVCache
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.pretrained import download as module
-from gpt_lightning.pretrained import fetch as fetching
+from gpt_lightning.pretrained import http_download
 from gpt_lightning.pretrained.download import (
     HUB_FILES,
     OPENAI_FILES,
@@ -226,7 +226,7 @@ def quietly(name: str, done: int, size: int | None) -> None: ...
 @pytest.fixture
 def one(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
     """Fetch ``/a`` from the host, and then from the other ``urls``."""
-    monkeypatch.setattr(fetching, "_PIECE", 1000)
+    monkeypatch.setattr(http_download, "_PIECE", 1000)
     host.files["/a"] = noise(200_000)
 
     def run(*faults: str, known: Known | None = None, urls: tuple[str, ...] = ()) -> bytes:
@@ -303,7 +303,7 @@ def test_an_answer_without_end(
 ) -> None:
     with pytest.raises(OSError, match="goes on after 90 bytes"):
         one("chunked", "chunked", known=Known(90))
-    monkeypatch.setattr(fetching, "_MOST", 5_000)
+    monkeypatch.setattr(http_download, "_MOST", 5_000)
     with pytest.raises(OSError, match="goes on after 5,000 bytes"):
         one("chunked")
     assert not visible(tmp_path)
@@ -357,8 +357,8 @@ def test_refused(
 def test_no_room(
     one: Callable[..., bytes], host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = fetching.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    usage = http_download.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(http_download.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(OSError, match="needs 200,000 bytes, the disk has 100,000 left"):
         one()
     assert len(host.ranges("/a")) == 1
@@ -370,7 +370,7 @@ def test_disk_that_fills_up(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fetching.os, "fsync", full)
+    monkeypatch.setattr(http_download.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         one()
     assert not visible(tmp_path)
@@ -400,7 +400,7 @@ def test_openai_sizes_that_are_known(
     command: Command, host: Host, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a host has instead of the real files is refused by its size, before it is fetched."""
-    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     serve_openai(host, name)
     done = command("download", name, "--source=openai", f"--mirror={host.url}")
     refused(done, "hparams.json of", "bytes of it, not 9", str(folder_of(name, "openai")))
@@ -547,7 +547,7 @@ def test_a_web_page_is_no_config(host: Host) -> None:
 def test_no_network(
     command: Command, name: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     files = HUB_FILES if source == "hub" else OPENAI_FILES
     done = command("download", name, f"--source={source}")
     folder = folder_of(name, "hub" if source == "hub" else "openai")
@@ -608,7 +608,7 @@ def test_a_size_that_is_not_there_as_source(command: Command) -> None:
 def test_other_names_of_the_sizes(
     command: Command, name: str, size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
+    monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     refused(command("download", name, "--source=openai"), f"of {size} cannot be fetched")
     for arguments in (
         ["generate", f"--from={name}", "--prompt=a"],
@@ -629,7 +629,7 @@ def test_other_names_of_the_sizes(
 
 
 def test_help_imports_neither_torch_nor_lightning() -> None:
-    code = "from gpt_lightning.cli import main\ntry: main(['download', '--help'])\nexcept SystemExit: pass"
+    code = "from gpt_lightning.cli.main import main\ntry: main(['download', '--help'])\nexcept SystemExit: pass"
     done = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
     assert "--mirror" in done.stdout
     loaded = set(done.stderr.split())

@@ -17,17 +17,17 @@ from conftest import Command, python
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
-from gpt_lightning.data import tokenizer, tokens
-from gpt_lightning.data.manifest import MANIFEST, write_manifest
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.pretrained.source import read_source
-from gpt_lightning.training.checkpoint import (
+from gpt_lightning.data import token_cache, tokenizer
+from gpt_lightning.pretrained.load import read_source
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.storage.checksum import MANIFEST, write_manifest
+from gpt_lightning.training.checkpoint_io import (
     DurableCheckpointIO,
     check_content,
     damage_of,
     read_manifest,
 )
-from gpt_lightning.training.resumed_from import checkpoint_to_resume, newest_whole
+from gpt_lightning.training.resume import checkpoint_to_resume, newest_whole
 from gpt_lightning.training.verify_resume import compare_checkpoints
 
 RUN = Path("checkpoints/quickstart")
@@ -73,9 +73,9 @@ import os, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_durability import same_bits, small_checkpoint
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training import checkpoint as module
-from gpt_lightning.training.resumed_from import newest_whole
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training import checkpoint_io as module
+from gpt_lightning.training.resume import newest_whole
 
 folder = Path(sys.argv[1])
 old, new = small_checkpoint(1), small_checkpoint(2)
@@ -187,9 +187,9 @@ import resource, signal, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_durability import same_bits, small_checkpoint
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training.checkpoint import DurableCheckpointIO
-from gpt_lightning.training.resumed_from import newest_whole
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.checkpoint_io import DurableCheckpointIO
+from gpt_lightning.training.resume import newest_whole
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Path(sys.argv[1])
@@ -272,15 +272,15 @@ def test_figures_that_cannot_be_written_do_not_stop_a_run(
 ) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    from gpt_lightning.training import figures, history
+    from gpt_lightning.training import loggers, run_files
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figures, "_said", set())
+    monkeypatch.setattr(loggers, "_said", set())
     for name in ("add_scalar", "add_text", "add_figure", "flush", "close"):
         monkeypatch.setattr(SummaryWriter, name, full)
-    monkeypatch.setattr(history.RunHistory, "_append", full)
+    monkeypatch.setattr(run_files.RunHistory, "_append", full)
     done = fit("--trainer.max_steps=3", "--evaluation.eval_freq=1")
     assert done.err.count("figures cannot be written (No space left on device)") == 1
     assert read_checkpoint(newest_whole(RUN))["global_step"] == 3
@@ -587,8 +587,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
     shutil.copy(run / "last.ckpt", bare)
     hf.mkdir()
     from gpt_lightning import GPTConfig, GPTModel
-    from gpt_lightning.pretrained.formats import Source
     from gpt_lightning.pretrained.huggingface import write_huggingface
+    from gpt_lightning.pretrained.weights import Source
 
     config = GPTConfig(vocab_size=40, context_length=4, emb_dim=8, n_heads=2, n_layers=1,
                        qkv_bias=True, tied_embeddings=True)  # fmt: skip
@@ -664,34 +664,34 @@ def test_no_mutation_of_stored_tokens(
 ) -> None:
     """A store in the cache that is damaged is made again: the tokens are always the text's."""
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokens, "WORTH_KEEPING", 100)
+    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 100)
     text = tmp_path / "mine.txt"
     text.write_text("Every effort moves you. " * 200)
     split = int(0.8 * len(text.read_text()))
     expected = [tokenizer.encode_corpus(text.read_text()[:split]),
                 tokenizer.encode_corpus(text.read_text()[split:])]  # fmt: skip
 
-    def are_right(found: tokens.Splits) -> bool:
+    def are_right(found: token_cache.Splits) -> bool:
         return all(
             np.array_equal(*pair) for pair in zip([a for (a,) in found], expected, strict=True)
         )
 
-    assert are_right(tokens.read_splits(str(text), 0.8))
+    assert are_right(token_cache.read_splits(str(text), 0.8))
     (folder,) = (tmp_path / "cache" / "tokens").iterdir()
     original = (folder / what).read_bytes()
     rng = random.Random(what)
     made_again = 0
     for _ in range(200):
         (folder / what).write_bytes(mutate(original, rng))
-        assert are_right(tokens.read_splits(str(text), 0.8))
+        assert are_right(token_cache.read_splits(str(text), 0.8))
         made_again += "is damaged; tokenising anew" in capsys.readouterr().err
     assert made_again > 150
-    assert isinstance(tokens.read_splits(str(text), 0.8).training[0], np.memmap)
+    assert isinstance(token_cache.read_splits(str(text), 0.8).training[0], np.memmap)
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == [folder.name]
     # without a place for it, it goes without
     shutil.rmtree(tmp_path / "cache" / "tokens")
     (tmp_path / "cache" / "tokens").write_text("a file")
-    assert are_right(tokens.read_splits(str(text), 0.8))
+    assert are_right(token_cache.read_splits(str(text), 0.8))
 
 
 def test_no_mutation_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

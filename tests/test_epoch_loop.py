@@ -13,8 +13,8 @@ from lightning.pytorch.plugins import Precision
 from test_durability import same_bits
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.cli import training_cli
-from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.cli.main import training_cli
+from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import epoch_loop
 from gpt_lightning.training.module import GPTLightningModule
 

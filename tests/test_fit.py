@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt_lightning import GPTLightningModule, load_model
 from gpt_lightning.cli import fit as fit_module
-from gpt_lightning.cli import remarks
+from gpt_lightning.cli import run_warnings
 from gpt_lightning.model.gpt import TransformerBlock
-from gpt_lightning.training.callbacks import LossEvaluation, TextSamples
-from gpt_lightning.training.history import loss_figure
+from gpt_lightning.training.evaluation import LossEvaluation, TextSamples
+from gpt_lightning.training.run_files import loss_figure
 
 
 def same_weights(one: str, other: str) -> bool:
@@ -704,7 +704,7 @@ def test_bfloat16_that_a_cpu_has_no_instructions_for_is_said(
     fit: Command, monkeypatch: pytest.MonkeyPatch, bf16: float, said: str
 ) -> None:
     rates = {torch.float32: 8e9, torch.bfloat16: bf16}
-    monkeypatch.setattr(remarks, "measured_peak", lambda dtype, size: rates[dtype])
+    monkeypatch.setattr(run_warnings, "measured_peak", lambda dtype, size: rates[dtype])
     done = fit("--trainer.max_steps=1", "--trainer.precision=bf16-mixed")
     assert said in done.err
     assert ("trainer.precision" in done.err) == bool(said)
@@ -754,7 +754,7 @@ def test_the_whole_loss_on_a_gpu_is_remarked(monkeypatch: pytest.MonkeyPatch) ->
         trainer = mock.Mock(precision="32-true", limit_val_batches=1)
         trainer.strategy.root_device = torch.device(kind)
         config.model.loss_chunk_size = chunk
-        found = remarks.remarks(
+        found = run_warnings.remarks(
             config, trainer, mock.Mock(drop_rate=0), [], keeps_freed_memory=False
         )
         assert any(line.startswith("model.loss_chunk_size: ") for line in found) == said

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple
-from gpt_lightning.generation.generate import stream_ids
+from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import Sampling, keep_top_k, probabilities, sample
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.reports.sampling import (

@@ -184,7 +184,7 @@ def test_nothing_imports_tensorflow(gpt2: Any, command: Command, tmp_path: Path)
                  "--evaluation.max_new_tokens=2"]  # fmt: skip
     code = f"""
 import sys, gpt_lightning
-from gpt_lightning.cli import main
+from gpt_lightning.cli.main import main
 assert main({arguments!r}) == 0
 assert "torch.utils.tensorboard" in sys.modules
 print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow"))

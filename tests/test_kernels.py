@@ -13,11 +13,12 @@ from conftest import ROOT, python
 from torch import Tensor
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation import decoding_step
-from gpt_lightning.generation import generate as generate_module
-from gpt_lightning.generation.decoding_step import DecodingStep, obstacle_to_fusing
-from gpt_lightning.generation.generate import fastest_step
-from gpt_lightning.model import loss, own_kernels
+from gpt_lightning.generation import cuda_graph as decoding_step
+from gpt_lightning.generation import engine as generate_module
+from gpt_lightning.generation.cuda_graph import DecodingStep, obstacle_to_fusing
+from gpt_lightning.generation.engine import fastest_step
+from gpt_lightning.kernels import support
+from gpt_lightning.model import loss
 from gpt_lightning.model.kv_cache import KVCache
 
 # Triton's interpreter computes in numpy, which warns of what is no number
@@ -40,7 +41,7 @@ def seeded(seed: int) -> torch.Generator:
 def fused(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not torch.cuda.is_available():
         monkeypatch.setattr(decoding_step, "obstacle_to_fusing", lambda model, rows: None)
-    return importlib.import_module("gpt_lightning.generation.fused")
+    return importlib.import_module("gpt_lightning.generation.fused_decode")
 
 
 # --- the loss ---------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_loss_and_gradient(
     dtype: torch.dtype,
 ) -> None:
     """With whole blocks, a part of one, and columns that are no tokens."""
-    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     monkeypatch.setattr(kernel, "BLOCK", 64)
     check_loss(kernel, vocab_size, width, dtype)
 
@@ -90,12 +91,14 @@ def test_loss_and_gradient_of_many_tokens(
     kernels_run: None, vocab_size: int, width: int, dtype: torch.dtype
 ) -> None:
     """With the blocks that ``fit`` has, which the interpreter takes long for."""
-    check_loss(importlib.import_module("gpt_lightning.model.loss_kernel"), vocab_size, width, dtype)
+    check_loss(
+        importlib.import_module("gpt_lightning.kernels.cross_entropy"), vocab_size, width, dtype
+    )
 
 
 def test_targets_that_are_no_tokens_make_the_loss_no_number(kernels_run: None) -> None:
     """And nothing outside their rows is written."""
-    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     for target in (-100, -1, 13, 16, 10**9):
         logits = torch.zeros(5, 16)
         found = kernel.loss_and_gradient_(logits[1:4], torch.tensor([1, target, 3]), 13, 1.0)
@@ -106,7 +109,7 @@ def test_targets_that_are_no_tokens_make_the_loss_no_number(kernels_run: None) -
 
 
 def test_targets_may_be_strided_and_the_gradient_left_out(kernels_run: None) -> None:
-    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     targets = torch.arange(12).view(3, 4)[:, 1]
     logits = torch.randn(3, 16, generator=seeded(1))
     expected, _ = plain_loss(logits, targets, 13, by=1.0)
@@ -118,7 +121,7 @@ def test_targets_may_be_strided_and_the_gradient_left_out(kernels_run: None) -> 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 def test_a_damaged_logit_makes_the_loss_no_number(kernels_run: None, damage: float) -> None:
-    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     logits = torch.zeros(3, 16)
     logits[1, 5] = damage
     assert not kernel.loss_and_gradient_(logits, torch.tensor([1, 2, 3]), 16, 1.0).isfinite()
@@ -139,7 +142,7 @@ def test_the_loss_by_chunks_is_the_same_with_the_kernel(
 ) -> None:
     monkeypatch.setattr(loss, "_kernel", lambda device: None)
     expected = gradients(pad)
-    kernel = importlib.import_module("gpt_lightning.model.loss_kernel").loss_and_gradient_
+    kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy").loss_and_gradient_
     monkeypatch.setattr(loss, "_kernel", lambda device: kernel)
     for found, before in zip(gradients(pad), expected, strict=True):
         torch.testing.assert_close(found, before, atol=1e-6, rtol=1e-5)
@@ -157,7 +160,7 @@ def test_a_kernel_that_cannot_be_compiled_is_done_without(
     def fails(*_: object) -> Tensor:
         raise RuntimeError("Failed to find C compiler.\nmore lines")
 
-    kernel = importlib.import_module("gpt_lightning.model.loss_kernel")
+    kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     monkeypatch.setattr(kernel, "loss_and_gradient_", fails)
     monkeypatch.setattr(loss, "obstacle_to_kernels", lambda device: None)
     with monkeypatch.context() as without:
@@ -342,12 +345,12 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(own_kernels, "find_spec", lambda name: None)
-    assert own_kernels.obstacle_to_kernels(cuda) == "Triton is not installed"
-    monkeypatch.setattr(own_kernels, "find_spec", lambda name: name)
-    assert "older than NVIDIA's Ampere" in str(own_kernels.obstacle_to_kernels(cuda))
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    assert support.obstacle_to_kernels(cuda) == "Triton is not installed"
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    assert "older than NVIDIA's Ampere" in str(support.obstacle_to_kernels(cuda))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert own_kernels.obstacle_to_kernels(cuda) is None
+    assert support.obstacle_to_kernels(cuda) is None
 
     monkeypatch.setattr(decoding_step, "obstacle_to_kernels", lambda device: None)
     assert obstacle_to_fusing(model, 4) == "the model is on cpu"  # which no graph captures

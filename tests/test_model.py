@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate
-from gpt_lightning.model import packed as packed_weights
+from gpt_lightning.model import packed_linear as packed_weights
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.loss import cross_entropy
-from gpt_lightning.model.packed import PackedLinear, pack_weights
+from gpt_lightning.model.packed_linear import PackedLinear, pack_weights
 
 TINY = GPTConfig(vocab_size=97, context_length=24, emb_dim=32, n_heads=4, n_layers=3, drop_rate=0.0)
 

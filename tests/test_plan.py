@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.datamodule import nearest_multiple
-from gpt_lightning.model import cost
-from gpt_lightning.model.as_on_cuda import as_on_cuda
+from gpt_lightning.model import flops as cost
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.heap import Heap
 from gpt_lightning.model.kv_cache import KVCache
-from gpt_lightning.model.memory import TrainingStep, held
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.reports.plan import Setting, memory, plan
+from gpt_lightning.planning.as_on_cuda import as_on_cuda
+from gpt_lightning.planning.heap import Heap
+from gpt_lightning.planning.memory import TrainingStep, held
+from gpt_lightning.planning.plan import Setting, memory, plan
+from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.throughput import measured_peak
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"

@@ -21,7 +21,7 @@ from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 
 from gpt_lightning.data.epochs import EpochShape
-from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import preemption
 from gpt_lightning.training.preemption import Preemption
 from gpt_lightning.training.verify_resume import compare_checkpoints, shorten

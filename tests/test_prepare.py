@@ -22,13 +22,15 @@ from conftest import ROOT, SMALL, Command, Done, python
 from test_durability import mutate
 
 from gpt_lightning.cli import prepare as cli_prepare
-from gpt_lightning.data import pieces, store, sums, tokens
+from gpt_lightning.data import token_cache, token_store
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.pieces import content_hash, split_of
-from gpt_lightning.data.plain_text import safe_cut
-from gpt_lightning.data.prepare import Settings, prepare
-from gpt_lightning.data.store import open_store
+from gpt_lightning.data.prepare import chunk
+from gpt_lightning.data.prepare.chunk import content_hash, split_of
+from gpt_lightning.data.prepare.pipeline import Settings, prepare
+from gpt_lightning.data.prepare.plain_text import safe_cut
+from gpt_lightning.data.token_store import open_store
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_documents, encode_prompt
+from gpt_lightning.storage import checksum_cache
 
 SAMPLE = read_corpus("sample")
 PARAGRAPHS = SAMPLE.split("\n\n")
@@ -88,7 +90,7 @@ def test_a_long_text_in_pieces_is_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     """Marks, line ends of all kinds and long words included."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", piece)
     rng = random.Random(piece)
     text = "<|endoftext|>".join(
         "x" + awkward(rng, rng.choice([3, 30, 3000])) + "y" * rng.choice([0, 500])
@@ -118,7 +120,7 @@ def test_byte_order_marks_and_line_ends_decide_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, split: Any, size: int
 ) -> None:
     """Neither tokens nor splits: the same text from Windows is the same text; in pieces too."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", piece)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", piece)
     rng = random.Random(size)
     words = ["one", " two", "\n", "\n\n", "  ", "ü", "🦜", "x" * 60]
     texts = ["<|endoftext|>".join("".join(rng.choice(words) for _ in range(size)) + f" {i} {j}."
@@ -213,9 +215,9 @@ def test_a_store_of_an_earlier_reader_is_not_continued(command: Command, tmp_pat
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
     arguments = ("prepare", "a.txt", "--out=store", "--val_ratio=0")
     assert command(*arguments).code == 0
-    manifest = store.read_sealed(Path("store/manifest.json"))
+    manifest = token_store.read_sealed(Path("store/manifest.json"))
     del manifest["reader"]
-    store.write_sealed(Path("store/manifest.json"), manifest)
+    token_store.write_sealed(Path("store/manifest.json"), manifest)
     refused(command(*arguments), "store: was prepared by a version that reads byte order marks")
     assert joined(Path("store"))[0] == encode_prompt("one")
 
@@ -253,7 +255,7 @@ KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "-dataset"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """In one way or the other the same documents; and interrupted after any piece the same store."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 3000)
     rng = random.Random(3)
     texts = [awkward(rng, rng.choice([1, 20, 300])) + f" {i}" for i in range(700)]
     path = written_as(tmp_path, kind, texts)
@@ -301,7 +303,7 @@ SHARDS = Settings(val_ratio=0.2, shard_tokens=5000)
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A text of many pieces with a long document in the middle, lines, and a folder."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 4000)
     short = "<|endoftext|>".join(PARAGRAPHS[:20])
     (tmp_path / "a.txt").write_text(f"{short}<|endoftext|>{SAMPLE * 2}<|endoftext|>{short} end")
     write_lines(tmp_path / "b.jsonl", [f"{i} {p}" for i in range(3) for p in PARAGRAPHS])
@@ -428,8 +430,7 @@ def test_ctrl_c_says_how_to_go_on(megabytes: list[str], tmp_path: Path) -> None:
     """Its signal comes when the third shard is begun, however busy the machine is."""
     interrupted = """
 import os, signal, sys
-from gpt_lightning.cli import main
-
+from gpt_lightning.cli.main import main
 def press(event, arguments, pressed=[]):
     if event == "open" and str(arguments[0]).endswith("train-00002.u16") and not pressed:
         pressed.append(True)
@@ -445,7 +446,7 @@ sys.exit(main(sys.argv[1:]))
     assert "the same command goes on" in done.stderr
     assert len(list(out.glob("*.u16"))) < 10
     with pytest.raises(ValueError, match="is an unfinished token store; go on with the prepare"):
-        tokens.read_splits(str(out), 0.9)
+        token_cache.read_splits(str(out), 0.9)
     done = python(*command_line(*megabytes, f"--out={out}", "--json")[1:])
     assert done.returncode == 0
     assert json.loads(done.stdout)["documents"] == {"train": 643, "val": 57}
@@ -453,7 +454,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_full_disk_is_one_line(tmp_path: Path, megabytes: list[str]) -> None:
     limited = (
-        "import resource, sys; from gpt_lightning.cli import main; "
+        "import resource, sys; from gpt_lightning.cli.main import main; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(main(sys.argv[1:]))"
     )
     done = python("-c", limited, "prepare", *megabytes, f"--out={tmp_path}/full")
@@ -467,7 +468,7 @@ def test_a_disk_that_fills_up_is_gone_on_from(
     command: Command, corpus: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = 8
-    real = store.write_sealed
+    real = token_store.write_sealed
 
     def write(path: Path, content: dict[str, Any]) -> None:
         nonlocal left
@@ -476,7 +477,7 @@ def test_a_disk_that_fills_up_is_gone_on_from(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, content)
 
-    monkeypatch.setattr(store, "write_sealed", write)
+    monkeypatch.setattr(token_store, "write_sealed", write)
     arguments = ("prepare", *corpus, "--out=store", "--val_ratio=0.2", "--shard_tokens=5000")
     refused(command(*arguments), "store: cannot be written (No space left on device); make room")
     assert len(list(Path("store").glob("*.u16"))) > 7
@@ -536,7 +537,7 @@ def test_by_ratio_a_text_is_cut_once(tmp_path: Path, val_ratio: float) -> None:
 def test_by_ratio_the_last_rows_are_for_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 2000)
     texts = [f"{i:05} {'x' * 20}" for i in range(1000)]
     path = written_as(tmp_path, kind, texts)
     prepare([str(path)], tmp_path / "out", Settings("text", "ratio", 0.25), workers=2)
@@ -591,7 +592,7 @@ def test_no_mutation_is_silent(prepared: Path, what: str) -> None:
     for _ in range(250):
         (prepared / what).write_bytes(mutated := mutate(original, rng))
         try:
-            found = tokens.read_splits(str(prepared), 0.9)
+            found = token_cache.read_splits(str(prepared), 0.9)
         except (ValueError, OSError) as error:
             refused += mutated != original
             lines = str(error).count("\n")
@@ -602,17 +603,19 @@ def test_no_mutation_is_silent(prepared: Path, what: str) -> None:
     assert refused > 200
     (prepared / what).unlink()
     with pytest.raises(ValueError, match=r"is missing|is an unfinished token store"):
-        tokens.read_splits(str(prepared), 0.9)
+        token_cache.read_splits(str(prepared), 0.9)
 
 
 def test_a_whole_shard_is_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not by the process that opens what prepare has written here; again when it has changed."""
-    monkeypatch.setattr(sums, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(checksum_cache, "WORTH_REMEMBERING", 0)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
     prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", Settings())
     summed: list[str] = []
-    real = sums.sha256_of
-    monkeypatch.setattr(sums, "sha256_of", lambda path: (summed.append(path.name), real(path))[1])
+    real = checksum_cache.sha256_of
+    monkeypatch.setattr(
+        checksum_cache, "sha256_of", lambda path: (summed.append(path.name), real(path))[1]
+    )
     open_store(tmp_path / "store")
     assert summed == []
     moved = (tmp_path / "store").rename(tmp_path / "moved")
@@ -633,7 +636,7 @@ def test_a_store_of_another_tokenizer(
     manifest = json.loads((prepared / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["tokenizer"] = {"name": "cl100k_base"}
-    store.write_sealed(prepared / "manifest.json", manifest)
+    token_store.write_sealed(prepared / "manifest.json", manifest)
     done = command(
         "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--data.text={prepared}"
     )
@@ -643,23 +646,23 @@ def test_a_store_of_another_tokenizer(
 
 def test_a_long_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens come from the cache afterwards; another text or ratio is another store."""
-    monkeypatch.setattr(tokens, "WORTH_KEEPING", 1000)
+    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 1000)
     path = tmp_path / "mine.txt"
     path.write_text(SAMPLE)
-    first = tokens.read_splits(str(path), 0.5)
+    first = token_cache.read_splits(str(path), 0.5)
     with monkeypatch.context() as patched:
-        patched.setattr(tokens, "read_corpus", None)
-        again = tokens.read_splits(str(path), 0.5)
+        patched.setattr(token_cache, "read_corpus", None)
+        again = token_cache.read_splits(str(path), 0.5)
         with pytest.raises(TypeError):
-            tokens.read_splits(str(path), 0.6)
+            token_cache.read_splits(str(path), 0.6)
     assert [a.tolist() for (a,) in first] == [a.tolist() for (a,) in again]
     with monkeypatch.context() as patched:
-        patched.setattr(tokens, "_READER", "1")  # what another version has kept
-        patched.setattr(tokens, "read_corpus", None)
+        patched.setattr(token_cache, "_READER", "1")  # what another version has kept
+        patched.setattr(token_cache, "read_corpus", None)
         with pytest.raises(TypeError):
-            tokens.read_splits(str(path), 0.5)
+            token_cache.read_splits(str(path), 0.5)
     path.write_text(SAMPLE[1:])
-    (changed,), _ = tokens.read_splits(str(path), 0.5)
+    (changed,), _ = token_cache.read_splits(str(path), 0.5)
     assert changed.tolist() == encode_corpus(SAMPLE[1:][: len(SAMPLE[1:]) // 2]).tolist()
 
 
@@ -717,7 +720,7 @@ def test_what_cannot_be_read(
     content: bytes,
     part: str,
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
     (tmp_path / name).write_bytes(content)
     refused(command("prepare", name, "--out=deep/store", "--val_ratio=0"), part)
     assert os.listdir(tmp_path) == [name]
@@ -758,7 +761,7 @@ def test_what_is_meant_is_not_clear(
 def test_skipped_are_counted(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n" + GOOD + b'{"text": " "}\n' + b'{"x": 1}\n')
     (tmp_path / "b.txt").write_bytes(b"long " * 900 + b"\xff<|endoftext|>good<|endoftext|>bad\xff")
     arguments = ("prepare", "a.jsonl", "b.txt", "--out=store", "--val_ratio=0", "--on_error=skip")
@@ -790,7 +793,7 @@ def test_of_a_damaged_file_the_rest_is_skipped(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
 ) -> None:
     """As one; by any number of workers and after interruptions the same."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(6) for p in PARAGRAPHS]
     path = written_as(tmp_path, kind, texts)
     content = path.read_bytes()
@@ -852,7 +855,7 @@ def test_folders_that_a_glob_matches_and_links_are_read(command: Command, tmp_pa
 def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
     path = write_lines(tmp_path / "a.jsonl", [f"{i} {p}" for i in range(4) for p in PARAGRAPHS])
     with path.open("a") as file:
         file.write('{"no": 1}\n')
@@ -896,7 +899,7 @@ def test_a_bad_line_that_is_corrected_is_gone_on_from(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """What comes later may be another file too; what was read already may not."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(4) for p in PARAGRAPHS]
     first = write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
     path, good = with_a_bad_row(tmp_path, kind, texts, len(texts) - 9)
@@ -986,7 +989,7 @@ def test_what_another_wrote_stays(command: Command, tmp_path: Path, name: str) -
 def test_what_lies_beside_an_unfinished_store_stays(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(b"{\n")
@@ -1013,7 +1016,7 @@ def test_a_split_that_stays_empty_is_known_before(
     """Of plain texts: their documents' hashes say it before a token is made."""
     for name, text in [("a.txt", "one<|endoftext|> \n"), ("b.txt", "two " * 2000)]:
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr("gpt_lightning.data.prepare.StoreWriter", None)
+    monkeypatch.setattr("gpt_lightning.data.prepare.pipeline.StoreWriter", None)
     refused(
         command("prepare", "a.txt", "b.txt", "--out=out", "--val_ratio=1e-9"),
         "none of 2 document(s) is for validation",
@@ -1076,7 +1079,7 @@ def test_it_tells_how_far_it_is(
 
 def test_it_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one<|endoftext|>two")
-    code = ("import sys; from gpt_lightning.cli import main; "
+    code = ("import sys; from gpt_lightning.cli.main import main; "
             "main(['prepare', 'a.txt', '--out', 'store', '--val_ratio', '0']); "
             "sys.stderr.write(' '.join(sys.modules))")  # fmt: skip
     done = python("-c", code, cwd=tmp_path)
@@ -1086,7 +1089,7 @@ def test_it_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Peak RSS of a process, for one long document and many short ones: 4 times the text, at most 4 MB more."""
-    code = ("import sys; from gpt_lightning.cli import main; from gpt_lightning.data import pieces; "
+    code = ("import sys; from gpt_lightning.cli.main import main; from gpt_lightning.data.prepare import chunk; "
             "pieces.PIECE_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     peaks = []
@@ -1104,7 +1107,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
 def test_a_file_that_holds_ten_thousand_times_its_size_takes_no_memory(tmp_path: Path) -> None:
     """Peak RSS of a process, for 5 and for 80 MB of text."""
     zstandard = pytest.importorskip("zstandard")
-    code = ("import sys; from gpt_lightning.cli import main; assert main(sys.argv[1:]) == 0; "
+    code = ("import sys; from gpt_lightning.cli.main import main; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     empty = b'{"text": "' + b" " * (1 << 20) + b'"}\n'
     peaks = []

@@ -20,11 +20,11 @@ from gpt_lightning.data.tokenizer import gpt2_encoding, vocabulary_file
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.pretrained import openai
 from gpt_lightning.pretrained.convert import Form, convert
-from gpt_lightning.pretrained.formats import Source, write_lightning
-from gpt_lightning.pretrained.gpt2_names import gpt2_names
+from gpt_lightning.pretrained.load import read_source
+from gpt_lightning.pretrained.name_map import gpt2_names
 from gpt_lightning.pretrained.openai import _spelled as spelled
-from gpt_lightning.pretrained.source import read_source
-from gpt_lightning.reports.sizes import Task, measure
+from gpt_lightning.pretrained.weights import Source, write_lightning
+from gpt_lightning.reports.model_comparison import Task, measure
 
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"

@@ -7,7 +7,7 @@ import pytest
 from conftest import Command
 from rich.console import Console
 
-from gpt_lightning.training import progress
+from gpt_lightning.training import progress_bar
 
 STEPS = 6
 
@@ -15,7 +15,7 @@ STEPS = 6
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(progress, "Console", partial(Console, force_terminal=True, width=120))
+    monkeypatch.setattr(progress_bar, "Console", partial(Console, force_terminal=True, width=120))
 
 
 def shown(err: str) -> list[int]:
@@ -29,7 +29,7 @@ def test_a_terminal_has_a_bar_that_ends_whole(
     fit: Command, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """However seldom it is looked at."""
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LOOKS", seconds)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LOOKS", seconds)
     done = fit(f"--trainer.max_steps={STEPS}", "--evaluation.eval_freq=1")
     assert "training" in done.err
     assert "━" in done.err
@@ -51,7 +51,7 @@ def test_a_resumed_run_begins_where_it_was(fit: Command) -> None:
 
 
 def test_without_a_terminal_lines_come(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0)
     done = fit(f"--trainer.max_steps={STEPS}")
     lines = re.findall(
         rf"^step (\d)/{STEPS}, \d+\.\d\d s a step, eta \d+ s$", done.err, re.MULTILINE
@@ -64,7 +64,7 @@ def test_without_a_terminal_lines_come(fit: Command, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("terminal")
 def test_a_dumb_terminal_has_lines_too(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0)
     done = fit(f"--trainer.max_steps={STEPS}")
     assert shown(done.err) == [1, 2, 3, 4, 5, 6]
     assert "━" not in done.err

@@ -22,7 +22,7 @@ def test_commands_parse(
     command: Command, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (words := shlex.split(line)).append("--print_config")
-    from gpt_lightning.cli import main
+    from gpt_lightning.cli.main import main
 
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:

@@ -17,11 +17,11 @@ import torch
 from conftest import ROOT, SMALL, Command, reference
 from matplotlib.colors import to_hex
 
-from gpt_lightning.cli import main
-from gpt_lightning.cli.tables import print_table
-from gpt_lightning.data import palette
-from gpt_lightning.reports import sampling, sizes, sweep
-from gpt_lightning.training.history import loss_figure
+from gpt_lightning import palette
+from gpt_lightning.cli.console import print_table
+from gpt_lightning.cli.main import main
+from gpt_lightning.reports import model_comparison, sampling, sweep
+from gpt_lightning.training.run_files import loss_figure
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +325,10 @@ def test_every_setting_of_the_sampling_figure_has_a_panel_that_can_be_read() -> 
     assert "4.3 %" in [text.get_text() for text in figure.axes[2].texts]
 
 
-def measured(source: str, **figures: Any) -> sizes.Measured:
+def measured(source: str, **figures: Any) -> model_comparison.Measured:
     known = {"train_loss": 2.08, "val_loss": 5.4, "seconds_to_first_token": 1.0204,
              "tokens_per_second": 13523.2, "peak_memory_bytes": 6_230_000_000}  # fmt: skip
-    return sizes.Measured(source, 164_000_000, 13_700_000, **{**known, **figures})
+    return model_comparison.Measured(source, 164_000_000, 13_700_000, **{**known, **figures})
 
 
 def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
@@ -336,7 +336,7 @@ def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
         measured("checkpoints/a/best.ckpt"),
         measured("checkpoints/b/best.ckpt", tokens_per_second=None),
     ]
-    figure = drawn(sizes.figure(models, "two"))
+    figure = drawn(model_comparison.figure(models, "two"))
     texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
     assert {"1,020", "13,523", "6.23", "0.164", "–"} <= set(texts)
     assert not any(re.search(r"e[+-]\d", text) for text in texts)
@@ -346,16 +346,20 @@ def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
             (box,) = boxes(figure, [legend])
             assert not any(box.overlaps(bar) for bar in boxes(figure, [*axes.patches, *axes.texts]))
         assert not any(a.overlaps(b) for a, b in combinations(boxes(figure, axes.texts), 2))
-    drawn(sizes.figure([measured("a", train_loss=None, val_loss=None)], "without a text"))
+    drawn(
+        model_comparison.figure([measured("a", train_loss=None, val_loss=None)], "without a text")
+    )
 
 
 def test_the_first_token_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process's first pass takes a second, of which neither model is to have more than the other."""
     times = iter([[1.02, 0.5], [0.4], *[[0.008]] * 200, [0.008, 0.01, 0.3, 0.01]])
-    monkeypatch.setattr(sizes, "_token_times", lambda model, task, new_tokens: next(times))
-    monkeypatch.setattr(sizes, "_FIRST_TOKENS_SECONDS", 0.4 + 199.5 * 0.008)
-    task = sizes.Task("x", sizes.Sampling(), 1, 4, 1)
-    first, rate = sizes._speed(None, task)  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        model_comparison, "_token_times", lambda model, task, new_tokens: next(times)
+    )
+    monkeypatch.setattr(model_comparison, "_FIRST_TOKENS_SECONDS", 0.4 + 199.5 * 0.008)
+    task = model_comparison.Task("x", model_comparison.Sampling(), 1, 4, 1)
+    first, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
     assert first == 0.008
     assert rate == pytest.approx(100)
 
@@ -380,7 +384,10 @@ def test_a_long_caption_stays_in_the_figure() -> None:
     caption = "from " + "/a-long-folder" * 30 + ", seed 123, prompt 'Every effort'"
     settings = sweep.grid([1.0], [None], [None])
     rows, _ = sampling.frequencies(torch.tensor([1.0, 2.0]), ["a", "b"], settings, 10)
-    figures = [sampling.sampling_figure(rows, 10, caption), sizes.figure([measured("a")], caption)]
+    figures = [
+        sampling.sampling_figure(rows, 10, caption),
+        model_comparison.figure([measured("a")], caption),
+    ]
     for figure in map(drawn, figures):
         (box,) = boxes(figure, [figure._supxlabel])
         assert 0 <= box.x0 < box.x1 <= figure.bbox.width

@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL
 from forked_runs import POINTS, Runs, Stop
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from gpt_lightning.pretrained.formats import read_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.verify_resume import compare_checkpoints
 
 TINY = [

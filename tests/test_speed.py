@@ -15,17 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.model import cost, gpt
+from gpt_lightning.model import flops, gpt
 from gpt_lightning.model import loss as loss_module
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training import callbacks, module, saving, throughput
-from gpt_lightning.training.callbacks import LossEvaluation
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training import checkpoint_callback, evaluation, module, throughput
+from gpt_lightning.training.checkpoint_callback import RunCheckpoints
+from gpt_lightning.training.evaluation import LossEvaluation
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optim import total_norm
-from gpt_lightning.training.saving import RunCheckpoints
+from gpt_lightning.training.optimizer import total_norm
 from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
 
 
@@ -334,11 +334,11 @@ def test_flops_are_what_is_counted(name: str, padded: int, expected: float) -> N
         ids = torch.zeros(1, 1024, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(ids).sum().backward()
-    ours = cost.flops_per_token(config, 1024)
+    ours = flops.flops_per_token(config, 1024)
     assert ours == counter.get_total_flops() / 1024
     assert ours == pytest.approx(expected, rel=1e-4)
-    assert cost.flops_per_token(GPT2_SIZES[name], 1024, vocab_size=padded) == ours
-    assert cost.flops_per_token(config, 1024, training=False) * 3 == ours
+    assert flops.flops_per_token(GPT2_SIZES[name], 1024, vocab_size=padded) == ours
+    assert flops.flops_per_token(config, 1024, training=False) * 3 == ours
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -346,8 +346,8 @@ def test_flops_are_what_is_counted(name: str, padded: int, expected: float) -> N
 def test_parameters(tied: bool, qkv_bias: bool) -> None:
     config = GPTConfig(vocab_size=300, context_length=20, emb_dim=24, n_heads=2, n_layers=3,
                        qkv_bias=qkv_bias, tied_embeddings=tied)  # fmt: skip
-    assert cost.parameters(config) == sum(p.numel() for p in GPTModel(config).parameters())
-    assert [cost.parameters(c) for c in GPT2_SIZES.values()] == [
+    assert flops.parameters(config) == sum(p.numel() for p in GPTModel(config).parameters())
+    assert [flops.parameters(c) for c in GPT2_SIZES.values()] == [
         124439808, 354823168, 774030080, 1557611200]  # fmt: skip
 
 
@@ -403,10 +403,10 @@ def test_the_clock_stands_while_a_run_does_not_train(
     kinds = [
         (throughput, "measured_peak"),
         (LossEvaluation, "_mean_loss"),
-        (callbacks, "entropy"),
-        (callbacks, "generate"),
+        (evaluation, "entropy"),
+        (evaluation, "generate"),
         (RunCheckpoints, "_save"),
-        (saving, "copy_of"),
+        (checkpoint_callback, "copy_of"),
         (GPTLightningModule, "validation_step"),
     ]
     for number, (owner, name) in enumerate(kinds):
@@ -447,7 +447,7 @@ def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPTConfig(context_length=16, emb_dim=16, n_heads=2, n_layers=2)
     for step, share in logged("mfu").items():
         assert share == pytest.approx(
-            rates[step] * cost.flops_per_token(config, 16) / 1e9, rel=1e-4
+            rates[step] * flops.flops_per_token(config, 16) / 1e9, rel=1e-4
         )
     assert all(0.05 < gigabytes < 20 for gigabytes in logged("memory_gb").values())
 

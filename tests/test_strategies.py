@@ -20,10 +20,10 @@ import torch
 from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 
-from gpt_lightning.data.loader import WindowLoader
-from gpt_lightning.data.windows import Windows
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training.optim import total_norm
+from gpt_lightning.data.dataloader import WindowLoader
+from gpt_lightning.data.dataset import Windows
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.optimizer import total_norm
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
 DDP = (f"--config={ROOT}/configs/ddp.yaml", "--trainer.devices=2")

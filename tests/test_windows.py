@@ -18,14 +18,14 @@ from lightning.pytorch import Callback
 from test_bad_input import refused
 
 from gpt_lightning import GPTConfig, GPTModel, TextDataModule, load_model
-from gpt_lightning.data import loader as loader_module
-from gpt_lightning.data.loader import WindowLoader
-from gpt_lightning.data.mixture import Mixture
-from gpt_lightning.data.order import Bijection, shuffled
+from gpt_lightning.data import dataloader as loader_module
+from gpt_lightning.data.dataloader import WindowLoader
+from gpt_lightning.data.dataset import JoinedWindows, Windows
+from gpt_lightning.data.mixture_sampler import Mixture
+from gpt_lightning.data.sampler import Bijection, shuffled
 from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
-from gpt_lightning.data.windows import JoinedWindows, Windows
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training.averages import TokenMean
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.metrics import TokenMean
 from gpt_lightning.training.verify_resume import compare_checkpoints
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"

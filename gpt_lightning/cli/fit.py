@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gpt_lightning.cli.remarks import of_precision, remarks
+from gpt_lightning.cli.run_warnings import of_precision, remarks
 from gpt_lightning.cli.training_cli import TrainingCLI, is_rank_zero
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.pretrained.source import find_checkpoint
-from gpt_lightning.training.allocator import keep_freed_memory
-from gpt_lightning.training.checkpoint import LAST, PREVIOUS, say
+from gpt_lightning.pretrained.load import find_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS, say
 from gpt_lightning.training.elastic import connect_ranks, ends_together
-from gpt_lightning.training.resumed_from import reached_limit
+from gpt_lightning.training.hardware import keep_freed_memory
+from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_lock import RunLock
 
 

@@ -107,8 +107,8 @@ def load(source: str, device: str, dtype: str | None, n_heads: int | None = None
     """The model of SOURCE on a device, its weights in ``dtype`` ('float32', 'bfloat16', …), to infer."""
     import torch
 
-    from gpt_lightning.model.packed import pack_weights
-    from gpt_lightning.pretrained.source import load_model
+    from gpt_lightning.model.packed_linear import pack_weights
+    from gpt_lightning.pretrained.load import load_model
 
     model = load_model(
         source,

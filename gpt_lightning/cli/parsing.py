@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from gpt_lightning.cli.explain import explain
+from gpt_lightning.cli.errors import explain
 from gpt_lightning.cli.suggestions import nearest_config
 from gpt_lightning.cli.text_options import (
     check_given,

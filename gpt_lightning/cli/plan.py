@@ -16,14 +16,14 @@ from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT, cache_folder
 from gpt_lightning.data.datamodule import nearest_multiple
+from gpt_lightning.data.dataset import window_count
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
-from gpt_lightning.data.tokens import count_training_tokens
-from gpt_lightning.data.windows import window_count
+from gpt_lightning.data.token_cache import count_training_tokens
+from gpt_lightning.kernels.support import obstacle_to_kernels
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
-from gpt_lightning.model.own_kernels import obstacle_to_kernels
-from gpt_lightning.pretrained.source import size_to_download
-from gpt_lightning.reports.plan import Setting, Strategy, plan
+from gpt_lightning.planning.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
+from gpt_lightning.planning.plan import Setting, Strategy, plan
+from gpt_lightning.pretrained.load import size_to_download
 from gpt_lightning.training.module import agreed_architecture
 from gpt_lightning.training.throughput import MEMORY, OLDER_THAN_AMPERE, PEAKS, peak_flops
 

@@ -1,8 +1,8 @@
 """A plan for people: a table of the memory, lines for the rest."""
 
-from gpt_lightning.cli.tables import print_table
-from gpt_lightning.model.memory import SHARDED_PRECISIONS
-from gpt_lightning.reports.plan import Plan, Setting
+from gpt_lightning.cli.console import print_table
+from gpt_lightning.planning.memory import SHARDED_PRECISIONS
+from gpt_lightning.planning.plan import Plan, Setting
 
 
 def print_plan(found: Plan, setting: Setting, notes: dict[str, str]) -> None:

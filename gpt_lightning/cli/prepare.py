@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> None:
     the same command goes on from the last whole shard; what it has not read yet may have been corrected.
     """
     settings = parse(_parser(), arguments)
-    from gpt_lightning.data.prepare import Settings, prepare
+    from gpt_lightning.data.prepare.pipeline import Settings, prepare
 
     chosen = Settings(settings.field, settings.split, settings.val_ratio, settings.shard_tokens)
     out = Path(os.path.expanduser(settings.out))

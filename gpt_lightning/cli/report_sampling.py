@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from gpt_lightning.cli.console import all_or, print_table, writable_folder, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
-from gpt_lightning.cli.tables import all_or, print_table, writable_folder, write_csv
 from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
+from gpt_lightning.cli.console import print_table, writable_folder, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import progress, report_parser
-from gpt_lightning.cli.tables import print_table, writable_folder, write_csv
 from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
-    from gpt_lightning.reports.sizes import Measured
+    from gpt_lightning.reports.model_comparison import Measured
 
 
 def run(arguments: list[str]) -> None:
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> None:
 
     from gpt_lightning.cli.generate import usable_device
     from gpt_lightning.generation.sampling import Sampling
-    from gpt_lightning.reports import sizes as report
+    from gpt_lightning.reports import model_comparison as report
 
     out = writable_folder(settings.out) if settings.out else None
     task = report.Task(

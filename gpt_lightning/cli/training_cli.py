@@ -15,28 +15,28 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from gpt_lightning.cli.explain import explain_class
+from gpt_lightning.cli.errors import explain_class
+from gpt_lightning.cli.options import add_settings
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.settings import add_settings
 from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.cli.trainer_values import check_trainer, explain_trainer
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.pretrained.formats import Source, read_checkpoint, with_head
-from gpt_lightning.pretrained.source import check_tokenizer, print_warnings, read_source
-from gpt_lightning.training.bad_steps import BadSteps
-from gpt_lightning.training.callbacks import LossEvaluation, evaluation_callbacks
-from gpt_lightning.training.checkpoint import LAST, PREVIOUS
-from gpt_lightning.training.counting import MaxTokens
+from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_source
+from gpt_lightning.pretrained.weights import Source, read_checkpoint, with_head
+from gpt_lightning.training.checkpoint_callback import RunCheckpoints, checkpointing
+from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
+from gpt_lightning.training.distributed import check_strategy
 from gpt_lightning.training.epoch_loop import use_epoch_loop
-from gpt_lightning.training.history import RunHistory
+from gpt_lightning.training.evaluation import LossEvaluation, evaluation_callbacks
 from gpt_lightning.training.loop_state import LoopState
 from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
 from gpt_lightning.training.preemption import Preemption
-from gpt_lightning.training.progress import RunProgress
-from gpt_lightning.training.resumed_from import checkpoint_to_resume
+from gpt_lightning.training.progress_bar import RunProgress
+from gpt_lightning.training.resume import checkpoint_to_resume
+from gpt_lightning.training.run_files import RunHistory
 from gpt_lightning.training.run_lock import RunLock
-from gpt_lightning.training.saving import RunCheckpoints, checkpointing
-from gpt_lightning.training.sharding import check_strategy
+from gpt_lightning.training.skip_step import BadSteps
+from gpt_lightning.training.stopping import MaxTokens
 from gpt_lightning.training.throughput import Throughput, TrainingClock
 from gpt_lightning.training.traces import ConfigOfRun, RunLogger, keep_tensorflow_out
 

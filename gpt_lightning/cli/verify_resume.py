@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt_lightning.cli.explain import explain
+from gpt_lightning.cli.errors import explain
 
 if TYPE_CHECKING:
     from gpt_lightning.training.verify_resume import Shortened
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
             f"kills: {own.kills} are more than the {own.more_steps} updates they come in; give fewer, or "
             "more --more_steps"
         )
-    from gpt_lightning.cli.tables import writable_folder
+    from gpt_lightning.cli.console import writable_folder
     from gpt_lightning.training.verify_resume import verify_resume
 
     def say(what: str) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from gpt_lightning.data.dataloader import Rng, WindowLoader
+from gpt_lightning.data.dataset import JoinedWindows, Windows
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
-from gpt_lightning.data.loader import Rng, WindowLoader
-from gpt_lightning.data.mixture import Mixture
+from gpt_lightning.data.mixture_sampler import Mixture
 from gpt_lightning.data.same_windows import check_same_windows
-from gpt_lightning.data.store import is_store
+from gpt_lightning.data.token_cache import read_splits
+from gpt_lightning.data.token_store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
-from gpt_lightning.data.tokens import read_splits
-from gpt_lightning.data.windows import JoinedWindows, Windows
 
 
 class TextDataModule(LightningDataModule):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode, decode_bytes, encode_prompt
-from gpt_lightning.generation.generate import NO_TOKEN, stream_ids
+from gpt_lightning.generation.engine import NO_TOKEN, stream_ids
 from gpt_lightning.generation.sampling import Sampling
 from gpt_lightning.model.gpt import GPTModel
 

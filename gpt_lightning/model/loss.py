@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_lightning.model.own_kernels import obstacle_to_kernels
+from gpt_lightning.kernels.support import obstacle_to_kernels
 
 PAD_VOCABULARY_TO = 64
 
@@ -69,7 +69,7 @@ def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
     if obstacle_to_kernels(device):
         return None
     try:
-        from gpt_lightning.model.loss_kernel import loss_and_gradient_
+        from gpt_lightning.kernels.cross_entropy import loss_and_gradient_
 
         target = torch.zeros(1, dtype=torch.int64, device=device)
         loss_and_gradient_(torch.zeros(1, 8, device=device), target, 8, 1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import (
+from gpt_lightning.pretrained.weights import (
     POSITIONS,
     Source,
     plain_names,

@@ -12,13 +12,13 @@ from typing import Literal
 import psutil
 from safetensors import SafetensorError
 
-from gpt_lightning.data.manifest import write_manifest
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.pretrained.book import write_book
-from gpt_lightning.pretrained.formats import in_one_dtype, write_lightning
 from gpt_lightning.pretrained.huggingface import write_huggingface
+from gpt_lightning.pretrained.load import check_heads, print_warnings, read_source
 from gpt_lightning.pretrained.openai import write_openai
-from gpt_lightning.pretrained.source import check_heads, print_warnings, read_source
+from gpt_lightning.pretrained.weights import in_one_dtype, write_lightning
+from gpt_lightning.storage.checksum import write_manifest
 
 Form = Literal["hf", "openai-tf", "lightning", "book"]
 _WRITERS = {

@@ -15,8 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from gpt_lightning.data.corpus import cache_folder
-from gpt_lightning.data.manifest import MANIFEST, damaged_files, write_manifest
-from gpt_lightning.pretrained.fetch import (
+from gpt_lightning.pretrained.http_download import (
     ATTEMPTS,
     NOT_HERE,
     Known,
@@ -28,6 +27,7 @@ from gpt_lightning.pretrained.fetch import (
     has_digest,
     put,
 )
+from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
 Host = Literal["hub", "openai"]
 _HUB = {  # repository, revision, what is known of model.safetensors

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, vocabulary_bytes
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import Source, same_values
-from gpt_lightning.pretrained.gpt2_names import HEAD, gpt2_names, names_in_file, spelled
+from gpt_lightning.pretrained.name_map import HEAD, gpt2_names, names_in_file, spelled
 from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
+from gpt_lightning.pretrained.weights import Source, same_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEYS = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import Source, same_values
-from gpt_lightning.pretrained.gpt2_names import HEAD, gpt2_names, names_in_file, spelled
+from gpt_lightning.pretrained.name_map import HEAD, gpt2_names, names_in_file, spelled
+from gpt_lightning.pretrained.weights import Source, same_values
 
 _PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64
 _META = "meta.pkl"  # a tokenizer of the data's own, a pickle that is never opened

@@ -19,11 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from gpt_lightning.data.corpus import cache_folder
-from gpt_lightning.data.manifest import damaged_files, write_manifest
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, vocabulary_bytes
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.formats import Source
-from gpt_lightning.pretrained.gpt2_names import GPT2Name, gpt2_names
 from gpt_lightning.pretrained.huggingface import (
     WEIGHTS,
     read_json,
@@ -31,7 +28,10 @@ from gpt_lightning.pretrained.huggingface import (
     tensor_names,
     write_json,
 )
+from gpt_lightning.pretrained.name_map import GPT2Name, gpt2_names
 from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
+from gpt_lightning.pretrained.weights import Source
+from gpt_lightning.storage.checksum import damaged_files, write_manifest
 
 CHECKPOINT = "model.ckpt"
 INDEX, DATA = f"{CHECKPOINT}.index", f"{CHECKPOINT}.data-00000-of-00001"

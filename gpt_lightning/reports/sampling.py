@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt_lightning.data.palette import INK, SERIES
 from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
+from gpt_lightning.palette import INK, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

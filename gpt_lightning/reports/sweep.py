@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gpt_lightning.data.palette import INK, SEQUENTIAL, ink_on
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
-from gpt_lightning.generation.generate import NO_TOKEN, generate_simple, stream_ids
+from gpt_lightning.generation.engine import NO_TOKEN, generate_simple, stream_ids
 from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.palette import INK, SEQUENTIAL, ink_on
 from gpt_lightning.reports.sampling import add_caption
 
 if TYPE_CHECKING:

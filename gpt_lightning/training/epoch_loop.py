@@ -23,8 +23,8 @@ from lightning.pytorch.plugins import (
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 
-from gpt_lightning.data.loader import Batch
-from gpt_lightning.training.sharding import FullyShardedStrategy
+from gpt_lightning.data.dataloader import Batch
+from gpt_lightning.training.distributed import FullyShardedStrategy
 
 # those that do no more in a step than is done here; ones derived from them may
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy)

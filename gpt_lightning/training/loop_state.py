@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.training.checkpoint import say
+from gpt_lightning.training.checkpoint_io import say
 
 
 class LoopState(Callback):

@@ -10,16 +10,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gpt_lightning.data.loader import Batch, Rng
+from gpt_lightning.data.dataloader import Batch, Rng
 from gpt_lightning.data.tokenizer import byte_lengths
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.formats import Source, take_weights
-from gpt_lightning.training.averages import TokenMean
-from gpt_lightning.training.optim import build_adamw, learning_rate, load_moments, total_norm
-from gpt_lightning.training.reproducible import global_state, seed_micro_batch, set_global_state
-from gpt_lightning.training.sharding import check_strategy, shard_model
+from gpt_lightning.pretrained.weights import Source, take_weights
+from gpt_lightning.training.distributed import check_strategy, shard_model
+from gpt_lightning.training.metrics import TokenMean
+from gpt_lightning.training.optimizer import build_adamw, learning_rate, load_moments, total_norm
+from gpt_lightning.training.rng import global_state, seed_micro_batch, set_global_state
 
 # what TextDataModule.val_dataloader gives to trainer.validate, in its order
 SPLITS = ("val", "train")
@@ -48,7 +48,7 @@ class GPTLightningModule(LightningModule):
         compile: Whether the blocks are compiled, which takes up to a minute when training begins. On a CPU it
             pays with bf16-mixed alone.
         seed: What initial weights and dropout depend on.
-        rng: 'step' or 'global', see gpt_lightning/training/reproducible.py.
+        rng: 'step' or 'global', see gpt_lightning/training/rng.py.
     """
 
     model: GPTModel

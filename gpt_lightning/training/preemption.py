@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.model.arriving import Arriving
+from gpt_lightning.model.async_copy import Arriving
 
 # and what the command's exit code says; SLURM's warning is one to terminate
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import psutil
 
-from gpt_lightning.training.checkpoint import say
+from gpt_lightning.training.checkpoint_io import say
 
 LOCK = ".lock"
 HEARTBEAT_SECONDS = 15.0

@@ -11,9 +11,9 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.data.loader import Batch, WindowLoader
-from gpt_lightning.model.cost import flops_per_token
-from gpt_lightning.training.figures import log_figures
+from gpt_lightning.data.dataloader import Batch, WindowLoader
+from gpt_lightning.model.flops import flops_per_token
+from gpt_lightning.training.loggers import log_figures
 from gpt_lightning.training.module import GPTLightningModule
 
 # dense 16-bit matrix products, FLOP/s, from the makers' data sheets; by what torch calls the device

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gpt_lightning.training.figures import attempt
+from gpt_lightning.training.loggers import attempt
 
 
 class ConfigOfRun(SaveConfigCallback):

@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from gpt_lightning.data.dataloader import Batch, WindowLoader
 from gpt_lightning.data.epochs import EpochShape
-from gpt_lightning.data.loader import Batch, WindowLoader
-from gpt_lightning.pretrained.formats import read_checkpoint
-from gpt_lightning.training.checkpoint import LAST
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.checkpoint_io import LAST
 
 RUN = "verified"
 Limit = Literal["max_steps", "max_epochs", "max_tokens"]

@@ -1,0 +1,69 @@
+"""Sources to pieces, in order."""
+
+from collections.abc import Iterator, Sequence
+
+from gpt_lightning.data.prepare.chunk import PIECE_BYTES, Piece, Position
+from gpt_lightning.data.prepare.inputs import (
+    DamagedError,
+    Source,
+    open_dataset,
+    open_lines,
+    open_parquet,
+)
+from gpt_lightning.data.prepare.plain_text import read_text
+from gpt_lightning.data.prepare.rows import read_dataset, read_lines, read_parquet
+
+
+def read_pieces(
+    sources: Sequence[Source], start: Position, *, field: str, val_ratio: float
+) -> Iterator[Piece]:
+    """All pieces from ``start``. What is left of a damaged source is one, with a problem.
+
+    Raises:
+        ValueError, OSError: A source cannot be read, or has no ``field``.
+    """
+    before = sum(source.bytes for source in sources[: start.source])
+    for number, source in enumerate(sources[start.source :], start.source):
+        begin = start if number == start.source else Position(number)
+        if source.kind == "text":
+            pieces = read_text(source, begin, before, val_ratio)
+        elif source.kind == "lines":
+            pieces = read_lines(source, begin, before)
+        elif source.kind == "parquet":
+            pieces = read_parquet(source, begin, before, field)
+        else:
+            pieces = read_dataset(source, begin, before, field)
+        try:
+            yield from pieces
+        except DamagedError as error:
+            problem = str(error).removeprefix(f"{source.path}: ")
+            after, done = Position(number + 1), before + source.bytes
+            yield Piece(source, b"", Position(number), after, done, problem=problem)
+        except OSError as error:
+            raise OSError(
+                f"{source.path}: cannot be read: {error.strerror or error}; check it"
+            ) from error
+        before += source.bytes
+
+
+def measure(source: Source, *, skip: bool) -> int:
+    """Uncompressed bytes, or rows; with ``skip`` those before the damage.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    size = 0
+    try:
+        if source.kind == "parquet":
+            return int(open_parquet(source.path).metadata.num_rows)
+        if source.kind == "dataset":
+            return len(open_dataset(source.path))
+        if source.path.suffix.lower() not in (".gz", ".zst"):
+            return source.bytes
+        with open_lines(source.path) as (file, _):
+            for block in iter(lambda: file.read(PIECE_BYTES), b""):
+                size += len(block)
+    except DamagedError:
+        if not skip:
+            raise
+    return size

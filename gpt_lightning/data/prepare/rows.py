@@ -1,0 +1,138 @@
+"""Lines of JSON, parquet tables and datasets' folders to pieces: a row is a document."""
+
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from gpt_lightning.data.prepare import chunk
+from gpt_lightning.data.prepare.chunk import LONGEST, Piece, Position
+from gpt_lightning.data.prepare.inputs import (
+    Source,
+    checked,
+    open_dataset,
+    open_lines,
+    open_parquet,
+)
+
+_ROWS = 256  # read from a parquet file at a time
+
+
+def read_lines(source: Source, begin: Position, before: int) -> Iterator[Piece]:
+    number, offset, line, _ = begin
+    with open_lines(source.path) as (file, raw):
+        if file is raw:
+            raw.seek(offset)
+        else:
+            _skip(file, offset)
+        rest = b""
+        while True:
+            block = file.read(chunk.PIECE_BYTES)
+            data = rest + block
+            whole = data.rfind(b"\n") + 1 if block else len(data)
+            if not whole:
+                if not block:
+                    return
+                if len(data) > LONGEST:
+                    raise ValueError(
+                        f"{source.path}, line {line + 1}: is longer than {LONGEST >> 20} MB; "
+                        "give one JSON object a line"
+                    )
+                rest = data
+                continue
+            content, rest = data[:whole], data[whole:]
+            at = Position(number, offset, line)
+            offset, line = offset + whole, line + content.count(b"\n")
+            after = Position(number, offset, line)
+            yield Piece(source, content, at, after, before + raw.tell())
+
+
+def _skip(file: IO[bytes], size: int) -> None:
+    while size:
+        found = len(file.read(min(size, chunk.PIECE_BYTES)))
+        if not found:
+            raise OSError("it became shorter while it was read")
+        size -= found
+
+
+def read_parquet(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
+    file = open_parquet(source.path)
+    import pyarrow
+    from pyarrow import types
+
+    schema = file.schema_arrow
+    if field not in schema.names:
+        raise ValueError(_no_field(source, field, schema.names))
+    kind = schema.field(field).type
+    content = kind.value_type if types.is_dictionary(kind) else kind
+    plain = types.is_string(kind) or types.is_large_string(kind)
+    if not (
+        types.is_string(content) or types.is_large_string(content) or types.is_string_view(content)
+    ):
+        raise ValueError(
+            f"{source.path}: has no text {field}, but {kind}; name the text's with --field"
+        )
+    first = 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if first + rows > begin.offset:
+            batches = file.iter_batches(_ROWS, [group], [field], use_threads=False)
+            columns = (
+                batch.column(0) if plain else batch.column(0).cast(pyarrow.large_string())
+                for batch in checked(batches, source.path)
+            )
+            yield from _row_pieces(source, begin, before, file.metadata.num_rows, first, columns)
+        first += rows
+
+
+def read_dataset(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
+    dataset = open_dataset(source.path)
+    if field not in dataset.column_names:
+        raise ValueError(_no_field(source, field, dataset.column_names))
+    first = begin.offset - begin.offset % _ROWS
+    columns = (list(dataset[row : row + _ROWS][field]) for row in range(first, len(dataset), _ROWS))
+    yield from _row_pieces(
+        source, begin, before, len(dataset), first, checked(columns, source.path)
+    )
+
+
+def _row_pieces(
+    source: Source,
+    begin: Position,
+    before: int,
+    total: int,
+    row: int,
+    columns: Iterator[Any],
+) -> Iterator[Piece]:
+    """Pieces of the columns' rows, the first of which is ``row``, from where to begin."""
+    for column in columns:
+        skipped = max(0, min(len(column), begin.offset - row))
+        column, row = column[skipped:], row + skipped
+        size = (
+            column.nbytes if hasattr(column, "nbytes") else sum(len(text or "") for text in column)
+        )
+        step = max(1, len(column) * chunk.PIECE_BYTES // max(size, 1))
+        for i in range(0, len(column), step):
+            rows = column[i : i + step]
+            at, after = Position(begin.source, row), Position(begin.source, row + len(rows))
+            row += len(rows)
+            yield Piece(source, rows, at, after, before + source.bytes * row // total)
+
+
+def as_python(rows: Any) -> list[Any]:
+    """Rows of a piece: texts, or ``None``, or what else a table holds; a text that is not UTF-8 is ``bytes``."""
+    if isinstance(rows, list):
+        return rows
+    try:
+        return list(rows.to_pylist())
+    except UnicodeDecodeError:
+        return [_text_or_bytes(row) for row in rows]
+
+
+def _text_or_bytes(row: Any) -> Any:
+    try:
+        return row.as_py()
+    except UnicodeDecodeError:
+        return row.as_buffer().to_pybytes()
+
+
+def _no_field(source: Source, field: str, names: Sequence[str]) -> str:
+    return f"{source.path}: has no text {field} (but {', '.join(names)}); name it with --field"

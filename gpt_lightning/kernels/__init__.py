@@ -1,0 +1,1 @@
+"""Triton kernels, used where Triton and a GPU are there."""

@@ -1,0 +1,168 @@
+"""How far a run is: a bar with an ETA on a terminal, else a plain line at intervals. All on stderr."""
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gpt_lightning.training.evaluation import LossEvaluation
+from gpt_lightning.training.stopping import MaxTokens, epoch_shape
+
+SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LOOKS = 0.1  # of the bar at how far the run is, and of the terminal at the bar
+
+
+class RunProgress(ProgressBar):
+    """One bar over the whole run, not one an epoch, so that its ETA is the run's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._evaluation: LossEvaluation | None = None
+        self._bar: Progress | None = None
+        self._total: int | None = None
+        self._began = 0.0
+        self._first = 0
+        self._last_line = 0.0
+        self._shown = 0.0
+        self._done = 0
+        self._val_loss: float | None = None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total, epoch = total_steps(trainer), epoch_shape(trainer)
+        watchers = trainer.callbacks  # type: ignore[attr-defined]
+        self._evaluation = next((c for c in watchers if isinstance(c, LossEvaluation)), None)
+        if trainer.is_global_zero:
+            parameters = sum(p.numel() for p in pl_module.parameters())
+            print(
+                f"{parameters:,} parameters on {pl_module.device}, {trainer.precision}; "
+                f"step {trainer.global_step} of {'?' if total is None else total}"
+                + (
+                    ""
+                    if epoch is None or total is None
+                    else f" ({epoch.tokens_after(total) / epoch.tokens:.3g} epochs)"
+                ),
+                file=sys.stderr,
+            )
+        self._start("training", trainer.global_step, total)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        loss = self._evaluation.row.get("val_loss") if self._evaluation else None
+        self._advance(trainer.global_step, loss)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._start("validating", 0, int(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == "validate":
+            done = sum(trainer.num_val_batches[:dataloader_idx]) + batch_idx + 1
+            self._advance(int(done), None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+    def _start(self, what: str, done: int, total: int | None) -> None:
+        self._total, self._first = total, done
+        self._began = self._last_line = time.monotonic()
+        # what a message says is escaped on a terminal, what draws the bar is not
+        console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
+        # a dumb terminal, TERM=dumb, cannot draw a line anew
+        if not self._enabled or not console.is_terminal or console.is_dumb_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            refresh_per_second=1 / SECONDS_BETWEEN_LOOKS,
+            redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
+        )
+        self._done, self._val_loss = done, None
+        self._bar.add_task(what, total=total, completed=done, note="")
+        self._bar.start()
+
+    def _advance(self, done: int, val_loss: float | None) -> None:
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
+            self._done, self._val_loss = done, val_loss
+            if now - self._shown >= SECONDS_BETWEEN_LOOKS:
+                self._shown = now
+                self._show()
+            return
+        if now - self._last_line < SECONDS_BETWEEN_LINES or done == self._first:
+            return
+        self._last_line = now
+        seconds = (now - self._began) / (done - self._first)
+        of = "" if self._total is None else f"/{self._total}"
+        eta = "" if self._total is None else f", eta {(self._total - done) * seconds:.0f} s"
+        print(f"step {done}{of}, {seconds:.2f} s a step{eta}", file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        assert self._bar is not None
+        note = "" if self._val_loss is None else f"val_loss {self._val_loss:.3f}"
+        self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._show()
+            self._bar.stop()
+            self._bar = None
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Updates after which the run ends, by ``max_steps``, ``max_epochs`` or ``max_tokens``; None: by none of them."""
+    epoch = epoch_shape(trainer)
+    if epoch is None:
+        return trainer.max_steps if trainer.max_steps >= 0 else None
+    limits = [epoch.steps_of_run(trainer.max_steps, trainer.max_epochs)]
+    limits += [c.last_step(trainer) for c in trainer.callbacks if isinstance(c, MaxTokens)]  # type: ignore[attr-defined]
+    return min((step for step in limits if step is not None), default=None)

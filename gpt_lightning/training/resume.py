@@ -1,0 +1,120 @@
+"""What a run goes on from: the newest checkpoint that is whole, or the one that is named."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.pretrained.load import find_checkpoint, read_source
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.checkpoint_io import BEST, LAST, PREVIOUS, damage_of, read_manifest, say
+from gpt_lightning.training.module import agreed_architecture
+
+
+def newest_whole(folder: Path) -> Path:
+    """The newest whole checkpoint of a run, last.ckpt or else previous.ckpt; a damaged one is said aloud.
+
+    Raises:
+        ValueError: Each there is is damaged.
+        FileNotFoundError: There is none.
+    """
+    entries = read_manifest(folder)
+    damages: list[str] = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        damage = damage_of(path, entries)
+        if not damage:
+            if damages:
+                say(f"{'; '.join(damages)}; going on from {path} instead")
+            return path
+        damages.append(f"{path} is damaged: {damage}")
+    if damages:
+        remedy = "begin anew, or from best.ckpt with --init_from"
+        raise ValueError(f"ckpt_path: {'; '.join(damages)}; {remedy}")
+    raise FileNotFoundError(
+        f"ckpt_path: the run has no {folder / LAST} to go on from; give --ckpt_path auto to begin it"
+    )
+
+
+def checkpoint_to_resume(
+    folder: Path, ckpt_path: str, named: Mapping[str, Any]
+) -> tuple[Path, GPTConfig]:
+    """The file that ``--ckpt_path`` names, ``last`` or ``best`` of the run or a path, and its architecture.
+
+    Args:
+        named: The keys of the architecture that the configuration names.
+
+    Raises:
+        ValueError: It cannot be resumed, or the model there is another than ``named`` says.
+        OSError: There is none.
+    """
+    if ckpt_path == "last":
+        path = newest_whole(folder)
+    elif ckpt_path == "best":
+        path = folder / BEST
+        if not path.is_file():
+            raise FileNotFoundError(f"ckpt_path: the run has no {path}; give last or a path")
+    else:
+        path = find_checkpoint(ckpt_path)
+        if (folder / "config.yaml").exists() and path.parent != folder.resolve():
+            raise ValueError(
+                f"ckpt_path: {path} is of another run than {folder}; name its run with --run NAME, "
+                "or begin a new one with --init_from"
+            )
+    found = read_source(str(path))  # names, shapes and sizes are held against its architecture
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.get("optimizer_states") or "loops" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path: {path} has weights but no training state; give it as --init_from"
+        )
+    if not isinstance(checkpoint.get("tokens_seen"), int):
+        raise ValueError(f"ckpt_path: {path} is of another LightningModule; give another")
+    if {f"model.{name}" for name in found.state_dict} != checkpoint["state_dict"].keys():
+        raise ValueError(
+            f"ckpt_path: {path} has other names than a run's checkpoint; give it as --init_from"
+        )
+    _check_state(checkpoint, path)
+    return path, agreed_architecture(f"ckpt_path: {path}", found.config, named)
+
+
+def reached_limit(
+    checkpoint: Mapping[str, Any], max_steps: int, max_epochs: int | None, max_tokens: int | None
+) -> tuple[str, str] | None:
+    """Where a run has ended already: which limit, in words, and the setting that moves it; None where it continues.
+
+    Args:
+        max_steps, max_epochs, max_tokens: The limits of the run that is to resume; -1 or None is no limit.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    loaders = loop["state_dict"].get("combined_loader", [])
+    batches = loop["epoch_loop.batch_progress"]
+    # the data loader's count is the right one, see loop_state.py
+    begun = loaders[0]["epoch"] + 1 if loaders else loop["epoch_progress"]["current"]["started"]
+    epochs = begun - (not batches["is_last_batch"])
+    for name, done, limit in (
+        ("max_steps", checkpoint["global_step"], max_steps),
+        ("max_epochs", epochs, max_epochs),
+        ("max_tokens", checkpoint["tokens_seen"], max_tokens),
+    ):
+        if limit is not None and 0 <= limit <= done:
+            unit = name.removeprefix("max_").removesuffix("s")
+            return f"{unit} {done:,} of {limit:,}", name
+    return None
+
+
+def _check_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """What Lightning takes for granted of a training state; ``ValueError`` where it is not so."""
+    kinds = {
+        "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict,
+        "callbacks": dict, "optimizer_states": list, "lr_schedulers": list,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"ckpt_path: {path} is damaged: its {key} is no {kind.__name__}")
+    parts = [checkpoint["loops"].get("fit_loop"), *checkpoint["optimizer_states"]]
+    if not all(isinstance(part, dict) for part in parts) or not all(
+        isinstance(state.get("state"), dict) and isinstance(state.get("param_groups"), list)
+        for state in checkpoint["optimizer_states"]
+    ):
+        raise ValueError(f"ckpt_path: {path} is damaged: its loops or optimizer have no state")

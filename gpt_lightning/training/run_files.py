@@ -1,0 +1,200 @@
+"""A run's figures on disk: ``metrics.csv``, ``loss.png``, and the run among others in TensorBoard."""
+
+import csv
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
+
+from gpt_lightning.palette import SERIES
+from gpt_lightning.training.evaluation import LossEvaluation
+from gpt_lightning.training.loggers import attempt
+from gpt_lightning.training.stopping import ends_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, float]
+COUNTS = ("step", "epoch", "tokens_seen")
+COLUMNS = ("step", "epoch", "seen_epochs", *LossEvaluation.TAGS)
+
+
+class RunHistory(Callback):
+    """Writes each evaluation to ``metrics.csv`` as it comes, and at the end the book's figure.
+
+    A resumed run keeps the rows up to where it goes on and drops those after: it will write them again.
+
+    Args:
+        folder: The run's.
+        evaluation: Whose rows are written.
+        hparams: Settings to show in TensorBoard beside the module's, by group.
+    """
+
+    def __init__(
+        self, folder: Path, evaluation: LossEvaluation, hparams: dict[str, Any] | None = None
+    ) -> None:
+        self.path = folder / "metrics.csv"
+        self.figure_path = folder / "loss.png"
+        self.evaluation = evaluation
+        self.hparams = hparams or {}
+        self.rows: list[Row] = []
+        self._last: Row = {}
+        self._finished_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = self.evaluation.row
+        if not trainer.is_global_zero:
+            return
+        if self.path.exists():
+            self.rows = [row for row in read_rows(self.path) if row["step"] < trainer.global_step]
+        write_rows(self.path, self.rows)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self.evaluation.row is not self._last:
+            self._last = self.evaluation.row
+            seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(
+                trainer.num_training_batches
+            )
+            self.rows.append({**self._last, "seen_epochs": seen_epochs})
+            attempt(self._append)
+        if ends_run(trainer):  # before the last checkpoint, after which nothing may be missing
+            self._finish(trainer, pl_module)
+
+    def _append(self) -> None:
+        if not self.path.exists():
+            print(
+                f"gpt_lightning: {self.path} is gone (moved or removed by another program); it is written again, "
+                f"with all {len(self.rows)} rows",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(self.path, self.rows)
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.rows and self._finished_step != trainer.global_step:
+            self._finished_step = trainer.global_step
+            attempt(lambda: self._draw(trainer, module))
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        from matplotlib.image import imsave
+
+        pixels = drawn(loss_figure(self.rows))
+        imsave(self.figure_path, pixels)
+        final = {f"final/{tag}": self.rows[-1][tag] for tag in ("train_loss", "val_loss")}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # a step that a resumed run takes off TensorBoard's page, for it ends later
+                step = trainer.global_step
+                logger.experiment.add_image("losses", pixels, step, dataformats="HWC")
+                hparams = _encodable(_flat({**module.hparams, **self.hparams}))
+                logger.log_hyperparams(hparams, final, step)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole ones: of a run that was cut while it wrote one, the last may be but half."""
+    rows = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            with suppress(ValueError, TypeError, KeyError):
+                rows.append({key: (int if key in COUNTS else float)(row[key]) for key in COLUMNS})
+    return rows
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def loss_figure(rows: list[Row]) -> "Figure":
+    """The book's figure: both losses over epochs, with tokens seen on a second axis."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    epochs = [row["seen_epochs"] for row in rows]
+    marker = "o" if len(rows) == 1 else ""  # a line of one point is not visible
+    figure = Figure(figsize=(6, 4), dpi=150)
+    # a layout that is computed draws it twice
+    axes = figure.subplots(gridspec_kw={"left": 0.145, "right": 0.97, "bottom": 0.13, "top": 0.86})
+    for tag, style, color, label in [
+        ("train_loss", "-", SERIES[0], "Training loss"),
+        ("val_loss", "--", SERIES[1], "Validation loss"),
+    ]:
+        losses = [row[tag] for row in rows]
+        axes.plot(epochs, losses, style, marker=marker, color=color, linewidth=2, label=label)
+    axes.set_xlabel("Epochs")
+    axes.set_ylabel("Loss (nats per token)")
+    _ticks_from_0(axes, whole=max(epochs) >= 2)
+    axes.legend(loc="upper right")
+    tokens_axis = axes.twiny()  # a second x-axis; the invisible plot gives it its scale
+    tokens_axis.plot(
+        [row["tokens_seen"] for row in rows], [row["val_loss"] for row in rows], alpha=0
+    )
+    tokens_axis.set_xlabel("Tokens seen")
+    _ticks_from_0(tokens_axis, whole=True)
+    tokens_axis.xaxis.set_major_formatter(EngFormatter())
+    return figure
+
+
+def _ticks_from_0(axes: "Axes", *, whole: bool) -> None:
+    """An x-axis from 0 with so few labels that they do not overlap, at whole numbers or anywhere."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole))
+
+
+def drawn(figure: "Figure") -> NDArray[np.uint8]:
+    """Its pixels ``(H, W, 4)``: drawing takes long, and file and TensorBoard want the same."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def _flat(hparams: dict[str, Any]) -> dict[str, Any]:
+    """``{"config": {"emb_dim": 768}}`` → ``{"config/emb_dim": 768}``, as TensorBoard shows it."""
+    flat: dict[str, Any] = {}
+    for key, value in hparams.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{inner}": v for inner, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _encodable(value: Any) -> Any:
+    """TensorBoard takes UTF-8 only, and the name of a file may be other bytes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
+    return value

@@ -25,7 +25,7 @@ import numpy as np
 from machine import at_least, at_most, description, ratio
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.token_store import FORMAT, TOKENIZER, write_sealed
+from gpt_lightning.data.token_store import FORMAT, TOKENIZER, write_self_checksummed
 
 KILLS = 5
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
@@ -176,7 +176,7 @@ def open_twice(folder: Path, tokens: int) -> list[dict[str, float]]:
     shards = [{"name": shard.name, "tokens": tokens, "sha256": sha256}]
     manifest = {"format": FORMAT, "tokenizer": TOKENIZER, "settings": {"val_ratio": 0.0},
                 "shards": {"train": shards, "val": []}}  # fmt: skip
-    write_sealed(folder / "manifest.json", manifest)
+    write_self_checksummed(folder / "manifest.json", manifest)
     found = []
     for _ in range(2):
         done = subprocess.run(

@@ -19,7 +19,7 @@ from worker import Worker
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation.engine import stream_ids
-from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.packed_linear import can_pack, pack_weights
 
@@ -85,7 +85,7 @@ def seconds_per_token(config: dict[str, Any], new: int, at: list[int], width: in
     pack_weights(model)  # as the generate command does
     times = []
     last = time.perf_counter()
-    for _ in stream_ids(model, [[1] * 16], new, Sampling()):
+    for _ in stream_ids(model, [[1] * 16], new, SamplingParams()):
         now = time.perf_counter()
         times.append(now - last)
         last = now

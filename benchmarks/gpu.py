@@ -31,7 +31,7 @@ from machine import at_least, at_most, description, peak_memory, seconds_a_call
 
 from gpt_lightning import GPTConfig
 from gpt_lightning.generation.cuda_graph import MOST_FUSED_ROWS
-from gpt_lightning.generation.engine import Step
+from gpt_lightning.generation.engine import DecodeBackend
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.training.throughput import peak_flops
 
@@ -204,7 +204,7 @@ def decode(
     rungs: Rungs,
     name: str,
     config: GPTConfig,
-    seconds: dict[Step, float],
+    seconds: dict[DecodeBackend, float],
     lengths: tuple[int, int],
 ) -> None:
     for batch in (1, 4, 8):

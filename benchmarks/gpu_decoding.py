@@ -10,9 +10,9 @@ import torch
 from machine import peak_memory, synchronize
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation.cuda_graph import DecodingStep, padded_length
-from gpt_lightning.generation.engine import Step, stream_ids
-from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, padded_length
+from gpt_lightning.generation.engine import DecodeBackend, stream_ids
+from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.kv_cache import KVCache
 
 PROMPT, NEW, WARM = 64, 192, 8  # the first WARM new tokens prefill, warm up and capture
@@ -31,7 +31,7 @@ def ours(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPTMode
 
 
 def measure(
-    config: GPTConfig, device: torch.device, batch: int, way: Step, prompt: int, new: int
+    config: GPTConfig, device: torch.device, batch: int, way: DecodeBackend, prompt: int, new: int
 ) -> dict[str, Any]:
     """Tokens a second of all rows: after the first WARM, and of whole calls, medians of REPEATS."""
     model = ours(config, device, torch.bfloat16)
@@ -40,7 +40,7 @@ def measure(
     for repeat in range(REPEATS + 1):
         synchronize(device)
         began, reached = time.perf_counter(), {}
-        for i, _ in enumerate(stream_ids(model, ids, new, Sampling(), step=way), 1):
+        for i, _ in enumerate(stream_ids(model, ids, new, SamplingParams(), step=way), 1):
             if i in (WARM, new):
                 synchronize(device)
                 reached[i] = time.perf_counter()
@@ -104,14 +104,14 @@ def rates(steady: list[float], whole: list[float]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def deviation(
-    config: GPTConfig, device: torch.device, batch: int, way: Step, prompt: int
+    config: GPTConfig, device: torch.device, batch: int, way: DecodeBackend, prompt: int
 ) -> dict[str, Any]:
     """How far the logits of 12 steps are from the plain float32 step's that reads the same tokens: the largest
     difference in standard deviations. Tolerated is twice what the plain bfloat16 step is off by."""
     steps = 12
     ids = prompts(config, batch, prompt + steps).to(device)
 
-    def logits(dtype: torch.dtype, how: Step) -> torch.Tensor:
+    def logits(dtype: torch.dtype, how: DecodeBackend) -> torch.Tensor:
         model = ours(config, device, dtype)
         cache = KVCache.allocate(config, batch, padded_length(prompt + steps), device, dtype)
         model.features(ids[:, :prompt], cache)
@@ -120,7 +120,7 @@ def deviation(
             return torch.stack(
                 [model.head(model.features(t[:, None], cache)[:, -1]).float() for t in tokens]
             )
-        step = DecodingStep(model, cache, None, fused=how == "fused")
+        step = GraphedDecodeStep(model, cache, None, fused=how == "fused")
         found = torch.stack([step(t).float().clone() for t in tokens])
         captured, is_fused = step.is_captured, step.is_fused
         step.close()
@@ -137,7 +137,7 @@ def deviation(
     finally:
         torch.set_float32_matmul_precision(before)
 
-    def off(how: Step) -> float:
+    def off(how: DecodeBackend) -> float:
         return float((logits(torch.bfloat16, how) - expected).abs().max() / expected.std())
 
     plain = off("plain")

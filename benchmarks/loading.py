@@ -18,7 +18,7 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.huggingface import write_huggingface
-from gpt_lightning.pretrained.weights import Source
+from gpt_lightning.pretrained.weights import ModelWeights
 
 SUFFIXES = {"hf": "", "lightning": ".ckpt", "book": ".pth"}
 
@@ -43,7 +43,7 @@ def write(config: GPTConfig, dtype: torch.dtype, folder: Path) -> None:
     torch.manual_seed(0)
     model = GPTModel(config).to(dtype)
     folder.mkdir()
-    write_huggingface(Source(config, model.state_dict()), folder)
+    write_huggingface(ModelWeights(config, model.state_dict()), folder)
 
 
 def main() -> None:

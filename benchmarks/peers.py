@@ -140,11 +140,11 @@ def decoding_of(way: str, settings: dict[str, Any]) -> Callable[[], object]:
     if way == "plain":
         return lambda: _plain_decoding(model, prompt, new)
     from gpt_lightning.generation.engine import stream_ids
-    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.model.packed_linear import pack_weights
 
     pack_weights(model)  # as the generate command does
-    return lambda: list(stream_ids(model, prompt.tolist(), new, Sampling()))
+    return lambda: list(stream_ids(model, prompt.tolist(), new, SamplingParams()))
 
 
 @torch.inference_mode()

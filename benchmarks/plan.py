@@ -20,8 +20,8 @@ from typing import Any
 from machine import at_most, description
 
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.planning.memory import TrainingStep
-from gpt_lightning.planning.plan import Plan, Setting, Strategy, plan
+from gpt_lightning.planning.memory import StepShape
+from gpt_lightning.planning.plan import Plan, RunSpec, Strategy, plan
 from gpt_lightning.training.throughput import MEMORY, PEAKS
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ WAYS: list[tuple[int, Strategy]] = [
 
 def planned(size: str, devices: int, strategy: Strategy) -> Plan:
     """As ``configs/pretrain-124M.yaml`` trains, with the loss whole, on GPUs of 80 GB."""
-    step = TrainingStep(
+    step = StepShape(
         replace(GPT2_SIZES[size], drop_rate=0.0),
         BATCH_SIZE,
         LENGTH,
@@ -146,7 +146,7 @@ def planned(size: str, devices: int, strategy: Strategy) -> Plan:
         device="cuda",
     )
     micro_batches = WINDOWS // (BATCH_SIZE * devices)
-    setting = Setting(step, devices, strategy, micro_batches, global_batch_is_given=True)
+    setting = RunSpec(step, devices, strategy, micro_batches, global_batch_is_given=True)
     return plan(setting, tokens=TOKENS, peak_flops=PEAKS[GPU], device_memory=int(MEMORY[GPU]))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from machine import at_most, description, interleaved, ratio
 
-from gpt_lightning.training.checkpoint_io import DurableCheckpointIO
+from gpt_lightning.training.checkpoint_io import AtomicCheckpointIO
 
 # what one save by "ours" or "plain" takes more than the process had, over the file's bytes
 CHILD = """
@@ -49,7 +49,7 @@ def checkpoint(numbers: int) -> dict[str, object]:
 
 
 def ours(content: dict[str, object], path: Path) -> None:
-    io = DurableCheckpointIO()
+    io = AtomicCheckpointIO()
     io.save_checkpoint(content, path)
     assert not io.failures
 

@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class Measured:
+class ModelMeasurement:
     """Of each way: a step's seconds, the process's bytes at most, tokens a second (median, lowest, highest)."""
 
     seconds: dict[str, list[float]]
@@ -57,7 +57,7 @@ class Measured:
 
 def measure(
     name: str, ways: dict[str, tuple[str, str, dict[str, Any]]], tokens: int, repeats: int
-) -> Measured:
+) -> ModelMeasurement:
     workers = {way: Worker("train", *how) for way, how in ways.items()}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(repeats + 2):
@@ -76,7 +76,7 @@ def measure(
             f"{memory[way] / 1e9:.2f} GB",
             flush=True,
         )
-    return Measured(seconds, memory, rates)
+    return ModelMeasurement(seconds, memory, rates)
 
 
 def matrix_peak(size: int = 3072, rounds: int = 5) -> float:
@@ -201,7 +201,7 @@ Bars = list[dict[str, Any]]
 
 def short_windows(
     config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int, precision: str
-) -> tuple[Bars, Measured]:
+) -> tuple[Bars, ModelMeasurement]:
     """With the bars where it is bf16."""
     here = sys.executable
     shape = {"config": config, "batch": 2, "length": 256, "precision": precision}
@@ -228,7 +228,7 @@ def short_windows(
 
 def long_windows(
     config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int, precision: str
-) -> tuple[Bars, Measured]:
+) -> tuple[Bars, ModelMeasurement]:
     """With the bars where it is bf16."""
     shape = {"config": config, "batch": 4, "length": 1024, "precision": precision}
     best = f"ours, chunked, {precision}"

@@ -19,8 +19,8 @@ CHILD = """
 import sys, time
 import numpy as np
 from gpt_lightning.data.mixture_sampler import Mixture
-from gpt_lightning.data.dataloader import WindowLoader
-from gpt_lightning.data.dataset import JoinedWindows, Windows
+from gpt_lightning.data.dataloader import ResumableDataLoader
+from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 
 def resident(what):
     with open("/proc/self/status") as file:
@@ -31,9 +31,9 @@ path, tokens, draws, length, batch_size, workers, stores = sys.argv[1], *map(int
 def loader(tokens):
     cuts = np.linspace(0, tokens, 11).astype(int)
     parts = [np.memmap(path, "<u2", "r", 2 * int(a), (int(b - a),)) for a, b in zip(cuts, cuts[1:])]
-    own = [Windows(parts, length, length // 2) for _ in range(stores)]
+    own = [WindowDataset(parts, length, length // 2) for _ in range(stores)]
     mixture = Mixture([len(w) for w in own], [0.7, 0.3], 1) if stores > 1 else None
-    return WindowLoader(JoinedWindows(own) if mixture else own[0], batch_size, shuffle=True, drop_last=True,
+    return ResumableDataLoader(ConcatWindowDataset(own) if mixture else own[0], batch_size, shuffle=True, drop_last=True,
                         seed=1, num_workers=workers, mixture=mixture)
 
 for _ in zip(range(9), loader(20 * length * batch_size)):  # warm-up: threads, torch

@@ -7,14 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-Task = Literal["train", "decode"]
+ComparisonTask = Literal["train", "decode"]
 HERE = Path(__file__).resolve().parent
 
 
 class Worker:
     """A process of peers.py that goes one way, once each time it is asked to."""
 
-    def __init__(self, task: Task, python: str, way: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, task: ComparisonTask, python: str, way: str, settings: dict[str, Any]
+    ) -> None:
         self._way = way
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 — open while the process lives
         self._process = subprocess.Popen(

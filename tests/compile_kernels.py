@@ -76,7 +76,7 @@ def main() -> None:
             ids = torch.zeros(rows, dtype=torch.int64)
             history = torch.zeros(rows, length, dtype=torch.bfloat16)
             padding = ids if length == 1024 else None
-            fused_decode.FusedForward(model, cache, ids, padding, history, history.long())()
+            fused_decode.FusedDecodeForward(model, cache, ids, padding, history, history.long())()
         logits = torch.zeros(rows, -(-config.vocab_size // 64) * 64, dtype=torch.bfloat16)
         loss_kernel.loss_and_gradient_(logits, ids, config.vocab_size, 0.5)
     once = {id(kernel): (name, kernel) for name, kernel in compiled}

@@ -160,7 +160,7 @@ def _stop_at(stop: Stop) -> None:
            lambda module, *_: reached("batch", module.trainer.global_step))  # fmt: skip
     around(TextDataModule, validation,
            lambda data: data.trainer.training and reached("evaluation", data.trainer.global_step))  # fmt: skip
-    around(evaluation.TextSamples, "_sample",
+    around(evaluation.SampleTextCallback, "_sample",
            lambda _, trainer, *__: reached("sample", trainer.global_step))  # fmt: skip
     around(
         checkpoint_io, "_write_hashed", remember, lambda *_: reached("save:written", saving_step[0])
@@ -168,9 +168,11 @@ def _stop_at(stop: Stop) -> None:
     around(
         checkpoint_io, "_write_manifest", None, lambda *_: reached("save:manifest", saving_step[0])
     )
-    around(checkpoint_io, "_rotate", None, lambda *_: reached("save:rotated", saving_step[0]))
+    around(
+        checkpoint_io, "_rotate_previous", None, lambda *_: reached("save:rotated", saving_step[0])
+    )
     around(checkpoint_io.os, "replace", None, replaced)
-    around(checkpoint_callback.RunCheckpoints, "_save", None,
+    around(checkpoint_callback.CheckpointCallback, "_save", None,
            lambda _, trainer, *__: reached("saved", trainer.global_step))  # fmt: skip
     around(_FitLoop, "on_advance_end", lambda loop: reached("epoch end", loop.trainer.global_step))
 

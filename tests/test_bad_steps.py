@@ -16,8 +16,8 @@ from test_durability import same_bits
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import skip_step as bad_steps
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optimizer import norm_is_surely_finite, total_norm
-from gpt_lightning.training.skip_step import BadSteps
+from gpt_lightning.training.optimizer import global_grad_norm, norm_is_certainly_finite
+from gpt_lightning.training.skip_step import SkipBadSteps
 
 LAST = Path("checkpoints/quickstart/last.ckpt")
 
@@ -112,9 +112,9 @@ def test_without_a_norm_no_bad_gradient_is_passed_over(value: float) -> None:
     for place in (0, 1500, 4999):
         gradients = [torch.ones(3), torch.ones(50, 100)]
         gradients[1].view(-1)[place] = value
-        surely = norm_is_surely_finite(gradients)
+        surely = norm_is_certainly_finite(gradients)
         assert surely == (abs(value) < 1e15)
-        assert total_norm(gradients).isfinite() or not surely
+        assert global_grad_norm(gradients).isfinite() or not surely
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -185,7 +185,9 @@ def test_judged_later_it_is_judged_alike(
     )
     for key in ("state_dict", "optimizer_states", "tokens_seen", "callbacks"):
         ours, theirs = (
-            {k: v for k, v in c[key].items() if k == "BadSteps"} if key == "callbacks" else c[key]
+            {k: v for k, v in c[key].items() if k == "SkipBadSteps"}
+            if key == "callbacks"
+            else c[key]
             for c in (other, once)
         )
         assert same_bits(ours, theirs), key
@@ -219,7 +221,7 @@ def test_what_16_mixed_does_without_is_said(capsys: pytest.CaptureFixture[str]) 
     """On a CPU Lightning takes bf16-mixed in its place."""
     for rank_zero in (True, False):
         trainer: Any = SimpleNamespace(precision="16-mixed", is_global_zero=rank_zero)
-        BadSteps().on_train_start(trainer, None)  # type: ignore[arg-type]
+        SkipBadSteps().on_train_start(trainer, None)  # type: ignore[arg-type]
         err = capsys.readouterr().err
         assert err.count("\n") == rank_zero
         for part in ("trainer.precision: ", "bad_steps", "not fused", "loss by chunks"):
@@ -246,7 +248,7 @@ def test_spikes(command: Command, watch: type[Watch], monkeypatch: pytest.Monkey
 
 
 def test_six_deviations_over_128_steps() -> None:
-    steps = BadSteps(skip_spikes=True)
+    steps = SkipBadSteps(skip_spikes=True)
     for i in range(128):
         assert not steps._is_spike(1e9, 1e9)
         steps._good.append((4.0 + (-1) ** i, 1.0 + 0.5 * (-1) ** i))  # deviations 1 and 0.5
@@ -254,7 +256,7 @@ def test_six_deviations_over_128_steps() -> None:
     assert steps._is_spike(10.01, 1.0)
     assert steps._is_spike(4.0, 4.01)
     assert not steps._is_spike(-90.0, 0.0)  # down is no spike
-    again = BadSteps(skip_spikes=True)
+    again = SkipBadSteps(skip_spikes=True)
     again.load_state_dict(steps.state_dict())
     assert again._good == steps._good
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.dataloader import WindowLoader
-from gpt_lightning.data.dataset import Windows
+from gpt_lightning.data.dataloader import ResumableDataLoader
+from gpt_lightning.data.dataset import WindowDataset
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_prompt, gpt2_encoding
 from gpt_lightning.data.unicode import printable
 
@@ -20,9 +20,9 @@ def some_tokens(n: int) -> np.ndarray:
     return np.random.default_rng(n).integers(0, 50257, n).astype(np.uint16)
 
 
-def loader(n: int = 43, **settings: object) -> WindowLoader:
+def loader(n: int = 43, **settings: object) -> ResumableDataLoader:
     chosen = {"shuffle": True, "drop_last": True, **settings}
-    return WindowLoader(Windows([some_tokens(n * 4 + 1)], 4, 4), 3, **chosen)  # type: ignore[arg-type]
+    return ResumableDataLoader(WindowDataset([some_tokens(n * 4 + 1)], 4, 4), 3, **chosen)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [0, 1, 8, 9, 10, 57, 200])
@@ -31,7 +31,7 @@ def loader(n: int = 43, **settings: object) -> WindowLoader:
 def test_windows_are_the_books(n: int, length: int, stride: int) -> None:
     tokens = some_tokens(n)
     theirs = book.BookDataset(tokens.tolist(), length, stride)
-    ours = Windows([tokens], length, stride)
+    ours = WindowDataset([tokens], length, stride)
     assert ours.shape == (len(theirs), length + 1)
     drawn = ours.draw(np.arange(len(ours)))
     for i, (inputs, targets) in enumerate(theirs[i] for i in range(len(theirs))):
@@ -44,8 +44,8 @@ def test_windows_are_the_books(n: int, length: int, stride: int) -> None:
 def test_global_order_is_that_of_a_dataloader(shuffle: bool, drop_last: bool) -> None:
     """The same batches, and torch's global generator left in the same state, pass after pass."""
     tokens = some_tokens(400)
-    ours = WindowLoader(
-        Windows([tokens], 8, 8), 4, shuffle=shuffle, drop_last=drop_last, rng="global"
+    ours = ResumableDataLoader(
+        WindowDataset([tokens], 8, 8), 4, shuffle=shuffle, drop_last=drop_last, rng="global"
     )
     theirs = DataLoader(
         book.BookDataset(tokens.tolist(), 8, 8), 4, shuffle=shuffle, drop_last=drop_last
@@ -104,8 +104,8 @@ def test_goes_on_where_it_was_cut(rng: str, cut: int) -> None:
 @pytest.mark.parametrize("n", [24, 31])
 def test_ranks_share_the_same_stream(world_size: int, n: int) -> None:
     def stream(rank: int, world: int) -> list[list[list[int]]]:
-        data = Windows([some_tokens(n * 4 + 1)], 4, 4)
-        one = WindowLoader(
+        data = WindowDataset([some_tokens(n * 4 + 1)], 4, 4)
+        one = ResumableDataLoader(
             data, 8 // world, shuffle=True, drop_last=True, rank=rank, world_size=world
         )
         return [x.tolist() for x, _ in one]

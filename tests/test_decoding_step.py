@@ -10,9 +10,9 @@ import torch
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation import cuda_graph as decoding_step
 from gpt_lightning.generation import engine as generate_module
-from gpt_lightning.generation.cuda_graph import DecodingStep, padded_length
-from gpt_lightning.generation.engine import Step, stream_ids
-from gpt_lightning.generation.sampling import Sampling, draw_unchecked
+from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, padded_length
+from gpt_lightning.generation.engine import DecodeBackend, stream_ids
+from gpt_lightning.generation.sampling import SamplingParams, multinomial_no_sync
 from gpt_lightning.model.kv_cache import KVCache
 
 CONFIG = GPTConfig(vocab_size=101, context_length=48, emb_dim=32, n_heads=4, n_layers=2,
@@ -29,13 +29,13 @@ def model() -> GPTModel:
     return model
 
 
-def seeded(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def streamed(model: GPTModel, n: int = 60, **settings: Any) -> list[list[int]]:
     prompts = settings.pop("prompts", PROMPTS)
-    steps = list(stream_ids(model, prompts, n, **{"sampling": Sampling(), **settings}))
+    steps = list(stream_ids(model, prompts, n, **{"sampling": SamplingParams(), **settings}))
     return torch.stack(steps, dim=1).tolist()
 
 
@@ -51,7 +51,7 @@ def test_logits_are_the_plain_paths(
     own = GPTModel(CONFIG).to(dtype).eval()
     own.load_state_dict(model.state_dict())
     rows, width = len(lengths), max(lengths)
-    ids = torch.randint(101, (rows, 48), generator=seeded(7))
+    ids = torch.randint(101, (rows, 48), generator=make_generator(7))
     padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
     caches = [KVCache.allocate(CONFIG, rows, 48, dtype=dtype) for _ in range(2)]
     for cache in caches:
@@ -59,7 +59,7 @@ def test_logits_are_the_plain_paths(
             tensor.fill_(torch.nan)  # what memory holds that nobody wrote
         own.features(ids[:, :width], cache, padding)
     plain, fixed = caches
-    step = DecodingStep(own, fixed, padding)
+    step = GraphedDecodeStep(own, fixed, padding)
     for at in range(width, 48):
         expected = own.head(own.features(ids[:, at : at + 1], plain, padding)[:, -1])
         found = step(ids[:, at])
@@ -74,8 +74,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "three samples": {"num_samples": 3},
     "one prompt": {"prompts": [[3, 1, 4]]},
     "more than the context": {"prompts": [*PROMPTS, list(range(20, 90))]},
-    "drawn": {"sampling": Sampling(1.0, top_k=20, repetition_penalty=1.2), "num_samples": 2},
-    "eos": {"eos_id": 17, "sampling": Sampling(1.0)},
+    "drawn": {"sampling": SamplingParams(1.0, top_k=20, repetition_penalty=1.2), "num_samples": 2},
+    "eos": {"eos_id": 17, "sampling": SamplingParams(1.0)},
     "stopped": {"is_over": lambda row, ids: len(ids) >= 10 * (row + 1)},
 }
 
@@ -85,9 +85,9 @@ def test_tokens_are_the_plain_paths(
     monkeypatch: pytest.MonkeyPatch, model: GPTModel, name: str
 ) -> None:
     """Prompts of 1, 5 and 13 tokens together, on past the context of 48, where the window slides."""
-    expected = streamed(model, **SETTINGS[name], generator=seeded(5))
+    expected = streamed(model, **SETTINGS[name], generator=make_generator(5))
     monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
-    assert streamed(model, **SETTINGS[name], generator=seeded(5), step="graph") == expected
+    assert streamed(model, **SETTINGS[name], generator=make_generator(5), step="graph") == expected
     if name == "eos":
         assert any(-1 in row for row in expected)
     if name == "stopped":
@@ -118,10 +118,10 @@ def test_a_step_that_was_asked_for_runs_under_autocast(model: GPTModel) -> None:
 
 
 def test_draws_are_torchs() -> None:
-    p = (torch.randn(300, 40, generator=seeded(1)) * 2).softmax(dim=-1)
+    p = (torch.randn(300, 40, generator=make_generator(1)) * 2).softmax(dim=-1)
     p[:, 7] = 0
-    expected = torch.multinomial(p, 1, generator=seeded(2)).squeeze(1)
-    assert torch.equal(draw_unchecked(p, seeded(2)), expected)
+    expected = torch.multinomial(p, 1, generator=make_generator(2)).squeeze(1)
+    assert torch.equal(multinomial_no_sync(p, make_generator(2)), expected)
 
 
 def test_cache_lengths_are_aligned() -> None:
@@ -135,7 +135,7 @@ class Graph:
     """Captures as CUDA does: what is launched meanwhile is remembered and not done; a replay does it,
     into the same memory."""
 
-    step: DecodingStep
+    step: GraphedDecodeStep
     captures = 0
     replays = 0
 
@@ -158,15 +158,15 @@ class Graph:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    make = DecodingStep.__init__
+    make = GraphedDecodeStep.__init__
 
-    def made(self: DecodingStep, *arguments: Any, **settings: Any) -> None:
+    def made(self: GraphedDecodeStep, *arguments: Any, **settings: Any) -> None:
         make(self, *arguments, **settings)
         Graph.step = self
 
-    monkeypatch.setattr(DecodingStep, "__init__", made)
+    monkeypatch.setattr(GraphedDecodeStep, "__init__", made)
     for module in (generate_module, decoding_step):
-        monkeypatch.setattr(module, "obstacle_to_capture", lambda model: None)
+        monkeypatch.setattr(module, "cuda_graph_unsupported_reason", lambda model: None)
     monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
@@ -215,7 +215,7 @@ def test_without_a_capture_it_goes_on_and_says_so_once(
 
 def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing on a CPU; on a GPU no hooks, no autocast."""
-    assert decoding_step.obstacle_to_capture(model) == "the model is on cpu"
+    assert decoding_step.cuda_graph_unsupported_reason(model) == "the model is on cpu"
 
     class OnCuda:
         device = torch.device("cuda")
@@ -223,11 +223,11 @@ def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatc
     other = GPTModel(CONFIG)
     del other.tok_emb.weight
     other.tok_emb.weight = OnCuda()  # type: ignore[assignment]
-    assert decoding_step.obstacle_to_capture(other) is None
+    assert decoding_step.cuda_graph_unsupported_reason(other) is None
     with _autocast(monkeypatch):
-        assert decoding_step.obstacle_to_capture(other) == "autocast is on"
+        assert decoding_step.cuda_graph_unsupported_reason(other) == "autocast is on"
     other.trf_blocks[0].register_forward_pre_hook(lambda *_: None)
-    assert decoding_step.obstacle_to_capture(other) == "it has hooks"
+    assert decoding_step.cuda_graph_unsupported_reason(other) == "it has hooks"
 
 
 def test_a_graph_that_was_asked_for_and_cannot_be_is_said(
@@ -264,7 +264,7 @@ def _autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_graphs_on_a_gpu_give_the_plain_tokens(
-    capsys: pytest.CaptureFixture[str], model: GPTModel, step: Step, name: str
+    capsys: pytest.CaptureFixture[str], model: GPTModel, step: DecodeBackend, name: str
 ) -> None:
     own = GPTModel(CONFIG).cuda().eval()
     own.load_state_dict(model.state_dict())
@@ -277,8 +277,12 @@ def test_graphs_on_a_gpu_give_the_plain_tokens(
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("step", ["graph", "fused"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20, top_p=0.9, min_p=0.01)])
-def test_steps_on_a_gpu_do_not_wait(model: GPTModel, sampling: Sampling, step: Step) -> None:
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(1.0, top_k=20, top_p=0.9, min_p=0.01)]
+)
+def test_steps_on_a_gpu_do_not_wait(
+    model: GPTModel, sampling: SamplingParams, step: DecodeBackend
+) -> None:
     own = GPTModel(CONFIG).cuda().eval()
     own.load_state_dict(model.state_dict())
     steps = stream_ids(own, [[3, 1, 4]], 40, sampling, step=step)

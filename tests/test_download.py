@@ -27,7 +27,7 @@ from gpt_lightning.pretrained import http_download
 from gpt_lightning.pretrained.download import (
     HUB_FILES,
     OPENAI_FILES,
-    Known,
+    ExpectedFile,
     download,
     fetch,
     find_downloaded,
@@ -44,7 +44,7 @@ needs_hub = pytest.mark.skipif(
 
 
 @dataclass
-class Host:
+class DownloadHost:
     """What a test server has, how it misbehaves, and what it was asked."""
 
     url: str = ""
@@ -62,7 +62,7 @@ def batched(content: bytes, size: int = 1000) -> list[bytes]:
     return [content[at : at + size] for at in range(0, len(content), size)]
 
 
-def handler(host: Host) -> type[BaseHTTPRequestHandler]:
+def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -131,8 +131,8 @@ def handler(host: Host) -> type[BaseHTTPRequestHandler]:
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    host = Host()
+def host() -> Iterator[DownloadHost]:
+    host = DownloadHost()
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
@@ -189,14 +189,14 @@ def openai_files(size: str) -> dict[str, bytes]:
     return files
 
 
-def serve_openai(host: Host, name: str) -> dict[str, bytes]:
+def serve_openai(host: DownloadHost, name: str) -> dict[str, bytes]:
     size = name.removeprefix("gpt2-")
     files = openai_files(size)
     host.files |= {f"/{size}/{file}": body for file, body in files.items()}
     return files
 
 
-def serve_hub(host: Host, name: str, weights: bytes) -> tuple[str, str]:
+def serve_hub(host: DownloadHost, name: str, weights: bytes) -> tuple[str, str]:
     """The paths of the two files."""
     repository, revision, _ = module._HUB[name]
     config, model = (f"/{repository}/resolve/{revision}/{file}" for file in HUB_FILES)
@@ -224,23 +224,25 @@ def quietly(name: str, done: int, size: int | None) -> None: ...
 
 
 @pytest.fixture
-def one(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
+def one(
+    host: DownloadHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., bytes]:
     """Fetch ``/a`` from the host, and then from the other ``urls``."""
-    monkeypatch.setattr(http_download, "_PIECE", 1000)
+    monkeypatch.setattr(http_download, "_BLOCK_BYTES", 1000)
     host.files["/a"] = noise(200_000)
 
-    def run(*faults: str, known: Known | None = None, urls: tuple[str, ...] = ()) -> bytes:
+    def run(*faults: str, known: ExpectedFile | None = None, urls: tuple[str, ...] = ()) -> bytes:
         host.faults["/a"] = list(faults)
         host.watched = tmp_path / "a"
         host.watched.unlink(missing_ok=True)
-        fetch([f"{host.url}/a", *urls], tmp_path / "a", known or Known(), quietly, pause=0.0)
+        fetch([f"{host.url}/a", *urls], tmp_path / "a", known or ExpectedFile(), quietly, pause=0.0)
         assert {path.name for path in tmp_path.iterdir()} == {"a"}
         return (tmp_path / "a").read_bytes()
 
     return run
 
 
-def test_goes_on_where_the_connection_broke(one: Callable[..., bytes], host: Host) -> None:
+def test_goes_on_where_the_connection_broke(one: Callable[..., bytes], host: DownloadHost) -> None:
     assert one("cut", "cut", "cut", "cut", "cut") == host.files["/a"]
     first, *rest = host.ranges("/a")
     assert first is None
@@ -250,7 +252,9 @@ def test_goes_on_where_the_connection_broke(one: Callable[..., bytes], host: Hos
     assert starts[0] >= 100_000
 
 
-def test_goes_on_in_a_later_run(one: Callable[..., bytes], host: Host, tmp_path: Path) -> None:
+def test_goes_on_in_a_later_run(
+    one: Callable[..., bytes], host: DownloadHost, tmp_path: Path
+) -> None:
     with pytest.raises(OSError, match=r"127\.0\.0\.1:\d+: 503 Service Unavailable"):
         one("cut", "503", "503", "503")
     assert not visible(tmp_path)
@@ -262,20 +266,22 @@ def test_goes_on_in_a_later_run(one: Callable[..., bytes], host: Host, tmp_path:
     assert asked.startswith("bytes=")
 
 
-def test_starts_again_where_the_host_cannot_go_on(one: Callable[..., bytes], host: Host) -> None:
+def test_starts_again_where_the_host_cannot_go_on(
+    one: Callable[..., bytes], host: DownloadHost
+) -> None:
     assert one("cut", "no range") == host.files["/a"]
     assert len(host.ranges("/a")) == 2
 
 
 def test_another_file_is_not_put_behind_the_first_half(
-    one: Callable[..., bytes], host: Host
+    one: Callable[..., bytes], host: DownloadHost
 ) -> None:
     assert one("cut", "another") == host.files["/a"]
     assert host.ranges("/a")[2] is None
 
 
 def test_the_other_hosts_file_is_not_put_behind_the_first_half(
-    one: Callable[..., bytes], host: Host
+    one: Callable[..., bytes], host: DownloadHost
 ) -> None:
     host.files["/b"] = noise(100_000)[::-1]
     found = one("cut", "404", urls=(f"{host.url}/b",))
@@ -284,13 +290,13 @@ def test_the_other_hosts_file_is_not_put_behind_the_first_half(
 
 
 @pytest.mark.parametrize("fault", ["404", "503", "html", "page", "flip", "long", "no length"])
-def test_next_host(one: Callable[..., bytes], host: Host, fault: str) -> None:
+def test_next_host(one: Callable[..., bytes], host: DownloadHost, fault: str) -> None:
     host.files["/b"] = host.files["/a"]
     assert one(*[fault] * 9, urls=(f"{host.url}/b",)) == host.files["/b"]
     assert len(host.ranges("/a")) <= 5
 
 
-def test_two_at_once(host: Host, tmp_path: Path) -> None:
+def test_two_at_once(host: DownloadHost, tmp_path: Path) -> None:
     serve_openai(host, "gpt2-774M")
     with FileLock(tmp_path / ".lock"), pytest.raises(OSError, match="another process is fetching"):
         download("gpt2-774M", "openai", folder=tmp_path, mirror=host.url, pause=0.0)
@@ -302,14 +308,14 @@ def test_an_answer_without_end(
     one: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OSError, match="goes on after 90 bytes"):
-        one("chunked", "chunked", known=Known(90))
+        one("chunked", "chunked", known=ExpectedFile(90))
     monkeypatch.setattr(http_download, "_MOST", 5_000)
     with pytest.raises(OSError, match="goes on after 5,000 bytes"):
         one("chunked")
     assert not visible(tmp_path)
 
 
-def test_a_file_put_there_by_hand_that_is_cut_off_is_fetched(host: Host) -> None:
+def test_a_file_put_there_by_hand_that_is_cut_off_is_fetched(host: DownloadHost) -> None:
     weights = safetensors.torch.save({"a": torch.ones(100)})
     serve_hub(host, "gpt2-774M", weights)
     folder = folder_of("gpt2-774M", "hub")
@@ -322,32 +328,32 @@ def test_a_file_put_there_by_hand_that_is_cut_off_is_fetched(host: Host) -> None
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_a_503_goes_by(one: Callable[..., bytes], host: Host) -> None:
+def test_a_503_goes_by(one: Callable[..., bytes], host: DownloadHost) -> None:
     assert one("503", "503") == host.files["/a"]
 
 
-def test_a_sum_that_is_wrong_once(one: Callable[..., bytes], host: Host) -> None:
+def test_a_sum_that_is_wrong_once(one: Callable[..., bytes], host: DownloadHost) -> None:
     assert one("flip", "short") == host.files["/a"]  # Content-MD5 told
 
 
 @pytest.mark.parametrize(
     ("faults", "known", "cause"),
     [
-        (["404"], Known(), "404 Not Found"),
-        (["503"] * 3, Known(), "503 Service Unavailable"),
-        (["html"], Known(), "answers with a web page"),
-        (["page"], Known(), "answers with a web page"),
-        (["flip"] * 3, Known(), "without the sum md5:"),
-        (["short"] * 9, Known(), "without the sum md5:"),
-        (["long"] * 9, Known(), "no more bytes|IncompleteRead|broke off"),
-        (["no length"], Known(), "does not say how long"),
-        ([], Known(199_999), "has 200,000 bytes of it, not 199,999"),
-        ([], Known(None, "sha256:" + "0" * 64), "without the sum sha256:0000"),
+        (["404"], ExpectedFile(), "404 Not Found"),
+        (["503"] * 3, ExpectedFile(), "503 Service Unavailable"),
+        (["html"], ExpectedFile(), "answers with a web page"),
+        (["page"], ExpectedFile(), "answers with a web page"),
+        (["flip"] * 3, ExpectedFile(), "without the sum md5:"),
+        (["short"] * 9, ExpectedFile(), "without the sum md5:"),
+        (["long"] * 9, ExpectedFile(), "no more bytes|IncompleteRead|broke off"),
+        (["no length"], ExpectedFile(), "does not say how long"),
+        ([], ExpectedFile(199_999), "has 200,000 bytes of it, not 199,999"),
+        ([], ExpectedFile(None, "sha256:" + "0" * 64), "without the sum sha256:0000"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value else "",
 )
 def test_refused(
-    one: Callable[..., bytes], tmp_path: Path, faults: list[str], known: Known, cause: str
+    one: Callable[..., bytes], tmp_path: Path, faults: list[str], known: ExpectedFile, cause: str
 ) -> None:
     with pytest.raises(OSError, match=cause):
         one(*faults, known=known)
@@ -355,7 +361,7 @@ def test_refused(
 
 
 def test_no_room(
-    one: Callable[..., bytes], host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: Callable[..., bytes], host: DownloadHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = http_download.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(http_download.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
@@ -365,7 +371,7 @@ def test_no_room(
 
 
 def test_disk_that_fills_up(
-    one: Callable[..., bytes], host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: Callable[..., bytes], host: DownloadHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -381,7 +387,7 @@ def test_disk_that_fills_up(
 
 
 @pytest.mark.parametrize("name", ["gpt2-774M", "gpt2-1558M"])
-def test_openai(command: Command, host: Host, name: str) -> None:
+def test_openai(command: Command, host: DownloadHost, name: str) -> None:
     files = serve_openai(host, name)
     done = command("download", name, "--source=openai", f"--mirror={host.url}/", "--json")
     assert done.code == 0, done.err
@@ -397,7 +403,7 @@ def test_openai(command: Command, host: Host, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2-124M", "gpt2-355M"])
 def test_openai_sizes_that_are_known(
-    command: Command, host: Host, name: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, host: DownloadHost, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a host has instead of the real files is refused by its size, before it is fetched."""
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
@@ -407,10 +413,10 @@ def test_openai_sizes_that_are_known(
     assert "hparams.json" not in visible(folder_of(name, "openai"))
 
 
-def test_known_sum(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_sum(host: DownloadHost, monkeypatch: pytest.MonkeyPatch) -> None:
     files = serve_openai(host, "gpt2-124M")
     monkeypatch.setattr(module, "_BY_SIZE", {})
-    sums = {DATA: Known(len(files[DATA]), "md5:" + hashlib.md5(files[DATA]).hexdigest())}
+    sums = {DATA: ExpectedFile(len(files[DATA]), "md5:" + hashlib.md5(files[DATA]).hexdigest())}
     monkeypatch.setattr(module, "_BY_SIZE", {"gpt2-124M": sums})
     download("gpt2-124M", "openai", mirror=host.url, pause=0.0)
     host.asked.clear()
@@ -423,7 +429,9 @@ def test_known_sum(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (folder / DATA).read_bytes() == files[DATA]
 
 
-def test_second_run_checks_and_fetches_what_is_damaged(command: Command, host: Host) -> None:
+def test_second_run_checks_and_fetches_what_is_damaged(
+    command: Command, host: DownloadHost
+) -> None:
     files = serve_openai(host, "gpt2-774M")
     arguments = ("download", "gpt2-774M", "--source=openai", f"--mirror={host.url}")
     assert command(*arguments).code == 0
@@ -446,7 +454,7 @@ def test_second_run_checks_and_fetches_what_is_damaged(command: Command, host: H
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
-def test_a_damaged_file_stays_known_as_damaged(host: Host, nowhere: str) -> None:
+def test_a_damaged_file_stays_known_as_damaged(host: DownloadHost, nowhere: str) -> None:
     serve_openai(host, "gpt2-774M")
     folder = download("gpt2-774M", "openai", mirror=host.url)
     manifest = (folder / "manifest.json").read_bytes()
@@ -457,7 +465,7 @@ def test_a_damaged_file_stays_known_as_damaged(host: Host, nowhere: str) -> None
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
-def test_files_before_the_one_that_fails_are_recorded(host: Host) -> None:
+def test_files_before_the_one_that_fails_are_recorded(host: DownloadHost) -> None:
     serve_openai(host, "gpt2-774M")
     del host.files[f"/774M/{DATA}"]
     with pytest.raises(OSError, match="404 Not Found"):
@@ -470,7 +478,7 @@ def test_files_before_the_one_that_fails_are_recorded(host: Host) -> None:
 
 
 @needs_hub
-def test_hub(command: Command, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub(command: Command, host: DownloadHost, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = noise(100_000)
     config, model = serve_hub(host, "gpt2-355M", weights)
     host.faults[model] = ["cut"]
@@ -491,7 +499,7 @@ def test_hub(command: Command, host: Host, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_hub
-def test_hub_tells_how_far_it_is(host: Host) -> None:
+def test_hub_tells_how_far_it_is(host: DownloadHost) -> None:
     _, model = serve_hub(host, "gpt2-774M", noise(100_000))
     host.faults[model] = ["503", "flip"]  # the sum is the ETag
     told: list[tuple[str, int, int | None]] = []
@@ -513,7 +521,7 @@ def test_hub_tells_how_far_it_is(host: Host) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_hub_refused(host: Host, faults: list[str], cause: str, nowhere: str) -> None:
+def test_hub_refused(host: DownloadHost, faults: list[str], cause: str, nowhere: str) -> None:
     _, model = serve_hub(host, "gpt2-774M", noise(10_000))
     host.faults[model] = faults
     with pytest.raises(OSError, match=cause) as caught:
@@ -524,7 +532,7 @@ def test_hub_refused(host: Host, faults: list[str], cause: str, nowhere: str) ->
 
 @needs_hub
 @pytest.mark.parametrize("name", ["gpt2-124M", "gpt2-1558M"])
-def test_hub_sums_that_are_known(host: Host, name: str) -> None:
+def test_hub_sums_that_are_known(host: DownloadHost, name: str) -> None:
     serve_hub(host, name, noise(10_000))
     with pytest.raises(OSError, match=r"548,105,171|without the sum sha256:0f8b28eb"):
         download(name, mirror=host.url, pause=0.0)
@@ -532,7 +540,7 @@ def test_hub_sums_that_are_known(host: Host, name: str) -> None:
 
 
 @needs_hub
-def test_a_web_page_is_no_config(host: Host) -> None:
+def test_a_web_page_is_no_config(host: DownloadHost) -> None:
     config, _ = serve_hub(host, "gpt2-774M", noise(100))
     host.files[config] = b"<html>sign in</html>"
     with pytest.raises(OSError, match=r"config\.json of gpt2-774M .* a web page"):
@@ -580,7 +588,7 @@ def test_unknown_source(command: Command) -> None:
     refused(command("download", "gpt2-124M", "--source=torrent"), "source", "torrent")
 
 
-def test_out(command: Command, host: Host, tmp_path: Path) -> None:
+def test_out(command: Command, host: DownloadHost, tmp_path: Path) -> None:
     files = serve_openai(host, "gpt2-774M")
     done = command("download", "gpt2-774M", "--source=openai", f"--mirror={host.url}", "--out=x")
     assert (done.code, done.out) == (0, "x\n"), done.err

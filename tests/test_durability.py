@@ -22,12 +22,12 @@ from gpt_lightning.pretrained.load import read_source
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.storage.checksum import MANIFEST, write_manifest
 from gpt_lightning.training.checkpoint_io import (
-    DurableCheckpointIO,
+    AtomicCheckpointIO,
     check_content,
-    damage_of,
+    corruption_reason,
     read_manifest,
 )
-from gpt_lightning.training.resume import checkpoint_to_resume, newest_whole
+from gpt_lightning.training.resume import checkpoint_to_resume, latest_valid_checkpoint
 from gpt_lightning.training.verify_resume import compare_checkpoints
 
 RUN = Path("checkpoints/quickstart")
@@ -75,7 +75,7 @@ from pathlib import Path
 from test_durability import same_bits, small_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import checkpoint_io as module
-from gpt_lightning.training.resume import newest_whole
+from gpt_lightning.training.resume import latest_valid_checkpoint
 
 folder = Path(sys.argv[1])
 old, new = small_checkpoint(1), small_checkpoint(2)
@@ -111,7 +111,7 @@ point = 0
 while True:
     point += 1
     run = folder / str(point)
-    io = module.DurableCheckpointIO()
+    io = module.AtomicCheckpointIO()
     for step in (0, 1):
         io.save_checkpoint(small_checkpoint(step), run / "last.ckpt")
     child = os.fork()
@@ -120,19 +120,19 @@ while True:
         io.save_checkpoint(new, run / "last.ckpt")
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = newest_whole(run)
+    found = latest_valid_checkpoint(run)
     state = read_checkpoint(found)
     whole = same_bits(state, old) or same_bits(state, new)
     assert whole and found.name == "last.ckpt", (point, found)
     assert not code or same_bits(read_checkpoint(run / "last.ckpt"), state)
     # the next save goes on from whatever was left, and leaves nothing over
     module.remove_leftovers(run)
-    later = module.DurableCheckpointIO()
+    later = module.AtomicCheckpointIO()
     later.load_checkpoint(found)
     later.save_checkpoint(small_checkpoint(3), run / "last.ckpt")
-    assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(3))
+    assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(3))
     assert same_bits(read_checkpoint(run / "previous.ckpt"), state)
-    assert module.damage_of(run / "previous.ckpt", module.read_manifest(run)) == ""
+    assert module.corruption_reason(run / "previous.ckpt", module.read_manifest(run)) == ""
     assert {p.name for p in run.iterdir()} == {"last.ckpt", "previous.ckpt", "manifest.json"}
     if code == 0:
         break
@@ -173,7 +173,7 @@ def test_order_is_write_sync_record_rename_sync(
 
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
-    DurableCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
     assert order[:6] == [
         "fsync .last.ckpt.tmp", "fsync .manifest.json.tmp", "replace .manifest.json.tmp",
         f"fsync {tmp_path.name}", "replace .last.ckpt.tmp", f"fsync {tmp_path.name}",
@@ -188,12 +188,12 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_durability import same_bits, small_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.checkpoint_io import DurableCheckpointIO
-from gpt_lightning.training.resume import newest_whole
+from gpt_lightning.training.checkpoint_io import AtomicCheckpointIO
+from gpt_lightning.training.resume import latest_valid_checkpoint
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Path(sys.argv[1])
-io = DurableCheckpointIO(asynchronous=sys.argv[3] == "asynchronous")
+io = AtomicCheckpointIO(asynchronous=sys.argv[3] == "asynchronous")
 io.save_checkpoint(small_checkpoint(1), run / "last.ckpt")
 io.finish()
 size = (run / "last.ckpt").stat().st_size
@@ -204,12 +204,12 @@ for point in range(30):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     failure = io.failures.pop("last.ckpt", None)
     assert "last.ckpt: cannot be written" in str(failure), (point, failure)
-    assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(1)), point
+    assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(1)), point
     assert {p.name for p in run.iterdir()} == {"last.ckpt", "manifest.json"}, point
 io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
 io.finish()
 assert not io.failures
-assert same_bits(read_checkpoint(newest_whole(run)), small_checkpoint(2))
+assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(2))
 """
 
 
@@ -253,7 +253,7 @@ def test_the_last_save_is_tried_again_at_the_end(fit: Command, asynchronous: str
     arguments = [a for a in FULL_DISK if "every_n" not in a]
     fit("--trainer.max_epochs=9", f"--checkpoint.asynchronous={asynchronous}", *arguments,
         "--trainer.callbacks+=test_durability.StopAfterTwoEpochs")  # fmt: skip
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 14
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 14
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
@@ -280,10 +280,10 @@ def test_figures_that_cannot_be_written_do_not_stop_a_run(
     monkeypatch.setattr(loggers, "_said", set())
     for name in ("add_scalar", "add_text", "add_figure", "flush", "close"):
         monkeypatch.setattr(SummaryWriter, name, full)
-    monkeypatch.setattr(run_files.RunHistory, "_append", full)
+    monkeypatch.setattr(run_files.MetricsCSV, "_append", full)
     done = fit("--trainer.max_steps=3", "--evaluation.eval_freq=1")
     assert done.err.count("figures cannot be written (No space left on device)") == 1
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 3
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 3
 
 
 def test_a_torn_line_of_metrics_is_left_out(fit: Command) -> None:
@@ -303,7 +303,7 @@ def test_training_goes_on_after_a_full_disk(fit: Command, asynchronous: str) -> 
     assert len(lines) == 1
     assert "last.ckpt: cannot be written" in lines[0]
     assert "training goes on" in lines[0]
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 4
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 4
 
 
 def test_or_it_stops(command: Command, fit: Command) -> None:
@@ -313,7 +313,7 @@ def test_or_it_stops(command: Command, fit: Command) -> None:
                    "--trainer.max_steps=4", "--checkpoint.on_failure=stop")  # fmt: skip
     assert done.code == 2
     assert "No space left on device" in done.err.splitlines()[-1]
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 1
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 1
     fit("--trainer.max_steps=4", "--ckpt_path=last")
 
 
@@ -340,12 +340,12 @@ def test_files_that_are_taken_away_are_saved_again_at_once(
                "--allow_import=test_durability", "--trainer.callbacks+=test_durability.Moves")  # fmt: skip
     assert f"{RUN / 'last.ckpt'} is gone" in done.err
     assert "cannot be written" not in done.err
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 3
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 3
     fit("--trainer.max_steps=5", "--ckpt_path=last")
 
 
 def test_a_save_that_fails_says_only_what_is_true(tmp_path: Path) -> None:
-    io = DurableCheckpointIO()
+    io = AtomicCheckpointIO()
     (tmp_path / "run").write_text("a file where the folder should be")
     io.save_checkpoint(small_checkpoint(1), tmp_path / "run" / "last.ckpt")
     assert str(io.failures["last.ckpt"]).endswith("; there is no such file")
@@ -412,7 +412,7 @@ def test_a_run_that_was_refused_begins_with_auto(
     assert "--ckpt_path auto to begin it" in command("fit", *arguments, "--ckpt_path=last").err
     fit("--trainer.max_steps=1", "--ckpt_path=auto")
     fit("--trainer.max_steps=2", "--ckpt_path=auto")
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 2
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 2
 
 
 def test_leftovers_of_a_killed_save_are_removed(fit: Command) -> None:
@@ -451,7 +451,7 @@ def test_a_damaged_manifest_is_said_and_not_gone_by(fit: Command) -> None:
     (RUN / MANIFEST).write_text('{"checkpoints": [{"file": 3}]}')
     done = fit("--trainer.max_steps=2", "--ckpt_path=last")
     assert "manifest.json: is damaged" in done.err
-    assert read_checkpoint(newest_whole(RUN))["global_step"] == 2
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 2
 
 
 def test_what_was_there_before_a_damaged_manifest_is_known_after(fit: Command) -> None:
@@ -459,20 +459,20 @@ def test_what_was_there_before_a_damaged_manifest_is_known_after(fit: Command) -
     (RUN / MANIFEST).write_text("[" * 200_000)
     fit("--trainer.max_steps=5", "--checkpoint.best=false", "--ckpt_path=last")
     (RUN / "last.ckpt").write_bytes(b"x")
-    assert newest_whole(RUN).name == "previous.ckpt"
+    assert latest_valid_checkpoint(RUN).name == "previous.ckpt"
 
 
 def test_the_manifest_does_not_grow(tmp_path: Path) -> None:
     for name in ("best.ckpt", "last.ckpt", "last.ckpt"):
-        DurableCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / name)
+        AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / name)
     for _ in range(3):  # best and previous are there, and not read
-        io = DurableCheckpointIO()
+        io = AtomicCheckpointIO()
         io.load_checkpoint(tmp_path / "last.ckpt")
         for step in range(2, 12):
             io.save_checkpoint(small_checkpoint(step), tmp_path / "last.ckpt")
             assert len(read_manifest(tmp_path) or []) <= 9
         for name in ("best.ckpt", "last.ckpt", "previous.ckpt"):
-            assert damage_of(tmp_path / name, read_manifest(tmp_path)) == ""
+            assert corruption_reason(tmp_path / name, read_manifest(tmp_path)) == ""
 
 
 def test_resumed_from_an_epochs_end_all_counters_are_the_same(fit: Command) -> None:
@@ -579,7 +579,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
     """What is mutated, and what reads it: it gives the content as it was, or refuses."""
     folder = tmp_path_factory.mktemp("targets")
     run, hf = folder / "run", folder / "hf"
-    io = DurableCheckpointIO()
+    io = AtomicCheckpointIO()
     for step in (1, 2):
         io.save_checkpoint(small_checkpoint(step), run / "last.ckpt")
     bare = folder / "bare" / "last.ckpt"
@@ -588,16 +588,16 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
     hf.mkdir()
     from gpt_lightning import GPTConfig, GPTModel
     from gpt_lightning.pretrained.huggingface import write_huggingface
-    from gpt_lightning.pretrained.weights import Source
+    from gpt_lightning.pretrained.weights import ModelWeights
 
     config = GPTConfig(vocab_size=40, context_length=4, emb_dim=8, n_heads=2, n_layers=1,
                        qkv_bias=True, tied_embeddings=True)  # fmt: skip
-    write_huggingface(Source(config, GPTModel(config).state_dict()), hf)
+    write_huggingface(ModelWeights(config, GPTModel(config).state_dict()), hf)
     write_manifest(hf, [path.name for path in hf.iterdir()])
 
     def resumed() -> Any:
         path, config = checkpoint_to_resume(run, "last", {})
-        return DurableCheckpointIO().load_checkpoint(path)["state_dict"], config
+        return AtomicCheckpointIO().load_checkpoint(path)["state_dict"], config
 
     def source(path: Path) -> Callable[[], Any]:
         def read() -> Any:
@@ -664,7 +664,7 @@ def test_no_mutation_of_stored_tokens(
 ) -> None:
     """A store in the cache that is damaged is made again: the tokens are always the text's."""
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 100)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 100)
     text = tmp_path / "mine.txt"
     text.write_text("Every effort moves you. " * 200)
     split = int(0.8 * len(text.read_text()))

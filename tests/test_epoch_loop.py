@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import Precision
 from test_durability import same_bits
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.cli.main import training_cli
+from gpt_lightning.cli import training_cli
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import epoch_loop
 from gpt_lightning.training.module import GPTLightningModule
@@ -138,7 +138,7 @@ def test_a_step_is_lightnings(
         arguments = [*RECORDED, "--trainer.max_epochs=-1", "--evaluation.eval_freq=3", *settings]
         with monkeypatch.context() as patched:
             if name == "lightnings":
-                patched.setattr(training_cli, "use_epoch_loop", lambda trainer: None)
+                patched.setattr(training_cli, "use_fast_epoch_loop", lambda trainer: None)
             if name == "resumed":
                 fit(*arguments, "--trainer.max_steps=4")
                 monkeypatch.setattr(Record, "seen", [])
@@ -190,13 +190,13 @@ def test_a_run_whose_updates_a_callback_sizes_goes_on_with_the_next_epoch(
 
 def test_it_is_the_straight_step_that_runs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    real = epoch_loop.EpochLoop._update
+    real = epoch_loop.FastTrainingEpochLoop._update
 
     def count(self: Any, batch: Any, batch_idx: int) -> Any:
         counted.append(batch_idx)
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(epoch_loop.EpochLoop, "_update", count)
+    monkeypatch.setattr(epoch_loop.FastTrainingEpochLoop, "_update", count)
     fit("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=1")
     assert counted == [0, 1, 2, 3]
     fit("--trainer.max_steps=6", "--ckpt_path=last")
@@ -212,7 +212,7 @@ class OwnPrecision(Precision):
 def test_anothers_precision_has_lightnings_step(
     fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(epoch_loop.EpochLoop, "_update")
+    monkeypatch.delattr(epoch_loop.FastTrainingEpochLoop, "_update")
     fit("--trainer.max_steps=2", "--allow_import=test_epoch_loop",
         "--trainer.plugins=test_epoch_loop.OwnPrecision")  # fmt: skip
 

@@ -20,7 +20,7 @@ from gpt_lightning import GPTLightningModule, load_model
 from gpt_lightning.cli import fit as fit_module
 from gpt_lightning.cli import run_warnings
 from gpt_lightning.model.gpt import TransformerBlock
-from gpt_lightning.training.evaluation import LossEvaluation, TextSamples
+from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.run_files import loss_figure
 
 
@@ -58,9 +58,9 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
     board = EventAccumulator(str(folder))
     board.Reload()
     tags = board.Tags()
-    assert set(LossEvaluation.TAGS) <= set(tags["scalars"])
-    assert set(TextSamples.TAGS) <= set(tags["scalars"])
-    assert [e.step for e in board.Scalars(TextSamples.TAGS[0])] == [0, 3, 6, 9, 12]
+    assert set(EvaluationCallback.TAGS) <= set(tags["scalars"])
+    assert set(SampleTextCallback.TAGS) <= set(tags["scalars"])
+    assert [e.step for e in board.Scalars(SampleTextCallback.TAGS[0])] == [0, 3, 6, 9, 12]
     assert "losses" in tags["images"]
     assert "sample/text_summary" in tags["tensors"]
     assert "_hparams_/session_start_info" in board.summary_metadata

@@ -5,7 +5,7 @@ import torch
 
 from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple
 from gpt_lightning.generation.engine import stream_ids
-from gpt_lightning.generation.sampling import Sampling, keep_top_k, probabilities, sample
+from gpt_lightning.generation.sampling import SamplingParams, probabilities, sample, top_k_filter
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.reports.sampling import (
     binomial_interval,
@@ -28,7 +28,7 @@ def idx() -> torch.Tensor:
     return torch.randint(101, (2, 5), generator=torch.Generator().manual_seed(2))
 
 
-def seeded(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -36,14 +36,14 @@ def test_exercise_5_3(model: GPTModel, idx: torch.Tensor) -> None:
     """Deterministic decoding: temperature 0 with any seed = the plain loop = top_k 1 at temperature 1."""
     expected = generate_simple(model, idx, 30)  # past the context of 16
     for seed in (1, 2, 3):
-        assert torch.equal(generate(model, idx, 30, generator=seeded(seed)), expected)
-        drawn = generate(model, idx, 30, temperature=1.0, top_k=1, generator=seeded(seed))
+        assert torch.equal(generate(model, idx, 30, generator=make_generator(seed)), expected)
+        drawn = generate(model, idx, 30, temperature=1.0, top_k=1, generator=make_generator(seed))
         assert torch.equal(drawn, expected)
 
 
 def test_a_seed_gives_one_text_and_seeds_differ(model: GPTModel, idx: torch.Tensor) -> None:
     def drawn(seed: int) -> list[list[int]]:
-        ids = generate(model, idx, 20, temperature=1.0, generator=seeded(seed))
+        ids = generate(model, idx, 20, temperature=1.0, generator=make_generator(seed))
         return ids.tolist()
 
     assert drawn(1) == drawn(1)
@@ -77,7 +77,7 @@ def test_rows_end_on_their_own(model: GPTModel, idx: torch.Tensor) -> None:
 
 
 def test_long_prompt_is_cropped_from_the_left(model: GPTModel) -> None:
-    prompt = torch.randint(101, (1, 40), generator=seeded(4))
+    prompt = torch.randint(101, (1, 40), generator=make_generator(4))
     ids = generate(model, prompt, 6)
     assert ids[:, :40].tolist() == prompt.tolist()
     assert ids[:, 40:].tolist() == generate_simple(model, prompt[:, -16:], 6)[:, 16:].tolist()
@@ -86,19 +86,19 @@ def test_long_prompt_is_cropped_from_the_left(model: GPTModel) -> None:
 def test_top_k_keeps_exactly_k_and_the_lower_ids_of_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
     for k in range(1, 6):
-        assert torch.isfinite(keep_top_k(logits, k)).sum(dim=-1).tolist() == [k, k]
-    assert torch.isfinite(keep_top_k(logits, 2)).nonzero()[:, 1].tolist() == [1, 2, 0, 1]
+        assert torch.isfinite(top_k_filter(logits, k)).sum(dim=-1).tolist() == [k, k]
+    assert torch.isfinite(top_k_filter(logits, 2)).nonzero()[:, 1].tolist() == [1, 2, 0, 1]
 
 
 def test_top_k_1_agrees_with_greedy_on_ties() -> None:
     logits = torch.tensor([[0.0, 5.0, 5.0, 1.0]]).repeat(50, 1)
-    drawn = sample(logits, Sampling(temperature=1.0, top_k=1), generator=seeded(0))
-    assert drawn.tolist() == sample(logits, Sampling()).tolist() == [1] * 50
+    drawn = sample(logits, SamplingParams(temperature=1.0, top_k=1), generator=make_generator(0))
+    assert drawn.tolist() == sample(logits, SamplingParams()).tolist() == [1] * 50
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-8, 1.0, 1e6])
 def test_probabilities_are_finite_at_any_temperature(temperature: float) -> None:
-    p = probabilities(torch.tensor([[80.0, -80.0, 79.0]]), Sampling(temperature))
+    p = probabilities(torch.tensor([[80.0, -80.0, 79.0]]), SamplingParams(temperature))
     assert torch.isfinite(p).all()
     assert p.sum().item() == pytest.approx(1.0)
 
@@ -130,7 +130,7 @@ PROMPTS = [
 def streamed(
     model: GPTModel, prompts: list[list[int]], n: int, **settings: object
 ) -> list[list[int]]:
-    steps = list(stream_ids(model, prompts, n, **{"sampling": Sampling(), **settings}))  # type: ignore[arg-type]
+    steps = list(stream_ids(model, prompts, n, **{"sampling": SamplingParams(), **settings}))  # type: ignore[arg-type]
     return torch.stack(steps, dim=1).tolist()
 
 
@@ -141,7 +141,10 @@ def test_a_prompt_of_no_tokens_is_refused(model: GPTModel, token: int) -> None:
 
 
 def test_padding_changes_no_logit(model: GPTModel) -> None:
-    long, short = torch.randint(101, (1, 12), generator=seeded(1)), torch.tensor([[3, 1, 4]])
+    long, short = (
+        torch.randint(101, (1, 12), generator=make_generator(1)),
+        torch.tensor([[3, 1, 4]]),
+    )
     padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), short], dim=1)
     both = torch.cat([long, padded])
     padding = torch.tensor([0, 9])
@@ -173,7 +176,8 @@ def test_long_prompts_and_texts_past_1024_positions() -> None:
     config = GPTConfig(vocab_size=101, context_length=1024, emb_dim=16, n_heads=2, n_layers=2)
     long_model = GPTModel(config).eval()
     prompts = [
-        torch.randint(101, (n,), generator=seeded(n)).tolist() for n in (1, 5, 200, 1023, 1500)
+        torch.randint(101, (n,), generator=make_generator(n)).tolist()
+        for n in (1, 5, 200, 1023, 1500)
     ]
     together = streamed(long_model, prompts, 6)
     for row, prompt in zip(together, prompts, strict=True):
@@ -183,15 +187,15 @@ def test_long_prompts_and_texts_past_1024_positions() -> None:
 
 
 def test_top_p_1_keeps_all() -> None:
-    logits = torch.randn(1, 50257, generator=seeded(1)) * 8
-    assert (probabilities(logits, Sampling(1.0, top_p=1.0)) > 0).sum() == (
-        probabilities(logits, Sampling(1.0)) > 0
+    logits = torch.randn(1, 50257, generator=make_generator(1)) * 8
+    assert (probabilities(logits, SamplingParams(1.0, top_p=1.0)) > 0).sum() == (
+        probabilities(logits, SamplingParams(1.0)) > 0
     ).sum()
 
 
 def test_filters_do_not_depend_on_the_models_precision() -> None:
-    logits = torch.randn(1, 50257, generator=seeded(1)).bfloat16()
-    settings = Sampling(1.0, top_p=0.9)
+    logits = torch.randn(1, 50257, generator=make_generator(1)).bfloat16()
+    settings = SamplingParams(1.0, top_p=0.9)
     p = probabilities(logits, settings)
     torch.testing.assert_close(p, probabilities(logits.float(), settings), rtol=0, atol=0)
 
@@ -199,7 +203,12 @@ def test_filters_do_not_depend_on_the_models_precision() -> None:
 def test_samples_of_a_prompt_differ_and_repeat_with_the_seed(model: GPTModel) -> None:
     def drawn() -> list[list[int]]:
         return streamed(
-            model, PROMPTS[:2], 12, sampling=Sampling(1.0), num_samples=4, generator=seeded(3)
+            model,
+            PROMPTS[:2],
+            12,
+            sampling=SamplingParams(1.0),
+            num_samples=4,
+            generator=make_generator(3),
         )
 
     rows = drawn()
@@ -232,8 +241,8 @@ PROCESSORS = {
 @pytest.mark.parametrize("names", [[name] for name in PROCESSORS] + [list(PROCESSORS)])
 def test_filters_are_those_of_transformers(names: list[str]) -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
-    logits = torch.randn(6, 101, generator=seeded(9)) * 3
-    ids = torch.randint(101, (6, 12), generator=seeded(10))
+    logits = torch.randn(6, 101, generator=make_generator(9)) * 3
+    ids = torch.randint(101, (6, 12), generator=make_generator(10))
     expected, settings = logits, {}
     for name in ["repetition_penalty", *(n for n in names if n != "repetition_penalty")]:
         if name in names:
@@ -242,7 +251,7 @@ def test_filters_are_those_of_transformers(names: list[str]) -> None:
             expected = getattr(processors, class_name)(*arguments)(ids, expected)
     if "temperature" in names:
         settings["temperature"] = 0.7
-    p = probabilities(logits, Sampling(**settings), ids)
+    p = probabilities(logits, SamplingParams(**settings), ids)
     torch.testing.assert_close(p, expected.softmax(dim=-1), rtol=1e-5, atol=1e-6)
 
 
@@ -250,11 +259,11 @@ def test_filters_are_those_of_transformers(names: list[str]) -> None:
 def test_logits_that_are_no_distribution_are_refused(bad: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 2] = bad
-    for settings in (Sampling(), Sampling(1.0)):
+    for settings in (SamplingParams(), SamplingParams(1.0)):
         with pytest.raises(ValueError, match="logits: a row has NaN"):
-            sample(logits, settings, generator=seeded(0))
+            sample(logits, settings, generator=make_generator(0))
     with pytest.raises(ValueError, match="only -inf"):
-        sample(torch.full((1, 5), -torch.inf), Sampling(1.0), generator=seeded(0))
+        sample(torch.full((1, 5), -torch.inf), SamplingParams(1.0), generator=make_generator(0))
 
 
 def test_damaged_model_says_at_which_token() -> None:
@@ -270,22 +279,22 @@ def test_damaged_model_says_at_which_token() -> None:
 @pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan")])
 def test_shares_outside_their_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}: .* is outside \(0, 1\]"):
-        Sampling(1.0, **{name: value})
+        SamplingParams(1.0, **{name: value})
 
 
 @pytest.mark.slow
 def test_frequencies_lie_in_their_intervals() -> None:
     """A million draws from random distributions under every filter; 1 in 10⁵ may miss by chance."""
-    generator = seeded(20)
+    generator = make_generator(20)
     checked = missed = 0
     for i in range(20):
         logits = torch.randn(1, 30, generator=generator) * 2
         for settings in (
-            Sampling(1.0),
-            Sampling(0.5, top_k=9),
-            Sampling(2.0, top_p=0.8),
-            Sampling(1.0, min_p=0.1),
-            Sampling(1.5, repetition_penalty=1.5),
+            SamplingParams(1.0),
+            SamplingParams(0.5, top_k=9),
+            SamplingParams(2.0, top_p=0.8),
+            SamplingParams(1.0, min_p=0.1),
+            SamplingParams(1.5, repetition_penalty=1.5),
         ):
             p = probabilities(logits, settings, ids=torch.tensor([[1, 2, 3]]))[0]
             counts = draw_counts(p, 1_000_000, seed=i)
@@ -315,7 +324,7 @@ def test_intervals_are_the_binomials() -> None:
 @pytest.mark.parametrize("seed", [1, 123])
 @pytest.mark.parametrize("size", [2, 9, 40, 300])
 def test_draws_at_once_are_the_successive_ones(seed: int, size: int) -> None:
-    p = (torch.randn(size, generator=seeded(size)) * 2).softmax(dim=0)
+    p = (torch.randn(size, generator=make_generator(size)) * 2).softmax(dim=0)
     assert torch.equal(draw_counts(p, 700, seed), draw_counts_one_by_one(p, 700, seed))
     torch.manual_seed(seed)
     theirs = [torch.multinomial(p, num_samples=1).item() for _ in range(700)]
@@ -329,8 +338,8 @@ def test_draws_at_once_are_the_successive_ones(seed: int, size: int) -> None:
 def test_counts_are_the_seeds_from_logits_on(shift: float, temperature: float) -> None:
     """softmax(logits / temperature) to the last bit: another rounding flips a draw now and then."""
     for seed in range(12):
-        logits = torch.randn(9, generator=seeded(seed)) * 0.3 + shift
-        rows, _ = frequencies(logits, list("abcdefghi"), [Sampling(temperature)], 1000, seed)
+        logits = torch.randn(9, generator=make_generator(seed)) * 0.3 + shift
+        rows, _ = frequencies(logits, list("abcdefghi"), [SamplingParams(temperature)], 1000, seed)
         torch.manual_seed(seed)
         p = torch.softmax(logits / temperature, dim=0)
         drawn = torch.tensor([torch.multinomial(p, num_samples=1).item() for _ in range(1000)])
@@ -340,14 +349,14 @@ def test_counts_are_the_seeds_from_logits_on(shift: float, temperature: float) -
 def test_tiny_temperature_overflows_nothing() -> None:
     for scale in (1.0, 1e30, 1e38):
         logits = torch.tensor([[1.0, 2.0, -1.0]]) * scale
-        assert probabilities(logits, Sampling(1e-40)).tolist() == [[0.0, 1.0, 0.0]]
+        assert probabilities(logits, SamplingParams(1e-40)).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_greedy_is_top_k_1_in_bfloat16_too() -> None:
-    logits = torch.randn(200, 5000, generator=seeded(1)).mul(3).sub(40).bfloat16()
+    logits = torch.randn(200, 5000, generator=make_generator(1)).mul(3).sub(40).bfloat16()
     ids = logits.topk(3).indices
-    greedy = Sampling(repetition_penalty=1.05)
-    one = Sampling(1.0, top_k=1, repetition_penalty=1.05)
+    greedy = SamplingParams(repetition_penalty=1.05)
+    one = SamplingParams(1.0, top_k=1, repetition_penalty=1.05)
     found = sample(logits, greedy, ids=ids)
     assert torch.equal(found, sample(logits, one, ids=ids))
     assert torch.equal(found, probabilities(logits, greedy, ids).argmax(dim=-1))

@@ -15,7 +15,7 @@ from random_gpt2 import random_gpt2
 
 from gpt_lightning import load_model
 from gpt_lightning.data.tokenizer import gpt2_encoding
-from gpt_lightning.pretrained.convert import Form, convert
+from gpt_lightning.pretrained.convert import WeightFormat, convert
 
 GPT2 = (f"--config={ROOT}/configs/gpt2.yaml", "--trainer.accelerator=cpu")
 
@@ -218,7 +218,10 @@ print((resident()["VmHWM:"] - before) / own)
 def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("124M")
     random_gpt2(folder / "gpt2", emb_dim=768, n_heads=12, n_layers=12, n_positions=1024)
-    forms: dict[Form, Path] = {"lightning": folder / "gpt2.ckpt", "book": folder / "gpt2.pth"}
+    forms: dict[WeightFormat, Path] = {
+        "lightning": folder / "gpt2.ckpt",
+        "book": folder / "gpt2.pth",
+    }
     for form, path in forms.items():
         convert(str(folder / "gpt2"), path, form)
     return {"hf": folder / "gpt2", **forms}

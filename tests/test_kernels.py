@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation import cuda_graph as decoding_step
 from gpt_lightning.generation import engine as generate_module
-from gpt_lightning.generation.cuda_graph import DecodingStep, obstacle_to_fusing
+from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, fused_decode_unsupported_reason
 from gpt_lightning.generation.engine import fastest_step
 from gpt_lightning.kernels import support
 from gpt_lightning.model import loss
@@ -33,14 +33,16 @@ def kernels_run() -> Iterator[None]:
         yield
 
 
-def seeded(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 @pytest.fixture
 def fused(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not torch.cuda.is_available():
-        monkeypatch.setattr(decoding_step, "obstacle_to_fusing", lambda model, rows: None)
+        monkeypatch.setattr(
+            decoding_step, "fused_decode_unsupported_reason", lambda model, rows: None
+        )
     return importlib.import_module("gpt_lightning.generation.fused_decode")
 
 
@@ -55,7 +57,7 @@ def plain_loss(logits: Tensor, targets: Tensor, vocab_size: int, by: float) -> t
 
 
 def check_loss(kernel: ModuleType, vocab_size: int, width: int, dtype: torch.dtype) -> None:
-    generator = seeded(vocab_size)
+    generator = make_generator(vocab_size)
     logits = 4 * torch.randn(5, width, generator=generator)
     logits[0] += 300  # whose powers of e float32 does not hold
     logits = logits.to(dtype)
@@ -111,7 +113,7 @@ def test_targets_that_are_no_tokens_make_the_loss_no_number(kernels_run: None) -
 def test_targets_may_be_strided_and_the_gradient_left_out(kernels_run: None) -> None:
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     targets = torch.arange(12).view(3, 4)[:, 1]
-    logits = torch.randn(3, 16, generator=seeded(1))
+    logits = torch.randn(3, 16, generator=make_generator(1))
     expected, _ = plain_loss(logits, targets, 13, by=1.0)
     before = logits.clone()
     found = kernel.loss_and_gradient_(logits, targets, 13, 1.0, gradient=False)
@@ -128,7 +130,7 @@ def test_a_damaged_logit_makes_the_loss_no_number(kernels_run: None, damage: flo
 
 
 def gradients(pad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = seeded(3)
+    generator = make_generator(3)
     features = torch.randn(2, 7, 16, generator=generator, dtype=dtype, requires_grad=True)
     weight = torch.randn(101, 16, generator=generator, dtype=dtype, requires_grad=True)
     targets = torch.randint(101, (2, 7), generator=generator)
@@ -162,7 +164,7 @@ def test_a_kernel_that_cannot_be_compiled_is_done_without(
 
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     monkeypatch.setattr(kernel, "loss_and_gradient_", fails)
-    monkeypatch.setattr(loss, "obstacle_to_kernels", lambda device: None)
+    monkeypatch.setattr(loss, "kernels_unsupported_reason", lambda device: None)
     with monkeypatch.context() as without:
         without.setattr(loss, "_kernel", lambda device: None)
         expected = gradients(True)
@@ -205,14 +207,14 @@ def model_of(
 def steps(model: GPTModel, lengths: list[int], count: int) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of ``count`` steps after prompts of these lengths: the plain path's, and our own kernels'."""
     rows, width = len(lengths), max(lengths)
-    ids = torch.randint(101, (rows, 48), generator=seeded(7))
+    ids = torch.randint(101, (rows, 48), generator=make_generator(7))
     padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
     dtype = model.tok_emb.weight.dtype
     caches = [KVCache.allocate(model.config, rows, 48, dtype=dtype) for _ in range(2)]
     for cache in caches:
         model.features(ids[:, :width], cache, padding)
     plain, own = caches
-    step = DecodingStep(model, own, padding, fused=True)
+    step = GraphedDecodeStep(model, own, padding, fused=True)
     assert step.is_fused
     expected, found = [], []
     for at in range(width, width + count):
@@ -275,7 +277,7 @@ def test_many_positions_on_a_gpu(lengths: list[int]) -> None:
     def logits(fused: bool) -> Tensor:
         cache = KVCache.allocate(config, rows, 1024, ids.device, torch.bfloat16)
         model.features(ids[:, :width], cache, padding)
-        step = DecodingStep(model, cache, padding, fused=fused)
+        step = GraphedDecodeStep(model, cache, padding, fused=fused)
         assert step.is_fused == fused
         found = torch.stack([step(ids[:, at]).clone() for at in range(width, width + 8)])
         step.close()
@@ -294,7 +296,7 @@ def test_the_step_reads_its_own_likeliest(fused: ModuleType) -> None:
     for given in (True, False):
         cache = KVCache.allocate(model.config, 1, 48)
         model.features(torch.tensor([[3, 1, 4]]), cache)
-        step = DecodingStep(model, cache, None, fused=True)
+        step = GraphedDecodeStep(model, cache, None, fused=True)
         step(torch.tensor([1]))
         for _ in range(3):
             step(step.likeliest.clone() if given else None)
@@ -309,7 +311,7 @@ def test_damaged_logits_are_seen(fused: ModuleType) -> None:
     model.tok_emb.weight[50] = torch.nan
     cache = KVCache.allocate(model.config, 1, 48)
     model.features(torch.tensor([[3, 1, 4]]), cache)
-    step = DecodingStep(model, cache, None, fused=True)
+    step = GraphedDecodeStep(model, cache, None, fused=True)
     logits = step(torch.tensor([1]))
     assert logits.isnan().sum() == 1
     assert step.largest.isnan().all()
@@ -324,12 +326,12 @@ def test_kernels_that_cannot_be_compiled_are_done_without(
         raise RuntimeError("Failed to find C compiler.\nmore lines")
 
     model = model_of()
-    monkeypatch.setattr(fused.FusedForward, "__call__", fails)
+    monkeypatch.setattr(fused.FusedDecodeForward, "__call__", fails)
     decoding_step._say_once.cache_clear()
     cache, plain = (KVCache.allocate(model.config, 1, 48) for _ in range(2))
     for each in (cache, plain):
         model.features(torch.tensor([[3, 1, 4]]), each)
-    step = DecodingStep(model, cache, None, fused=True)
+    step = GraphedDecodeStep(model, cache, None, fused=True)
     expected = model.head(model.features(torch.tensor([[1]]), plain)[:, -1])
     torch.testing.assert_close(step(torch.tensor([1])), expected)
     assert not step.is_fused
@@ -341,35 +343,40 @@ def test_kernels_that_cannot_be_compiled_are_done_without(
 
 def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
-    assert obstacle_to_fusing(model, 1) == "the model is on cpu"
+    assert fused_decode_unsupported_reason(model, 1) == "the model is on cpu"
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(support, "find_spec", lambda name: None)
-    assert support.obstacle_to_kernels(cuda) == "Triton is not installed"
+    assert support.kernels_unsupported_reason(cuda) == "Triton is not installed"
     monkeypatch.setattr(support, "find_spec", lambda name: name)
-    assert "older than NVIDIA's Ampere" in str(support.obstacle_to_kernels(cuda))
+    assert "older than NVIDIA's Ampere" in str(support.kernels_unsupported_reason(cuda))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert support.obstacle_to_kernels(cuda) is None
+    assert support.kernels_unsupported_reason(cuda) is None
 
-    monkeypatch.setattr(decoding_step, "obstacle_to_kernels", lambda device: None)
-    assert obstacle_to_fusing(model, 4) == "the model is on cpu"  # which no graph captures
-    monkeypatch.setattr(decoding_step, "obstacle_to_capture", lambda model: None)
-    assert obstacle_to_fusing(model, 4) is None
-    assert obstacle_to_fusing(model, 5) == "5 rows are more than 4"
-    monkeypatch.setattr(generate_module, "obstacle_to_capture", lambda model: None)
-    monkeypatch.setattr(generate_module, "FUSED_FROM", 30)
+    monkeypatch.setattr(decoding_step, "kernels_unsupported_reason", lambda device: None)
+    assert (
+        fused_decode_unsupported_reason(model, 4) == "the model is on cpu"
+    )  # which no graph captures
+    monkeypatch.setattr(decoding_step, "cuda_graph_unsupported_reason", lambda model: None)
+    assert fused_decode_unsupported_reason(model, 4) is None
+    assert fused_decode_unsupported_reason(model, 5) == "5 rows are more than 4"
+    monkeypatch.setattr(generate_module, "cuda_graph_unsupported_reason", lambda model: None)
+    monkeypatch.setattr(generate_module, "FUSED_MIN_NEW_TOKENS", 30)
     assert fastest_step(model, 1, 18, 1000) == "fused"
     assert fastest_step(model, 5, 18, 1000) == "graph"
     assert fastest_step(model, 1, 18, 29) == "graph"  # too few to pay for loading kernels
     assert fastest_step(model, 1, 19, 1000) == "graph"  # before the context is full
-    assert obstacle_to_fusing(model_of(1, 512), 1) == "its heads are wider than 256"
+    assert fused_decode_unsupported_reason(model_of(1, 512), 1) == "its heads are wider than 256"
     model.trf_blocks[0].att.out_proj = torch.nn.Identity()
-    assert obstacle_to_fusing(model, 1) == "its layers are not the model's own"
+    assert fused_decode_unsupported_reason(model, 1) == "its layers are not the model's own"
     mixed = model_of()
     mixed.pos_emb.to(torch.bfloat16)
-    assert obstacle_to_fusing(mixed, 1) == "its weights are not all alike"
-    assert obstacle_to_fusing(model_of(dtype=torch.float64), 1) == "its weights are float64"
+    assert fused_decode_unsupported_reason(mixed, 1) == "its weights are not all alike"
+    assert (
+        fused_decode_unsupported_reason(model_of(dtype=torch.float64), 1)
+        == "its weights are float64"
+    )
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def test_impossible_configs_are_refused(changes: dict[str, float], what: str) ->
 def test_packed_weights_change_nothing(
     monkeypatch: pytest.MonkeyPatch, tied: bool, qkv_bias: bool
 ) -> None:
-    monkeypatch.setattr(packed_weights, "PAYS_FROM", 0)
+    monkeypatch.setattr(packed_weights, "MIN_PACKED_SHAPE", 0)
     plain = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
     packed = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
     assert pack_weights(packed)

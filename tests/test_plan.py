@@ -27,8 +27,8 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.planning.as_on_cuda import as_on_cuda
 from gpt_lightning.planning.heap import Heap
-from gpt_lightning.planning.memory import TrainingStep, held
-from gpt_lightning.planning.plan import Setting, memory, plan
+from gpt_lightning.planning.memory import StepShape, held
+from gpt_lightning.planning.plan import RunSpec, memory, plan
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.throughput import measured_peak
 
@@ -78,7 +78,7 @@ SMALL_CONFIG = GPTConfig(
 def test_activations_are_what_autograd_keeps(drop_rate: float, precision: str) -> None:
     """Of a real forward pass: every storage that is kept for the backward one, once, weights left out."""
     config = replace(SMALL_CONFIG, drop_rate=drop_rate)
-    counted = held(TrainingStep(config, 2, 16, precision=precision))
+    counted = held(StepShape(config, 2, 16, precision=precision))
     assert counted.phase == "loss"  # when all is kept
     model = GPTModel(config)
     kept: dict[int, int] = {}
@@ -114,7 +114,7 @@ def test_a_step_is_linear_in_windows_and_leaves_nothing_behind(
     accumulate: bool, shards: int
 ) -> None:
     sizes = [
-        held(TrainingStep(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards, device="cuda"))
+        held(StepShape(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards, device="cuda"))
         for b in (16, 32, 48)
     ]
     first, second, third = (size.total for size in sizes)
@@ -130,7 +130,7 @@ def test_dropout_on_a_cpu_keeps_the_attention_matrix_and_on_a_gpu_not() -> None:
     kept = {}
     for rate in (0.0, 0.1):
         for device in ("cpu", "cuda"):
-            step = TrainingStep(replace(config, drop_rate=rate), 1, 256, device=device)  # type: ignore[arg-type]
+            step = StepShape(replace(config, drop_rate=rate), 1, 256, device=device)  # type: ignore[arg-type]
             kept[rate, device] = held(step).activations
     matrices = 4 * config.n_layers * config.n_heads * 256 * 256
     assert kept[0.1, "cpu"] - kept[0.0, "cpu"] >= 3 * matrices
@@ -178,17 +178,17 @@ def test_a_gpus_loss_in_autocast_is_torchs() -> None:
 def test_a_gpus_loss_in_autocast_is_ten_bytes_a_logit(precision: str) -> None:
     """Softmax's logarithm in 2, its copy in float32 and the copy's gradient."""
     config = replace(SMALL_CONFIG, vocab_size=20000)
-    counted = held(TrainingStep(config, 32, 16, precision=precision, device="cuda"))
+    counted = held(StepShape(config, 32, 16, precision=precision, device="cuda"))
     assert counted.phase == "loss"
     assert counted.loss == pytest.approx(10 * 32 * 16 * config.vocab_size, rel=0.001)
-    whole = held(TrainingStep(config, 32, 16, device="cuda"))  # softmax, its and logits' gradient
+    whole = held(StepShape(config, 32, 16, device="cuda"))  # softmax, its and logits' gradient
     assert whole.loss == pytest.approx(12 * 32 * 16 * config.vocab_size, rel=0.001)
 
 
 def test_chunks_and_checkpointing_keep_what_they_promise() -> None:
     config = replace(SMALL_CONFIG, vocab_size=20000, n_layers=6)
     C, N = config.emb_dim, 32 * 16
-    plain = TrainingStep(config, 32, 16, device="cuda")
+    plain = StepShape(config, 32, 16, device="cuda")
     counted = held(plain)
     assert counted.loss >= 4 * 2 * N * config.vocab_size  # logits and their softmax
     chunked = held(replace(plain, loss_chunk_size=64))
@@ -583,18 +583,16 @@ def test_what_cannot_fit_is_said_with_what_remains(command: Command) -> None:
 
 def test_weights_in_float16_are_stepped_without_fusing() -> None:
     """The one optimizer that is not fused takes a value a weight, which shows where nothing else is held."""
-    step = TrainingStep(
-        replace(SMALL_CONFIG, n_layers=1), 1, 1, precision="16-mixed", device="cuda"
-    )
-    lines, when = memory(Setting(step))
+    step = StepShape(replace(SMALL_CONFIG, n_layers=1), 1, 1, precision="16-mixed", device="cuda")
+    lines, when = memory(RunSpec(step))
     assert when == "optimizer's step"
     assert lines["optimizer's step"] == lines["weights"]
 
 
 def test_time_is_divided_by_devices_and_memory_is_not_told_where_it_is_not_known() -> None:
-    step = TrainingStep(SMALL_CONFIG, 2, 16, device="cuda")
-    one = plan(Setting(step), tokens=10_000, peak_flops=1e12, mfu=0.5)
-    eight = plan(Setting(step, devices=8, strategy="ddp"), tokens=10_000, peak_flops=1e12, mfu=0.5)
+    step = StepShape(SMALL_CONFIG, 2, 16, device="cuda")
+    one = plan(RunSpec(step), tokens=10_000, peak_flops=1e12, mfu=0.5)
+    eight = plan(RunSpec(step, devices=8, strategy="ddp"), tokens=10_000, peak_flops=1e12, mfu=0.5)
     assert one.hours is not None
     assert eight.hours == pytest.approx(one.hours / 8)
     assert (one.updates, eight.updates) == (ceil(10_000 / 32), ceil(10_000 / 256))

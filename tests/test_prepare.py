@@ -26,7 +26,7 @@ from gpt_lightning.data import token_cache, token_store
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.prepare import chunk
 from gpt_lightning.data.prepare.chunk import content_hash, split_of
-from gpt_lightning.data.prepare.pipeline import Settings, prepare
+from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 from gpt_lightning.data.prepare.plain_text import safe_cut
 from gpt_lightning.data.token_store import open_store
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_documents, encode_prompt
@@ -90,14 +90,14 @@ def test_a_long_text_in_pieces_is_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     """Marks, line ends of all kinds and long words included."""
-    monkeypatch.setattr(chunk, "PIECE_BYTES", piece)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", piece)
     rng = random.Random(piece)
     text = "<|endoftext|>".join(
         "x" + awkward(rng, rng.choice([3, 30, 3000])) + "y" * rng.choice([0, 500])
         for _ in range(12)
     )
     (tmp_path / "a.txt").write_bytes(text.encode())
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", Settings(val_ratio=0), workers=3)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", PrepareConfig(val_ratio=0), workers=3)
     whole = encode_corpus((tmp_path / "a.txt").read_text(encoding="utf-8"))
     assert joined(tmp_path / "out") == (whole.tolist(), [])
 
@@ -108,7 +108,7 @@ def test_a_folder_is_what_data_text_reads(tmp_path: Path) -> None:
     for i, paragraph in enumerate(PARAGRAPHS[:9]):
         (folder.parent if i % 2 else folder).joinpath(f"{i}.txt").write_text(paragraph)
     (folder / "z.csv").write_text("a,b")
-    prepare([str(folder.parent)], tmp_path / "out", Settings(val_ratio=0))
+    prepare([str(folder.parent)], tmp_path / "out", PrepareConfig(val_ratio=0))
     expected = encode_corpus(read_corpus(str(folder.parent)))
     assert joined(tmp_path / "out")[0] == expected.tolist()
 
@@ -120,7 +120,7 @@ def test_byte_order_marks_and_line_ends_decide_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, split: Any, size: int
 ) -> None:
     """Neither tokens nor splits: the same text from Windows is the same text; in pieces too."""
-    monkeypatch.setattr(chunk, "PIECE_BYTES", piece)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", piece)
     rng = random.Random(size)
     words = ["one", " two", "\n", "\n\n", "  ", "ü", "🦜", "x" * 60]
     texts = ["<|endoftext|>".join("".join(rng.choice(words) for _ in range(size)) + f" {i} {j}."
@@ -132,9 +132,9 @@ def test_byte_order_marks_and_line_ends_decide_nothing(
         for i, text in enumerate(texts):
             (folder / f"{i:02}.txt").write_bytes(mark + text.replace("\n", end).encode())
         if split == "hash":
-            settings = Settings(val_ratio=0.3)
+            settings = PrepareConfig(val_ratio=0.3)
         else:  # whose cut depends on the bytes
-            settings = Settings(split="ratio", val_ratio=0)
+            settings = PrepareConfig(split="ratio", val_ratio=0)
         prepare([str(folder)], tmp_path / f"{name}-out", settings, workers=2)
         stores.append(joined(tmp_path / f"{name}-out"))
     assert stores[0] == stores[1] == stores[2]
@@ -150,7 +150,7 @@ def test_byte_order_marks_of_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
     for name in ("a.jsonl", "b.jsonl.gz"):
-        prepare([str(tmp_path / name)], tmp_path / f"{name}-out", Settings(val_ratio=0))
+        prepare([str(tmp_path / name)], tmp_path / f"{name}-out", PrepareConfig(val_ratio=0))
         assert documents_of(joined(tmp_path / f"{name}-out")[0]) == ["one\r\n", "two"]
 
 
@@ -215,9 +215,9 @@ def test_a_store_of_an_earlier_reader_is_not_continued(command: Command, tmp_pat
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
     arguments = ("prepare", "a.txt", "--out=store", "--val_ratio=0")
     assert command(*arguments).code == 0
-    manifest = token_store.read_sealed(Path("store/manifest.json"))
+    manifest = token_store.read_self_checksummed(Path("store/manifest.json"))
     del manifest["reader"]
-    token_store.write_sealed(Path("store/manifest.json"), manifest)
+    token_store.write_self_checksummed(Path("store/manifest.json"), manifest)
     refused(command(*arguments), "store: was prepared by a version that reads byte order marks")
     assert joined(Path("store"))[0] == encode_prompt("one")
 
@@ -255,11 +255,11 @@ KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", "-dataset"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """In one way or the other the same documents; and interrupted after any piece the same store."""
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 3000)
     rng = random.Random(3)
     texts = [awkward(rng, rng.choice([1, 20, 300])) + f" {i}" for i in range(700)]
     path = written_as(tmp_path, kind, texts)
-    settings = Settings(val_ratio=0.2, shard_tokens=4000)
+    settings = PrepareConfig(val_ratio=0.2, shard_tokens=4000)
     prepare([str(path)], tmp_path / "out", settings, workers=2)
     train, val = joined(tmp_path / "out")
     for ids, split in [(train, "train"), (val, "val")]:
@@ -273,7 +273,7 @@ def test_rows_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kin
 def test_an_end_of_text_in_a_row_is_plain_text(tmp_path: Path) -> None:
     texts = ["one <|endoftext|> two", "three"]
     path = write_lines(tmp_path / "rows.jsonl", texts)
-    prepare([str(path)], tmp_path / "out", Settings(val_ratio=0))
+    prepare([str(path)], tmp_path / "out", PrepareConfig(val_ratio=0))
     ids, _ = joined(tmp_path / "out")
     assert ids.count(END) == 1
     assert ids == [*encode_prompt(texts[0]), END, *encode_prompt(texts[1])]
@@ -297,13 +297,13 @@ def test_workers_have_no_say(corpus: list[str], whole: Path, tmp_path: Path, wor
 
 # --- interrupted ----------------------------------------------------------------------------------
 
-SHARDS = Settings(val_ratio=0.2, shard_tokens=5000)
+SHARDS = PrepareConfig(val_ratio=0.2, shard_tokens=5000)
 
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A text of many pieces with a long document in the middle, lines, and a folder."""
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 4000)
     short = "<|endoftext|>".join(PARAGRAPHS[:20])
     (tmp_path / "a.txt").write_text(f"{short}<|endoftext|>{SAMPLE * 2}<|endoftext|>{short} end")
     write_lines(tmp_path / "b.jsonl", [f"{i} {p}" for i in range(3) for p in PARAGRAPHS])
@@ -320,7 +320,7 @@ def whole(corpus: list[str], tmp_path: Path) -> Path:
 
 
 def interrupted_everywhere(
-    inputs: list[str], out: Path, settings: Settings, every: int, *, skip: bool = False
+    inputs: list[str], out: Path, settings: PrepareConfig, every: int, *, skip: bool = False
 ) -> int:
     """Prepare, interrupted ``every`` pieces; returns how many times."""
     for times in range(1000):
@@ -350,7 +350,7 @@ def test_interrupted_after_any_piece_it_is_the_same(
 
 def test_interrupted_by_ratio_too(corpus: list[str], tmp_path: Path) -> None:
     """The cut falls into the long document."""
-    settings = Settings("text", "ratio", 0.8, shard_tokens=3000)
+    settings = PrepareConfig("text", "ratio", 0.8, shard_tokens=3000)
     prepare(corpus, tmp_path / "straight", settings, workers=2)
     assert interrupted_everywhere(corpus, tmp_path / "cut", settings, 1) > 3
     assert everything(tmp_path / "cut") == everything(tmp_path / "straight")
@@ -364,7 +364,7 @@ def test_crashed_at_any_write_it_is_the_same(
 ) -> None:
     """At the n-th sync or rename, for every n: nothing after it happens, as with a SIGKILL."""
     real = getattr(os, name)
-    shards = Settings(val_ratio=0.2, shard_tokens=12_000)
+    shards = PrepareConfig(val_ratio=0.2, shard_tokens=12_000)
     prepare(corpus, tmp_path / "whole", shards)
     for n in range(1, 200):
         calls = 0
@@ -468,7 +468,7 @@ def test_a_disk_that_fills_up_is_gone_on_from(
     command: Command, corpus: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = 8
-    real = token_store.write_sealed
+    real = token_store.write_self_checksummed
 
     def write(path: Path, content: dict[str, Any]) -> None:
         nonlocal left
@@ -477,7 +477,7 @@ def test_a_disk_that_fills_up_is_gone_on_from(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, content)
 
-    monkeypatch.setattr(token_store, "write_sealed", write)
+    monkeypatch.setattr(token_store, "write_self_checksummed", write)
     arguments = ("prepare", *corpus, "--out=store", "--val_ratio=0.2", "--shard_tokens=5000")
     refused(command(*arguments), "store: cannot be written (No space left on device); make room")
     assert len(list(Path("store").glob("*.u16"))) > 7
@@ -513,8 +513,8 @@ def test_by_hash_more_files_move_none(tmp_path: Path) -> None:
     texts = [f"{i} {paragraph}" for i in range(6) for paragraph in PARAGRAPHS]
     write_lines(tmp_path / "b.jsonl", texts[:200])
     write_lines(tmp_path / "a.jsonl", texts[200:])
-    prepare([str(tmp_path / "b.jsonl")], tmp_path / "few", Settings())
-    prepare([str(tmp_path)], tmp_path / "more", Settings(), workers=2)
+    prepare([str(tmp_path / "b.jsonl")], tmp_path / "few", PrepareConfig())
+    prepare([str(tmp_path)], tmp_path / "more", PrepareConfig(), workers=2)
     few, more = (
         [set(documents_of(ids)) for ids in joined(tmp_path / name)] for name in ("few", "more")
     )
@@ -526,7 +526,9 @@ def test_by_hash_more_files_move_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("val_ratio", [0.0, 0.1, 0.5, 0.93])
 def test_by_ratio_a_text_is_cut_once(tmp_path: Path, val_ratio: float) -> None:
     (tmp_path / "mine.txt").write_text(SAMPLE)
-    prepare([str(tmp_path / "mine.txt")], tmp_path / "out", Settings("text", "ratio", val_ratio))
+    prepare(
+        [str(tmp_path / "mine.txt")], tmp_path / "out", PrepareConfig("text", "ratio", val_ratio)
+    )
     train, val = joined(tmp_path / "out")
     assert train + val == encode_corpus(SAMPLE).tolist()
     cut = len(decode(train).encode()) - (1 - val_ratio) * len(SAMPLE.encode())
@@ -537,10 +539,10 @@ def test_by_ratio_a_text_is_cut_once(tmp_path: Path, val_ratio: float) -> None:
 def test_by_ratio_the_last_rows_are_for_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 2000)
     texts = [f"{i:05} {'x' * 20}" for i in range(1000)]
     path = written_as(tmp_path, kind, texts)
-    prepare([str(path)], tmp_path / "out", Settings("text", "ratio", 0.25), workers=2)
+    prepare([str(path)], tmp_path / "out", PrepareConfig("text", "ratio", 0.25), workers=2)
     train, val = (documents_of(ids) for ids in joined(tmp_path / "out"))
     assert train + val == texts
     assert len(val) == 250
@@ -577,7 +579,7 @@ def test_fit_and_validate_take_a_store(command: Command, tmp_path: Path) -> None
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS * 2)
-    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", Settings(shard_tokens=3000))
+    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", PrepareConfig(shard_tokens=3000))
     return tmp_path / "store"
 
 
@@ -608,9 +610,9 @@ def test_no_mutation_is_silent(prepared: Path, what: str) -> None:
 
 def test_a_whole_shard_is_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not by the process that opens what prepare has written here; again when it has changed."""
-    monkeypatch.setattr(checksum_cache, "WORTH_REMEMBERING", 0)
+    monkeypatch.setattr(checksum_cache, "MIN_CACHED_BYTES", 0)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
-    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", Settings())
+    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", PrepareConfig())
     summed: list[str] = []
     real = checksum_cache.sha256_of
     monkeypatch.setattr(
@@ -636,7 +638,7 @@ def test_a_store_of_another_tokenizer(
     manifest = json.loads((prepared / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["tokenizer"] = {"name": "cl100k_base"}
-    token_store.write_sealed(prepared / "manifest.json", manifest)
+    token_store.write_self_checksummed(prepared / "manifest.json", manifest)
     done = command(
         "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--data.text={prepared}"
     )
@@ -646,7 +648,7 @@ def test_a_store_of_another_tokenizer(
 
 def test_a_long_text_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens come from the cache afterwards; another text or ratio is another store."""
-    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 1000)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 1000)
     path = tmp_path / "mine.txt"
     path.write_text(SAMPLE)
     first = token_cache.read_splits(str(path), 0.5)
@@ -720,7 +722,7 @@ def test_what_cannot_be_read(
     content: bytes,
     part: str,
 ) -> None:
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
     (tmp_path / name).write_bytes(content)
     refused(command("prepare", name, "--out=deep/store", "--val_ratio=0"), part)
     assert os.listdir(tmp_path) == [name]
@@ -761,7 +763,7 @@ def test_what_is_meant_is_not_clear(
 def test_skipped_are_counted(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n" + GOOD + b'{"text": " "}\n' + b'{"x": 1}\n')
     (tmp_path / "b.txt").write_bytes(b"long " * 900 + b"\xff<|endoftext|>good<|endoftext|>bad\xff")
     arguments = ("prepare", "a.jsonl", "b.txt", "--out=store", "--val_ratio=0", "--on_error=skip")
@@ -793,7 +795,7 @@ def test_of_a_damaged_file_the_rest_is_skipped(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
 ) -> None:
     """As one; by any number of workers and after interruptions the same."""
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(6) for p in PARAGRAPHS]
     path = written_as(tmp_path, kind, texts)
     content = path.read_bytes()
@@ -815,7 +817,7 @@ def test_of_a_damaged_file_the_rest_is_skipped(
         assert said["skipped"] == 1 or (kind, damage) == (".jsonl.gz", "zeros")
         assert f"skipped: {path.name}: is damaged (" in done.err
         assert len(PARAGRAPHS) < sum(said["documents"].values()) < 7 * len(PARAGRAPHS)
-    shards = Settings(val_ratio=0.2, shard_tokens=3000)
+    shards = PrepareConfig(val_ratio=0.2, shard_tokens=3000)
     assert interrupted_everywhere(inputs, tmp_path / "cut", shards, 3, skip=True) > 2
     assert everything(Path("1")) == everything(Path("3")) == everything(Path("cut"))
     # stopped at it, it is gone on with
@@ -855,7 +857,7 @@ def test_folders_that_a_glob_matches_and_links_are_read(command: Command, tmp_pa
 def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
     path = write_lines(tmp_path / "a.jsonl", [f"{i} {p}" for i in range(4) for p in PARAGRAPHS])
     with path.open("a") as file:
         file.write('{"no": 1}\n')
@@ -899,7 +901,7 @@ def test_a_bad_line_that_is_corrected_is_gone_on_from(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """What comes later may be another file too; what was read already may not."""
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(4) for p in PARAGRAPHS]
     first = write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
     path, good = with_a_bad_row(tmp_path, kind, texts, len(texts) - 9)
@@ -989,7 +991,7 @@ def test_what_another_wrote_stays(command: Command, tmp_path: Path, name: str) -
 def test_what_lies_beside_an_unfinished_store_stays(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(b"{\n")
@@ -1090,7 +1092,7 @@ def test_it_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     """Peak RSS of a process, for one long document and many short ones: 4 times the text, at most 4 MB more."""
     code = ("import sys; from gpt_lightning.cli.main import main; from gpt_lightning.data.prepare import chunk; "
-            "pieces.PIECE_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
+            "pieces.CHUNK_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     peaks = []
     for times in (80, 320):

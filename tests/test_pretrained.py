@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate, load_model
 from gpt_lightning.data.tokenizer import gpt2_encoding, vocabulary_file
-from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.pretrained import openai
-from gpt_lightning.pretrained.convert import Form, convert
+from gpt_lightning.pretrained.convert import WeightFormat, convert
 from gpt_lightning.pretrained.load import read_source
 from gpt_lightning.pretrained.name_map import gpt2_names
 from gpt_lightning.pretrained.openai import _spelled as spelled
-from gpt_lightning.pretrained.weights import Source, write_lightning
-from gpt_lightning.reports.model_comparison import Task, measure
+from gpt_lightning.pretrained.weights import ModelWeights, write_lightning
+from gpt_lightning.reports.model_comparison import ComparisonTask, measure
 
 needs_tensorflow = pytest.mark.skipif(
     find_spec("tensorflow") is None, reason="TensorFlow is not installed: pip install '.[openai]'"
@@ -54,7 +54,9 @@ def test_hugging_face_gives_transformers_logits(tmp_path: Path, size: str) -> No
 
 @pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize("form", ["book", pytest.param("openai-tf", marks=needs_tensorflow)])
-def test_other_forms_give_transformers_logits(tmp_path: Path, size: str, form: Form) -> None:
+def test_other_forms_give_transformers_logits(
+    tmp_path: Path, size: str, form: WeightFormat
+) -> None:
     """From transformers through the form and back, at every position of the context."""
     emb_dim, n_heads = SHAPES[size]
     theirs = random_gpt2(tmp_path / "hf", emb_dim, n_heads, n_positions=1024)
@@ -145,7 +147,7 @@ def test_exported_model_is_a_hugging_face_model(tmp_path: Path, tied: bool, qkv_
     config = GPTConfig(context_length=32, emb_dim=32, n_heads=4, n_layers=2, qkv_bias=qkv_bias,
                        tied_embeddings=tied)  # fmt: skip
     ours = GPTModel(config).eval()
-    write_lightning(Source(config, ours.state_dict()), tmp_path / "ours.ckpt")
+    write_lightning(ModelWeights(config, ours.state_dict()), tmp_path / "ours.ckpt")
     convert(str(tmp_path / "ours.ckpt"), tmp_path / "hf", "hf")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     assert_same_logits(ours, theirs, random_ids(2, 20))
@@ -715,7 +717,9 @@ def test_another_tokenizer_is_refused_wherever_text_is_used(
             assert done.err.count("\n") == 1
     done = command("generate", "--from=gpt2.pt", "--prompt=A", "--max_new_tokens=1")
     assert done.code == 0, done.err
-    task = Task(prompt="A", sampling=Sampling(), num_samples=1, max_new_tokens=1, seed=1)
+    task = ComparisonTask(
+        prompt="A", sampling=SamplingParams(), num_samples=1, max_new_tokens=1, seed=1
+    )
     with pytest.raises(ValueError, match="has another tokenizer than GPT-2's"):
         measure("ckpt.pt", task)  # what report sizes does in a process of its own
     load_model("ckpt.pt")  # its ids can be used
@@ -742,7 +746,7 @@ def test_another_tokenizer_does_not_become_gpt2s_by_a_conversion(
 
 def test_a_checkpoint_with_other_names_is_no_run_to_resume(command: Command) -> None:
     config = GPTConfig(context_length=16, emb_dim=8, n_heads=2, n_layers=1)
-    write_lightning(Source(config, GPTModel(config).state_dict()), Path("ours.ckpt"))
+    write_lightning(ModelWeights(config, GPTModel(config).state_dict()), Path("ours.ckpt"))
     content = torch.load("ours.ckpt", weights_only=True)
     content |= {"optimizer_states": [{}], "loops": {}, "tokens_seen": 0}
     content["state_dict"] = {f"_orig_mod.{n}": t for n, t in content["state_dict"].items()}

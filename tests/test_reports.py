@@ -325,10 +325,12 @@ def test_every_setting_of_the_sampling_figure_has_a_panel_that_can_be_read() -> 
     assert "4.3 %" in [text.get_text() for text in figure.axes[2].texts]
 
 
-def measured(source: str, **figures: Any) -> model_comparison.Measured:
+def measured(source: str, **figures: Any) -> model_comparison.ModelMeasurement:
     known = {"train_loss": 2.08, "val_loss": 5.4, "seconds_to_first_token": 1.0204,
              "tokens_per_second": 13523.2, "peak_memory_bytes": 6_230_000_000}  # fmt: skip
-    return model_comparison.Measured(source, 164_000_000, 13_700_000, **{**known, **figures})
+    return model_comparison.ModelMeasurement(
+        source, 164_000_000, 13_700_000, **{**known, **figures}
+    )
 
 
 def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
@@ -358,7 +360,7 @@ def test_the_first_token_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
         model_comparison, "_token_times", lambda model, task, new_tokens: next(times)
     )
     monkeypatch.setattr(model_comparison, "_FIRST_TOKENS_SECONDS", 0.4 + 199.5 * 0.008)
-    task = model_comparison.Task("x", model_comparison.Sampling(), 1, 4, 1)
+    task = model_comparison.ComparisonTask("x", model_comparison.SamplingParams(), 1, 4, 1)
     first, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
     assert first == 0.008
     assert rate == pytest.approx(100)
@@ -366,7 +368,7 @@ def test_the_first_token_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_heat_maps_are_readable() -> None:
     cells = [
-        sweep.Cell(t, k, p, 0.5, 0.1 * i, 0.2, -1.0 - i, 1.0, share, share == 1, ["a", "b", "c", "d"])
+        sweep.GridCell(t, k, p, 0.5, 0.1 * i, 0.2, -1.0 - i, 1.0, share, share == 1, ["a", "b", "c", "d"])
         for p in (None, 0.9)
         for i, (t, k, share) in enumerate([(0.0, 1, 1.0), (0.0, None, 0.5), (1.5, 1, 0.25), (1.5, None, 0.25)])
     ]  # fmt: skip

@@ -22,11 +22,11 @@ from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import checkpoint_callback, evaluation, module, throughput
-from gpt_lightning.training.checkpoint_callback import RunCheckpoints
-from gpt_lightning.training.evaluation import LossEvaluation
+from gpt_lightning.training.checkpoint_callback import CheckpointCallback
+from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optimizer import total_norm
-from gpt_lightning.training.throughput import PEAKS, TrainingClock, figures, measured_peak, of_gpu
+from gpt_lightning.training.optimizer import global_grad_norm
+from gpt_lightning.training.throughput import PEAKS, Stopwatch, figures, gpu_value, measured_peak
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 24, 1000])
@@ -72,7 +72,7 @@ def test_float64_stays_float64() -> None:
     for plain, by_chunks in zip(*found, strict=True):
         torch.testing.assert_close(by_chunks, plain, atol=1e-14, rtol=1e-13)
     exact = torch.cat([x.flatten(), w.flatten()]).norm()
-    torch.testing.assert_close(total_norm([x, w]), exact, atol=0, rtol=1e-14)
+    torch.testing.assert_close(global_grad_norm([x, w]), exact, atol=0, rtol=1e-14)
 
 
 def test_a_run_in_float64_has_its_loss_by_chunks(fit: Command) -> None:
@@ -371,7 +371,7 @@ def test_arithmetic() -> None:
 def test_a_stopped_clock_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    clock = TrainingClock()
+    clock = Stopwatch()
     began = clock.seconds()
     now[0] += 2
     with clock.stopped(torch.device("cpu")):
@@ -402,10 +402,10 @@ def test_the_clock_stands_while_a_run_does_not_train(
     monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
     kinds = [
         (throughput, "measured_peak"),
-        (LossEvaluation, "_mean_loss"),
+        (EvaluationCallback, "_mean_loss"),
         (evaluation, "entropy"),
         (evaluation, "generate"),
-        (RunCheckpoints, "_save"),
+        (CheckpointCallback, "_save"),
         (checkpoint_callback, "copy_of"),
         (GPTLightningModule, "validation_step"),
     ]
@@ -454,20 +454,20 @@ def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_profiler_that_is_asked_for_measures(fit: Command) -> None:
     done = fit("--trainer.max_steps=2", "--trainer.profiler=simple")
-    assert done.err.count("[Callback]BadSteps.on_before_optimizer_step") == 1
+    assert done.err.count("[Callback]SkipBadSteps.on_before_optimizer_step") == 1
 
 
 def test_peaks() -> None:
-    assert of_gpu(PEAKS, "NVIDIA H100 80GB HBM3") == 989e12
-    assert of_gpu(PEAKS, "NVIDIA H100 PCIe") == 756e12
-    assert of_gpu(PEAKS, "NVIDIA L4") == 121e12
-    assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in ("L40", "T400", "RTX A1000", "A10G")] == [
-        None
-    ] * 4
-    assert of_gpu(PEAKS, "NVIDIA H100 NVL") == 835e12
+    assert gpu_value(PEAKS, "NVIDIA H100 80GB HBM3") == 989e12
+    assert gpu_value(PEAKS, "NVIDIA H100 PCIe") == 756e12
+    assert gpu_value(PEAKS, "NVIDIA L4") == 121e12
+    assert [
+        gpu_value(PEAKS, f"NVIDIA {name}") for name in ("L40", "T400", "RTX A1000", "A10G")
+    ] == [None] * 4
+    assert gpu_value(PEAKS, "NVIDIA H100 NVL") == 835e12
     less = ["H200 NVL", "H100 80GB HBM3 MIG 1g.10gb", "H100 NVL MIG 1g.12gb", "A100-SXM4-40GB MIG 3g.20gb",
             "GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 D"]  # fmt: skip
-    assert [of_gpu(PEAKS, f"NVIDIA {name}") for name in less] == [None] * len(less)
+    assert [gpu_value(PEAKS, f"NVIDIA {name}") for name in less] == [None] * len(less)
     assert PEAKS["H100"] == 989e12  # dense, not the sparse figure
     assert list(PEAKS).index("H100 PCIe") < list(PEAKS).index("H100")
     assert list(PEAKS).index("L40S") < list(PEAKS).index("L4")

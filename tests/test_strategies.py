@@ -20,10 +20,10 @@ import torch
 from conftest import ROOT, SMALL, Command, python
 from lightning.pytorch import Callback
 
-from gpt_lightning.data.dataloader import WindowLoader
-from gpt_lightning.data.dataset import Windows
+from gpt_lightning.data.dataloader import ResumableDataLoader
+from gpt_lightning.data.dataset import WindowDataset
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.optimizer import total_norm
+from gpt_lightning.training.optimizer import global_grad_norm
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
 DDP = (f"--config={ROOT}/configs/ddp.yaml", "--trainer.devices=2")
@@ -144,11 +144,11 @@ def test_validation_counts_every_window_once(folder: Path) -> None:
 @pytest.mark.parametrize(("batch_size", "ranks"), [(2, 2), (5, 2), (3, 4), (7, 3)])
 def test_ranks_read_as_many_batches_and_each_window_once(batch_size: int, ranks: int) -> None:
     """A rank with a batch less would let the others wait for its share of the weights."""
-    view = Windows([np.arange(60, dtype=np.uint16)], 4, 3)
+    view = WindowDataset([np.arange(60, dtype=np.uint16)], 4, 3)
     seen = []
     counts = set()
     for rank in range(ranks):
-        loader = WindowLoader(view, batch_size, shuffle=False, drop_last=False, rank=rank,
+        loader = ResumableDataLoader(view, batch_size, shuffle=False, drop_last=False, rank=rank,
                               world_size=ranks)  # fmt: skip
         batches = list(loader)
         counts.add(len(batches))
@@ -234,12 +234,12 @@ def test_norm_is_the_whole_ones_whatever_it_is_split_into() -> None:
     large[torch.rand(30_000, generator=generator) < 0.9] *= 0.01
     small = torch.randn(300, generator=generator) * 1e-3
     exact = math.sqrt(float(large.double().square().sum() + small.double().square().sum()))
-    assert float(total_norm([large, small])) == pytest.approx(exact, rel=1e-6)
+    assert float(global_grad_norm([large, small])) == pytest.approx(exact, rel=1e-6)
     shares = [
-        float(total_norm([a, b])) for a, b in zip(large.chunk(2), small.chunk(2), strict=True)
+        float(global_grad_norm([a, b])) for a, b in zip(large.chunk(2), small.chunk(2), strict=True)
     ]
     assert math.hypot(*shares) == pytest.approx(exact, rel=1e-6)
-    assert float(total_norm([])) == 0.0
+    assert float(global_grad_norm([])) == 0.0
 
 
 class NotFinite(Callback):
@@ -443,4 +443,4 @@ def test_overlays_go_on_top_of_any_config(
             assert stop.value.code == 0
             printed = capsys.readouterr().out
             assert f"run: {base}" in printed
-            assert {"ddp": "DDPStrategy", "fsdp": "FullyShardedStrategy"}[name] in printed
+            assert {"ddp": "DDPStrategy", "fsdp": "FSDP2Strategy"}[name] in printed

@@ -19,13 +19,13 @@ from test_bad_input import refused
 
 from gpt_lightning import GPTConfig, GPTModel, TextDataModule, load_model
 from gpt_lightning.data import dataloader as loader_module
-from gpt_lightning.data.dataloader import WindowLoader
-from gpt_lightning.data.dataset import JoinedWindows, Windows
-from gpt_lightning.data.mixture_sampler import Mixture
-from gpt_lightning.data.sampler import Bijection, shuffled
+from gpt_lightning.data.dataloader import ResumableDataLoader
+from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
+from gpt_lightning.data.mixture_sampler import MixtureSampler
+from gpt_lightning.data.sampler import FeistelPermutation, shuffled
 from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.metrics import TokenMean
+from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.verify_resume import compare_checkpoints
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
@@ -35,7 +35,7 @@ def some_tokens(n: int) -> np.ndarray:
     return np.random.default_rng(n).integers(0, 50257, n).astype(np.uint16)
 
 
-def numbers(loader: WindowLoader, passes: int = 1) -> list[list[int]]:
+def numbers(loader: ResumableDataLoader, passes: int = 1) -> list[list[int]]:
     """Of the windows of each batch."""
     return [loader.handed_out.tolist() for _ in range(passes) for _ in loader]
 
@@ -53,8 +53,8 @@ def test_a_stream_in_parts_has_the_windows_of_the_whole(
     cuts: list[int], length: int, stride: int
 ) -> None:
     tokens = some_tokens(100)
-    whole = Windows([tokens], length, stride)
-    parts = Windows(np.split(tokens, cuts), length, stride)
+    whole = WindowDataset([tokens], length, stride)
+    parts = WindowDataset(np.split(tokens, cuts), length, stride)
     assert parts.shape == whole.shape
     order = np.random.default_rng(0).permutation(len(whole))
     expected = [tokens[i * stride : i * stride + length + 1].tolist() for i in order]
@@ -68,7 +68,7 @@ def test_pages_of_a_mapped_file_are_let_go(tmp_path: Path) -> None:
         file.truncate(2 * n)
     parts = [np.memmap(path, "<u2", "r", n * i // 2, (n // 4,)) for i in range(4)]
     before = psutil.Process().memory_info().rss
-    loader = WindowLoader(Windows(parts, 256, 64), 16, shuffle=True, drop_last=True)
+    loader = ResumableDataLoader(WindowDataset(parts, 256, 64), 16, shuffle=True, drop_last=True)
     most = 0
     for i, _ in zip(range(500), loader, strict=False):
         if i % 10 == 0:
@@ -82,13 +82,13 @@ def test_pages_of_a_mapped_file_are_let_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [*range(1, 40), 63, 64, 65, 1000, 4095, 4096, 4097, 65537, 999_983])
 def test_order_is_a_bijection(n: int) -> None:
-    order = Bijection(n, 7)(np.arange(n))
+    order = FeistelPermutation(n, 7)(np.arange(n))
     assert np.array_equal(np.sort(order), np.arange(n))
     # of each place alone, in any order of asking
     some = np.random.default_rng(0).integers(0, n, 50)
-    assert np.array_equal(Bijection(n, 7)(some), order[some])
+    assert np.array_equal(FeistelPermutation(n, 7)(some), order[some])
     if n > 30:
-        assert not np.array_equal(Bijection(n, 8)(np.arange(n)), order)
+        assert not np.array_equal(FeistelPermutation(n, 8)(np.arange(n)), order)
 
 
 def chi_squared(observed: np.ndarray) -> float:
@@ -97,7 +97,7 @@ def chi_squared(observed: np.ndarray) -> float:
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
 
 
-@pytest.mark.parametrize("make", [Bijection, shuffled])
+@pytest.mark.parametrize("make", [FeistelPermutation, shuffled])
 def test_order_looks_random(make: Callable[[int, int], Any]) -> None:
     """As randperm does: where the stretches of a pass fall, what follows what, over places and over seeds."""
     n = 100_003
@@ -120,11 +120,11 @@ def test_order_looks_random(make: Callable[[int, int], Any]) -> None:
 @pytest.mark.parametrize("most", [10, 1000])
 def test_a_pass_is_gone_on_with_at_once(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the order as an array and computed; with another batch size, and in the passes after."""
-    monkeypatch.setattr(loader_module, "MOST_IN_MEMORY", most)
+    monkeypatch.setattr(loader_module, "MAX_IN_MEMORY", most)
 
-    def loader(batch_size: int) -> WindowLoader:
-        tokens = Windows([some_tokens(4 * 24 + 1)], 4, 4)
-        return WindowLoader(tokens, batch_size, shuffle=True, drop_last=True, seed=5)
+    def loader(batch_size: int) -> ResumableDataLoader:
+        tokens = WindowDataset([some_tokens(4 * 24 + 1)], 4, 4)
+        return ResumableDataLoader(tokens, batch_size, shuffle=True, drop_last=True, seed=5)
 
     whole = loader(4)
     expected = flat(numbers(whole, 3))
@@ -141,8 +141,10 @@ def test_a_pass_is_gone_on_with_at_once(most: int, monkeypatch: pytest.MonkeyPat
 
 def test_a_position_from_before_there_was_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch goes on in the order of an array, whatever their number."""
-    monkeypatch.setattr(loader_module, "MOST_IN_MEMORY", 10)
-    loader = WindowLoader(Windows([some_tokens(49)], 4, 4), 3, shuffle=True, drop_last=True)
+    monkeypatch.setattr(loader_module, "MAX_IN_MEMORY", 10)
+    loader = ResumableDataLoader(
+        WindowDataset([some_tokens(49)], 4, 4), 3, shuffle=True, drop_last=True
+    )
     state = {"epoch": 1, "windows_seen": 6, "order_seed": 99}
     loader.load_state_dict(state)
     assert flat(numbers(loader)) == shuffled(12, 99)(np.arange(6, 12)).tolist()
@@ -193,7 +195,7 @@ def test_stream_is_the_same_on_any_number_of_devices(
         other = Path(__file__).parent / "book.py"
         settings["mixture"] = {"sample": 1.0, str(other): 3.0}
     if source == "bijection":
-        monkeypatch.setattr(loader_module, "MOST_IN_MEMORY", 10)
+        monkeypatch.setattr(loader_module, "MAX_IN_MEMORY", 10)
     expected = updates(1, 1, 0, **settings)
     assert len(expected) == 2 * (len(data_on(1, 0, **settings)._windows["training"]) // 32) > 3
     assert all(len(update) == 32 for update in expected)
@@ -403,7 +405,7 @@ def test_documents_in_training_and_validation(
 
 def test_a_mixture_draws_by_weight_and_sees_all_of_a_source_in_turn() -> None:
     counts, shares = [5, 700, 40], [0.2, 0.5, 0.3]
-    mixture = Mixture(counts, [2, 5, 3], seed=4)
+    mixture = MixtureSampler(counts, [2, 5, 3], seed=4)
     places = np.arange(3 * 65536 + 1000)
     drawn = mixture(places)
     sources = np.searchsorted(np.cumsum(counts), drawn, side="right")
@@ -417,8 +419,8 @@ def test_a_mixture_draws_by_weight_and_sees_all_of_a_source_in_turn() -> None:
         assert not np.array_equal(whole[0], whole[1])
     # of each place alone, far away too
     some = np.random.default_rng(0).permutation(places)[:300]
-    assert np.array_equal(Mixture(counts, [0.2, 0.5, 0.3], seed=4)(some), drawn[some])
-    assert not np.array_equal(Mixture(counts, [2, 5, 3], seed=5)(places), drawn)
+    assert np.array_equal(MixtureSampler(counts, [0.2, 0.5, 0.3], seed=4)(some), drawn[some])
+    assert not np.array_equal(MixtureSampler(counts, [2, 5, 3], seed=5)(places), drawn)
     far = np.arange(10**14, 10**14 + 50)
     assert np.array_equal(mixture(far)[10:20], mixture(far[10:20]))
 
@@ -427,7 +429,7 @@ def test_a_mixtures_shares_are_to_the_nearest() -> None:
     rng = np.random.default_rng(1)
     for n in (1, 2, 7, 300):
         weights = rng.random(n) ** 8 + 1e-9
-        mixture = Mixture([3] * n, weights.tolist(), seed=0)
+        mixture = MixtureSampler([3] * n, weights.tolist(), seed=0)
         assert sum(mixture.shares) == 65536
         assert min(mixture.shares) >= 1
         off = np.array(mixture.shares) - np.array(mixture.weights) * 65536
@@ -436,7 +438,7 @@ def test_a_mixtures_shares_are_to_the_nearest() -> None:
 
 def test_windows_of_a_mixture_are_of_one_source() -> None:
     ones, twos = (np.full(n, n, dtype=np.uint16) for n in (50, 83))
-    joined = JoinedWindows([Windows([ones], 8, 8), Windows([twos], 8, 8)])
+    joined = ConcatWindowDataset([WindowDataset([ones], 8, 8), WindowDataset([twos], 8, 8)])
     assert joined.shape == (6 + 10, 9)
     drawn = joined.draw(np.array([15, 0, 5, 6]))
     assert (drawn == np.array([83, 50, 50, 83])[:, None]).all()
@@ -446,15 +448,15 @@ def test_a_mixture_goes_on_where_it_was_cut() -> None:
     """In the middle of its second epoch, in batches of another size; its stream runs on through epochs."""
     counts = [7, 30]
 
-    def loader(batch_size: int, accumulate: int) -> WindowLoader:
-        sources = [Windows([some_tokens(8 * n + 1)], 8, 8) for n in counts]
-        return WindowLoader(
-            JoinedWindows(sources), batch_size, shuffle=True, drop_last=True, accumulate=accumulate,
-            whole_updates=True, mixture=Mixture(counts, [1, 1], 3),
+    def loader(batch_size: int, accumulate: int) -> ResumableDataLoader:
+        sources = [WindowDataset([some_tokens(8 * n + 1)], 8, 8) for n in counts]
+        return ResumableDataLoader(
+            ConcatWindowDataset(sources), batch_size, shuffle=True, drop_last=True, accumulate=accumulate,
+            whole_updates=True, mixture=MixtureSampler(counts, [1, 1], 3),
         )  # fmt: skip
 
     expected = flat(numbers(loader(4, 2), 3))
-    assert expected == Mixture(counts, [1, 1], 3)(np.arange(3 * 32)).tolist()
+    assert expected == MixtureSampler(counts, [1, 1], 3)(np.arange(3 * 32)).tolist()
     cut = loader(4, 2)
     numbers(cut)
     for _ in zip(range(2), cut, strict=False):
@@ -501,9 +503,9 @@ def test_every_rank_gets_as_many_batches_and_no_window_comes_twice(
 ) -> None:
     """Also where the last batch has nothing for a rank, or there are more ranks than windows."""
     for n in (1, 2, 7, 16, 17):
-        windows = Windows([some_tokens(4 * n + 1)], 4, 4)
+        windows = WindowDataset([some_tokens(4 * n + 1)], 4, 4)
         of_ranks = [
-            numbers(WindowLoader(windows, batch_size, shuffle=False, drop_last=False, rank=rank,
+            numbers(ResumableDataLoader(windows, batch_size, shuffle=False, drop_last=False, rank=rank,
                                  world_size=world_size))
             for rank in range(world_size)
         ]  # fmt: skip
@@ -512,7 +514,7 @@ def test_every_rank_gets_as_many_batches_and_no_window_comes_twice(
 
 
 def test_an_empty_batch_weighs_nothing() -> None:
-    mean = TokenMean()
+    mean = TokenWeightedLoss()
     mean.update(torch.tensor(2.0), 3, 5)
     mean.update(torch.tensor(math.nan), 0, 0)
     assert float(mean.compute()["loss"]) == 2.0

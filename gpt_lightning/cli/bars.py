@@ -16,7 +16,7 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def bars_of_bytes() -> Progress:
+def byte_progress() -> Progress:
     """Disabled where stderr is no terminal."""
     return Progress(
         TextColumn("{task.description}"),

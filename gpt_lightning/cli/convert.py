@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from gpt_lightning.cli.parsing import parse
 
 # as in pretrained/convert.py, which imports torch: --help does not wait for it
-Form = Literal["hf", "openai-tf", "lightning", "book"]
+WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
 
 
 def run(arguments: list[str]) -> None:
@@ -37,6 +37,6 @@ def _parser() -> ArgumentParser:
         "source", type=str, help="A run, a checkpoint, a .pth, a folder with GPT-2's files, a name."
     )
     add("dest", type=str, help="What to write; it must not exist.")
-    add("--format", type=Form, required=True, help="The form to write.")
+    add("--format", type=WeightFormat, required=True, help="The form to write.")
     add("--n_heads", type=int | None, help="Attention heads, which the book's .pth does not tell.")
     return parser

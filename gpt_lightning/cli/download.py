@@ -10,7 +10,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from rich.progress import TaskID
 
-from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
+from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
@@ -54,7 +54,7 @@ class _Shown:
     """A bar for each file on a terminal, else a plain line at intervals, on stderr."""
 
     def __init__(self) -> None:
-        self._bars = bars_of_bytes()
+        self._bars = byte_progress()
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gpt_lightning.cli.run_warnings import of_precision, remarks
+from gpt_lightning.cli.run_warnings import precision_warnings, remarks
 from gpt_lightning.cli.training_cli import TrainingCLI, is_rank_zero
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS, say
-from gpt_lightning.training.elastic import connect_ranks, ends_together
+from gpt_lightning.training.elastic import init_elastic_process_group, terminate_ranks_on_error
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_lock import RunLock
@@ -39,17 +39,17 @@ def fit(arguments: list[str]) -> int:
 def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
     folder, config, ckpt_path = cli.folder, cli.config, cli.ckpt_path
     if cli.source is not None:
-        cli.model.start_from(cli.source, with_optimizer=bool(config.init_optimizer))
+        cli.model.initialize_from(cli.source, with_optimizer=bool(config.init_optimizer))
     if ckpt_path is not None and _is_finished(cli, ckpt_path):
         return 0
     if is_rank_zero():
-        if ckpt_path is None and not cli.begins_or_goes_on:
-            _refuse_a_run_that_is_there(folder)
+        if ckpt_path is None and not cli.auto_resume:
+            _ensure_new_run(folder)
         if cli.checkpoints is not None:
             cli.checkpoints.check_room(cli.model.config, str(cli.trainer.precision))
-        check_data(cli)
+        setup_data_early(cli)
         _check_compiler(cli)
-    connect_ranks(cli.trainer)
+    init_elastic_process_group(cli.trainer)
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
     keeps = bool(config.keep_freed_memory) and on_cpu and keep_freed_memory()
     if is_rank_zero():
@@ -58,7 +58,7 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
         ):
             print(f"gpt_lightning: {remark}", file=sys.stderr)
     try:
-        with ends_together(cli.trainer):
+        with terminate_ranks_on_error(cli.trainer):
             cli.trainer.fit(
                 cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path, weights_only=True
             )
@@ -105,7 +105,7 @@ def _is_finished(cli: TrainingCLI, checkpoint: Path) -> bool:
     return True
 
 
-def _refuse_a_run_that_is_there(folder: Path) -> None:
+def _ensure_new_run(folder: Path) -> None:
     if not (folder / "config.yaml").exists():
         return
     go_on = "go on with it by --ckpt_path last"
@@ -116,7 +116,7 @@ def _refuse_a_run_that_is_there(folder: Path) -> None:
     )
 
 
-def check_data(cli: TrainingCLI, stage: str = "fit") -> None:
+def setup_data_early(cli: TrainingCLI, stage: str = "fit") -> None:
     """Read the text before anything is written: Lightning makes the loggers' files first."""
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
@@ -159,15 +159,15 @@ def validate(arguments: list[str]) -> None:
     """
     cli = TrainingCLI("validate", arguments, validate.__doc__)
     assert cli.source is not None
-    cli.model.start_from(cli.source)
+    cli.model.initialize_from(cli.source)
     if is_rank_zero():
-        check_data(cli, "validate")
+        setup_data_early(cli, "validate")
         _check_compiler(cli)
-        for remark in of_precision(cli.trainer):
+        for remark in precision_warnings(cli.trainer):
             print(f"gpt_lightning: {remark}", file=sys.stderr)
-    connect_ranks(cli.trainer)
+    init_elastic_process_group(cli.trainer)
     try:
-        with ends_together(cli.trainer):
+        with terminate_ranks_on_error(cli.trainer):
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     except SystemExit as error:
         if _is_interrupt(error):

@@ -45,10 +45,10 @@ def run(arguments: list[str]) -> None:
         raise ValueError("from: is missing; give the model with --from SOURCE")
     prompts = _prompts(settings, arguments)
 
-    from gpt_lightning.generation.sampling import Sampling, seeded
+    from gpt_lightning.generation.sampling import SamplingParams, make_generator
     from gpt_lightning.generation.text import generate_texts
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> None:
         eos_id=settings.eos_id,
         stop=settings.stop or (),
         special_tokens=settings.special_tokens,
-        generator=seeded(settings.seed, device),
+        generator=make_generator(settings.seed, device),
         on_text=shown.add if shown is not None else None,
     )
     if settings.json:

@@ -97,12 +97,12 @@ def _run(arguments: list[str]) -> int:
                 from gpt_lightning.cli.launcher import forget_leftover_ranks
 
                 forget_leftover_ranks()
-                _keep_transformers_out()
+                _block_transformers()
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0
 
 
-def _keep_transformers_out() -> None:
+def _block_transformers() -> None:
     """torchmetrics, and so Lightning, imports transformers where it is installed: a fifth of a start.
 
     The scores of texts that torchmetrics has it for are absent then, as they are where it is not installed.

@@ -19,12 +19,12 @@ from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.data.dataset import window_count
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
 from gpt_lightning.data.token_cache import count_training_tokens
-from gpt_lightning.kernels.support import obstacle_to_kernels
+from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.planning.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, TrainingStep
-from gpt_lightning.planning.plan import Setting, Strategy, plan
+from gpt_lightning.planning.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, StepShape
+from gpt_lightning.planning.plan import RunSpec, Strategy, plan
 from gpt_lightning.pretrained.load import size_to_download
-from gpt_lightning.training.module import agreed_architecture
+from gpt_lightning.training.module import reconcile_config
 from gpt_lightning.training.throughput import MEMORY, OLDER_THAN_AMPERE, PEAKS, peak_flops
 
 # what fit imports and keeps when it begins: tokenizer, TensorBoard, matplotlib, threads
@@ -118,12 +118,12 @@ class PlanCLI(TrainingCLI):
             given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
             named = given.get("model", {}).get("config") or {}
             what = f"init_from: {config.init_from}"
-            adopted = agreed_architecture(what, GPT2_SIZES[size], named)
+            adopted = reconcile_config(what, GPT2_SIZES[size], named)
             config.model.config = Namespace(**asdict(adopted))
         else:
             super()._adopt_architecture()
 
-    def setting(self) -> Setting:
+    def setting(self) -> RunSpec:
         config, trainer, data = self.config, self.config.trainer, self.config.data
         devices = self._devices()
         precision = str(trainer.precision) if trainer.precision is not None else None
@@ -140,7 +140,7 @@ class PlanCLI(TrainingCLI):
                 f"data.context_length: {length} is more than the model's "
                 f"{architecture.context_length}; leave it out to take the model's"
             )
-        step = TrainingStep(
+        step = StepShape(
             config=architecture,
             batch_size=data.batch_size,
             length=length,
@@ -152,7 +152,7 @@ class PlanCLI(TrainingCLI):
         )
         micro_batches, is_given = self._micro_batches(data.batch_size, length, devices)
         saves = trainer.enable_checkpointing is not False
-        return Setting(
+        return RunSpec(
             step,
             devices=devices,
             strategy=strategy,
@@ -165,7 +165,7 @@ class PlanCLI(TrainingCLI):
             asynchronous=saves and config.checkpoint.asynchronous,
         )
 
-    def note_what_is_not_counted(self, setting: Setting) -> None:
+    def note_what_is_not_counted(self, setting: RunSpec) -> None:
         if setting.step.device == "cpu" and self.config.keep_freed_memory:
             self.notes["freed memory"] = (
                 "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
@@ -198,7 +198,7 @@ class PlanCLI(TrainingCLI):
         """Of the GPU that is named, else of the one that is here; one that is neither counts as one that does."""
         if self.config.gpu is not None or not torch.cuda.is_available():
             return self.config.gpu not in OLDER_THAN_AMPERE
-        return obstacle_to_kernels(torch.device("cuda")) is None
+        return kernels_unsupported_reason(torch.device("cuda")) is None
 
     def _devices(self) -> int:
         if self.config.devices is not None:
@@ -260,7 +260,7 @@ class PlanCLI(TrainingCLI):
             )
         return windows // (batch_size * devices), True
 
-    def length(self, setting: Setting, epoch: EpochShape | None) -> tuple[int | None, int | None]:
+    def length(self, setting: RunSpec, epoch: EpochShape | None) -> tuple[int | None, int | None]:
         """Tokens and updates of the run, as ``fit`` would count them; None: not known."""
         config, trainer = self.config, self.config.trainer
         max_steps = -1 if trainer.max_steps is None else int(trainer.max_steps)
@@ -289,7 +289,7 @@ class PlanCLI(TrainingCLI):
             tokens = int(config.tokens)
         return tokens, updates
 
-    def epoch(self, setting: Setting) -> EpochShape | None:
+    def epoch(self, setting: RunSpec) -> EpochShape | None:
         """Of the run; None: its text is not here."""
         windows, trainer = self._windows(setting), self.config.trainer
         if windows is None:
@@ -309,7 +309,7 @@ class PlanCLI(TrainingCLI):
             return None
         return EpochShape(batches, setting.micro_batches, at_once * setting.step.length)
 
-    def _windows(self, setting: Setting) -> int | None:
+    def _windows(self, setting: RunSpec) -> int | None:
         """For training, where the text is here and can be read."""
         data = self.config.data
         texts = list(data.mixture) if data.mixture else [data.text]
@@ -323,7 +323,7 @@ class PlanCLI(TrainingCLI):
             return None
         return sum(window_count(tokens, length, data.stride or length) for tokens in counts)
 
-    def peak(self, setting: Setting) -> float | None:
+    def peak(self, setting: RunSpec) -> float | None:
         """FLOP/s of one device: given, of the named GPU, or of what is here."""
         if self.config.peak is not None:
             return float(self.config.peak) * 1e12
@@ -337,7 +337,7 @@ class PlanCLI(TrainingCLI):
             return found / setting.devices  # its processes share the cores
         return found
 
-    def device_memory(self, setting: Setting) -> int | None:
+    def device_memory(self, setting: RunSpec) -> int | None:
         """Of one device: given, of the named GPU, or of what is here."""
         if self.config.device_memory is not None:
             return int(self.config.device_memory * 1e9)

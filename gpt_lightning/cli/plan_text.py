@@ -2,10 +2,10 @@
 
 from gpt_lightning.cli.console import print_table
 from gpt_lightning.planning.memory import SHARDED_PRECISIONS
-from gpt_lightning.planning.plan import Plan, Setting
+from gpt_lightning.planning.plan import Plan, RunSpec
 
 
-def print_plan(found: Plan, setting: Setting, notes: dict[str, str]) -> None:
+def print_plan(found: Plan, setting: RunSpec, notes: dict[str, str]) -> None:
     """``notes``: further lines, by what they are about."""
     step = setting.step
     print(
@@ -63,7 +63,7 @@ def _epochs(found: Plan) -> str:
     return f"{found.epochs:,.4g} of {found.updates_per_epoch:,} updates each{often}"
 
 
-def _time(found: Plan, setting: Setting) -> str:
+def _time(found: Plan, setting: RunSpec) -> str:
     if found.tokens is None:
         return "not known: give --tokens"
     if found.hours is None or found.peak_flops is None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, bars_of_bytes
+from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.data.unicode import for_stream, printable
@@ -24,9 +24,11 @@ def run(arguments: list[str]) -> None:
     the same command goes on from the last whole shard; what it has not read yet may have been corrected.
     """
     settings = parse(_parser(), arguments)
-    from gpt_lightning.data.prepare.pipeline import Settings, prepare
+    from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 
-    chosen = Settings(settings.field, settings.split, settings.val_ratio, settings.shard_tokens)
+    chosen = PrepareConfig(
+        settings.field, settings.split, settings.val_ratio, settings.shard_tokens
+    )
     out = Path(os.path.expanduser(settings.out))
     began = time.monotonic()
     try:
@@ -83,7 +85,7 @@ class _Shown:
     """A bar on a terminal, else a plain line at intervals, on stderr."""
 
     def __init__(self) -> None:
-        self._bar = bars_of_bytes()
+        self._bar = byte_progress()
         self._first: tuple[float, int] | None = None
         self._last_line = time.monotonic()
 

@@ -16,7 +16,7 @@ from gpt_lightning.data.unicode import printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.generation.sampling import SamplingParams
 
 
 def run(arguments: list[str]) -> None:
@@ -155,7 +155,7 @@ def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[
     return [repr(decode([i])) for i in range(len(logits))], logits, shown
 
 
-def _combinations(settings: Namespace, default: Sequence[float]) -> list["Sampling"]:
+def _combinations(settings: Namespace, default: Sequence[float]) -> list["SamplingParams"]:
     from gpt_lightning.reports.sweep import grid
 
     return grid(

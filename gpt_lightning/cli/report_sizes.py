@@ -13,7 +13,7 @@ from gpt_lightning.cli.report import progress, report_parser
 from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
-    from gpt_lightning.reports.model_comparison import Measured
+    from gpt_lightning.reports.model_comparison import ModelMeasurement
 
 
 def run(arguments: list[str]) -> None:
@@ -35,13 +35,13 @@ def run(arguments: list[str]) -> None:
         raise ValueError(f"train_ratio: {settings.train_ratio} leaves a split empty; give e.g. 0.9")
 
     from gpt_lightning.cli.generate import usable_device
-    from gpt_lightning.generation.sampling import Sampling
+    from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.reports import model_comparison as report
 
     out = writable_folder(settings.out) if settings.out else None
-    task = report.Task(
+    task = report.ComparisonTask(
         prompt=settings.prompt,
-        sampling=Sampling(settings.temperature, settings.top_k, settings.top_p),
+        sampling=SamplingParams(settings.temperature, settings.top_k, settings.top_p),
         num_samples=settings.num_samples,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
@@ -96,7 +96,7 @@ def run(arguments: list[str]) -> None:
         )
 
 
-def _row(model: "Measured") -> dict[str, str]:
+def _row(model: "ModelMeasurement") -> dict[str, str]:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 

@@ -19,7 +19,7 @@ from gpt_lightning.data.unicode import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gpt_lightning.reports.sweep import Cell
+    from gpt_lightning.reports.sweep import GridCell
 
 
 def run(arguments: list[str]) -> None:
@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> None:
     print(f"generate_simple, the plain greedy loop, {loop}")
 
 
-def _names(cells: Sequence["Cell"]) -> str:
+def _names(cells: Sequence["GridCell"]) -> str:
     """The settings of cells with the same texts: ``temperature 0: top_k 1, 5; temperature 1: top_k 1``."""
     names = []
     for temperature, of_temperature in groupby(cells, lambda cell: cell.temperature):

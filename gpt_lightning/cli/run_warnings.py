@@ -42,7 +42,7 @@ def remarks(
             "model.loss_chunk_size: without it the loss is computed whole, with the vocabulary as it is; 8192 (tokens) is "
             "the faster on a GPU, with the same result to rounding"
         )
-    yield from of_precision(trainer)
+    yield from precision_warnings(trainer)
     if trainer.limit_val_batches == 0:
         for name, unasked in _VALIDATION.items():
             if config.trainer[name] not in unasked:
@@ -57,7 +57,7 @@ def remarks(
         )
 
 
-def of_precision(trainer: Trainer) -> Iterator[str]:
+def precision_warnings(trainer: Trainer) -> Iterator[str]:
     """One line where another one is the faster."""
     if trainer.strategy.root_device.type == "cpu" and "bf16" in trainer.precision:
         size = 192  # 10 ms of the slow one

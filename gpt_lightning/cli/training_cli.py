@@ -22,23 +22,23 @@ from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.cli.trainer_values import check_trainer, explain_trainer
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_source
-from gpt_lightning.pretrained.weights import Source, read_checkpoint, with_head
-from gpt_lightning.training.checkpoint_callback import RunCheckpoints, checkpointing
+from gpt_lightning.pretrained.weights import ModelWeights, read_checkpoint, with_head
+from gpt_lightning.training.checkpoint_callback import CheckpointCallback, checkpointing
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
 from gpt_lightning.training.distributed import check_strategy
-from gpt_lightning.training.epoch_loop import use_epoch_loop
-from gpt_lightning.training.evaluation import LossEvaluation, evaluation_callbacks
+from gpt_lightning.training.epoch_loop import use_fast_epoch_loop
+from gpt_lightning.training.evaluation import EvaluationCallback, evaluation_callbacks
 from gpt_lightning.training.loop_state import LoopState
-from gpt_lightning.training.module import GPTLightningModule, agreed_architecture
-from gpt_lightning.training.preemption import Preemption
-from gpt_lightning.training.progress_bar import RunProgress
+from gpt_lightning.training.module import GPTLightningModule, reconcile_config
+from gpt_lightning.training.preemption import GracefulStop
+from gpt_lightning.training.progress_bar import RunProgressBar
 from gpt_lightning.training.resume import checkpoint_to_resume
-from gpt_lightning.training.run_files import RunHistory
+from gpt_lightning.training.run_files import MetricsCSV
 from gpt_lightning.training.run_lock import RunLock
-from gpt_lightning.training.skip_step import BadSteps
+from gpt_lightning.training.skip_step import SkipBadSteps
 from gpt_lightning.training.stopping import MaxTokens
-from gpt_lightning.training.throughput import Throughput, TrainingClock
-from gpt_lightning.training.traces import ConfigOfRun, RunLogger, keep_tensorflow_out
+from gpt_lightning.training.throughput import SpeedMonitor, Stopwatch
+from gpt_lightning.training.traces import RunTensorBoardLogger, SaveRunConfig, block_tensorflow
 
 RUNS = Path("checkpoints")
 
@@ -72,11 +72,11 @@ class TrainingCLI(LightningCLI):
         self.lock = lock
         self.arguments = arguments
         self.ckpt_path: Path | None = None  # what fit goes on from
-        self.begins_or_goes_on = False  # --ckpt_path auto
-        self.preemption = Preemption()
-        self.clock = TrainingClock()
-        self.checkpoints: RunCheckpoints | None = None
-        self.source: Source | None = None  # what it begins with, or validate looks at
+        self.auto_resume = False  # --ckpt_path auto
+        self.preemption = GracefulStop()
+        self.clock = Stopwatch()
+        self.checkpoints: CheckpointCallback | None = None
+        self.source: ModelWeights | None = None  # what it begins with, or validate looks at
         super().__init__(
             GPTLightningModule,
             TextDataModule,
@@ -160,7 +160,7 @@ class TrainingCLI(LightningCLI):
             given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
             named = given.get("model", {}).get("config") or {}
         if self.verb == "fit" and config.ckpt_path == "auto":
-            self.begins_or_goes_on = True
+            self.auto_resume = True
             config.ckpt_path = "last" if self._has_begun() else None
         if self.verb == "fit" and config.ckpt_path:
             self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
@@ -169,7 +169,7 @@ class TrainingCLI(LightningCLI):
             check_tokenizer(self.source, source)
             if "tied_embeddings" in named:
                 self.source = with_head(self.source, tied=named["tied_embeddings"])
-            adopted = agreed_architecture(
+            adopted = reconcile_config(
                 f"init_from: {source}", self.source.config, named, self.source.assumed
             )
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -205,7 +205,7 @@ class TrainingCLI(LightningCLI):
                 "trainer.reload_dataloaders_every_n_epochs: would begin the windows' order anew each time; leave it out"
             )
         if settings.get("enable_progress_bar") is not False:
-            callbacks.append(RunProgress())
+            callbacks.append(RunProgressBar())
         plugins = _as_list(settings.get("plugins"))
         saves = False
         if self.verb == "fit":
@@ -218,12 +218,12 @@ class TrainingCLI(LightningCLI):
                     settings["max_epochs"] = -1  # else Lightning ends after 1,000
             callbacks += [
                 LoopState(),
-                Throughput(self.clock, config.throughput.every_n_steps),
-                BadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
+                SpeedMonitor(self.clock, config.throughput.every_n_steps),
+                SkipBadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
                 *self._watchers(leaves_traces),
                 self.preemption,
             ]
-            losses = next(c for c in callbacks if isinstance(c, LossEvaluation))
+            losses = next(c for c in callbacks if isinstance(c, EvaluationCallback))
             checkpoints, checkpoint_io = checkpointing(
                 self.folder, losses, self.clock, **self.config.checkpoint.as_dict()
             )
@@ -232,7 +232,9 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(checkpoints)
             plugins.append(checkpoint_io)
             if settings.get("limit_val_batches") is None:
-                settings["limit_val_batches"] = 0  # LossEvaluation validates, not Lightning's loop
+                settings["limit_val_batches"] = (
+                    0  # EvaluationCallback validates, not Lightning's loop
+                )
         settings["callbacks"] = callbacks
         settings["logger"] = self._loggers(settings.get("logger"))
         settings["plugins"] = plugins
@@ -255,7 +257,7 @@ class TrainingCLI(LightningCLI):
                 "the variable"
             )
         check_strategy(trainer.strategy)
-        use_epoch_loop(trainer)
+        use_fast_epoch_loop(trainer)
         return trainer
 
     def _watchers(self, leave_traces: bool) -> list[Callback]:
@@ -265,19 +267,19 @@ class TrainingCLI(LightningCLI):
         )
         if not leave_traces:
             return evaluation
-        losses = next(c for c in evaluation if isinstance(c, LossEvaluation))
+        losses = next(c for c in evaluation if isinstance(c, EvaluationCallback))
         return [
             *evaluation,
-            ConfigOfRun(self.parser, config, self.folder),
-            RunHistory(self.folder, losses, {"data": config.data.as_dict()}),
+            SaveRunConfig(self.parser, config, self.folder),
+            MetricsCSV(self.folder, losses, {"data": config.data.as_dict()}),
         ]
 
     def _loggers(self, chosen: Any) -> Any:
         if self.verb != "fit":
             return False
         if chosen is None or chosen is True:
-            keep_tensorflow_out()
-            return RunLogger(
+            block_tensorflow()
+            return RunTensorBoardLogger(
                 save_dir=self.folder.parent,
                 name=self.folder.name,
                 version="",

@@ -77,14 +77,14 @@ def _shortened(
     fit_arguments: list[str], steps: int, more_steps: int, kills: int
 ) -> tuple["Shortened", str]:
     """The run as ``fit`` would make it, with lengths cut short; and a line that says so."""
-    from gpt_lightning.cli.fit import check_data
+    from gpt_lightning.cli.fit import setup_data_early
     from gpt_lightning.cli.training_cli import TrainingCLI
     from gpt_lightning.training.verify_resume import Limit, shorten
 
     cli = TrainingCLI("fit", fit_arguments, run.__doc__)
     if cli.config.ckpt_path:
         raise ValueError("ckpt_path: verify-resume trains runs of its own; leave it out")
-    check_data(cli)
+    setup_data_early(cli)
     data, trainer = cli.datamodule, cli.trainer
     epoch = data.epoch_shape()
     by_trainer = epoch.steps_of_run(trainer.max_steps, trainer.max_epochs)

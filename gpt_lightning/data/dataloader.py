@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt_lightning.data.dataset import JoinedWindows, Windows
-from gpt_lightning.data.mixture_sampler import Mixture
+from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
+from gpt_lightning.data.mixture_sampler import MixtureSampler
 from gpt_lightning.data.sampler import (
-    MOST_IN_MEMORY,
-    Bijection,
-    Numbers,
-    Order,
-    in_turn,
+    MAX_IN_MEMORY,
+    FeistelPermutation,
+    Indices,
+    Permutation,
     seed_from,
+    sequential,
     shuffled,
 )
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID
@@ -34,7 +34,7 @@ _AT_A_TIME = 4096  # windows whose order is computed at once
 _READ_AT_ONCE = 4096  # tokens, or a batch's if those are more
 
 
-class WindowLoader:
+class ResumableDataLoader:
     """Batches ``(inputs, targets)``, each ``(B, L)``, in an order that can be resumed anywhere.
 
     It is no ``DataLoader``: Lightning would replace that one's sampler, and restarts it at the head of a
@@ -70,7 +70,7 @@ class WindowLoader:
 
     def __init__(
         self,
-        windows: Windows | JoinedWindows,
+        windows: WindowDataset | ConcatWindowDataset,
         batch_size: int,
         *,
         shuffle: bool,
@@ -83,7 +83,7 @@ class WindowLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         documents: bool = False,
-        mixture: Mixture | None = None,
+        mixture: MixtureSampler | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -147,24 +147,24 @@ class WindowLoader:
         self._began_at += self._batches * self.windows_at_a_time
         self._epoch += 1
         self._batches = 0
-        self._in_memory = self.rng == "global" or len(self.windows) <= MOST_IN_MEMORY
+        self._in_memory = self.rng == "global" or len(self.windows) <= MAX_IN_MEMORY
         if self.rng == "global":
             _draw_from_global_generator()  # the base seed, which a DataLoader draws for its workers
             self._order_seed = _draw_from_global_generator() if self.shuffle else 0
         else:
             self._order_seed = seed_from(self.seed, self._epoch)
 
-    def _order(self) -> Order:
+    def _order(self) -> Permutation:
         if not self.shuffle:
-            return in_turn
+            return sequential
         if (mixture := self.mixture) is not None:
             began_at = self._began_at
             return lambda places: mixture(began_at + places)
         if self._in_memory:
             return shuffled(len(self.windows), self._order_seed)
-        return Bijection(len(self.windows), self._order_seed)
+        return FeistelPermutation(len(self.windows), self._order_seed)
 
-    def _numbers(self, order: Order, batches: range) -> Iterator[Numbers]:
+    def _numbers(self, order: Permutation, batches: range) -> Iterator[Indices]:
         """The numbers of each batch's windows."""
         at_a_time = max(1, _AT_A_TIME // self.batch_size)
         mine = self.rank * self.batch_size + np.arange(self.batch_size)
@@ -178,7 +178,7 @@ class WindowLoader:
             for row, kept in zip(places, there, strict=True):
                 yield order(row[kept])
 
-    def _read_ahead(self, numbers: Iterator[Numbers]) -> Iterator[tuple[Numbers, Batch]]:
+    def _read_ahead(self, numbers: Iterator[Indices]) -> Iterator[tuple[Indices, Batch]]:
         """Each batch's window numbers, and the batch."""
         if not self.num_workers:
             tokens = self.batch_size * self.windows.shape[1]
@@ -186,7 +186,7 @@ class WindowLoader:
                 yield from self._read(several)
             return
         with ThreadPoolExecutor(self.num_workers) as workers:
-            ahead: deque[Future[list[tuple[Numbers, Batch]]]] = deque()
+            ahead: deque[Future[list[tuple[Indices, Batch]]]] = deque()
             for of_batch in numbers:
                 ahead.append(workers.submit(self._read, [of_batch]))
                 if len(ahead) > 2 * self.num_workers:
@@ -194,7 +194,7 @@ class WindowLoader:
             while ahead:
                 yield from ahead.popleft().result()
 
-    def _read(self, of_batches: list[Numbers]) -> list[tuple[Numbers, Batch]]:
+    def _read(self, of_batches: list[Indices]) -> list[tuple[Indices, Batch]]:
         ids = torch.from_numpy(self.windows.draw(np.concatenate(of_batches)))
         parts = ids.split([len(numbers) for numbers in of_batches])
         return list(zip(of_batches, map(self._batch, parts), strict=True))

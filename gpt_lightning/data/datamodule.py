@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
-from gpt_lightning.data.dataloader import Rng, WindowLoader
-from gpt_lightning.data.dataset import JoinedWindows, Windows
+from gpt_lightning.data.dataloader import ResumableDataLoader, Rng
+from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
-from gpt_lightning.data.mixture_sampler import Mixture
+from gpt_lightning.data.mixture_sampler import MixtureSampler
 from gpt_lightning.data.same_windows import check_same_windows
 from gpt_lightning.data.token_cache import read_splits
 from gpt_lightning.data.token_store import is_store
@@ -95,7 +95,7 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.rng: Rng = rng
-        self._windows: dict[str, Windows | JoinedWindows] = {}
+        self._windows: dict[str, WindowDataset | ConcatWindowDataset] = {}
         self._counts: list[int] = []  # training windows of each text
         self._checked: Trainer | None = None  # whose batches were
 
@@ -132,7 +132,7 @@ class TextDataModule(LightningDataModule):
         for text in texts:
             splits = read_splits(text, self.train_ratio)._asdict()
             found = {
-                name: Windows(parts, length, self.stride or length)
+                name: WindowDataset(parts, length, self.stride or length)
                 for name, parts in splits.items()
             }
             for name, windows in found.items():
@@ -158,7 +158,7 @@ class TextDataModule(LightningDataModule):
         self._windows = {
             name: of_texts[0][name]
             if self.mixture is None
-            else JoinedWindows([found[name] for found in of_texts if len(found[name])])
+            else ConcatWindowDataset([found[name] for found in of_texts if len(found[name])])
             for name in of_texts[0]
         }
 
@@ -247,7 +247,7 @@ class TextDataModule(LightningDataModule):
             return "global_batch_size", 1
         return "global_batch_tokens", self._length()
 
-    def train_dataloader(self) -> WindowLoader:
+    def train_dataloader(self) -> ResumableDataLoader:
         """A pass in a random order; a last batch that would be short is dropped, as in the book.
 
         With ``trainer.overfit_batches`` it is the same first windows in each pass.
@@ -260,7 +260,7 @@ class TextDataModule(LightningDataModule):
             whole_updates=self._global_batch() is not None,
             mixture=None
             if self.mixture is None
-            else Mixture(self._counts, list(self.mixture.values()), self.seed),
+            else MixtureSampler(self._counts, list(self.mixture.values()), self.seed),
         )
         limit = self.trainer.limit_train_batches if self.trainer else None
         if isinstance(limit, float):
@@ -305,18 +305,18 @@ class TextDataModule(LightningDataModule):
             "val_windows": len(self._windows["validation"]),
         }
 
-    def validation_windows(self) -> WindowLoader:
+    def validation_windows(self) -> ResumableDataLoader:
         return self._loader("validation", shuffle=False, drop_last=False)
 
-    def val_dataloader(self) -> WindowLoader | list[WindowLoader]:
+    def val_dataloader(self) -> ResumableDataLoader | list[ResumableDataLoader]:
         """The validation windows; for ``trainer.validate`` a list of them and of all training windows."""
         if self.trainer is not None and self.trainer.state.fn == "validate":
             every = self._loader("training", shuffle=False, drop_last=False)
             return [self.validation_windows(), every]
         return self.validation_windows()
 
-    def _loader(self, split: str, **settings: Any) -> WindowLoader:
-        return WindowLoader(
+    def _loader(self, split: str, **settings: Any) -> ResumableDataLoader:
+        return ResumableDataLoader(
             self._windows[split],
             self.batch_size,
             seed=self.seed,

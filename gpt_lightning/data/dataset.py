@@ -14,10 +14,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from gpt_lightning.data.sampler import Numbers
-from gpt_lightning.storage.checksum_cache import remembered_sha256
+from gpt_lightning.data.sampler import Indices
+from gpt_lightning.storage.checksum_cache import cached_sha256
 
-_MOST_RESIDENT = 32 << 20  # bytes of mapped files, before their pages are let go
+_MAX_RESIDENT_BYTES = 32 << 20  # bytes of mapped files, before their pages are let go
 _FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most
 
 
@@ -26,7 +26,7 @@ def window_count(tokens: int, length: int, stride: int) -> int:
     return max(0, -(-(tokens - length) // stride))
 
 
-class Windows:
+class WindowDataset:
     """All windows of one stream of token ids, which may be cut into parts; nothing is copied until it is drawn.
 
     Window i starts at ``i * stride``; its inputs are the first L ids, its targets the last L. Like the
@@ -51,7 +51,7 @@ class Windows:
         self._ends = np.cumsum([len(part) for part in parts])
         self._digests = [partial(_sha256, part) for part in parts]
         self._mapped = [found for part in parts if (found := _mapping(part)) is not None]
-        self.most_resident = _MOST_RESIDENT
+        self.most_resident = _MAX_RESIDENT_BYTES
         self._resident = 0
         # of a single part, each stretch of its tokens as a row, without a copy
         single = len(self.parts) == 1 and len(self.parts[0]) > length
@@ -73,7 +73,7 @@ class Windows:
             found.update(f"{len(part)} {digest()}\n".encode())
         return found.hexdigest()
 
-    def draw(self, numbers: Numbers) -> NDArray[np.int64]:
+    def draw(self, numbers: Indices) -> NDArray[np.int64]:
         """The numbered windows, ``(B, L + 1)``."""
         width = self.length + 1
         starts = numbers * self.stride
@@ -115,7 +115,7 @@ def _sha256(part: NDArray[np.uint16]) -> str:
     if isinstance(part, np.memmap) and part.filename is not None:
         path = Path(part.filename)
         if path.stat().st_size == part.nbytes:
-            return remembered_sha256(path)
+            return cached_sha256(path)
     return sha256(np.ascontiguousarray(part, dtype="<u2").data).hexdigest()
 
 
@@ -129,13 +129,13 @@ def _mapping(part: NDArray[np.uint16]) -> mmap.mmap | None:
     return base
 
 
-class JoinedWindows:
+class ConcatWindowDataset:
     """The windows of several sources, numbered one source after the other. None reaches from one into the next."""
 
-    def __init__(self, sources: Sequence[Windows]) -> None:
+    def __init__(self, sources: Sequence[WindowDataset]) -> None:
         self.sources = sources
         for source in sources:
-            source.most_resident = _MOST_RESIDENT // len(sources)
+            source.most_resident = _MAX_RESIDENT_BYTES // len(sources)
         self._ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:
@@ -147,11 +147,11 @@ class JoinedWindows:
 
     @property
     def fingerprint(self) -> str:
-        """As :attr:`Windows.fingerprint`."""
+        """As :attr:`WindowDataset.fingerprint`."""
         return "+".join(source.fingerprint for source in self.sources)
 
-    def draw(self, numbers: Numbers) -> NDArray[np.int64]:
-        """As :meth:`Windows.draw`."""
+    def draw(self, numbers: Indices) -> NDArray[np.int64]:
+        """As :meth:`WindowDataset.draw`."""
         drawn = np.empty((len(numbers), self.shape[1]), dtype=np.int64)
         sources = np.searchsorted(self._ends, numbers, side="right")
         for k in np.unique(sources):

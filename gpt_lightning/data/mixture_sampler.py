@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt_lightning.data.sampler import (
-    MOST_IN_MEMORY,
-    Bijection,
-    Numbers,
-    Order,
+    MAX_IN_MEMORY,
+    FeistelPermutation,
+    Indices,
+    Permutation,
     seed_from,
     shuffled,
 )
@@ -16,7 +16,7 @@ from gpt_lightning.data.sampler import (
 _PERIOD = 1 << 16  # places in which each source has its share
 
 
-class Mixture:
+class MixtureSampler:
     """The order of a stream over several sources, a function of the place in the stream alone.
 
     The places repeat a pattern of 65,536 in which each source has its share, rounded to whole places, at even
@@ -39,10 +39,10 @@ class Mixture:
         order = np.argsort(due, kind="stable")
         self._source = np.repeat(np.arange(len(counts)), self.shares)[order]
         self._draw = np.concatenate([np.arange(share) for share in self.shares])[order]
-        self._orders: dict[int, tuple[int, Order]] = {}
+        self._orders: dict[int, tuple[int, Permutation]] = {}
 
-    def __call__(self, places: Numbers) -> Numbers:
-        """Places in the stream → numbers of windows, as ``JoinedWindows`` numbers them."""
+    def __call__(self, places: Indices) -> Indices:
+        """Places in the stream → numbers of windows, as ``ConcatWindowDataset`` numbers them."""
         numbers = np.empty_like(places)
         periods, slots = np.divmod(places, _PERIOD)
         sources = self._source[slots]
@@ -56,12 +56,12 @@ class Mixture:
                 numbers[own[these]] = self._firsts[k] + order(within[these])
         return numbers
 
-    def _order(self, source: int, epoch: int) -> Order:
+    def _order(self, source: int, epoch: int) -> Permutation:
         known = self._orders.get(source)
         if known is not None and known[0] == epoch:
             return known[1]
         n, seed = self.counts[source], seed_from(self.seed, source, epoch)
-        order: Order = Bijection(n, seed) if n > MOST_IN_MEMORY else shuffled(n, seed)
+        order: Permutation = FeistelPermutation(n, seed) if n > MAX_IN_MEMORY else shuffled(n, seed)
         self._orders[source] = epoch, order
         return order
 

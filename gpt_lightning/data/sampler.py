@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.int64]
-Order = Callable[[Numbers], Numbers]  # places in a pass → numbers of windows
+Indices = NDArray[np.int64]
+Permutation = Callable[[Indices], Indices]  # places in a pass → numbers of windows
 
-MOST_IN_MEMORY = 1 << 20  # windows whose order is an array: 8 MB, 20 ms
+MAX_IN_MEMORY = 1 << 20  # windows whose order is an array: 8 MB, 20 ms
 _ROUNDS = 8
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64's
 
@@ -21,18 +21,18 @@ def seed_from(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def in_turn(places: Numbers) -> Numbers:
+def sequential(places: Indices) -> Indices:
     """The order 0, 1, 2, …"""
     return places
 
 
-def shuffled(n: int, seed: int) -> Order:
+def shuffled(n: int, seed: int) -> Permutation:
     """``torch.randperm``, as a ``DataLoader`` draws it. Takes 8 n bytes."""
     numbers = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     return lambda places: numbers[places]
 
 
-class Bijection:
+class FeistelPermutation:
     """An order of 0, …, n - 1 that is computed where it is asked for, and takes no memory.
 
     A place is written as two digits, the first of a and the second of b values, a ≈ b ≈ √n. Each round adds a hash
@@ -47,7 +47,7 @@ class Bijection:
         self._digits = (np.uint64(a), np.uint64(-(-n // a) or 1))
         self._keys = [np.uint64(seed_from(seed, i)) for i in range(_ROUNDS)]
 
-    def __call__(self, places: Numbers) -> Numbers:
+    def __call__(self, places: Indices) -> Indices:
         numbers = self._once(places.astype(np.uint64))
         while (beyond := np.flatnonzero(numbers >= self.n)).size:
             numbers[beyond] = self._once(numbers[beyond])

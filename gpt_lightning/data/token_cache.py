@@ -24,10 +24,10 @@ from gpt_lightning.data.token_store import (
 )
 from gpt_lightning.data.tokenizer import encode_corpus
 from gpt_lightning.storage.checksum import sha256_of
-from gpt_lightning.storage.checksum_cache import remembered_sha256
+from gpt_lightning.storage.checksum_cache import cached_sha256
 
-WORTH_KEEPING = 1_000_000  # bytes of text, a tenth of a second to tokenise
-WORTH_PREPARING = 500_000_000  # a minute, and five times as much memory
+MIN_CACHED_BYTES = 1_000_000  # bytes of text, a tenth of a second to tokenise
+LONG_TEXT_BYTES = 500_000_000  # a minute, and five times as much memory
 _SHARD_TOKENS = 1 << 40  # a text of this length was in memory
 _READER = "2"  # changes where the same bytes are read as another text: see decode_text
 
@@ -131,7 +131,7 @@ def _say_if_other_ratio(path: Path, train_ratio: float) -> None:
 
 def _say_if_long(path: Path) -> None:
     size = sum(file.stat().st_size for file in text_files(path))
-    if size >= WORTH_PREPARING:
+    if size >= LONG_TEXT_BYTES:
         print(
             f"gpt_lightning: data.text: {path} is {size / 1e9:.1f} GB, tokenised in memory and by one processor; "
             "the command prepare does it in little memory and by all",
@@ -143,12 +143,12 @@ def _say_if_long(path: Path) -> None:
 
 
 def _kept(
-    path: Path, train_ratio: float, sha256: Callable[[Path], str] = remembered_sha256
+    path: Path, train_ratio: float, sha256: Callable[[Path], str] = cached_sha256
 ) -> Path | None:
     """Where the tokens of a long text are kept; none: it is short, or not there."""
     try:
         files = text_files(path)
-        if sum(file.stat().st_size for file in files) < WORTH_KEEPING:
+        if sum(file.stat().st_size for file in files) < MIN_CACHED_BYTES:
             return None
         sums = [sha256(file) for file in files]
     except OSError:  # whoever reads it says why

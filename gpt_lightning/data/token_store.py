@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCABULARY_SHA256
 from gpt_lightning.storage.checksum import MANIFEST
 from gpt_lightning.storage.checksum_cache import (
-    remember_sha256,
-    remembered_sha256,
+    cache_sha256,
+    cached_sha256,
     state_of,
     wait_for_a_tick,
 )
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: is an unfinished token store; go on with the prepare command that began it"
         )
-    manifest = read_sealed(path)
+    manifest = read_self_checksummed(path)
     names = [shard["name"] for split in SPLITS for shard in manifest["shards"][split]]
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{path}: names a shard outside of {folder}; prepare the text anew")
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """Of an unfinished store."""
-    return read_sealed(folder / PROGRESS)
+    return read_self_checksummed(folder / PROGRESS)
 
 
 def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def _check_shard(path: Path, shard: dict[str, Any]) -> None:
     size, expected = path.stat().st_size, 2 * shard["tokens"]
     if size != expected:
         raise ValueError(f"{path}: is damaged: it has {size} bytes, not {expected}; {remedy}")
-    if remembered_sha256(path) != shard["sha256"]:
+    if cached_sha256(path) != shard["sha256"]:
         raise ValueError(f"{path}: is damaged: its SHA-256 is not the manifest's; {remedy}")
 
 
@@ -119,7 +119,7 @@ def _name(tokenizer: object) -> str:
     return str(tokenizer.get("name")) if isinstance(tokenizer, dict) else "unknown"
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_self_checksummed(path: Path) -> dict[str, Any]:
     """A JSON object with a sum over itself.
 
     Raises:
@@ -142,19 +142,19 @@ def _own_sum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def hidden(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where a file is written before it takes its place."""
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_self_checksummed(path: Path, content: dict[str, Any]) -> None:
     """A JSON object with a sum over itself, whole or not at all."""
     text = json.dumps({**content, "sha256": _own_sum(content)}, indent=1)
-    with hidden(path).open("w", encoding="utf-8") as file:
+    with temporary_path(path).open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(hidden(path), path)
+    os.replace(temporary_path(path), path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -166,7 +166,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 @dataclass
-class _Growing:
+class _ShardWriter:
     """A split while it is written; ``sum`` and ``filled`` are of its last shard, which is not whole yet."""
 
     name: str
@@ -205,7 +205,7 @@ class StoreWriter:
         self.folder = folder
         self.shard_tokens = shard_tokens
         self.about = {"format": FORMAT, "tokenizer": TOKENIZER, **about}
-        self.splits = {name: _Growing(name) for name in SPLITS}
+        self.splits = {name: _ShardWriter(name) for name in SPLITS}
         self._recorded_shards = 0
 
     @property
@@ -231,7 +231,7 @@ class StoreWriter:
         growing.documents += documents
         self._extend(growing, ids)
 
-    def _extend(self, growing: _Growing, ids: NDArray[np.uint16]) -> None:
+    def _extend(self, growing: _ShardWriter, ids: NDArray[np.uint16]) -> None:
         while len(ids):
             if growing.file is None:
                 growing.file = (self.folder / growing.shard_name).open("wb")
@@ -243,7 +243,7 @@ class StoreWriter:
             if growing.filled == self.shard_tokens:
                 self._complete(growing)
 
-    def _complete(self, growing: _Growing) -> None:
+    def _complete(self, growing: _ShardWriter) -> None:
         """The last shard is whole, and on disk."""
         if growing.file is None:
             return
@@ -254,7 +254,7 @@ class StoreWriter:
         name, sha256 = growing.shard_name, growing.sum.hexdigest()
         growing.shards.append({"name": name, "tokens": growing.filled, "sha256": sha256})
         growing.filled, growing.sum = 0, hashlib.sha256()
-        remember_sha256(self.folder / name, sha256, state_of(self.folder / name))
+        cache_sha256(self.folder / name, sha256, state_of(self.folder / name))
 
     def record(self, position: dict[str, Any]) -> None:
         """What was appended so far is what a resumed writer has; its caller goes on at ``position``."""
@@ -263,7 +263,9 @@ class StoreWriter:
                 growing.file.flush()
                 os.fsync(growing.file.fileno())
         states = {name: growing.state() for name, growing in self.splits.items()}
-        write_sealed(self.folder / PROGRESS, {**self.about, "position": position, "splits": states})
+        write_self_checksummed(
+            self.folder / PROGRESS, {**self.about, "position": position, "splits": states}
+        )
         self._recorded_shards = self.shards
 
     def resume(self) -> dict[str, Any]:
@@ -272,7 +274,7 @@ class StoreWriter:
         Raises:
             ValueError: The progress or a shard is damaged.
         """
-        progress = read_sealed(self.folder / PROGRESS)
+        progress = read_self_checksummed(self.folder / PROGRESS)
         for name, growing in self.splits.items():
             state = progress["splits"][name]
             growing.shards, growing.documents = state["shards"], state["documents"]
@@ -289,7 +291,7 @@ class StoreWriter:
         self._recorded_shards = self.shards
         return dict(progress["position"])
 
-    def _reopen(self, growing: _Growing, sha256: str) -> None:
+    def _reopen(self, growing: _ShardWriter, sha256: str) -> None:
         path = self.folder / growing.shard_name
         file = path.open("r+b")
         file.truncate(2 * growing.filled)
@@ -314,7 +316,7 @@ class StoreWriter:
             "documents": {name: growing.documents for name, growing in self.splits.items()},
             "shards": {name: growing.shards for name, growing in self.splits.items()},
         }
-        write_sealed(self.folder / MANIFEST, manifest)
+        write_self_checksummed(self.folder / MANIFEST, manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
 
@@ -336,6 +338,6 @@ class StoreWriter:
         for path in [
             *self._written(),
             self.folder / PROGRESS,
-            hidden(self.folder / PROGRESS),
+            temporary_path(self.folder / PROGRESS),
         ]:
             path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gpt_lightning.kernels.support import obstacle_to_kernels
+from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.gpt import GPTModel, TransformerBlock
 from gpt_lightning.model.kv_cache import KVCache
 
@@ -21,7 +21,7 @@ FIRST_WIDTH = 256
 MOST_FUSED_ROWS, WIDEST_FUSED, WIDEST_FUSED_HEAD = 4, 4096, 256
 
 
-class DecodingStep:
+class GraphedDecodeStep:
     """A model's step over a cache that the prompts have filled.
 
     On CUDA the first step of each width runs as it is, which warms up what a capture must not, and is then
@@ -67,13 +67,13 @@ class DecodingStep:
         self._run: Callable[[], Tensor] = self._forward
         self.is_fused = False
         if fused:
-            if (obstacle := obstacle_to_fusing(model, len(self._tokens))) is None:
+            if (obstacle := fused_decode_unsupported_reason(model, len(self._tokens))) is None:
                 self._fuse()
             else:
                 _say_once(f"our own kernels could not be used ({obstacle})")
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: Tensor | None = None
-        obstacle = obstacle_to_capture(model)
+        obstacle = cuda_graph_unsupported_reason(model)
         self._captures = obstacle is None
         if obstacle is not None:
             _say_once(f"the step could not be captured as a CUDA graph ({obstacle})")
@@ -104,9 +104,9 @@ class DecodingStep:
 
     def _fuse(self) -> None:
         try:
-            from gpt_lightning.generation.fused_decode import FusedForward
+            from gpt_lightning.generation.fused_decode import FusedDecodeForward
 
-            self._run = FusedForward(
+            self._run = FusedDecodeForward(
                 self._model,
                 self._static,
                 self._tokens,
@@ -200,7 +200,7 @@ def _width(needed: int, most: int) -> int:
     return min(width, most)
 
 
-def obstacle_to_capture(model: GPTModel) -> str | None:
+def cuda_graph_unsupported_reason(model: GPTModel) -> str | None:
     """None on CUDA, but that a replay runs no hooks, such as gather sharded weights, and autocast's copies of
     weights do not last."""
     kind = model.tok_emb.weight.device.type
@@ -211,11 +211,11 @@ def obstacle_to_capture(model: GPTModel) -> str | None:
     return "autocast is on" if torch.is_autocast_enabled("cuda") else None
 
 
-def obstacle_to_fusing(model: GPTModel, rows: int) -> str | None:
+def fused_decode_unsupported_reason(model: GPTModel, rows: int) -> str | None:
     """None where our own kernels are made for the GPU, the model and so many rows."""
-    if obstacle := obstacle_to_kernels(model.tok_emb.weight.device):
+    if obstacle := kernels_unsupported_reason(model.tok_emb.weight.device):
         return obstacle
-    if obstacle := obstacle_to_capture(model):
+    if obstacle := cuda_graph_unsupported_reason(model):
         return obstacle  # what torch's modules are asked to do besides is not done
     config = model.config
     if rows > MOST_FUSED_ROWS:

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.generation.cuda_graph import (
-    DecodingStep,
-    obstacle_to_capture,
-    obstacle_to_fusing,
+    GraphedDecodeStep,
+    cuda_graph_unsupported_reason,
+    fused_decode_unsupported_reason,
     padded_length,
 )
-from gpt_lightning.generation.sampling import Sampling, check_finite, choose
-from gpt_lightning.model.async_copy import Arriving
+from gpt_lightning.generation.sampling import SamplingParams, check_finite, choose
+from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
-Step = Literal["plain", "graph", "fused"]
+DecodeBackend = Literal["plain", "graph", "fused"]
 NO_TOKEN = -1
-FUSED_FROM = 128  # new tokens
+FUSED_MIN_NEW_TOKENS = 128  # new tokens
 CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits were numbers
 
 
@@ -40,10 +40,10 @@ def generate(
     """Continue prompts of equal length: ids ``(B, T)`` → ``(B, T + n)``, n at most ``max_new_tokens``.
 
     A row that ended before the others is filled up with ``eos_id``; where all end at once it is not
-    returned, as in the book. For the settings see :class:`Sampling`, for the rest
+    returned, as in the book. For the settings see :class:`SamplingParams`, for the rest
     :func:`stream_ids`, which also takes prompts of different lengths.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     steps = stream_ids(
         model, idx.tolist(), max_new_tokens, sampling, eos_id=eos_id, generator=generator
     )
@@ -57,13 +57,13 @@ def stream_ids(
     model: GPTModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     num_samples: int = 1,
     eos_id: int | None = None,
     is_over: Callable[[int, list[int]], bool] | None = None,
     generator: torch.Generator | None = None,
-    step: Step | None = None,
+    step: DecodeBackend | None = None,
 ) -> Iterator[Tensor]:
     """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row; on the host where
     rows can end, for there they have been waited for.
@@ -114,13 +114,13 @@ def stream_ids(
     )
 
 
-def fastest_step(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> Step:
+def fastest_step(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> DecodeBackend:
     """Our own kernels where they can be and there are tokens enough to pay for loading them, before the context of
     which ``length`` are the prompt's is full."""
-    if obstacle_to_capture(model):
+    if cuda_graph_unsupported_reason(model):
         return "plain"
     steps = min(max_new_tokens, model.config.context_length - length)
-    if steps < FUSED_FROM or obstacle_to_fusing(model, rows):
+    if steps < FUSED_MIN_NEW_TOKENS or fused_decode_unsupported_reason(model, rows):
         return "graph"
     return "fused"
 
@@ -130,12 +130,12 @@ def _stream(
     model: GPTModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     num_samples: int,
     eos_id: int | None,
     is_over: Callable[[int, list[int]], bool] | None,
     generator: torch.Generator | None,
-    way: Step,
+    way: DecodeBackend,
 ) -> Iterator[Tensor]:
     weight, context_length = model.tok_emb.weight, model.config.context_length
     device = weight.device
@@ -157,7 +157,7 @@ def _stream(
     )
     written: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
     ended = torch.zeros(len(written), dtype=torch.bool, device=device)
-    one_token: DecodingStep | None = None
+    one_token: GraphedDecodeStep | None = None
     takes_likeliest = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
     unwritten: list[Tensor] = []  # the last tokens, which ``ids`` lacks
     may_end = eos_id is not None or is_over is not None
@@ -186,7 +186,7 @@ def _stream(
                     cache = cache.repeat(num_samples)
                     hidden = None if hidden is None else hidden.repeat_interleave(num_samples)
                 if way != "plain":
-                    one_token = DecodingStep(model, cache, hidden, fused=way == "fused")
+                    one_token = GraphedDecodeStep(model, cache, hidden, fused=way == "fused")
             elif cache.length < context_length:
                 last = ids[:, width - 1]
                 if one_token is not None:
@@ -245,7 +245,7 @@ class _Finite:
         self._every = every
         self._first = 0
         self._largest: list[Tensor] = []
-        self._asked: tuple[int, list[Tensor], Arriving] | None = None
+        self._asked: tuple[int, list[Tensor], AsyncHostCopy] | None = None
 
     def add(self, largest: Tensor, step: int) -> None:
         """Of each row's logits."""
@@ -265,7 +265,7 @@ class _Finite:
 
     def _ask(self) -> None:
         finite = torch.isfinite(torch.stack(self._largest)).all()
-        self._asked = self._first, self._largest, Arriving(finite)
+        self._asked = self._first, self._largest, AsyncHostCopy(finite)
         self._first += len(self._largest)
         self._largest = []
 

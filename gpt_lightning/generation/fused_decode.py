@@ -21,7 +21,7 @@ from gpt_lightning.model.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
-class Tile:
+class TileConfig:
     """How many weights a program has, all of which it reads before it waits for what they are multiplied with."""
 
     weights: int
@@ -39,12 +39,12 @@ WARPS, WARPS_TO_ADD, WARPS_FROM = (
     8,
     2_500_000,
 )  # of what adds to a shortcut, from so many weights on
-HEAD = Tile(16384, 4)
+HEAD = TileConfig(16384, 4)
 ATTENTION_SPAN, ATTENTION_BLOCK, ATTENTION_WARPS = 256, 256, 8  # positions
 
 
 @dataclass(frozen=True)
-class Product:
+class LinearOp:
     """``out`` (R, N) becomes x (R, K) times weight (N, K), or has it added to what it holds.
 
     After a norm ``bias`` has the product with the norm's bias in it, and ``shift`` (N,) is that with its weight.
@@ -60,7 +60,7 @@ class Product:
     add: bool = False
 
 
-class FusedForward:
+class FusedDecodeForward:
     """The step over a cache whose ``at`` says where it is; called, it advances it by one.
 
     Args:
@@ -108,15 +108,15 @@ class FusedForward:
         logits = empty(R, config.vocab_size)
         self._head = after_norm(self._x, model.final_norm, model.head_weight, None, logits)
 
-    def _of_block(self, block: TransformerBlock, hidden: Tensor) -> tuple[Product, ...]:
+    def _of_block(self, block: TransformerBlock, hidden: Tensor) -> tuple[LinearOp, ...]:
         """In their order: qkv, out_proj, and the feed-forward network's two."""
         x, qkv, out = self._x, block.att.qkv, block.att.out_proj
         widen, narrow = (cast(nn.Linear, block.ff.layers[i]) for i in (0, 2))
         return (
             after_norm(x, block.norm1, qkv.weight, qkv.bias, self._qkv),
-            Product(self._y, out.weight, out.bias, x, add=True),
+            LinearOp(self._y, out.weight, out.bias, x, add=True),
             after_norm(x, block.norm2, widen.weight, widen.bias, hidden, gelu=True),
-            Product(hidden, narrow.weight, narrow.bias, x, add=True),
+            LinearOp(hidden, narrow.weight, narrow.bias, x, add=True),
         )
 
     def __call__(self) -> Tensor:
@@ -151,7 +151,7 @@ class FusedForward:
         )  # fmt: skip
         return of.out
 
-    def _multiply(self, of: Product) -> None:
+    def _multiply(self, of: LinearOp) -> None:
         (N, K), R = of.weight.shape, len(of.x)
         tile = tile_of(of)
         scale, eps = (None, 0.0) if of.norm is None else (of.norm.weight, of.norm.eps)
@@ -187,21 +187,21 @@ def after_norm(
     out: Tensor,
     *,
     gelu: bool = False,
-) -> Product:
+) -> LinearOp:
     """The product of ``x`` normalised, of which all that does not depend on x is computed here."""
     wide = weight.float()
     shifted = wide @ norm.bias.float()
     if bias is not None:
         shifted = shifted + bias.float()
-    return Product(x, weight, shifted, out, norm, wide @ norm.weight.float(), gelu)
+    return LinearOp(x, weight, shifted, out, norm, wide @ norm.weight.float(), gelu)
 
 
-def tile_of(product: Product) -> Tile:
+def tile_of(product: LinearOp) -> TileConfig:
     """By what was measured of the 124M and the 1558M: what adds to a shortcut gains 1 % by more warps in the larger one,
     of one row, and loses in all else."""
     weights, rows = product.weight.numel(), len(product.x)
     more = product.add and rows == 1 and weights >= WARPS_FROM
-    return Tile(LARGE if weights >= LARGE_FROM else SMALL, WARPS_TO_ADD if more else WARPS)
+    return TileConfig(LARGE if weights >= LARGE_FROM else SMALL, WARPS_TO_ADD if more else WARPS)
 
 
 def is_hopper_or_newer(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. By default it is the likeliest.
 
     Args:
@@ -54,14 +54,14 @@ class Sampling:
             )
 
 
-def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of the device; ``ValueError`` where ``seed`` is no number of 64 bits."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: {seed} has more than 64 bits; give a smaller one")
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def penalise_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Logits ``(B, V)`` with those of the tokens in ``ids`` ``(B, T)`` made smaller by ``penalty``.
 
     Positive ones are divided, negative ones multiplied by it (Keskar et al. 2019, as transformers has
@@ -86,7 +86,7 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     return torch.where(overflows, less, scaled)
 
 
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+def top_k_filter(logits: Tensor, top_k: int) -> Tensor:
     """Logits ``(B, V)`` with all but exactly ``top_k`` a row at -inf; of equal ones the lower ids stay.
 
     A mere threshold would keep every tie, and ``top_k=1`` would then not be greedy.
@@ -99,7 +99,7 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(~kept, -torch.inf)
 
 
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     """Logits ``(B, V)`` with only the likeliest tokens left that together reach ``top_p``, at least one."""
     descending, order = logits.sort(dim=-1, descending=True, stable=True)
     p = descending.double().softmax(dim=-1)
@@ -109,13 +109,13 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
 
 
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+def min_p_filter(logits: Tensor, min_p: float) -> Tensor:
     """Logits ``(B, V)`` with tokens less than ``min_p`` times as probable as the likeliest at -inf."""
     p = logits.softmax(dim=-1)
     return logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
 
 
-def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None) -> Tensor:
+def probabilities(logits: Tensor, sampling: SamplingParams, ids: Tensor | None = None) -> Tensor:
     """The distribution ``(B, V)`` a token is drawn from, given logits ``(B, V)`` and the ids before.
 
     At temperature 0 it is 1 at the argmax, the lowest id of equal ones. It is float32 or wider, whatever
@@ -126,17 +126,17 @@ def probabilities(logits: Tensor, sampling: Sampling, ids: Tensor | None = None)
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.repetition_penalty != 1.0 and ids is not None:
-        logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
+        logits = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
     if sampling.temperature == 0.0:
         likeliest = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(1, likeliest, 1.0)
     logits = apply_temperature(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        logits = keep_top_k(logits, sampling.top_k)
+        logits = top_k_filter(logits, sampling.top_k)
     if sampling.top_p is not None and sampling.top_p < 1.0:
-        logits = keep_top_p(logits, sampling.top_p)
+        logits = top_p_filter(logits, sampling.top_p)
     if sampling.min_p is not None:
-        logits = keep_min_p(logits, sampling.min_p)
+        logits = min_p_filter(logits, sampling.min_p)
     return logits.softmax(dim=-1)
 
 
@@ -147,7 +147,7 @@ def entropy(p: Tensor) -> Tensor:
 
 def sample(
     logits: Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     ids: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -173,7 +173,7 @@ def check_finite(largest: Tensor) -> None:
 
 def choose(
     logits: Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     ids: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -182,15 +182,15 @@ def choose(
     if sampling.temperature == 0.0:
         if sampling.repetition_penalty != 1.0 and ids is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logits = penalise_repetition(logits, ids, sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
         return logits.argmax(dim=-1)
     p = probabilities(logits, sampling, ids)
     if p.is_cuda:
-        return draw_unchecked(p, generator)
+        return multinomial_no_sync(p, generator)
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
-def draw_unchecked(p: Tensor, generator: torch.Generator | None) -> Tensor:
+def multinomial_no_sync(p: Tensor, generator: torch.Generator | None) -> Tensor:
     """One id a row from distributions ``(B, V)``: what torch.multinomial draws, less its checks of ``p``,
     for which the host waits twice."""
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)

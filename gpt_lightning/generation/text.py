@@ -8,12 +8,12 @@ import torch
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode, decode_bytes, encode_prompt
 from gpt_lightning.generation.engine import NO_TOKEN, stream_ids
-from gpt_lightning.generation.sampling import Sampling
+from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.gpt import GPTModel
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedText:
     """One continuation. ``text`` begins with the prompt and ends before a stop string; so do the ids,
     but that the tokens which spelled the stop string are among them."""
 
@@ -22,7 +22,7 @@ class Sample:
     token_ids: list[int]
 
 
-class GrowingText:
+class IncrementalDetokenizer:
     """A row's new tokens as text, of which only what no stop string can take back is shown."""
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ def generate_texts(
     model: GPTModel,
     prompts: Sequence[str],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     num_samples: int = 1,
     eos_id: int | None = END_OF_TEXT_ID,
@@ -68,7 +68,7 @@ def generate_texts(
     special_tokens: bool = False,
     generator: torch.Generator | None = None,
     on_text: Callable[[int, str], None] | None = None,
-) -> list[Sample]:
+) -> list[GeneratedText]:
     """Continue each prompt ``num_samples`` times; a prompt's samples stand in a row.
 
     Args:
@@ -81,7 +81,7 @@ def generate_texts(
     if not all(stop):
         raise ValueError("stop: is empty; give at least one character")
     prompt_ids = [encode_prompt(prompt, special=special_tokens) for prompt in prompts]
-    rows = [GrowingText(stop) for _ in range(len(prompts) * num_samples)]
+    rows = [IncrementalDetokenizer(stop) for _ in range(len(prompts) * num_samples)]
     new_ids: list[list[int]] = [[] for _ in rows]
 
     def tell(row: int) -> None:
@@ -108,7 +108,7 @@ def generate_texts(
         text.finish()
         tell(row)
     return [
-        Sample(
+        GeneratedText(
             prompts[row // num_samples],
             decode(prompt_ids[row // num_samples]) + text.text,
             prompt_ids[row // num_samples] + new_ids[row],

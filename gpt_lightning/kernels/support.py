@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 
 
-def obstacle_to_kernels(device: torch.device) -> str | None:
+def kernels_unsupported_reason(device: torch.device) -> str | None:
     """None where there is none: an NVIDIA GPU from Ampere on, and Triton, which comes with torch for CUDA on Linux."""
     if device.type != "cuda":
         return f"the model is on {device.type}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Arriving:
+class AsyncHostCopy:
     """A tensor on its way to main memory; on a CPU it is there, and is that tensor itself."""
 
     def __init__(self, tensor: Tensor) -> None:

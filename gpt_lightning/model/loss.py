@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_lightning.kernels.support import obstacle_to_kernels
+from gpt_lightning.kernels.support import kernels_unsupported_reason
 
 PAD_VOCABULARY_TO = 64
 
@@ -66,7 +66,7 @@ def chunked_cross_entropy(
 @cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """For a chunk on a GPU; none where it cannot be."""
-    if obstacle_to_kernels(device):
+    if kernels_unsupported_reason(device):
         return None
     try:
         from gpt_lightning.kernels.cross_entropy import loss_and_gradient_

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gpt_lightning.model.gpt import GPTModel
 
-PAYS_FROM = (
+MIN_PACKED_SHAPE = (
     1 << 19
 )  # weights of a layer: a call of oneDNN's takes 50 µs more than one of torch's own product
 
@@ -63,7 +63,7 @@ def pack_weights(model: GPTModel) -> bool:
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and child.weight.numel() >= PAYS_FROM
+        if isinstance(child, nn.Linear) and child.weight.numel() >= MIN_PACKED_SHAPE
     ]
     for parent, name in large:
         child = getattr(parent, name)
@@ -72,7 +72,7 @@ def pack_weights(model: GPTModel) -> bool:
         if before_gelu:
             setattr(parent, "1", nn.Identity())  # what follows it in a Sequential
         del child  # the last that holds its weights
-    if model.out_head is None and weight.numel() >= PAYS_FROM:
+    if model.out_head is None and weight.numel() >= MIN_PACKED_SHAPE:
         model.out_head = PackedLinear(weight, None)
         return True
     return bool(large)

@@ -48,7 +48,7 @@ UPDATES = 2  # after which a heap grows no more that matters
 
 
 @dataclass(frozen=True)
-class TrainingStep:
+class StepShape:
     """What decides a step's memory on one device.
 
     Attributes:
@@ -74,7 +74,7 @@ class TrainingStep:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryBreakdown:
     """Bytes on one device at the moment of a step that holds most; they are there at the same time.
 
     Attributes:
@@ -109,7 +109,7 @@ class Held:
         )  # fmt: skip
 
 
-def held(step: TrainingStep) -> Held:
+def held(step: StepShape) -> MemoryBreakdown:
     """At its peak, once the run is under way."""
     if step.shards == 1:
         return _count(step, None)
@@ -117,7 +117,7 @@ def held(step: TrainingStep) -> Held:
         return _count(step, mesh)
 
 
-def _count(step: TrainingStep, mesh: DeviceMesh | None) -> Held:
+def _count(step: StepShape, mesh: DeviceMesh | None) -> MemoryBreakdown:
     dtype, low = PRECISIONS[step.precision]
     live = _Live(Heap() if step.device == "cpu" else None)
     with FakeTensorMode(), live, ExitStack() as modes:
@@ -153,8 +153,8 @@ def _count(step: TrainingStep, mesh: DeviceMesh | None) -> Held:
         for _ in range(UPDATES if step.device == "cpu" else 1):
             update()
         del moments
-    at_peak = {name: live.peak[name] for name in Held.__annotations__ if name != "phase"}
-    return Held(**at_peak, phase=live.peak_phase)
+    at_peak = {name: live.peak[name] for name in MemoryBreakdown.__annotations__ if name != "phase"}
+    return MemoryBreakdown(**at_peak, phase=live.peak_phase)
 
 
 def _sync_gradients(training: nn.Module, whether: bool) -> None:
@@ -185,7 +185,7 @@ def _forward_and_backward(
 class _Training(nn.Module):
     """A micro-batch's forward pass and loss, as ``GPTLightningModule`` computes them."""
 
-    def __init__(self, step: TrainingStep, enter: Callable[[str], None]) -> None:
+    def __init__(self, step: StepShape, enter: Callable[[str], None]) -> None:
         super().__init__()
         self.step = step
         self.enter = enter

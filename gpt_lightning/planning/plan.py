@@ -8,7 +8,13 @@ from typing import Literal
 
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model import flops as cost
-from gpt_lightning.planning.memory import PRECISIONS, SHARDED_PRECISIONS, Held, TrainingStep, held
+from gpt_lightning.planning.memory import (
+    PRECISIONS,
+    SHARDED_PRECISIONS,
+    MemoryBreakdown,
+    StepShape,
+    held,
+)
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
@@ -17,7 +23,7 @@ MOMENTS = 2  # of AdamW, for each weight
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunSpec:
     """A run as far as it decides what it costs.
 
     Attributes:
@@ -33,7 +39,7 @@ class Setting:
         asynchronous: Whether a copy is written while training goes on.
     """
 
-    step: TrainingStep
+    step: StepShape
     devices: int = 1
     strategy: Strategy = "single"
     micro_batches: int = 1
@@ -50,7 +56,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Change:
+class SuggestedChange:
     """Another setting that fits.
 
     Attributes:
@@ -103,12 +109,12 @@ class Plan:
     hours: float | None
     device_memory: int | None
     fits: bool | None
-    nearest: Change | None
+    nearest: SuggestedChange | None
     least: int | None
 
 
 def plan(
-    setting: Setting,
+    setting: RunSpec,
     *,
     tokens: int | None = None,
     updates: int | None = None,
@@ -170,7 +176,7 @@ def plan(
     )
 
 
-def memory(setting: Setting) -> tuple[dict[str, int], str]:
+def memory(setting: RunSpec) -> tuple[dict[str, int], str]:
     """What one device holds at its peak, part by part, and when that is."""
     step = replace(
         setting.step,
@@ -204,19 +210,19 @@ def memory(setting: Setting) -> tuple[dict[str, int], str]:
     return {name: size for name, size in lines.items() if size}, when
 
 
-def checkpoint_bytes(setting: Setting) -> int:
+def checkpoint_bytes(setting: RunSpec) -> int:
     """Weights and moments in the precision in which they are kept."""
     itemsize = PRECISIONS[setting.step.precision][0].itemsize
     return (1 + MOMENTS) * itemsize * cost.parameters(setting.step.config)
 
 
-def _copies(setting: Setting) -> int:
+def _copies(setting: RunSpec) -> int:
     """In main memory: the best one, the one being written, and with FSDP2 the whole one that is saved."""
     copies = setting.keep_best + setting.asynchronous + (setting.strategy == "fsdp")
     return copies * checkpoint_bytes(setting)
 
 
-def nearest_that_fits(setting: Setting, room: int) -> tuple[Change | None, int | None]:
+def nearest_that_fits(setting: RunSpec, room: int) -> tuple[SuggestedChange | None, int | None]:
     """The fewest changes after which a device holds no more than ``room``, at the same global batch.
 
     Tried in this order, alone, then two together and so on: a smaller batch with more accumulation, the loss by
@@ -235,7 +241,7 @@ def nearest_that_fits(setting: Setting, room: int) -> tuple[Change | None, int |
     return None, least
 
 
-def _least(setting: Setting, levers: list[str]) -> int:
+def _least(setting: RunSpec, levers: list[str]) -> int:
     """With one window at a time and all changes, but for those that cost memory where there is little to save."""
     sure = tuple(lever for lever in levers if lever not in ("batch", "chunks", "bf16"))
     doubtful = [lever for lever in levers if lever in ("chunks", "bf16")]
@@ -246,7 +252,7 @@ def _least(setting: Setting, levers: list[str]) -> int:
     )
 
 
-def _levers(setting: Setting) -> list[str]:
+def _levers(setting: RunSpec) -> list[str]:
     step = setting.step
     there = {
         "batch": step.batch_size > 1,
@@ -261,13 +267,13 @@ def _levers(setting: Setting) -> list[str]:
     return [lever for lever, possible in there.items() if possible]
 
 
-def _with(setting: Setting, levers: tuple[str, ...], room: int) -> Change | None:
+def _with(setting: RunSpec, levers: tuple[str, ...], room: int) -> SuggestedChange | None:
     changed, options = _changed(setting, levers)
     if "batch" not in levers:
         total = _total(changed)
-        return Change(tuple(options), total) if total <= room else None
+        return SuggestedChange(tuple(options), total) if total <= room else None
     sizes = [b for b in range(1, setting.step.batch_size) if setting.step.batch_size % b == 0]
-    best: Setting | None = None
+    best: RunSpec | None = None
     while sizes:  # the more windows, the more memory
         middle = len(sizes) // 2
         tried = _smaller(changed, sizes[middle])
@@ -280,10 +286,10 @@ def _with(setting: Setting, levers: tuple[str, ...], room: int) -> Change | None
     options = [f"--data.batch_size {best.step.batch_size}", *options]
     if not setting.global_batch_is_given:
         options.insert(1, f"--trainer.accumulate_grad_batches {best.micro_batches}")
-    return Change(tuple(options), _total(best))
+    return SuggestedChange(tuple(options), _total(best))
 
 
-def _changed(setting: Setting, levers: tuple[str, ...]) -> tuple[Setting, list[str]]:
+def _changed(setting: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[str]]:
     """With all but the batch's size changed."""
     step, options = setting.step, []
     for lever in levers:
@@ -309,7 +315,7 @@ def _changed(setting: Setting, levers: tuple[str, ...]) -> tuple[Setting, list[s
     return replace(setting, step=step), options
 
 
-def _smaller(setting: Setting, batch_size: int) -> Setting:
+def _smaller(setting: RunSpec, batch_size: int) -> RunSpec:
     before = setting.step.batch_size
     return replace(
         setting,
@@ -318,10 +324,10 @@ def _smaller(setting: Setting, batch_size: int) -> Setting:
     )
 
 
-def _total(setting: Setting) -> int:
+def _total(setting: RunSpec) -> int:
     return sum(memory(setting)[0].values())
 
 
 @lru_cache(maxsize=256)
-def _held(step: TrainingStep) -> Held:
+def _held(step: StepShape) -> MemoryBreakdown:
     return held(step)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.weights import (
     POSITIONS,
-    Source,
+    ModelWeights,
     plain_names,
     same_values,
     stored_config,
@@ -34,7 +34,7 @@ def is_book(content: Any) -> bool:
     )
 
 
-def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -> Source:
+def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -> ModelWeights:
     """The moments of ``model_and_optimizer.pth`` come with its weights, under our names.
 
     A file that :func:`write_book` wrote holds its architecture. The book's own code writes shapes alone: of
@@ -78,10 +78,10 @@ def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -
     if optimizer_state is not None:
         optimizer_state = _our_optimizer(optimizer_state, list(weights), config, path)
     state_dict = _to_ours(weights, config)
-    return Source(config, state_dict, optimizer_state, assumed, warnings)
+    return ModelWeights(config, state_dict, optimizer_state, assumed, warnings)
 
 
-def write_book(source: Source, path: Path) -> None:
+def write_book(source: ModelWeights, path: Path) -> None:
     """``model.pth``'s form, or ``model_and_optimizer.pth``'s where there are moments to write.
 
     The architecture goes into the state dict's ``_metadata``, which ``torch.save`` keeps and the book's

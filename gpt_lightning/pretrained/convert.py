@@ -20,7 +20,7 @@ from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import in_one_dtype, write_lightning
 from gpt_lightning.storage.checksum import write_manifest
 
-Form = Literal["hf", "openai-tf", "lightning", "book"]
+WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
 _WRITERS = {
     "hf": write_huggingface,
     "openai-tf": write_openai,
@@ -30,7 +30,7 @@ _WRITERS = {
 _SUFFIXES = {"lightning": ".ckpt", "book": ".pth"}  # the forms that are one file
 
 
-def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) -> None:
+def convert(source: str, dest: Path, form: WeightFormat, *, n_heads: int | None = None) -> None:
     """Write ``dest``, a folder for 'hf' and 'openai-tf' and a file for 'lightning' and 'book'.
 
     It is written under a hidden name beside it and renamed when it is whole. Optimizer moments go along
@@ -56,7 +56,7 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
             "holds it, so text would be read with GPT-2's; give a model with GPT-2's tokenizer"
         )
     found = in_one_dtype(found)
-    with _whole_or_not_at_all(dest) as hidden:
+    with atomic_output(dest) as hidden:
         if suffix is None:
             hidden.mkdir()
         _WRITERS[form](found, hidden)
@@ -72,7 +72,7 @@ def convert(source: str, dest: Path, form: Form, *, n_heads: int | None = None) 
 
 
 @contextmanager
-def _whole_or_not_at_all(dest: Path) -> Iterator[Path]:
+def atomic_output(dest: Path) -> Iterator[Path]:
     """A hidden name to write a file or folder under; it becomes ``dest``, synced, when nothing was raised."""
     for stale in dest.parent.glob(f".{glob.escape(dest.name)}.*.tmp"):
         pid = stale.name.split(".")[-2]

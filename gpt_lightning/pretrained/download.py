@@ -18,8 +18,8 @@ from gpt_lightning.data.corpus import cache_folder
 from gpt_lightning.pretrained.http_download import (
     ATTEMPTS,
     NOT_HERE,
-    Known,
-    NotHereError,
+    ExpectedFile,
+    NotAvailableError,
     OnBytes,
     brief,
     check,
@@ -29,27 +29,31 @@ from gpt_lightning.pretrained.http_download import (
 )
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
-Host = Literal["hub", "openai"]
+DownloadHost = Literal["hub", "openai"]
 _HUB = {  # repository, revision, what is known of model.safetensors
     "gpt2-124M": (
         "openai-community/gpt2",
         "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        Known(548105171, "sha256:248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+        ExpectedFile(
+            548105171, "sha256:248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+        ),
     ),
     "gpt2-355M": (
         "openai-community/gpt2-medium",
         "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-        Known(),
+        ExpectedFile(),
     ),
     "gpt2-774M": (
         "openai-community/gpt2-large",
         "32b71b12589c2f8d625668d2335a01cac3249519",
-        Known(),
+        ExpectedFile(),
     ),
     "gpt2-1558M": (
         "openai-community/gpt2-xl",
         "15ea56dee5df4983c59b2538573817e1667135e2",
-        Known(None, "sha256:0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+        ExpectedFile(
+            None, "sha256:0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"
+        ),
     ),
 }
 HUB_FILES = ("config.json", "model.safetensors")
@@ -60,32 +64,32 @@ _OPENAI = (
 )
 _DATA, _INDEX, _META = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta"
 _SMALL = {
-    "encoder.json": Known(
+    "encoder.json": ExpectedFile(
         1042301, "sha256:196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
     ),
-    "vocab.bpe": Known(
+    "vocab.bpe": ExpectedFile(
         456318, "sha256:1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     ),
-    "checkpoint": Known(77),
+    "checkpoint": ExpectedFile(77),
 }
 OPENAI_FILES = ("checkpoint", "encoder.json", "hparams.json", _DATA, _INDEX, _META, "vocab.bpe")
 _BY_SIZE = {
     "gpt2-124M": {
-        "hparams.json": Known(90),
-        _DATA: Known(497759232, "md5:f48b9cf1a525a603be52258f69bf9162"),
-        _INDEX: Known(5215),
-        _META: Known(471155),
+        "hparams.json": ExpectedFile(90),
+        _DATA: ExpectedFile(497759232, "md5:f48b9cf1a525a603be52258f69bf9162"),
+        _INDEX: ExpectedFile(5215),
+        _META: ExpectedFile(471155),
     },
     "gpt2-355M": {
-        "hparams.json": Known(91),
-        _DATA: Known(1419292672),
-        _INDEX: Known(10399),
-        _META: Known(926519),
+        "hparams.json": ExpectedFile(91),
+        _DATA: ExpectedFile(1419292672),
+        _INDEX: ExpectedFile(10399),
+        _META: ExpectedFile(926519),
     },
 }
 
 
-def folder_of(name: str, host: Host) -> Path:
+def folder_of(name: str, host: DownloadHost) -> Path:
     """Where the files of a size are, or are to be put by hand."""
     return cache_folder() / name / host
 
@@ -96,7 +100,7 @@ def find_downloaded(name: str) -> Path:
     Raises:
         FileNotFoundError: There are none.
     """
-    needed: dict[Host, tuple[str, ...]] = {
+    needed: dict[DownloadHost, tuple[str, ...]] = {
         "hub": HUB_FILES,
         "openai": ("hparams.json", _DATA, _INDEX),
     }
@@ -112,7 +116,7 @@ def find_downloaded(name: str) -> Path:
 
 def download(
     name: str,
-    host: Host = "hub",
+    host: DownloadHost = "hub",
     *,
     folder: Path | None = None,
     mirror: str | None = None,
@@ -156,7 +160,7 @@ def download(
 
 def _download(
     name: str,
-    host: Host,
+    host: DownloadHost,
     files: Sequence[str],
     folder: Path,
     mirror: str | None,
@@ -208,7 +212,7 @@ def _recorded(folder: Path) -> set[str]:
     return set(json.loads(path.read_text(encoding="utf-8"))["files"]) if path.exists() else set()
 
 
-def _fits(path: Path, known: Known) -> bool:
+def _fits(path: Path, known: ExpectedFile) -> bool:
     if known.size not in (None, path.stat().st_size):
         return False
     if known.digest is None and not _opens(path):
@@ -229,14 +233,14 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def _known(name: str, host: Host, file: str) -> Known:
+def _known(name: str, host: DownloadHost, file: str) -> ExpectedFile:
     if host == "hub":
-        return _HUB[name][2] if file == "model.safetensors" else Known()
-    return _SMALL.get(file) or _BY_SIZE.get(name, {}).get(file, Known())
+        return _HUB[name][2] if file == "model.safetensors" else ExpectedFile()
+    return _SMALL.get(file) or _BY_SIZE.get(name, {}).get(file, ExpectedFile())
 
 
 def _fetch_from_hub(
-    name: str, path: Path, known: Known, mirror: str | None, on_bytes: OnBytes, pause: float
+    name: str, path: Path, known: ExpectedFile, mirror: str | None, on_bytes: OnBytes, pause: float
 ) -> None:
     """With huggingface_hub, which goes on itself where a connection breaks.
 
@@ -258,14 +262,17 @@ def _fetch_from_hub(
             except Exception as error:  # those of httpx, httpx2 or requests, by version
                 last = error
                 answer = getattr(error, "response", None)
-                if isinstance(error, NotHereError) or getattr(answer, "status_code", 0) in NOT_HERE:
+                if (
+                    isinstance(error, NotAvailableError)
+                    or getattr(answer, "status_code", 0) in NOT_HERE
+                ):
                     break
         causes.append(f"{urlsplit(endpoint).netloc}: {brief(last)}")
     raise OSError(", ".join(causes)) from last
 
 
 def _fetch_from_endpoint(
-    name: str, path: Path, known: Known, endpoint: str, on_bytes: OnBytes
+    name: str, path: Path, known: ExpectedFile, endpoint: str, on_bytes: OnBytes
 ) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 

@@ -22,25 +22,25 @@ OnBytes = Callable[[str, int, int | None], None]
 
 ATTEMPTS = 3  # at each host, without a byte more than before
 _TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
-_PIECE = 1 << 18  # bytes; of a piece that breaks off nothing is kept
+_BLOCK_BYTES = 1 << 18  # bytes; of a piece that breaks off nothing is kept
 NOT_HERE = (401, 403, 404, 410)
 _MOST = 10_000_000_000  # bytes of a file whose size nobody tells; the largest has 6.4 GB
 _PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
-class Known(NamedTuple):
+class ExpectedFile(NamedTuple):
     """What is known of a file beforehand; sums as 'md5:…' or 'sha256:…'."""
 
     size: int | None = None
     digest: str | None = None
 
 
-class NotHereError(requests.RequestException):
+class NotAvailableError(requests.RequestException):
     """This host does not have the file; asking it again changes nothing."""
 
 
 def fetch(
-    urls: Sequence[str], path: Path, known: Known, on_bytes: OnBytes, pause: float = 1.0
+    urls: Sequence[str], path: Path, known: ExpectedFile, on_bytes: OnBytes, pause: float = 1.0
 ) -> None:
     """The first of ``urls`` that gives the file whole. Each is given up after three attempts that brought
     nothing, with what it gave until then kept for another run.
@@ -66,7 +66,7 @@ def fetch(
                 _origin(part).unlink(missing_ok=True)
             failures = 0 if reached > furthest else failures + 1
             furthest = max(furthest, reached)
-            if isinstance(last, NotHereError):
+            if isinstance(last, NotAvailableError):
                 break
             if failures < ATTEMPTS:
                 time.sleep(pause * 2 ** max(failures - 1, 0))
@@ -79,7 +79,7 @@ def _origin(part: Path) -> Path:
     return part.with_suffix(".origin")
 
 
-def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | None:
+def _fetch_once(url: str, part: Path, known: ExpectedFile, on_bytes: OnBytes) -> str | None:
     """Go on with ``part``, or begin it; returns the sum that the host says the file has."""
     begun = _begun(url, part)
     have = part.stat().st_size if begun else 0
@@ -88,14 +88,14 @@ def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | 
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
         if answer.status_code in NOT_HERE:
-            raise NotHereError(f"{answer.status_code} {answer.reason}")
+            raise NotAvailableError(f"{answer.status_code} {answer.reason}")
         if answer.status_code == 416:  # nothing after what is here, which may be too much
             part.unlink()
             raise requests.ConnectionError(f"has no more bytes than {have:,}")
         if not answer.ok:
             raise requests.HTTPError(f"{answer.status_code} {answer.reason}")
         if "text/html" in answer.headers.get("Content-Type", ""):
-            raise NotHereError("answers with a web page, not with the file")
+            raise NotAvailableError("answers with a web page, not with the file")
         goes_on = answer.status_code == 206
         if goes_on and (
             not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -115,14 +115,14 @@ def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | 
             _origin(part).write_text(json.dumps(begun), encoding="utf-8")
         rest = answer.headers.get("Content-Length", "")
         if not rest.isdigit() and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-            raise NotHereError("does not say how long the file is")
+            raise NotAvailableError("does not say how long the file is")
         size = have + int(rest) if rest.isdigit() else known.size
         if known.size not in (None, size):
-            raise NotHereError(f"has {size:,} bytes of it, not {known.size:,}")
+            raise NotAvailableError(f"has {size:,} bytes of it, not {known.size:,}")
         if size and size - have > (free := shutil.disk_usage(part.parent).free):
             raise OSError(f"needs {size - have:,} bytes, the disk has {free:,} left")
         with part.open("ab") as file:
-            for piece in answer.iter_content(_PIECE):
+            for piece in answer.iter_content(_BLOCK_BYTES):
                 have += len(piece)
                 if have > (size or _MOST):
                     break
@@ -130,7 +130,7 @@ def _fetch_once(url: str, part: Path, known: Known, on_bytes: OnBytes) -> str | 
                 on_bytes(part.name[1 : -len(".part")], have, size)
     if have > (size or _MOST):
         part.unlink()
-        raise NotHereError(f"goes on after {size or _MOST:,} bytes, which should be all")
+        raise NotAvailableError(f"goes on after {size or _MOST:,} bytes, which should be all")
     if size is not None and have < size:
         raise requests.ConnectionError(f"broke off after {have:,} of {size:,} bytes")
     return f"md5:{_hex(begun['md5'])}" if begun.get("md5") else None
@@ -155,17 +155,17 @@ def _hex(md5: str) -> str:
         return md5
 
 
-def check(part: Path, known: Known, told: str | None = None) -> None:
+def check(part: Path, known: ExpectedFile, told: str | None = None) -> None:
     """Remove a file that is not what it should be, and say so by a ``RequestException``.
 
     Args:
-        told: The sum that the host says it has, as ``Known.digest``.
+        told: The sum that the host says it has, as ``ExpectedFile.digest``.
     """
     with part.open("rb") as file:
         page = file.read(64).lstrip().lower().startswith(_PAGE)
     if page:
         part.unlink()
-        raise NotHereError("answers with a web page, not with the file")
+        raise NotAvailableError("answers with a web page, not with the file")
     size = part.stat().st_size
     cause = None
     if known.size not in (None, size):

@@ -15,7 +15,7 @@ from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, vocabulary_
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.name_map import HEAD, gpt2_names, names_in_file, spelled
 from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
-from gpt_lightning.pretrained.weights import Source, same_values
+from gpt_lightning.pretrained.weights import ModelWeights, same_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEYS = {
@@ -52,7 +52,7 @@ def is_huggingface(folder: Path) -> bool:
     )
 
 
-def read_huggingface(folder: Path) -> Source:
+def read_huggingface(folder: Path) -> ModelWeights:
     """The tensors are memory-mapped, the matrices transposed views.
 
     Raises:
@@ -99,10 +99,10 @@ def read_huggingface(folder: Path) -> Source:
     elif not config.tied_embeddings:
         raise ValueError(f"{folder}: has no lm_head.weight, which its config.json calls for")
     other_tokenizer = tokenizer_difference(folder, config.vocab_size)
-    return Source(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
+    return ModelWeights(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
 
 
-def write_huggingface(source: Source, folder: Path) -> None:
+def write_huggingface(source: ModelWeights, folder: Path) -> None:
     """Into an existing folder, so that ``GPT2LMHeadModel.from_pretrained`` and ``AutoTokenizer`` take it."""
     config, weights = source.config, source.state_dict
     tensors: dict[str, Tensor] = {}

@@ -18,12 +18,12 @@ from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingfac
 from gpt_lightning.pretrained.nanogpt import is_nanogpt, read_nanogpt
 from gpt_lightning.pretrained.openai import is_openai, read_openai
 from gpt_lightning.pretrained.weights import (
-    Source,
+    ModelWeights,
     check_records,
     is_lightning,
-    let_go_of,
     read_lightning,
     read_torch,
+    release_tensors,
     stored_dtype,
     take_weights,
 )
@@ -92,7 +92,7 @@ def _children(folder: Path) -> list[Path]:
     return [c for c in children if c.suffix in _SUFFIXES or c.is_dir()]
 
 
-def read_source(source: str, *, n_heads: int | None = None) -> Source:
+def read_source(source: str, *, n_heads: int | None = None) -> ModelWeights:
     """Weights and architecture of what ``source`` names, whatever its form, checked for being whole.
 
     The form is told by what is there: a folder by its files, a file by what it holds. A public name of
@@ -129,7 +129,7 @@ def read_source(source: str, *, n_heads: int | None = None) -> Source:
     return found
 
 
-def check_tokenizer(found: Source, source: str) -> None:
+def check_tokenizer(found: ModelWeights, source: str) -> None:
     """``ValueError`` where text for this model cannot be encoded with GPT-2's tokenizer."""
     if found.other_tokenizer is not None:
         raise ValueError(
@@ -138,7 +138,7 @@ def check_tokenizer(found: Source, source: str) -> None:
         )
 
 
-def check_heads(found: Source, source: str, n_heads: int | None) -> None:
+def check_heads(found: ModelWeights, source: str, n_heads: int | None) -> None:
     """``ValueError`` where ``n_heads`` is given and contradicts ``source``."""
     if n_heads not in (None, found.config.n_heads):
         raise ValueError(
@@ -146,7 +146,7 @@ def check_heads(found: Source, source: str, n_heads: int | None) -> None:
         )
 
 
-def print_warnings(found: Source) -> None:
+def print_warnings(found: ModelWeights) -> None:
     for line in found.warnings:
         print(f"gpt_lightning: {line}", file=sys.stderr)
 
@@ -176,7 +176,10 @@ def load_model(
 
 
 def build_model(
-    found: Source, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    found: ModelWeights,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GPTModel:
     """The model of weights that were read, in eval mode. It takes them over, ``found`` is left without."""
     with torch.device("meta"):
@@ -214,7 +217,7 @@ def _located(source: str) -> str:
     return source
 
 
-def _read_file(path: Path, n_heads: int | None) -> Source:
+def _read_file(path: Path, n_heads: int | None) -> ModelWeights:
     check_records(path)
     content = read_torch(path)
     if is_lightning(content):
@@ -228,12 +231,12 @@ def _read_file(path: Path, n_heads: int | None) -> Source:
             f"{path}: is no checkpoint of gpt_lightning, nor the book's model.pth or "
             "model_and_optimizer.pth, nor nanoGPT's ckpt.pt; give another"
         )
-    let_go = let_go_of(content)
+    let_go = release_tensors(content)
     let_go()
     return replace(found, let_go=let_go)
 
 
-def _check(found: Source, source: str) -> None:
+def _check(found: ModelWeights, source: str) -> None:
     """Names and shapes against the architecture, on the meta device: nothing is copied."""
     blocks = {name.split(".")[1] for name in found.state_dict if name.startswith("trf_blocks.")}
     if len(blocks) != found.config.n_layers:  # before that many are built
@@ -257,7 +260,7 @@ def _check(found: Source, source: str) -> None:
         raise ValueError(f"{source}: has {min(unknown)}, which is no part of its architecture")
 
 
-def _with_dtype_warning(found: Source, source: str) -> Source:
+def _with_dtype_warning(found: ModelWeights, source: str) -> ModelWeights:
     dtypes = sorted({_name(tensor.dtype) for tensor in found.state_dict.values()})
     if len(dtypes) == 1:
         return found

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 from gpt_lightning.pretrained.weights import plain_names
 
 # what a tensor is, as the forms spell and lay out each kind in their own way
-Part = Literal["embedding", "gain", "matrix", "bias"]
+ParamKind = Literal["embedding", "gain", "matrix", "bias"]
 
-_BLOCK: list[tuple[str, str, Part]] = [
+_BLOCK: list[tuple[str, str, ParamKind]] = [
     ("norm1", "ln_1", "gain"),
     ("att.qkv", "attn.c_attn", "matrix"),
     ("att.out_proj", "attn.c_proj", "matrix"),
@@ -19,18 +19,18 @@ _BLOCK: list[tuple[str, str, Part]] = [
 ]
 
 
-class GPT2Name(NamedTuple):
+class ParamMapping(NamedTuple):
     """One tensor: its name in our state dict, its module's name with them, and what it is."""
 
     ours: str
     module: str
-    part: Part
+    part: ParamKind
 
 
 HEAD = "lm_head.weight"
 
 
-def spelled(name: GPT2Name) -> str:
+def spelled(name: ParamMapping) -> str:
     """The tensor's name in Hugging Face's and nanoGPT's form, without ``transformer.``."""
     return f"{name.module}.{'bias' if name.part == 'bias' else 'weight'}"
 
@@ -48,13 +48,13 @@ def names_in_file(names: Iterable[str], path: Path) -> dict[str, str]:
     return {HEAD if name in heads else name: original for name, original in plain.items()}
 
 
-def gpt2_names(n_layers: int) -> Iterator[GPT2Name]:
+def gpt2_names(n_layers: int) -> Iterator[ParamMapping]:
     """Every tensor of a GPT-2 with a tied head. Blocks are called ``h.0``, ``h.1``, …"""
-    yield GPT2Name("tok_emb.weight", "wte", "embedding")
-    yield GPT2Name("pos_emb.weight", "wpe", "embedding")
+    yield ParamMapping("tok_emb.weight", "wte", "embedding")
+    yield ParamMapping("pos_emb.weight", "wpe", "embedding")
     for i in range(n_layers):
         for ours, theirs, part in _BLOCK:
-            yield GPT2Name(f"trf_blocks.{i}.{ours}.weight", f"h.{i}.{theirs}", part)
-            yield GPT2Name(f"trf_blocks.{i}.{ours}.bias", f"h.{i}.{theirs}", "bias")
-    yield GPT2Name("final_norm.weight", "ln_f", "gain")
-    yield GPT2Name("final_norm.bias", "ln_f", "bias")
+            yield ParamMapping(f"trf_blocks.{i}.{ours}.weight", f"h.{i}.{theirs}", part)
+            yield ParamMapping(f"trf_blocks.{i}.{ours}.bias", f"h.{i}.{theirs}", "bias")
+    yield ParamMapping("final_norm.weight", "ln_f", "gain")
+    yield ParamMapping("final_norm.bias", "ln_f", "bias")

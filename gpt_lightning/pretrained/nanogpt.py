@@ -11,7 +11,7 @@ from torch import Tensor
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.name_map import HEAD, gpt2_names, names_in_file, spelled
-from gpt_lightning.pretrained.weights import Source, same_values
+from gpt_lightning.pretrained.weights import ModelWeights, same_values
 
 _PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64
 _META = "meta.pkl"  # a tokenizer of the data's own, a pickle that is never opened
@@ -21,7 +21,7 @@ def is_nanogpt(content: Any) -> bool:
     return isinstance(content, dict) and "model_args" in content and "model" in content
 
 
-def read_nanogpt(content: dict[str, Any], path: Path) -> Source:
+def read_nanogpt(content: dict[str, Any], path: Path) -> ModelWeights:
     """The rows that pad the vocabulary are left out; where it has no biases, they are zeros.
 
     Raises:
@@ -72,7 +72,7 @@ def read_nanogpt(content: dict[str, Any], path: Path) -> Source:
         state_dict["out_head.weight"] = head[: config.vocab_size]
     state_dict["tok_emb.weight"] = state_dict["tok_emb.weight"][: config.vocab_size]
     other_tokenizer = _other_tokenizer(config, path)
-    return Source(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
+    return ModelWeights(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
 
 
 def _other_tokenizer(config: GPTConfig, path: Path) -> str | None:

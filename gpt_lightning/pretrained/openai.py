@@ -28,9 +28,9 @@ from gpt_lightning.pretrained.huggingface import (
     tensor_names,
     write_json,
 )
-from gpt_lightning.pretrained.name_map import GPT2Name, gpt2_names
+from gpt_lightning.pretrained.name_map import ParamMapping, gpt2_names
 from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
-from gpt_lightning.pretrained.weights import Source
+from gpt_lightning.pretrained.weights import ModelWeights
 from gpt_lightning.storage.checksum import damaged_files, write_manifest
 
 CHECKPOINT = "model.ckpt"
@@ -49,7 +49,7 @@ def is_openai(folder: Path) -> bool:
     return (folder / "hparams.json").is_file() and (folder / INDEX).is_file()
 
 
-def read_openai(folder: Path) -> Source:
+def read_openai(folder: Path) -> ModelWeights:
     """The tensors are memory-mapped, the matrices transposed views.
 
     Raises:
@@ -75,12 +75,12 @@ def read_openai(folder: Path) -> Source:
     more = [n for n in there if n.startswith("model/") or read_tensor(converted, n).dim() > 1]
     if more:
         raise ValueError(f"{folder}: has {min(more)}, which no GPT-2 of its hparams.json has")
-    return Source(
+    return ModelWeights(
         config, state_dict, other_tokenizer=tokenizer_difference(folder, config.vocab_size)
     )
 
 
-def write_openai(source: Source, folder: Path) -> None:
+def write_openai(source: ModelWeights, folder: Path) -> None:
     """Into an existing folder, with the vocabulary beside the weights as OpenAI has it.
 
     Raises:
@@ -116,7 +116,7 @@ def write_openai(source: Source, folder: Path) -> None:
             (folder / vocabulary).write_bytes(vocabulary_bytes(vocabulary))
 
 
-def _spelled(name: GPT2Name) -> str:
+def _spelled(name: ParamMapping) -> str:
     return f"model/{name.module.replace('h.', 'h').replace('.', '/')}{_SUFFIX[name.part]}"
 
 

@@ -1,4 +1,4 @@
-"""The forms in which weights lie on disk, each read into the same thing: a :class:`Source`."""
+"""The forms in which weights lie on disk, each read into the same thing: a :class:`ModelWeights`."""
 
 import ctypes
 import mmap
@@ -24,7 +24,7 @@ POSITIONS = "pos_emb.weight"  # which every GPTModel has
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelWeights:
     """Weights under :class:`GPTModel`'s names and, where the file has it, the optimizer's state.
 
     Attributes:
@@ -34,7 +34,7 @@ class Source:
         assumed: Keys of ``config`` that the file does not tell, so that another value is no contradiction.
         warnings: What a user should know about how the files were read, one line each.
         other_tokenizer: Why text cannot be encoded for this model with GPT-2's tokenizer; None: it can.
-        let_go: Drops from memory what was read of the mapped file so far, see :func:`let_go_of`.
+        let_go: Drops from memory what was read of the mapped file so far, see :func:`release_tensors`.
     """
 
     config: GPTConfig
@@ -46,7 +46,7 @@ class Source:
     let_go: Callable[[], object] = lambda: None
 
 
-def take_weights(source: Source, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def take_weights(source: ModelWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The weights as they are computed with, contiguous and in ``dtype`` (None: :func:`stored_dtype`).
 
     ``source`` is left without weights: each tensor is read, transposed and converted on its own and its
@@ -67,12 +67,12 @@ def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
-def stored_dtype(source: Source) -> torch.dtype:
+def stored_dtype(source: ModelWeights) -> torch.dtype:
     """The dtype of the weights; where there are several, the smallest that holds all of them exactly."""
     return reduce(torch.promote_types, {tensor.dtype for tensor in source.state_dict.values()})
 
 
-def in_one_dtype(source: Source) -> Source:
+def in_one_dtype(source: ModelWeights) -> ModelWeights:
     """``source`` with all weights in :func:`stored_dtype`."""
     dtype = stored_dtype(source)
     weights = {name: tensor.to(dtype) for name, tensor in source.state_dict.items()}
@@ -112,7 +112,7 @@ def plain_names(names: Iterable[str], known: str, path: Path) -> dict[str, str]:
     return plain
 
 
-def with_head(source: Source, *, tied: bool) -> Source:
+def with_head(source: ModelWeights, *, tied: bool) -> ModelWeights:
     """The same function of the tokens with a head that is the embedding, or one of its own.
 
     Raises:
@@ -179,7 +179,7 @@ def read_torch(path: Path) -> Any:
         ) from error
 
 
-def let_go_of(content: Any) -> Callable[[], object]:
+def release_tensors(content: Any) -> Callable[[], object]:
     """What drops the pages of the file from memory that :func:`read_torch` has mapped for ``content``.
 
     All its tensors are in one mapping, whose pages stay in memory once they were read, also when their
@@ -234,21 +234,21 @@ def stored_config(stored: Any, path: Path) -> GPTConfig:
         raise ValueError(f"{path}: its architecture is no GPTConfig ({error})") from error
 
 
-def read_lightning(checkpoint: dict[str, Any], path: Path) -> Source:
-    """A checkpoint of ours as a :class:`Source`; ``ValueError`` where it has no weights."""
+def read_lightning(checkpoint: dict[str, Any], path: Path) -> ModelWeights:
+    """A checkpoint of ours as a :class:`ModelWeights`; ``ValueError`` where it has no weights."""
     weights = checkpoint.get("state_dict")
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise ValueError(f"{path}: its state_dict is not one of tensors; give another")
     optimizers = checkpoint.get("optimizer_states") or [None]
     names = plain_names(weights, POSITIONS, path)
-    return Source(
+    return ModelWeights(
         config=checkpoint_config(checkpoint, path),
         state_dict={plain: weights[name] for plain, name in names.items()},
         optimizer_state=optimizers[0],
     )
 
 
-def write_lightning(source: Source, path: Path) -> None:
+def write_lightning(source: ModelWeights, path: Path) -> None:
     """A checkpoint to begin with (``--init_from``), not one to go on from: it has no position."""
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": version("lightning"),

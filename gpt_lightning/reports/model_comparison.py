@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from gpt_lightning.data.dataloader import WindowLoader
-from gpt_lightning.data.dataset import Windows
+from gpt_lightning.data.dataloader import ResumableDataLoader
+from gpt_lightning.data.dataset import WindowDataset
 from gpt_lightning.data.token_cache import read_splits
 from gpt_lightning.data.tokenizer import encode_prompt
 from gpt_lightning.generation.engine import stream_ids
-from gpt_lightning.generation.sampling import Sampling, seeded
+from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.generation.text import generate_texts
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import cross_entropy
@@ -33,7 +33,7 @@ from gpt_lightning.pretrained.load import (
     read_source,
     weight_files,
 )
-from gpt_lightning.pretrained.weights import Source, stored_dtype
+from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
 from gpt_lightning.reports.sampling import add_caption, in_any_font
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _ROOM = 1.15  # what loading needs at most, times the weights' own bytes
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonTask:
     """What every model is asked to do.
 
     Attributes:
@@ -58,7 +58,7 @@ class Task:
     """
 
     prompt: str
-    sampling: Sampling
+    sampling: SamplingParams
     num_samples: int
     max_new_tokens: int
     seed: int
@@ -73,7 +73,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelMeasurement:
     """One model. Losses in nats a token; the time to the first token is that of reading the prompt.
 
     Attributes:
@@ -98,8 +98,8 @@ class Measured:
 
 
 def measure_all(
-    sources: Sequence[str], task: Task, on_model: Callable[[], None] = lambda: None
-) -> list[Measured]:
+    sources: Sequence[str], task: ComparisonTask, on_model: Callable[[], None] = lambda: None
+) -> list[ModelMeasurement]:
     """Each model in a process of its own, so that its memory is its own, one after the other.
 
     Raises:
@@ -122,7 +122,7 @@ def measure_all(
     return measured
 
 
-def measure(source: str, task: Task) -> Measured:
+def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
     """One model, in this process.
 
     Raises:
@@ -150,7 +150,7 @@ def measure(source: str, task: Task) -> Measured:
     pack_weights(model)
     loaded = time.perf_counter() - began
     first, rate = _speed(model, task)
-    generator = seeded(task.seed, task.device)
+    generator = make_generator(task.seed, task.device)
     samples = generate_texts(
         model,
         [task.prompt],
@@ -174,15 +174,17 @@ def measure(source: str, task: Task) -> Measured:
     )
 
 
-def _description(source: str, parameters: int) -> Measured:
-    return Measured(source, sum(path.stat().st_size for path in weight_files(source)), parameters)
+def _description(source: str, parameters: int) -> ModelMeasurement:
+    return ModelMeasurement(
+        source, sum(path.stat().st_size for path in weight_files(source)), parameters
+    )
 
 
-def _parameters(found: Source) -> int:
+def _parameters(found: ModelWeights) -> int:
     return sum(tensor.numel() for tensor in found.state_dict.values())
 
 
-def _free_memory(task: Task) -> int:
+def _free_memory(task: ComparisonTask) -> int:
     if torch.device(task.device).type == "cuda":
         free = int(torch.cuda.mem_get_info(task.device)[0])
     else:
@@ -201,7 +203,7 @@ def _peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _speed(model: GPTModel, task: Task) -> tuple[float, float | None]:
+def _speed(model: GPTModel, task: ComparisonTask) -> tuple[float, float | None]:
     """Median seconds to the first token, and tokens per second by the median step (``None`` for a single token).
 
     The first passes of a process are slow, for they load kernels and read the weights from disk; a median
@@ -215,9 +217,9 @@ def _speed(model: GPTModel, task: Task) -> tuple[float, float | None]:
     return median(first), 1 / median(steps) if steps else None
 
 
-def _token_times(model: GPTModel, task: Task, new_tokens: int) -> list[float]:
+def _token_times(model: GPTModel, task: ComparisonTask, new_tokens: int) -> list[float]:
     """Seconds from each token of one text to the next; the first is that of reading the prompt."""
-    generator = seeded(task.seed, task.device)
+    generator = make_generator(task.seed, task.device)
     times = [time.perf_counter()]
     for step in stream_ids(
         model,
@@ -233,24 +235,24 @@ def _token_times(model: GPTModel, task: Task, new_tokens: int) -> list[float]:
 
 
 @torch.inference_mode()
-def _losses(model: GPTModel, text: str, task: Task) -> tuple[float, float]:
+def _losses(model: GPTModel, text: str, task: ComparisonTask) -> tuple[float, float]:
     """Mean loss of all tokens of the training and of the validation split."""
     length = min(task.context_length, model.config.context_length)
     train, val = (
-        _loss(model, Windows(parts, length, length), task)
+        _loss(model, WindowDataset(parts, length, length), task)
         for parts in read_splits(text, task.train_ratio)
     )
     return train, val
 
 
-def _loss(model: GPTModel, windows: Windows, task: Task) -> float:
+def _loss(model: GPTModel, windows: WindowDataset, task: ComparisonTask) -> float:
     if not len(windows):
         raise ValueError(
             f"text: a split of {task.text} has {windows.tokens} tokens, one window needs {windows.length + 1}; "
             "give more text, or a smaller context_length"
         )
     total, count = 0.0, 0
-    for batch in WindowLoader(windows, task.batch_size, shuffle=False, drop_last=False):
+    for batch in ResumableDataLoader(windows, task.batch_size, shuffle=False, drop_last=False):
         inputs, targets = (part.to(task.device) for part in batch)
         loss = cross_entropy(model(inputs).float(), targets)
         total += float(loss) * targets.numel()
@@ -258,11 +260,11 @@ def _loss(model: GPTModel, windows: Windows, task: Task) -> float:
     return total / count
 
 
-def as_dict(measured: Sequence[Measured]) -> dict[str, list[dict[str, object]]]:
+def as_dict(measured: Sequence[ModelMeasurement]) -> dict[str, list[dict[str, object]]]:
     return {"models": [asdict(model) for model in measured]}
 
 
-def figure(measured: Sequence[Measured], caption: str) -> "Figure":
+def figure(measured: Sequence[ModelMeasurement], caption: str) -> "Figure":
     """Loss, speed, time to the first token and memory of the models that were not skipped."""
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
+from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.palette import INK, SERIES
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _MAX_CELLS = 1 << 23  # random numbers at a time: 32 MB
 
 
 @dataclass(frozen=True)
-class Frequency:
+class TokenFrequency:
     """One token under one setting. ``low`` to ``high`` is where 99 % of all runs would count."""
 
     temperature: float
@@ -49,7 +49,7 @@ class Frequency:
 
 
 @dataclass(frozen=True)
-class Distribution:
+class DistributionStats:
     """One setting: the entropy in nats, and exp(entropy), as how many equal tokens it is to choose from."""
 
     temperature: float
@@ -61,7 +61,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Method:
+class EstimatorTiming:
     """How long it took to know the frequencies, and the largest error of one of them."""
 
     name: str
@@ -75,7 +75,7 @@ def draw_counts(p: Tensor, num_samples: int, seed: int) -> Tensor:
     All draws at once, with the very results of S successive ``torch.multinomial(p, 1)`` after
     ``torch.manual_seed(seed)``: each of them takes V exponential random numbers.
     """
-    generator = seeded(seed)
+    generator = make_generator(seed)
     counts = torch.zeros(len(p), dtype=torch.int64)
     rows = max(1, _MAX_CELLS // len(p))
     for start in range(0, num_samples, rows):
@@ -87,7 +87,7 @@ def draw_counts(p: Tensor, num_samples: int, seed: int) -> Tensor:
 
 def draw_counts_one_by_one(p: Tensor, num_samples: int, seed: int) -> Tensor:
     """The book's way: a loop of single draws. For comparison."""
-    generator = seeded(seed)
+    generator = make_generator(seed)
     drawn = [torch.multinomial(p, 1, generator=generator).item() for _ in range(num_samples)]
     return torch.bincount(torch.tensor(drawn), minlength=len(p))
 
@@ -120,11 +120,11 @@ def binomial_interval(num_samples: int, p: float, share: float = INTERVAL) -> tu
 def frequencies(
     logits: Tensor,
     tokens: Sequence[str],
-    settings: Sequence[Sampling],
+    settings: Sequence[SamplingParams],
     num_samples: int = 1000,
     seed: int = 123,
     shown: Sequence[int] | None = None,
-) -> tuple[list[Frequency], list[Distribution]]:
+) -> tuple[list[TokenFrequency], list[DistributionStats]]:
     """Exact and drawn frequencies of next tokens under each setting, the draws reseeded for each.
 
     Args:
@@ -150,24 +150,26 @@ def frequencies(
         counts = draw_counts(p, num_samples, seed)
         setting = (sampling.temperature, sampling.top_k, sampling.top_p)
         nats = float(entropy(p))
-        distributions.append(Distribution(*setting, nats, math.exp(nats), int((p > 0).sum())))
+        distributions.append(DistributionStats(*setting, nats, math.exp(nats), int((p > 0).sum())))
         for i in range(len(tokens)) if shown is None else shown:
             probability, count = float(p[i]), int(counts[i])
             expected = num_samples * probability
             deviation = math.sqrt(num_samples * probability * max(0.0, 1 - probability))
             low, high = binomial_interval(num_samples, probability)
             z = (count - expected) / deviation if deviation else 0.0
-            rows.append(Frequency(*setting, tokens[i], probability, expected, count, low, high, z))
+            rows.append(
+                TokenFrequency(*setting, tokens[i], probability, expected, count, low, high, z)
+            )
     return rows, distributions
 
 
 def compare_methods(
     logits: Tensor, temperature: float, num_samples: int, seed: int
-) -> list[Method]:
+) -> list[EstimatorTiming]:
     """The exercise's second half: the book's loop, the same draws at once, and no draws at all."""
 
     def exact() -> Tensor:
-        return probabilities(logits[None], Sampling(temperature))[0]
+        return probabilities(logits[None], SamplingParams(temperature))[0]
 
     p = exact()
     ways = [
@@ -181,18 +183,18 @@ def compare_methods(
         began = time.perf_counter()
         found = estimate(num_samples)
         seconds = time.perf_counter() - began
-        methods.append(Method(name, seconds, float((found - p).abs().max())))
+        methods.append(EstimatorTiming(name, seconds, float((found - p).abs().max())))
     return methods
 
 
-def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -> "Figure":
+def sampling_figure(rows: Sequence[TokenFrequency], num_samples: int, caption: str) -> "Figure":
     """A panel for each setting: each token's exact probability as a bar, its share of the draws as a cross.
 
     The line through a cross's place is where 99 % of all runs have theirs.
     """
     from matplotlib.figure import Figure
 
-    by_setting: dict[tuple[float, int | None, float | None], list[Frequency]] = {}
+    by_setting: dict[tuple[float, int | None, float | None], list[TokenFrequency]] = {}
     for row in rows:
         by_setting.setdefault((row.temperature, row.top_k, row.top_p), []).append(row)
     tokens = len(rows) // len(by_setting)
@@ -216,7 +218,7 @@ def sampling_figure(rows: Sequence[Frequency], num_samples: int, caption: str) -
     return figure
 
 
-def _panel(axes: "Axes", rows: Sequence[Frequency], num_samples: int) -> None:
+def _panel(axes: "Axes", rows: Sequence[TokenFrequency], num_samples: int) -> None:
     places = range(len(rows))
     exact = [row.probability for row in rows]
     axes.bar(places, exact, 0.7, color=SERIES[0], label="exact")
@@ -279,7 +281,9 @@ def _drawn_by_font() -> frozenset[int]:
 
 
 def as_dict(
-    rows: Sequence[Frequency], distributions: Sequence[Distribution], methods: Sequence[Method]
+    rows: Sequence[TokenFrequency],
+    distributions: Sequence[DistributionStats],
+    methods: Sequence[EstimatorTiming],
 ) -> dict[str, list[dict[str, object]]]:
     return {
         "rows": [asdict(row) for row in rows],

@@ -13,7 +13,7 @@ import torch
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
 from gpt_lightning.generation.engine import NO_TOKEN, generate_simple, stream_ids
-from gpt_lightning.generation.sampling import Sampling, entropy, probabilities, seeded
+from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.palette import INK, SEQUENTIAL, ink_on
 from gpt_lightning.reports.sampling import add_caption
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One setting and what its texts are like.
 
     Attributes:
@@ -110,13 +110,13 @@ LEGEND = {
 
 def grid(
     temperatures: Sequence[float], top_ks: Sequence[int | None], top_ps: Sequence[float | None]
-) -> list[Sampling]:
+) -> list[SamplingParams]:
     """All combinations, temperature outermost; ``ValueError`` where a list is empty."""
     for name, values in [("temperatures", temperatures), ("top_k", top_ks), ("top_p", top_ps)]:
         if not values:
             raise ValueError(f"{name}: is an empty list; give at least one")
     return [
-        Sampling(temperature, top_k, top_p)
+        SamplingParams(temperature, top_k, top_p)
         for temperature in temperatures
         for top_k in top_ks
         for top_p in top_ps
@@ -126,13 +126,13 @@ def grid(
 def sweep(
     model: GPTModel,
     prompt_ids: list[int],
-    settings: Sequence[Sampling],
+    settings: Sequence[SamplingParams],
     *,
     num_samples: int,
     max_new_tokens: int,
     seed: int,
     on_cell: Callable[[], None] | None = None,
-) -> list[Cell]:
+) -> list[GridCell]:
     """Continue the prompt ``num_samples`` times under each setting; the seed is the same in each cell.
 
     ``on_cell`` is called after each. The model is put into eval mode.
@@ -153,11 +153,11 @@ def sweep(
 def _cell(
     model: GPTModel,
     prompt_ids: list[int],
-    sampling: Sampling,
+    sampling: SamplingParams,
     num_samples: int,
     max_new_tokens: int,
     seed: int,
-) -> Cell:
+) -> GridCell:
     device = model.tok_emb.weight.device
     steps = list(
         stream_ids(
@@ -167,7 +167,7 @@ def _cell(
             sampling,
             num_samples=num_samples,
             eos_id=END_OF_TEXT_ID,
-            generator=seeded(seed, device),
+            generator=make_generator(seed, device),
         )
     )
     table = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(num_samples)]
@@ -176,7 +176,7 @@ def _cell(
     bigrams = [pair for row in rows for pair in pairwise(row)]
     repeated = [row[i] in row[max(0, i - 16) : i] for row in rows for i in range(len(row))]
     frequent = max(rows.count(row) for row in rows)
-    return Cell(
+    return GridCell(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -193,7 +193,7 @@ def _cell(
 
 @torch.inference_mode()
 def compare_with_plain_loop(
-    model: GPTModel, prompt_ids: list[int], cells: Sequence[Cell], max_new_tokens: int
+    model: GPTModel, prompt_ids: list[int], cells: Sequence[GridCell], max_new_tokens: int
 ) -> PlainLoop:
     """Exercise 5.3's equality: greedy settings against the plain loop, which has no cache and no sampling."""
     model.eval()
@@ -211,7 +211,7 @@ def _share(part: int, whole: int) -> float:
 
 
 @torch.inference_mode()
-def _next_token_entropy(model: GPTModel, prompt_ids: list[int], sampling: Sampling) -> float:
+def _next_token_entropy(model: GPTModel, prompt_ids: list[int], sampling: SamplingParams) -> float:
     idx = torch.tensor([prompt_ids[-model.config.context_length :]], device=_device(model))
     return float(entropy(probabilities(model(idx)[:, -1].float(), sampling))[0])
 
@@ -243,7 +243,9 @@ def _device(model: GPTModel) -> torch.device:
     return model.tok_emb.weight.device
 
 
-def tables(cells: Sequence[Cell]) -> Iterator[tuple[float | None, list[float], list[int | None]]]:
+def tables(
+    cells: Sequence[GridCell],
+) -> Iterator[tuple[float | None, list[float], list[int | None]]]:
     """For each top_p of the grid: it, the temperatures (rows) and the top_k (columns)."""
     for top_p in dict.fromkeys(cell.top_p for cell in cells):
         own = [cell for cell in cells if cell.top_p == top_p]
@@ -254,15 +256,15 @@ def tables(cells: Sequence[Cell]) -> Iterator[tuple[float | None, list[float], l
         )
 
 
-def same_texts(cells: Sequence[Cell]) -> list[list[Cell]]:
+def same_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
     """The cells in their order, those with the very same texts together."""
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+    groups: dict[tuple[str, ...], list[GridCell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell.texts), []).append(cell)
     return list(groups.values())
 
 
-def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
+def heat_maps(cells: Sequence[GridCell], caption: str) -> "Figure":
     """Each of ``FIGURES`` over temperature (down) × top_k (across), the values written in the cells.
 
     Two maps stand side by side, so that they can be read on a page; those of another top_p are below.
@@ -292,7 +294,7 @@ def heat_maps(cells: Sequence[Cell], caption: str) -> "Figure":
 
 
 def _heat_map(
-    axes: "Axes", field: str, table: Sequence[Sequence[Cell]], cells: Sequence[Cell]
+    axes: "Axes", field: str, table: Sequence[Sequence[GridCell]], cells: Sequence[GridCell]
 ) -> None:
     """One map of part of the cells; its colours are those of all, so that maps can be compared."""
     every = [float(getattr(cell, field)) for cell in cells]
@@ -314,7 +316,7 @@ def _heat_map(
     axes.spines[:].set_visible(False)
 
 
-def html_page(cells: Sequence[Cell], loop: PlainLoop, caption: str, figure_png: str) -> str:
+def html_page(cells: Sequence[GridCell], loop: PlainLoop, caption: str, figure_png: str) -> str:
     """A page that needs nothing but itself: the figure (base64 PNG), the measures, the grid, each text once."""
     parts = []
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
@@ -361,7 +363,7 @@ _STYLE = (
 )
 
 
-def _html_cell(cell: Cell, same_as: Cell | None) -> str:
+def _html_cell(cell: GridCell, same_as: GridCell | None) -> str:
     """``same_as``: an earlier cell with the same texts, to which it refers instead of repeating them."""
     figures = {
         "distinct-1": f"{cell.distinct_1:.3f}",
@@ -380,10 +382,10 @@ def _html_cell(cell: Cell, same_as: Cell | None) -> str:
     return f"<td><dl>{entries}</dl>{first}{more if others else ''}</td>"
 
 
-def setting_name(cell: Cell) -> str:
+def setting_name(cell: GridCell) -> str:
     name = f"temperature {cell.temperature:g}, top_k {'all' if cell.top_k is None else cell.top_k}"
     return name if cell.top_p is None else f"{name}, top_p {cell.top_p:g}"
 
 
-def as_dict(cells: Sequence[Cell]) -> dict[str, list[dict[str, object]]]:
+def as_dict(cells: Sequence[GridCell]) -> dict[str, list[dict[str, object]]]:
     return {"cells": [asdict(cell) for cell in cells]}

@@ -16,12 +16,12 @@ from typing import Any
 from gpt_lightning.data.corpus import cache_folder
 from gpt_lightning.storage.checksum import sha256_of
 
-WORTH_REMEMBERING = 1_000_000  # bytes, a millisecond to sum
+MIN_CACHED_BYTES = 1_000_000  # bytes, a millisecond to sum
 # a file's time of change moves in ticks of up to 10 ms: a sum taken within the same tick may be of less
 _TICK = 0.05
 
 
-def remembered_sha256(path: Path) -> str:
+def cached_sha256(path: Path) -> str:
     """The file's sum, from the cache where it is known there."""
     state = state_of(path)
     kept = _place(path)
@@ -31,14 +31,14 @@ def remembered_sha256(path: Path) -> str:
             return str(known["sha256"])
     old_enough = time.time() - state["mtime_ns"] / 1e9 > _TICK
     sha256 = sha256_of(path)
-    if old_enough and state["bytes"] >= WORTH_REMEMBERING and state_of(path) == state:
+    if old_enough and state["bytes"] >= MIN_CACHED_BYTES and state_of(path) == state:
         _write(kept, state, sha256)
     return sha256
 
 
-def remember_sha256(path: Path, sha256: str, state: dict[str, Any]) -> None:
+def cache_sha256(path: Path, sha256: str, state: dict[str, Any]) -> None:
     """Note the sum of a file that this process has written itself, which then was in that :func:`state_of`."""
-    if state["bytes"] >= WORTH_REMEMBERING:
+    if state["bytes"] >= MIN_CACHED_BYTES:
         _write(_place(path), state, sha256)
 
 

@@ -18,30 +18,30 @@ from gpt_lightning.training.checkpoint_io import (
     BEST,
     LAST,
     PREVIOUS,
-    DurableCheckpointIO,
+    AtomicCheckpointIO,
     check_content,
     copy_of,
     remove_leftovers,
 )
 from gpt_lightning.training.distributed import local
-from gpt_lightning.training.evaluation import LossEvaluation
+from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import attempt
 from gpt_lightning.training.stopping import ends_run
-from gpt_lightning.training.throughput import TrainingClock
+from gpt_lightning.training.throughput import Stopwatch
 
 OnFailure = Literal["go_on", "stop"]
 
 
 def checkpointing(
     folder: Path,
-    losses: LossEvaluation,
-    clock: TrainingClock,
+    losses: EvaluationCallback,
+    clock: Stopwatch,
     every_n_train_steps: int | None = None,
     best: bool = True,
     keep_previous: bool = True,
     asynchronous: bool = False,
     on_failure: OnFailure = "go_on",
-) -> tuple["RunCheckpoints", DurableCheckpointIO]:
+) -> tuple["CheckpointCallback", AtomicCheckpointIO]:
     """What is behind the settings ``checkpoint.*``.
 
     Args:
@@ -56,11 +56,11 @@ def checkpointing(
         on_failure: What a save that fails does, on a full disk say: 'go_on' and try again at the next
             interval, or 'stop'. The one before stays whole either way.
     """
-    io = DurableCheckpointIO(asynchronous, keep_previous)
-    return RunCheckpoints(folder, io, losses, clock, every_n_train_steps, best, on_failure), io
+    io = AtomicCheckpointIO(asynchronous, keep_previous)
+    return CheckpointCallback(folder, io, losses, clock, every_n_train_steps, best, on_failure), io
 
 
-class RunCheckpoints(Checkpoint):
+class CheckpointCallback(Checkpoint):
     """``last.ckpt`` and ``best.ckpt``, the one with the lowest validation loss so far.
 
     Both are written at the same intervals and at the end. In between the best is a copy in memory, as a
@@ -80,9 +80,9 @@ class RunCheckpoints(Checkpoint):
     def __init__(
         self,
         folder: Path,
-        io: DurableCheckpointIO,
-        losses: LossEvaluation,
-        clock: TrainingClock,
+        io: AtomicCheckpointIO,
+        losses: EvaluationCallback,
+        clock: Stopwatch,
         every_n_train_steps: int | None = None,
         best: bool = True,
         on_failure: OnFailure = "go_on",

@@ -28,14 +28,14 @@ from gpt_lightning.pretrained.weights import check_records, read_checkpoint
 from gpt_lightning.storage.checksum import MANIFEST, sha256_of
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-_MOST_ENTRIES = 8  # in a manifest, before files that were not read are read to know which to keep
+_MAX_ENTRIES = 8  # in a manifest, before files that were not read are read to know which to keep
 
 # what torch.load(weights_only=True) gives back as it was; by type, for a numpy float is a float too
 _PRIMITIVES = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 
 
-class DurableCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Saves durably, loads tensors and primitives only and only what its manifest knows.
 
     Args:
@@ -80,7 +80,7 @@ class DurableCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         path = Path(path)
         sums = read_manifest(path.parent)
-        if damage := damage_of(path, sums):
+        if damage := corruption_reason(path, sums):
             raise ValueError(f"{path}: is damaged: {damage}; give another")
         if sums is not None:
             self._sums[path.name] = sha256_of(path)
@@ -107,13 +107,13 @@ class DurableCheckpointIO(CheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         folder = path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = hidden(path)
+        temporary = temporary_path(path)
         try:
             sha256 = _write_hashed(checkpoint, temporary)
             entry = _entry(path.name, temporary.stat().st_size, sha256, checkpoint)
             entries = read_manifest(folder)
             if entries is None:
-                entries = _entries_of_what_is_there(folder)
+                entries = _existing_entries(folder)
             entries = [*entries, entry]
             _write_manifest(folder, entries)
             # a file that is not known to be intact does not replace an intact one
@@ -126,7 +126,7 @@ class DurableCheckpointIO(CheckpointIO):
         self._sums[path.name] = sha256
         there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
         unknown = [name for name in there if name not in self._sums]
-        if unknown and len(entries) <= _MOST_ENTRIES:
+        if unknown and len(entries) <= _MAX_ENTRIES:
             return
         self._sums |= {name: sha256_of(folder / name) for name in unknown}
         known = set(self._sums.values())
@@ -135,7 +135,7 @@ class DurableCheckpointIO(CheckpointIO):
     def _keep_as_previous(self, folder: Path) -> None:
         sha256 = self._sums.pop(LAST)
         try:
-            _rotate(folder)
+            _rotate_previous(folder)
         except FileNotFoundError:
             print(
                 f"gpt_lightning: {folder / LAST} is gone (moved or removed by another program); it is saved again",
@@ -146,7 +146,7 @@ class DurableCheckpointIO(CheckpointIO):
         self._sums[PREVIOUS] = sha256
 
 
-def hidden(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where a file is written before it has its name."""
     return path.with_name(f".{path.name}.tmp")
 
@@ -154,7 +154,7 @@ def hidden(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """What saves that were killed have left."""
     for name in (LAST, PREVIOUS, BEST, MANIFEST):
-        hidden(folder / name).unlink(missing_ok=True)
+        temporary_path(folder / name).unlink(missing_ok=True)
 
 
 def copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -239,9 +239,9 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
         return hashing.hexdigest()
 
 
-def _rotate(folder: Path) -> None:
+def _rotate_previous(folder: Path) -> None:
     """Give last.ckpt the name previous.ckpt too, without a moment in which it has none."""
-    temporary = hidden(folder / PREVIOUS)
+    temporary = temporary_path(folder / PREVIOUS)
     temporary.unlink(missing_ok=True)
     try:
         os.link(folder / LAST, temporary)
@@ -270,33 +270,33 @@ def _entry(file: str, size: int, sha256: str, checkpoint: Mapping[str, Any]) -> 
         "step": checkpoint.get("global_step"),
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("gpt-lightning", "lightning", "torch")},
-        "config_sha256": _sum_of_config(checkpoint),
+        "config_sha256": _config_checksum(checkpoint),
     }
 
 
-def _entries_of_what_is_there(folder: Path) -> list[dict[str, Any]]:
+def _existing_entries(folder: Path) -> list[dict[str, Any]]:
     """Where no manifest can be gone by: of the files that are whole by their own checksums."""
     entries = []
     for name in (BEST, PREVIOUS, LAST):
         path = folder / name
-        if path.is_file() and not damage_of(path, None):
+        if path.is_file() and not corruption_reason(path, None):
             checkpoint = read_checkpoint(path)
             entries.append(_entry(name, path.stat().st_size, sha256_of(path), checkpoint))
     return entries
 
 
-def _sum_of_config(checkpoint: Mapping[str, Any]) -> str:
+def _config_checksum(checkpoint: Mapping[str, Any]) -> str:
     settings = json.dumps(checkpoint.get("hyper_parameters"), sort_keys=True, default=str)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def _write_manifest(folder: Path, entries: list[dict[str, Any]]) -> None:
     path = folder / MANIFEST
-    with hidden(path).open("w", encoding="utf-8") as file:
+    with temporary_path(path).open("w", encoding="utf-8") as file:
         file.write(json.dumps({"checkpoints": entries}, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(hidden(path), path)
+    os.replace(temporary_path(path), path)
     _sync(folder)
 
 
@@ -320,7 +320,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
     return list(entries)
 
 
-def damage_of(path: Path, entries: list[dict[str, Any]] | None) -> str:
+def corruption_reason(path: Path, entries: list[dict[str, Any]] | None) -> str:
     """What is wrong with a checkpoint, in words; empty where it is whole."""
     recorded = [e for e in entries or [] if e["file"] == path.name or path.name == PREVIOUS]
     if recorded:

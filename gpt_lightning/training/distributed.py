@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from gpt_lightning.model.gpt import GPTModel
 
 
-class FullyShardedStrategy(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all devices, whose checkpoints are one file, with what one process writes.
 
     So any of them can be gone on with, or read, on any number of devices. Rank 0 holds a whole copy in main memory
@@ -110,7 +110,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 def check_strategy(strategy: Strategy) -> None:
     """``ValueError`` for one whose checkpoints another number of devices could not read, or that cannot be resumed."""
     forks = getattr(strategy, "_start_method", "popen") != "popen"
-    if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
+    if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
         name = f"{type(strategy).__name__}{' in forked processes' if forks else ''}"
         raise ValueError(
             f"trainer.strategy: {name} writes no checkpoints that any number of devices can go on with; give ddp, or "

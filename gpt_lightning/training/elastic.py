@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
-def connect_ranks(trainer: Trainer) -> None:
+def init_elastic_process_group(trainer: Trainer) -> None:
     """Connect the ranks that torchrun has started, each restart's under a name of its own.
 
     The agent's store outlives a restart, and torch 2.13 keeps no restart's keys apart in it: gloo then may read
@@ -46,7 +46,7 @@ def _forget_address(trainer: Trainer) -> None:
 
 
 @contextmanager
-def ends_together(trainer: Trainer) -> Iterator[None]:
+def terminate_ranks_on_error(trainer: Trainer) -> Iterator[None]:
     """Disconnect the ranks at the end; when this one fails, end those that it has launched, which would wait for it.
 
     Gloo's threads may need the interpreter, so they end before it does. A rank that fails does not wait for them:

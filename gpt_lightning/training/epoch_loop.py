@@ -24,10 +24,10 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 
 from gpt_lightning.data.dataloader import Batch
-from gpt_lightning.training.distributed import FullyShardedStrategy
+from gpt_lightning.training.distributed import FSDP2Strategy
 
 # those that do no more in a step than is done here; ones derived from them may
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy)
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)
 _PRECISIONS = (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 _HOOKS = (
     "on_train_batch_start",
@@ -39,7 +39,7 @@ _HOOKS = (
 )
 
 
-class EpochLoop(_TrainingEpochLoop):
+class FastTrainingEpochLoop(_TrainingEpochLoop):
     """The same steps, hooks in the same order, counts and state as Lightning's.
 
     Lightning's own runs where it does more: with a profiler, another's strategy or precision, the gradient scaler
@@ -228,7 +228,9 @@ def _calls(
     return calls
 
 
-def use_epoch_loop(trainer: Trainer) -> None:
+def use_fast_epoch_loop(trainer: Trainer) -> None:
     """In place of Lightning's."""
     loop = trainer.fit_loop
-    loop.epoch_loop = EpochLoop(trainer, loop.epoch_loop.min_steps, loop.epoch_loop.max_steps)
+    loop.epoch_loop = FastTrainingEpochLoop(
+        trainer, loop.epoch_loop.min_steps, loop.epoch_loop.max_steps
+    )

@@ -14,17 +14,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
-from gpt_lightning.data.dataloader import Batch, Rng, WindowLoader
+from gpt_lightning.data.dataloader import Batch, ResumableDataLoader, Rng
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.data.unicode import for_stream
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import entropy
-from gpt_lightning.training.loggers import attempt, log_figures
-from gpt_lightning.training.metrics import TokenMean
+from gpt_lightning.training.loggers import attempt, log_metrics
+from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.stopping import ends_run
-from gpt_lightning.training.throughput import TrainingClock
+from gpt_lightning.training.throughput import Stopwatch
 
 
 def evaluation_callbacks(
@@ -34,7 +34,7 @@ def evaluation_callbacks(
     max_new_tokens: int = 50,
     distribution: bool = False,
     rng: Rng = "step",
-    clock: TrainingClock | None = None,
+    clock: Stopwatch | None = None,
 ) -> list[Callback]:
     """The callbacks behind the settings ``evaluation.*``.
 
@@ -48,13 +48,13 @@ def evaluation_callbacks(
         rng: 'step' leaves the run's random numbers alone, 'global' draws on them as the book does.
         clock: Stopped while they work.
     """
-    losses = LossEvaluation(eval_freq, eval_iter, rng, clock)
+    losses = EvaluationCallback(eval_freq, eval_iter, rng, clock)
     if prompt is None:
         if distribution:
             raise ValueError("evaluation.distribution: needs evaluation.prompt; give some text")
         return [losses]
     evaluation = losses if distribution else None
-    return [losses, TextSamples(prompt, max_new_tokens, rng, evaluation, clock)]
+    return [losses, SampleTextCallback(prompt, max_new_tokens, rng, evaluation, clock)]
 
 
 def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
@@ -68,7 +68,7 @@ def _uncompiled(module: GPTLightningModule) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-class LossEvaluation(Callback):
+class EvaluationCallback(Callback):
     """The book's ``evaluate_model``: every ``eval_freq`` updates the losses over some batches of each split.
 
     It is what ``fit`` validates with, in place of Lightning's validation loop. Prints the book's line, logs
@@ -94,7 +94,7 @@ class LossEvaluation(Callback):
         eval_freq: int = 5,
         eval_iter: int | None = 5,
         rng: Rng = "step",
-        clock: TrainingClock | None = None,
+        clock: Stopwatch | None = None,
     ) -> None:
         if eval_freq < 1:
             raise ValueError(f"evaluation.eval_freq: {eval_freq} is too small; give 1 or more")
@@ -103,7 +103,7 @@ class LossEvaluation(Callback):
         self.eval_freq = eval_freq
         self.eval_iter = eval_iter
         self.rng: Rng = rng
-        self.clock = clock or TrainingClock()
+        self.clock = clock or Stopwatch()
         self.row: dict[str, float] = {}
         self._last_step = -1
         self._grad_norm = math.nan
@@ -145,7 +145,7 @@ class LossEvaluation(Callback):
 
     def _evaluate(self, trainer: Trainer, module: GPTLightningModule, step: int) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, TextDataModule), "LossEvaluation needs a TextDataModule"
+        assert isinstance(data, TextDataModule), "EvaluationCallback needs a TextDataModule"
         with _random_numbers(self.rng), torch.no_grad():
             module.eval()
             train_loss = self._mean_loss(trainer, module, data.train_dataloader())
@@ -170,12 +170,12 @@ class LossEvaluation(Callback):
                 f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}",
                 flush=True,
             )
-        log_figures(trainer, {tag: self.row[tag] for tag in self.TAGS}, step)
+        log_metrics(trainer, {tag: self.row[tag] for tag in self.TAGS}, step)
 
     def _mean_loss(
-        self, trainer: Trainer, module: GPTLightningModule, loader: WindowLoader
+        self, trainer: Trainer, module: GPTLightningModule, loader: ResumableDataLoader
     ) -> float:
-        mean = TokenMean().to(module.device)
+        mean = TokenWeightedLoss().to(module.device)
         data = trainer.datamodule  # type: ignore[attr-defined]
         most = None if self.eval_iter is None else self.eval_iter * data.micro_batches
         for batch in islice(loader, most):
@@ -187,7 +187,7 @@ class LossEvaluation(Callback):
         return float(mean.compute()["loss"])
 
 
-class TextSamples(Callback):
+class SampleTextCallback(Callback):
     """A greedy continuation of ``prompt`` after each epoch, printed and in TensorBoard.
 
     With ``evaluation``, each time that one has a new row, also the prompt's next-token distribution at
@@ -205,8 +205,8 @@ class TextSamples(Callback):
         prompt: str,
         max_new_tokens: int = 50,
         rng: Rng = "step",
-        evaluation: LossEvaluation | None = None,
-        clock: TrainingClock | None = None,
+        evaluation: EvaluationCallback | None = None,
+        clock: Stopwatch | None = None,
     ) -> None:
         if not prompt:
             raise ValueError("evaluation.prompt: is empty; give some text, or null for no samples")
@@ -218,7 +218,7 @@ class TextSamples(Callback):
         self.max_new_tokens = max_new_tokens
         self.rng: Rng = rng
         self.evaluation = evaluation
-        self.clock = clock or TrainingClock()
+        self.clock = clock or Stopwatch()
         self._last_row: dict[str, float] = {}
         self._sampled_step = -1
 
@@ -256,7 +256,7 @@ class TextSamples(Callback):
             nats, largest = float(entropy(p)), float(p.max())
         module.train()
         figures = dict(zip(self.TAGS, (nats, math.exp(nats), largest), strict=True))
-        log_figures(trainer, figures, step)
+        log_metrics(trainer, figures, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)

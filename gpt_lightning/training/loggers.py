@@ -7,7 +7,7 @@ from functools import partial
 from lightning.pytorch import Trainer
 
 
-def log_figures(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
+def log_metrics(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
     """To all loggers of the trainer."""
     for logger in trainer.loggers:
         attempt(partial(logger.log_metrics, dict(figures), step=step))

@@ -3,7 +3,7 @@
 A checkpoint is a position after a batch of an epoch. ``batch_progress`` says whether the hooks at the batch's end
 are still to run (``completed`` is one behind, as in ``on_train_batch_end``, where runs are saved) or have run.
 ``epoch_progress`` says that the epoch is in progress, or that it is complete. A resumed run continues there:
-:class:`gpt_lightning.training.epoch_loop.EpochLoop`.
+:class:`gpt_lightning.training.epoch_loop.FastTrainingEpochLoop`.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class TokenMean(Metric):
+class TokenWeightedLoss(Metric):
     """Mean of losses with every token weighing the same, in double precision whatever the model's. A NaN makes it NaN.
 
     torchmetrics' ``MeanMetric`` leaves NaN out, or with ``nan_strategy="disable"`` the weights.

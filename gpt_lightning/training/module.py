@@ -15,11 +15,16 @@ from gpt_lightning.data.tokenizer import byte_lengths
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.weights import Source, take_weights
+from gpt_lightning.pretrained.weights import ModelWeights, take_weights
 from gpt_lightning.training.distributed import check_strategy, shard_model
-from gpt_lightning.training.metrics import TokenMean
-from gpt_lightning.training.optimizer import build_adamw, learning_rate, load_moments, total_norm
-from gpt_lightning.training.rng import global_state, seed_micro_batch, set_global_state
+from gpt_lightning.training.metrics import TokenWeightedLoss
+from gpt_lightning.training.optimizer import (
+    build_adamw,
+    global_grad_norm,
+    learning_rate,
+    load_optimizer_moments,
+)
+from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
 
 # what TextDataModule.val_dataloader gives to trainer.validate, in its order
 SPLITS = ("val", "train")
@@ -109,19 +114,19 @@ class GPTLightningModule(LightningModule):
                                    "warmup_steps": warmup_steps, "decay_steps": decay_steps,
                                    "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
         self.tokens_seen = 0
-        self.validation = nn.ModuleDict({f"{split}_loss": TokenMean() for split in SPLITS})
+        self.validation = nn.ModuleDict({f"{split}_loss": TokenWeightedLoss() for split in SPLITS})
         self._grad_norm: list[Tensor] = []  # of the step under way, once it is asked for
-        self._start: Source | None = None
+        self._start: ModelWeights | None = None
         self._start_with_moments = False
         self._random_numbers: dict[str, Tensor] | None = None
 
-    def start_from(self, source: Source, *, with_optimizer: bool = False) -> None:
+    def initialize_from(self, source: ModelWeights, *, with_optimizer: bool = False) -> None:
         """Begin the run with old weights, and old moments if asked, in place of fresh ones.
 
         Raises:
             ValueError: ``source`` has another architecture, or no optimizer state to begin with.
         """
-        agreed_architecture("init_from", source.config, asdict(self.config), source.assumed)
+        reconcile_config("init_from", source.config, asdict(self.config), source.assumed)
         if with_optimizer and source.optimizer_state is None:
             raise ValueError(
                 "init_optimizer: the source has no optimizer state; leave --init_optimizer out"
@@ -151,7 +156,7 @@ class GPTLightningModule(LightningModule):
         if self.device_mesh is not None:
             check_strategy(self.trainer.strategy)
             shard_model(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
-        self._random_numbers = global_state()
+        self._random_numbers = get_rng_state()
 
     def configure_optimizers(self) -> Optimizer:
         return build_adamw(
@@ -185,7 +190,7 @@ class GPTLightningModule(LightningModule):
     def on_train_start(self) -> None:
         if self._start is not None and self._start_with_moments:
             assert self._start.optimizer_state is not None
-            load_moments(self._optimizer(), self._start.optimizer_state)
+            load_optimizer_moments(self._optimizer(), self._start.optimizer_state)
         self._start = None
         # a resumed optimizer comes back with its old settings; the configuration wins
         for group, own in zip(
@@ -197,7 +202,7 @@ class GPTLightningModule(LightningModule):
                 if own["fused"] and "step" in state:  # one that is not fused counts on the host
                     state["step"] = state["step"].to(parameter.device, torch.float32)
         if self.rng == "global" and self._random_numbers is not None:
-            set_global_state(self._random_numbers)  # whatever drew since, the run goes on from here
+            set_rng_state(self._random_numbers)  # whatever drew since, the run goes on from here
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.rng == "step":
@@ -213,7 +218,7 @@ class GPTLightningModule(LightningModule):
     def grad_norm(self) -> Tensor:
         """Of the step under way, over all parameters, before clipping; computed once a step."""
         if not self._grad_norm:
-            self._grad_norm.append(total_norm(self.gradients()))
+            self._grad_norm.append(global_grad_norm(self.gradients()))
         return self._grad_norm[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -259,7 +264,7 @@ class GPTLightningModule(LightningModule):
         self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), targets.numel(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what :class:`TokenMean` says of each split."""
+        """Log what :class:`TokenWeightedLoss` says of each split."""
         for split, _ in zip(SPLITS, self.trainer.num_val_batches, strict=False):
             mean = self._mean(split)
             if not mean.update_called:  # no batch was left for this rank; the others wait for it
@@ -272,15 +277,15 @@ class GPTLightningModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
         if self.rng == "global":
-            checkpoint["random_numbers"] = global_state()
+            checkpoint["random_numbers"] = get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
         self._random_numbers = checkpoint.get("random_numbers")
 
-    def _mean(self, split: str) -> TokenMean:
+    def _mean(self, split: str) -> TokenWeightedLoss:
         mean = self.validation[f"{split}_loss"]
-        assert isinstance(mean, TokenMean)
+        assert isinstance(mean, TokenWeightedLoss)
         return mean
 
     def _optimizer(self) -> Optimizer:
@@ -289,7 +294,7 @@ class GPTLightningModule(LightningModule):
         return optimizer
 
 
-def agreed_architecture(
+def reconcile_config(
     what: str, stored: GPTConfig, named: Mapping[str, Any], assumed: Collection[str] = ()
 ) -> GPTConfig:
     """The architecture of old weights, with the keys that may differ as the new configuration names them.

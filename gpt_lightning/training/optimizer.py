@@ -67,7 +67,7 @@ def _norm_on_cpu(parts: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(pieces), dtype=torch.float64)
 
 
-def total_norm(gradients: list[Tensor]) -> Tensor:
+def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """Their 2-norm together, a scalar in float32 (float64 of float64); of shards the whole ones', which all ranks ask
     for at once.
 
@@ -89,7 +89,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 _SURELY_FINITE = 1e15  # the squares of smaller elements, and their sum, are far from float32's end
 
 
-def norm_is_surely_finite(gradients: list[Tensor]) -> bool:
+def norm_is_certainly_finite(gradients: list[Tensor]) -> bool:
     """Whether no element is NaN, or so large that the norm might not be finite. On a CPU quicker than the norm."""
     return all(
         low.item() > -_SURELY_FINITE and high.item() < _SURELY_FINITE
@@ -97,7 +97,7 @@ def norm_is_surely_finite(gradients: list[Tensor]) -> bool:
     )
 
 
-def load_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Take over the moments and step counts of ``saved``, by parameter name; keep own lr and decay.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.model.async_copy import Arriving
+from gpt_lightning.model.async_copy import AsyncHostCopy
 
 # and what the command's exit code says; SLURM's warning is one to terminate
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -24,7 +24,7 @@ def _reads_later(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class Preemption(Callback):
+class GracefulStop(Callback):
     """Stops the run after the update under way, on all ranks the same, whichever got the signal.
 
     A handler only sets a flag, which the ranks compare after each update; of several GPUs none waits for the
@@ -39,7 +39,7 @@ class Preemption(Callback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._pending = 0
-        self._compared: Arriving | None = None
+        self._compared: AsyncHostCopy | None = None
         self._seen_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,7 +83,7 @@ class Preemption(Callback):
         """The highest that any rank has noted, by this update or by the one before."""
         noted = torch.full((), self._pending, device=device)
         torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
-        before, self._compared = self._compared, Arriving(noted)
+        before, self._compared = self._compared, AsyncHostCopy(noted)
         compared = before if _reads_later(device) else self._compared
         return 0 if compared is None else int(compared.read())
 

@@ -16,20 +16,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gpt_lightning.training.evaluation import LossEvaluation
+from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.stopping import MaxTokens, epoch_shape
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_LOOKS = 0.1  # of the bar at how far the run is, and of the terminal at the bar
 
 
-class RunProgress(ProgressBar):
+class RunProgressBar(ProgressBar):
     """One bar over the whole run, not one an epoch, so that its ETA is the run's."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._evaluation: LossEvaluation | None = None
+        self._evaluation: EvaluationCallback | None = None
         self._bar: Progress | None = None
         self._total: int | None = None
         self._began = 0.0
@@ -48,7 +48,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total, epoch = total_steps(trainer), epoch_shape(trainer)
         watchers = trainer.callbacks  # type: ignore[attr-defined]
-        self._evaluation = next((c for c in watchers if isinstance(c, LossEvaluation)), None)
+        self._evaluation = next((c for c in watchers if isinstance(c, EvaluationCallback)), None)
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in pl_module.parameters())
             print(

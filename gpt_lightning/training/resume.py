@@ -7,11 +7,18 @@ from typing import Any
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.load import find_checkpoint, read_source
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.checkpoint_io import BEST, LAST, PREVIOUS, damage_of, read_manifest, say
-from gpt_lightning.training.module import agreed_architecture
+from gpt_lightning.training.checkpoint_io import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    corruption_reason,
+    read_manifest,
+    say,
+)
+from gpt_lightning.training.module import reconcile_config
 
 
-def newest_whole(folder: Path) -> Path:
+def latest_valid_checkpoint(folder: Path) -> Path:
     """The newest whole checkpoint of a run, last.ckpt or else previous.ckpt; a damaged one is said aloud.
 
     Raises:
@@ -23,7 +30,7 @@ def newest_whole(folder: Path) -> Path:
     for path in (folder / LAST, folder / PREVIOUS):
         if not path.is_file():
             continue
-        damage = damage_of(path, entries)
+        damage = corruption_reason(path, entries)
         if not damage:
             if damages:
                 say(f"{'; '.join(damages)}; going on from {path} instead")
@@ -50,7 +57,7 @@ def checkpoint_to_resume(
         OSError: There is none.
     """
     if ckpt_path == "last":
-        path = newest_whole(folder)
+        path = latest_valid_checkpoint(folder)
     elif ckpt_path == "best":
         path = folder / BEST
         if not path.is_file():
@@ -75,7 +82,7 @@ def checkpoint_to_resume(
             f"ckpt_path: {path} has other names than a run's checkpoint; give it as --init_from"
         )
     _check_state(checkpoint, path)
-    return path, agreed_architecture(f"ckpt_path: {path}", found.config, named)
+    return path, reconcile_config(f"ckpt_path: {path}", found.config, named)
 
 
 def reached_limit(

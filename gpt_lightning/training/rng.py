@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_lightning.data.sampler import seed_from
 
 
-def global_state() -> dict[str, Tensor]:
+def get_rng_state() -> dict[str, Tensor]:
     """The states of torch's global generators: the CPU's and, where there is one, the GPU's."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -23,7 +23,7 @@ def global_state() -> dict[str, Tensor]:
     return state
 
 
-def set_global_state(state: dict[str, Tensor]) -> None:
+def set_rng_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from gpt_lightning.palette import SERIES
-from gpt_lightning.training.evaluation import LossEvaluation
+from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import attempt
 from gpt_lightning.training.stopping import ends_run
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, float]
 COUNTS = ("step", "epoch", "tokens_seen")
-COLUMNS = ("step", "epoch", "seen_epochs", *LossEvaluation.TAGS)
+COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS)
 
 
-class RunHistory(Callback):
+class MetricsCSV(Callback):
     """Writes each evaluation to ``metrics.csv`` as it comes, and at the end the book's figure.
 
     A resumed run keeps the rows up to where it goes on and drops those after: it will write them again.
@@ -38,7 +38,7 @@ class RunHistory(Callback):
     """
 
     def __init__(
-        self, folder: Path, evaluation: LossEvaluation, hparams: dict[str, Any] | None = None
+        self, folder: Path, evaluation: EvaluationCallback, hparams: dict[str, Any] | None = None
     ) -> None:
         self.path = folder / "metrics.csv"
         self.figure_path = folder / "loss.png"

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gpt_lightning.data.dataloader import Batch, WindowLoader
-from gpt_lightning.model.async_copy import Arriving
-from gpt_lightning.training.loggers import log_figures
+from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
+from gpt_lightning.model.async_copy import AsyncHostCopy
+from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optimizer import norm_is_surely_finite
+from gpt_lightning.training.optimizer import norm_is_certainly_finite
 
 OnBadStep = Literal["stop", "skip"]
 SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
@@ -30,7 +30,7 @@ class _Update:
 
     step: int
     windows: list[NDArray[np.int64]]
-    figures: Arriving
+    figures: AsyncHostCopy
 
 
 def _judges_later(module: LightningModule) -> bool:
@@ -38,7 +38,7 @@ def _judges_later(module: LightningModule) -> bool:
     return module.device.type == "cuda" and module.device_mesh is None
 
 
-class BadSteps(Callback):
+class SkipBadSteps(Callback):
     """Keeps a bad step from parameters and optimizer, which stay bit for bit as they were.
 
     On a GPU the optimizer itself leaves everything as it was, without the host's asking, and the step is told,
@@ -96,7 +96,7 @@ class BadSteps(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._loss, self._windows = None, []
         loader = trainer.train_dataloader
-        if isinstance(loader, WindowLoader):
+        if isinstance(loader, ResumableDataLoader):
             self._windows.append(loader.handed_out)
 
     def on_before_backward(
@@ -116,7 +116,7 @@ class BadSteps(Callback):
         if (
             self._does_without_norm
             and math.isfinite(loss.item())
-            and norm_is_surely_finite(pl_module.gradients())
+            and norm_is_certainly_finite(pl_module.gradients())
         ):
             self._in_row = 0
             return
@@ -133,7 +133,7 @@ class BadSteps(Callback):
         self._judge_waiting(trainer)
         # the fused step reads it where it runs, and leaves everything as it was where it is 1
         optimizer.found_inf = (~both.isfinite().all()).float()  # type: ignore[attr-defined]
-        self._waiting = _Update(trainer.global_step, self._windows, Arriving(both))
+        self._waiting = _Update(trainer.global_step, self._windows, AsyncHostCopy(both))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge_waiting(trainer)
@@ -189,7 +189,7 @@ class BadSteps(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-        log_figures(trainer, {"bad_steps": float(self.skipped)}, step)
+        log_metrics(trainer, {"bad_steps": float(self.skipped)}, step)
         return False
 
     def _is_spike(self, loss: float, grad_norm: float) -> bool:

@@ -11,9 +11,9 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gpt_lightning.data.dataloader import Batch, WindowLoader
+from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.model.flops import flops_per_token
-from gpt_lightning.training.loggers import log_figures
+from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
 
 # dense 16-bit matrix products, FLOP/s, from the makers' data sheets; by what torch calls the device
@@ -52,7 +52,7 @@ MEMORY = {
 }
 
 
-class TrainingClock:
+class Stopwatch:
     """Wall-clock seconds of training alone: what evaluates, samples and saves stops it meanwhile."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class TrainingClock:
             self.go_on(device)
 
 
-class Throughput(Callback):
+class SpeedMonitor(Callback):
     """Logs every ``every_n_steps`` updates what the updates since the last time were like.
 
     ``throughput/tokens_per_second`` over all devices; ``throughput/step_seconds``;
@@ -94,7 +94,7 @@ class Throughput(Callback):
         clock: Stopped by what is no training.
     """
 
-    def __init__(self, clock: TrainingClock, every_n_steps: int = 50) -> None:
+    def __init__(self, clock: Stopwatch, every_n_steps: int = 50) -> None:
         if every_n_steps < 1:
             raise ValueError(
                 f"throughput.every_n_steps: {every_n_steps} is too small; give 1 or more"
@@ -159,7 +159,7 @@ class Throughput(Callback):
             peak=None if self.peak is None else self.peak * trainer.world_size,
         )
         self.figures["throughput/memory_gb"] = memory_bytes(module.device) / 1e9
-        log_figures(trainer, self.figures, step)
+        log_metrics(trainer, self.figures, step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.stop(pl_module.device)  # Lightning's loop, with trainer.limit_val_batches
@@ -186,7 +186,7 @@ class Throughput(Callback):
 
 def _seconds_waited(trainer: Trainer) -> float:
     loader = trainer.train_dataloader
-    return loader.seconds_waited if isinstance(loader, WindowLoader) else 0.0
+    return loader.seconds_waited if isinstance(loader, ResumableDataLoader) else 0.0
 
 
 def figures(
@@ -198,7 +198,7 @@ def figures(
     flops_per_token: int,
     peak: float | None,
 ) -> dict[str, float]:
-    """What :class:`Throughput` logs of ``steps`` updates."""
+    """What :class:`SpeedMonitor` logs of ``steps`` updates."""
     rate = tokens / seconds
     found = {
         "throughput/tokens_per_second": rate,
@@ -217,14 +217,14 @@ def peak_flops(device: torch.device, precision: Any) -> float | None:
         return measured_peak(torch.bfloat16 if low else torch.float32)
     if device.type != "cuda" or not low:
         return None
-    return of_gpu(PEAKS, torch.cuda.get_device_name(device))
+    return gpu_value(PEAKS, torch.cuda.get_device_name(device))
 
 
 # a word in a device's name that makes it less than the card without: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
 _LESS = re.compile(r"\b(MIG|NVL|Laptop|D)\b")
 
 
-def of_gpu(table: dict[str, float], name: str) -> float | None:
+def gpu_value(table: dict[str, float], name: str) -> float | None:
     """A table's entry by what torch calls the device, in whole words: an L40 is no L4, a slice no whole card."""
     key = next((key for key in table if re.search(rf"\b{key}\b", name)), None)
     if key is None or set(_LESS.findall(name)) - set(_LESS.findall(key)):

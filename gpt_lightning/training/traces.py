@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from gpt_lightning.training.loggers import attempt
 
 
-class ConfigOfRun(SaveConfigCallback):
+class SaveRunConfig(SaveConfigCallback):
     """Keeps a new run's configuration beside its checkpoints; a resumed run keeps the one it has."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
@@ -47,17 +47,17 @@ class ConfigOfRun(SaveConfigCallback):
         path.write_text(begun + self.parser.dump(config, skip_validation=True), encoding="utf-8")
 
 
-class RunLogger(TensorBoardLogger):
+class RunTensorBoardLogger(TensorBoardLogger):
     """TensorBoard's event files in the run's folder, without ``hparams.yaml``: config.yaml says it all."""
 
     def save(self) -> None:
         attempt(self.experiment.flush)
 
     def finalize(self, status: str) -> None:
-        attempt(lambda: super(RunLogger, self).finalize(status))
+        attempt(lambda: super(RunTensorBoardLogger, self).finalize(status))
 
 
-def keep_tensorflow_out() -> None:
+def block_tensorflow() -> None:
     """TensorBoard imports TensorFlow where it is installed, 6 s and 500 MB, unless this module exists."""
     name = "tensorboard.compat.notf"
     sys.modules.setdefault(name, types.ModuleType(name))

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from gpt_lightning.data.dataloader import Batch, WindowLoader
+from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_io import LAST
@@ -43,7 +43,7 @@ class WindowRecorder(Callback):
         if trainer.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         loader = trainer.train_dataloader
-        numbers = loader.handed_out.tolist() if isinstance(loader, WindowLoader) else None
+        numbers = loader.handed_out.tolist() if isinstance(loader, ResumableDataLoader) else None
         ids = hashlib.sha256(batch[0].cpu().numpy().tobytes()).hexdigest()
         micro_batch = batch_idx % trainer.accumulate_grad_batches
         with (self.folder / f"windows-{trainer.global_rank}.jsonl").open("a") as file:

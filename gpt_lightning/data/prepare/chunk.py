@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
-from gpt_lightning.data.prepare.inputs import Source
+from gpt_lightning.data.prepare.inputs import InputFile
 from gpt_lightning.data.tokenizer import END_OF_TEXT
 
-PIECE_BYTES = 1 << 20
-LONGEST = 1 << 25  # bytes of a line, or of a text without a place to cut
-MARK = END_OF_TEXT.encode()
+CHUNK_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 25  # bytes of a line, or of a text without a place to cut
+EOT_BYTES = END_OF_TEXT.encode()
 
 Split = Literal["train", "val"]
 
 
-class Position(NamedTuple):
+class ReadPosition(NamedTuple):
     """Where reading goes on: source, offset (uncompressed bytes) or row, lines before it, and the split of
     the document it is in the middle of."""
 
@@ -25,7 +25,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """Whole documents, or part of a long one.
 
     Attributes:
@@ -38,10 +38,10 @@ class Piece:
         done: Bytes on disk that were read up to here.
     """
 
-    source: Source
+    source: InputFile
     content: Any
-    at: Position
-    after: Position
+    at: ReadPosition
+    after: ReadPosition
     done: int
     split: Split | None = None
     part: bool = False

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.prepare.chunk import MARK, Piece, Split, content_hash, split_of
+from gpt_lightning.data.prepare.chunk import EOT_BYTES, Split, TextChunk, content_hash, split_of
 from gpt_lightning.data.prepare.rows import as_python
 from gpt_lightning.data.tokenizer import encode_documents
 from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
 
 
-class Tokens(NamedTuple):
+class TokenRun(NamedTuple):
     """Documents that follow one another in a split, or part of one; ``begins``: not the rest of one."""
 
     split: Split
@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
 
 
 @dataclass
-class Encoded:
+class EncodedChunk:
     """What became of a piece.
 
     Attributes:
@@ -32,7 +32,7 @@ class Encoded:
         empty: Rows that hold nothing but white space, and are left out too.
     """
 
-    tokens: list[Tokens] = field(default_factory=list)
+    tokens: list[TokenRun] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     empty: int = 0
 
@@ -47,7 +47,7 @@ class _Problem(NamedTuple):
     message: str
 
 
-def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> Encoded:
+def encode_chunk(piece: TextChunk, *, name: str, val_ratio: float, skip: bool) -> EncodedChunk:
     """A piece's token ids by split.
 
     Args:
@@ -57,7 +57,7 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
     Raises:
         ValueError: A document cannot be read.
     """
-    encoded = Encoded()
+    encoded = EncodedChunk()
     if piece.part:
         assert piece.split is not None
         try:
@@ -65,7 +65,7 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
         except ValueError as error:
             place = f"{piece.source.path}, from byte {piece.at.offset}"
             raise ValueError(f"{place}: {error}") from error
-        encoded.tokens.append(Tokens(piece.split, ids, int(piece.begins), piece.begins))
+        encoded.tokens.append(TokenRun(piece.split, ids, int(piece.begins), piece.begins))
         return encoded
     texts: dict[Split, list[_Text]] = {"train": [], "val": []}
     problems: list[_Problem] = []
@@ -84,7 +84,7 @@ def encode_piece(piece: Piece, *, name: str, val_ratio: float, skip: bool) -> En
             raise ValueError(refused[0].message)
         problems += refused
         if of:
-            encoded.tokens.append(Tokens(split, ids, of, True))
+            encoded.tokens.append(TokenRun(split, ids, of, True))
     encoded.problems = [problem.message for problem in problems]
     return encoded
 
@@ -105,7 +105,7 @@ def _tokenised(texts: list[_Text]) -> tuple[NDArray[np.uint16], int, list[_Probl
     return encode_documents(kept), len(kept), refused
 
 
-def _split(piece: Piece, document: _Text, val_ratio: float) -> Split:
+def _split(piece: TextChunk, document: _Text, val_ratio: float) -> Split:
     if piece.split is not None:
         return piece.split
     until = piece.source.train_until
@@ -120,19 +120,19 @@ def _plain(content: bytes, offset: int) -> str:
     return clean_text(text) if offset == 0 else line_ends(text)
 
 
-def _documents(piece: Piece, name: str) -> Iterator[_Text | _Problem]:
+def _documents(piece: TextChunk, name: str) -> Iterator[_Text | _Problem]:
     path = piece.source.path
     if piece.problem is not None:
         yield _Problem(f"{path}: {piece.problem}")
     elif piece.source.kind == "text":
         offset = piece.at.offset
-        for content in piece.content.split(MARK):
+        for content in piece.content.split(EOT_BYTES):
             try:
                 yield _Text(str(path), offset, _plain(content, offset))
             except UnicodeDecodeError as error:
                 problem = decoding_problem(error, offset + error.start)
                 yield _Problem(f"{path}: {problem}; convert it to UTF-8")
-            offset += len(content) + len(MARK)
+            offset += len(content) + len(EOT_BYTES)
     elif piece.source.kind == "lines":
         offset = piece.at.offset
         for number, line in enumerate(piece.content.split(b"\n"), piece.at.line + 1):

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, cast
 
 from gpt_lightning.data.corpus import TEXT_SUFFIXES
 from gpt_lightning.data.folders import files_in, without_duplicates
-from gpt_lightning.storage.checksum_cache import remembered_sha256
+from gpt_lightning.storage.checksum_cache import cached_sha256
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
 SUFFIXES: dict[str, Kind] = {
@@ -30,12 +30,12 @@ _DATASETS_FILE = "dataset_dict.json"  # of several
 _ZSTD_INPUT = 256  # bytes; 12 of them may be 128 KB of text
 
 
-class DamagedError(ValueError):
+class CorruptFileError(ValueError):
     """A file that cannot be read from some place on."""
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """A file, or a folder of Hugging Face's ``datasets``.
 
     Attributes:
@@ -51,13 +51,13 @@ class Source:
     train_until: int | None = None
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_sources(inputs: Sequence[str]) -> list[InputFile]:
     """The inputs in their order, a folder's and a glob's files by path, no file twice: see :func:`files_in`.
 
     Raises:
         ValueError, OSError: An input is not there, holds nothing to read, or is of no known kind.
     """
-    found: dict[Path, Source] = {}
+    found: dict[Path, InputFile] = {}
     for name in inputs:
         for source in _expand(name):
             found.setdefault(source.path, source)
@@ -66,10 +66,10 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return [found[path] for path in without_duplicates(found)]
 
 
-def with_sums(sources: Sequence[Source], workers: int) -> list[Source]:
+def with_checksums(sources: Sequence[InputFile], workers: int) -> list[InputFile]:
     """The sources with their sums, taken by ``workers`` threads."""
 
-    def add(source: Source) -> Source:
+    def add(source: InputFile) -> InputFile:
         try:
             return replace(source, sha256=_sha256(source))
         except OSError as error:
@@ -79,15 +79,15 @@ def with_sums(sources: Sequence[Source], workers: int) -> list[Source]:
         return list(pool.map(add, sources))
 
 
-def _sha256(source: Source) -> str:
+def _sha256(source: InputFile) -> str:
     if source.kind != "dataset":
-        return remembered_sha256(source.path)
+        return cached_sha256(source.path)
     files = (path for path in source.path.iterdir() if not path.name.startswith("."))
-    sums = [remembered_sha256(path) for path in sorted(files) if path.is_file()]
+    sums = [cached_sha256(path) for path in sorted(files) if path.is_file()]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _expand(name: str) -> Iterator[Source]:
+def _expand(name: str) -> Iterator[InputFile]:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         yield from _of_folder(path)
@@ -95,7 +95,7 @@ def _expand(name: str) -> Iterator[Source]:
         kind = _kind(path)
         if kind is None:
             raise ValueError(f"{path}: is of no known kind; give {_KNOWN}, or convert it")
-        yield Source(path, kind, path.stat().st_size)
+        yield InputFile(path, kind, path.stat().st_size)
     elif glob.has_magic(name):
         matching = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         sources = [source for match in matching for source in _of_match(match)]
@@ -106,17 +106,17 @@ def _expand(name: str) -> Iterator[Source]:
         raise FileNotFoundError(f"{name}: does not exist; give {_KNOWN}, a folder or a glob")
 
 
-def _of_match(path: Path) -> list[Source]:
+def _of_match(path: Path) -> list[InputFile]:
     """What a glob has found, which may hold nothing to read."""
     if path.is_dir():
         with suppress(FileNotFoundError):
             return list(_of_folder(path))
     elif path.is_file() and (kind := _kind(path)):
-        return [Source(path, kind, path.stat().st_size)]
+        return [InputFile(path, kind, path.stat().st_size)]
     return []
 
 
-def _of_folder(folder: Path) -> Iterator[Source]:
+def _of_folder(folder: Path) -> Iterator[InputFile]:
     if (folder / _DATASETS_FILE).exists():
         parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise ValueError(
@@ -124,7 +124,9 @@ def _of_folder(folder: Path) -> Iterator[Source]:
             f"such as {folder / (parts or ['train'])[0]}"
         )
     if all((folder / name).exists() for name in _DATASET_FILES):
-        yield Source(folder, "dataset", sum(path.stat().st_size for path in folder.glob("*.arrow")))
+        yield InputFile(
+            folder, "dataset", sum(path.stat().st_size for path in folder.glob("*.arrow"))
+        )
         return
     files = [(path, _kind(path)) for path in files_in(folder, lambda file: _kind(file) is not None)]
     if not files:
@@ -133,7 +135,7 @@ def _of_folder(folder: Path) -> Iterator[Source]:
         )
     for path, kind in files:
         assert kind is not None
-        yield Source(path, kind, path.stat().st_size)
+        yield InputFile(path, kind, path.stat().st_size)
 
 
 def _kind(path: Path) -> Kind | None:
@@ -247,7 +249,7 @@ def open_dataset(folder: Path) -> Any:
     try:
         return datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever is wrong with one of a dozen files
-        raise DamagedError(
+        raise CorruptFileError(
             f"{folder}: is damaged ({type(error).__name__}); save it anew, or --on_error skip"
         ) from error
 
@@ -262,5 +264,5 @@ def _library(name: str, path: Path) -> Any:
         raise ValueError(f"{path}: needs {name} to be read; pip install {wanted}") from error
 
 
-def _damaged(path: Path, error: Exception) -> DamagedError:
-    return DamagedError(f"{path}: is damaged ({error}); fetch it anew, or --on_error skip")
+def _damaged(path: Path, error: Exception) -> CorruptFileError:
+    return CorruptFileError(f"{path}: is damaged ({error}); fetch it anew, or --on_error skip")

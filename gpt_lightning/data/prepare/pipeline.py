@@ -16,19 +16,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt_lightning.data.prepare.chunk import Piece, Position
-from gpt_lightning.data.prepare.encode import Encoded, encode_piece
-from gpt_lightning.data.prepare.inputs import Source, find_sources, with_sums
-from gpt_lightning.data.prepare.readers import read_pieces
-from gpt_lightning.data.prepare.resume import check_begun, check_same, read_for
+from gpt_lightning.data.prepare.chunk import ReadPosition, TextChunk
+from gpt_lightning.data.prepare.encode import EncodedChunk, encode_chunk
+from gpt_lightning.data.prepare.inputs import InputFile, find_sources, with_checksums
+from gpt_lightning.data.prepare.readers import read_chunks
+from gpt_lightning.data.prepare.resume import check_same, check_unfinished, read_for
 from gpt_lightning.data.prepare.splits import SplitBy, check_texts, nothing_in, with_cuts
 from gpt_lightning.data.token_store import (
     PROGRESS,
     StoreWriter,
     check_shards,
-    hidden,
     read_manifest,
     read_progress,
+    temporary_path,
     was_written_here,
 )
 from gpt_lightning.data.tokenizer import token_ranks
@@ -37,14 +37,18 @@ from gpt_lightning.storage.checksum import MANIFEST
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 
 _LOCK = ".lock"
-_HIDDEN = {_LOCK, hidden(Path(PROGRESS)).name, hidden(Path(MANIFEST)).name}  # left by a crash
+_HIDDEN = {
+    _LOCK,
+    temporary_path(Path(PROGRESS)).name,
+    temporary_path(Path(MANIFEST)).name,
+}  # left by a crash
 _PROBLEMS_KEPT = 10
 _READER = 2  # changes where the same bytes are read as other documents, so that two versions are not mixed
 _UNDER_WAY = 8  # pieces a worker, so that none is idle while a shard is synced
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrepareConfig:
     """What a store depends on besides its sources.
 
     Attributes:
@@ -70,7 +74,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PrepareResult:
     """A whole store.
 
     Attributes:
@@ -88,15 +92,15 @@ class Prepared:
 def prepare(
     inputs: Sequence[str],
     out: Path,
-    settings: Settings,
+    settings: PrepareConfig,
     *,
     workers: int = 1,
     skip: bool = False,
     on_progress: OnProgress = lambda done, total, tokens: None,
-) -> Prepared:
+) -> PrepareResult:
     """Tokenise the inputs into a store at ``out``; an unfinished one of the same is gone on with.
 
-    What was not read for that yet may have been corrected since, or be more or less: see ``check_begun``.
+    What was not read for that yet may have been corrected since, or be more or less: see ``check_unfinished``.
 
     Args:
         workers: Threads that tokenise.
@@ -113,7 +117,7 @@ def prepare(
         raise ValueError(f"workers: {workers} is too few; give 1 or more")
     sources = find_sources(inputs)
     _check_out(out)
-    sources = with_sums(sources, workers)
+    sources = with_checksums(sources, workers)
     check_texts(sources, settings.split, settings.val_ratio)
     about = {
         "reader": _READER,
@@ -129,9 +133,9 @@ def prepare(
             check_same(out, manifest, about)
             check_shards(out, manifest)
             (out / PROGRESS).unlink(missing_ok=True)
-            return Prepared(out, manifest, was_there=True)
+            return PrepareResult(out, manifest, was_there=True)
         writer = StoreWriter(out, settings.shard_tokens, about)
-        work = _Work(
+        work = _PreparePipeline(
             with_cuts(sources, settings.split, settings.val_ratio, skip=skip),
             settings,
             writer,
@@ -140,7 +144,7 @@ def prepare(
             on_progress,
         )
         if (out / PROGRESS).exists():
-            check_begun(out, read_progress(out), about, work.sources)
+            check_unfinished(out, read_progress(out), about, work.sources)
             work.go_on(writer.resume())
         try:
             return work.run()
@@ -152,13 +156,13 @@ def prepare(
             writer.close()
 
 
-class _Work:
+class _PreparePipeline:
     """The pieces of the sources from a position on, tokenised by threads and written in order."""
 
     def __init__(
         self,
-        sources: list[Source],
-        settings: Settings,
+        sources: list[InputFile],
+        settings: PrepareConfig,
         writer: StoreWriter,
         workers: int,
         skip: bool,
@@ -167,18 +171,18 @@ class _Work:
         self.sources, self.settings, self.writer = sources, settings, writer
         self.workers, self.skip, self.on_progress = workers, skip, on_progress
         self._bytes = sum(source.bytes for source in sources)
-        self.position = Position()
+        self.position = ReadPosition()
         self.skipped = self.empty = 0
         self.problems: list[str] = []
-        self._sums: list[tuple[int, str]] = []  # of the source at the position: see begins_the_same
+        self._sums: list[tuple[int, str]] = []  # of the source at the position: see has_same_prefix
         self._sum = sha256()
 
     def go_on(self, recorded: dict[str, Any]) -> None:
-        self.position = Position(*recorded["at"])
+        self.position = ReadPosition(*recorded["at"])
         self.skipped, self.empty = recorded["skipped"], recorded["empty"]
         self._sums = [(end, found) for end, found in recorded.get("sums", [])]
 
-    def run(self) -> Prepared:
+    def run(self) -> PrepareResult:
         token_ranks()  # read once, and not by all threads at once
         before = [(s.path, s.path.stat().st_mtime_ns) for s in self.sources]
         with self._writing():
@@ -193,18 +197,18 @@ class _Work:
         self._check_splits()
         with self._writing():
             manifest = self.writer.finish(skipped=self.skipped, empty=self.empty)
-        return Prepared(self.writer.folder, manifest, was_there=False, problems=self.problems)
+        return PrepareResult(self.writer.folder, manifest, was_there=False, problems=self.problems)
 
-    def _encoded(self) -> Generator[tuple[Piece, Encoded]]:
+    def _encoded(self) -> Generator[tuple[TextChunk, EncodedChunk]]:
         """A few pieces are under way at any time. A reader's mistake comes after what it has read."""
         val_ratio = self.settings.val_ratio
-        pieces = read_pieces(
+        pieces = read_chunks(
             self.sources, self.position, field=self.settings.field, val_ratio=val_ratio
         )
         encode = partial(
-            encode_piece, name=self.settings.field, val_ratio=val_ratio, skip=self.skip
+            encode_chunk, name=self.settings.field, val_ratio=val_ratio, skip=self.skip
         )
-        under_way: deque[tuple[Piece, Future[Encoded]]] = deque()
+        under_way: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()
         mistake: Exception | None = None
         pool = ThreadPoolExecutor(self.workers)
         try:
@@ -228,7 +232,7 @@ class _Work:
         if mistake is not None:
             raise mistake
 
-    def _write(self, piece: Piece, encoded: Encoded) -> None:
+    def _write(self, piece: TextChunk, encoded: EncodedChunk) -> None:
         self._note(piece)
         with self._writing():
             for split, ids, documents, begins in encoded.tokens:
@@ -241,7 +245,7 @@ class _Work:
         tokens = sum(split.tokens for split in self.writer.splits.values())
         self.on_progress(piece.done, self._bytes, tokens)
 
-    def _note(self, piece: Piece) -> None:
+    def _note(self, piece: TextChunk) -> None:
         if piece.after.source != self.position.source:
             self._sums, self._sum = [], sha256()
         if piece.after.source == piece.at.source:

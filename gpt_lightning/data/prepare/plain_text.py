@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import IO, cast
 
 from gpt_lightning.data.prepare import chunk
-from gpt_lightning.data.prepare.chunk import LONGEST, MARK, Piece, Position, Split, split_of
-from gpt_lightning.data.prepare.inputs import Source
+from gpt_lightning.data.prepare.chunk import (
+    EOT_BYTES,
+    MAX_TEXT_BYTES,
+    ReadPosition,
+    Split,
+    TextChunk,
+    split_of,
+)
+from gpt_lightning.data.prepare.inputs import InputFile
 from gpt_lightning.data.unicode import BOM, decoding_problem
 
 _LOOK = 1024  # bytes of a document that say whether it holds anything
@@ -22,9 +29,11 @@ _LOOK = 1024  # bytes of a document that say whether it holds anything
 _BEFORE_SPACE = re.compile(rb"(?:[!-~]|[\xc2-\xf4][\x80-\xbf]{1,3})(?=[ \n\r])")
 
 
-def read_text(source: Source, begin: Position, before: int, val_ratio: float) -> Iterator[Piece]:
+def read_text(
+    source: InputFile, begin: ReadPosition, before: int, val_ratio: float
+) -> Iterator[TextChunk]:
     number, offset, _, split = begin
-    size = chunk.PIECE_BYTES
+    size = chunk.CHUNK_BYTES
     with source.path.open("rb") as file:
         while offset < source.bytes:
             end, fixed = source.bytes, cast(Split | None, None)
@@ -35,43 +44,43 @@ def read_text(source: Source, begin: Position, before: int, val_ratio: float) ->
             data = file.read(min(size, end - offset))
             if not data:
                 raise OSError("it became shorter while it was read")
-            at = Position(number, offset, 0, split)
+            at = ReadPosition(number, offset, 0, split)
             last = offset + len(data) == end
             begins = split is None
-            if begins and (last or MARK in data):
-                whole = len(data) if last else data.rindex(MARK) + len(MARK)
-                offset, size = offset + whole, chunk.PIECE_BYTES
-                after = Position(number, offset)
-                yield Piece(source, data[:whole], at, after, before + offset, fixed)
+            if begins and (last or EOT_BYTES in data):
+                whole = len(data) if last else data.rindex(EOT_BYTES) + len(EOT_BYTES)
+                offset, size = offset + whole, chunk.CHUNK_BYTES
+                after = ReadPosition(number, offset)
+                yield TextChunk(source, data[:whole], at, after, before + offset, fixed)
                 continue
             if begins:
                 digest, document_end, problem = _scan(file, offset, end)
                 split = fixed or split_of(digest, val_ratio)
                 if problem:
                     offset, split = document_end, None
-                    after = Position(number, offset)
-                    yield Piece(source, b"", at, after, before + offset, problem=problem)
+                    after = ReadPosition(number, offset)
+                    yield TextChunk(source, b"", at, after, before + offset, problem=problem)
                     continue
-            if (found := data.find(MARK)) >= 0:
-                cut, following = found, found + len(MARK)
+            if (found := data.find(EOT_BYTES)) >= 0:
+                cut, following = found, found + len(EOT_BYTES)
             elif last:
                 cut = following = len(data)
             elif cut := safe_cut(data):
                 following = cut
-            elif size < LONGEST:  # a long word
+            elif size < MAX_TEXT_BYTES:  # a long word
                 size, split = 2 * size, at.split
                 continue
             else:
                 raise ValueError(
-                    f"{source.path}: has no white space in {LONGEST >> 20} MB from byte {offset}; "
+                    f"{source.path}: has no white space in {MAX_TEXT_BYTES >> 20} MB from byte {offset}; "
                     "leave it out if it is no text"
                 )
-            size = chunk.PIECE_BYTES
+            size = chunk.CHUNK_BYTES
             own, offset = split, offset + following
             if found >= 0 or last:
                 split = None
-            after = Position(number, offset, 0, split)
-            yield Piece(
+            after = ReadPosition(number, offset, 0, split)
+            yield TextChunk(
                 source, data[:cut], at, after, before + offset, own, part=True, begins=begins
             )
 
@@ -118,21 +127,21 @@ def _scan(file: IO[bytes], offset: int, end: int) -> tuple[bytes, int, str | Non
 
     file.seek(offset)
     place = offset
-    while block := file.read(min(chunk.PIECE_BYTES, end - place)):
+    while block := file.read(min(chunk.CHUNK_BYTES, end - place)):
         place += len(block)
         block = kept + block
-        if (found := block.find(MARK)) >= 0:
-            following = offset + done + found + len(MARK)
+        if (found := block.find(EOT_BYTES)) >= 0:
+            following = offset + done + found + len(EOT_BYTES)
             kept = block[:found]
             break
-        keep = len(MARK) - 1
+        keep = len(EOT_BYTES) - 1
         take(block[:-keep], final=False)
         kept = block[-keep:]
     take(kept, final=True)
     return digest.digest(), following, problem
 
 
-def document_hashes(sources: Sequence[Source]) -> Iterator[tuple[Path, bytes | None]]:
+def document_hashes(sources: Sequence[InputFile]) -> Iterator[tuple[Path, bytes | None]]:
     """Of the documents of plain texts that are no mere white space; none of one that is no UTF-8."""
     for source in sources:
         offset = 0
@@ -140,7 +149,7 @@ def document_hashes(sources: Sequence[Source]) -> Iterator[tuple[Path, bytes | N
             while offset < source.bytes:
                 digest, following, problem = _scan(file, offset, source.bytes)
                 file.seek(offset)
-                begin = file.read(min(_LOOK, following - offset)).split(MARK)[0]
+                begin = file.read(min(_LOOK, following - offset)).split(EOT_BYTES)[0]
                 begin = begin.removeprefix(codecs.BOM_UTF8) if offset == 0 else begin
                 if begin.strip() or following - offset > _LOOK:
                     yield source.path, None if problem else digest
@@ -150,13 +159,13 @@ def document_hashes(sources: Sequence[Source]) -> Iterator[tuple[Path, bytes | N
 def text_cut(path: Path, at_least: int, size: int) -> int:
     """The first place from ``at_least`` where a plain text may be cut: before white space, or after a mark."""
     with path.open("rb") as file:
-        start = max(0, at_least - len(MARK))
+        start = max(0, at_least - len(EOT_BYTES))
         file.seek(start)
         data = b""
         while True:
-            block = file.read(chunk.PIECE_BYTES)
+            block = file.read(chunk.CHUNK_BYTES)
             data += block
-            marks = (m.end() for m in re.finditer(re.escape(MARK), data))
+            marks = (m.end() for m in re.finditer(re.escape(EOT_BYTES), data))
             spaces = (
                 m.end()
                 for m in _BEFORE_SPACE.finditer(data)
@@ -166,5 +175,5 @@ def text_cut(path: Path, at_least: int, size: int) -> int:
                       for found in (marks, spaces)]  # fmt: skip
             if known := [start + place for place in places if place is not None]:
                 return min(known)
-            if not block or len(data) > LONGEST:
+            if not block or len(data) > MAX_TEXT_BYTES:
                 return size

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from gpt_lightning.data.prepare.chunk import PIECE_BYTES, Piece, Position
+from gpt_lightning.data.prepare.chunk import CHUNK_BYTES, ReadPosition, TextChunk
 from gpt_lightning.data.prepare.inputs import (
-    DamagedError,
-    Source,
+    CorruptFileError,
+    InputFile,
     open_dataset,
     open_lines,
     open_parquet,
@@ -14,9 +14,9 @@ from gpt_lightning.data.prepare.plain_text import read_text
 from gpt_lightning.data.prepare.rows import read_dataset, read_lines, read_parquet
 
 
-def read_pieces(
-    sources: Sequence[Source], start: Position, *, field: str, val_ratio: float
-) -> Iterator[Piece]:
+def read_chunks(
+    sources: Sequence[InputFile], start: ReadPosition, *, field: str, val_ratio: float
+) -> Iterator[TextChunk]:
     """All pieces from ``start``. What is left of a damaged source is one, with a problem.
 
     Raises:
@@ -24,7 +24,7 @@ def read_pieces(
     """
     before = sum(source.bytes for source in sources[: start.source])
     for number, source in enumerate(sources[start.source :], start.source):
-        begin = start if number == start.source else Position(number)
+        begin = start if number == start.source else ReadPosition(number)
         if source.kind == "text":
             pieces = read_text(source, begin, before, val_ratio)
         elif source.kind == "lines":
@@ -35,10 +35,10 @@ def read_pieces(
             pieces = read_dataset(source, begin, before, field)
         try:
             yield from pieces
-        except DamagedError as error:
+        except CorruptFileError as error:
             problem = str(error).removeprefix(f"{source.path}: ")
-            after, done = Position(number + 1), before + source.bytes
-            yield Piece(source, b"", Position(number), after, done, problem=problem)
+            after, done = ReadPosition(number + 1), before + source.bytes
+            yield TextChunk(source, b"", ReadPosition(number), after, done, problem=problem)
         except OSError as error:
             raise OSError(
                 f"{source.path}: cannot be read: {error.strerror or error}; check it"
@@ -46,7 +46,7 @@ def read_pieces(
         before += source.bytes
 
 
-def measure(source: Source, *, skip: bool) -> int:
+def measure(source: InputFile, *, skip: bool) -> int:
     """Uncompressed bytes, or rows; with ``skip`` those before the damage.
 
     Raises:
@@ -61,9 +61,9 @@ def measure(source: Source, *, skip: bool) -> int:
         if source.path.suffix.lower() not in (".gz", ".zst"):
             return source.bytes
         with open_lines(source.path) as (file, _):
-            for block in iter(lambda: file.read(PIECE_BYTES), b""):
+            for block in iter(lambda: file.read(CHUNK_BYTES), b""):
                 size += len(block)
-    except DamagedError:
+    except CorruptFileError:
         if not skip:
             raise
     return size

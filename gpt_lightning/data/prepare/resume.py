@@ -6,9 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.data.prepare.chunk import MARK, PIECE_BYTES, Piece, Position
-from gpt_lightning.data.prepare.inputs import Source, open_lines
-from gpt_lightning.data.prepare.readers import read_pieces
+from gpt_lightning.data.prepare.chunk import CHUNK_BYTES, EOT_BYTES, ReadPosition, TextChunk
+from gpt_lightning.data.prepare.inputs import InputFile, open_lines
+from gpt_lightning.data.prepare.readers import read_chunks
 from gpt_lightning.data.prepare.rows import as_python
 
 
@@ -27,8 +27,8 @@ def check_same(out: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
         )
 
 
-def check_begun(
-    out: Path, there: dict[str, Any], about: dict[str, Any], sources: Sequence[Source]
+def check_unfinished(
+    out: Path, there: dict[str, Any], about: dict[str, Any], sources: Sequence[InputFile]
 ) -> None:
     """Whether the sources begin with what was read of them for an unfinished store.
 
@@ -37,7 +37,7 @@ def check_begun(
     """
     recorded = there["position"]
     _check_settings(out, there, about)
-    at, sums = Position(*recorded["at"]), recorded.get("sums", [])
+    at, sums = ReadPosition(*recorded["at"]), recorded.get("sums", [])
     anew = f"remove {out} to begin anew, or give another --out"
     known, own = _identities(there), _identities(about)
     read = at.source + (at.offset > 0)
@@ -50,7 +50,7 @@ def check_begun(
             why = f"{name} was read for it, and has changed or is not in its place"
         elif at.split is not None:
             why = f"in {name} a document was changed of which a part is written"
-        elif not begins_the_same(sources[i], about["settings"]["field"], sums):
+        elif not has_same_prefix(sources[i], about["settings"]["field"], sums):
             why = f"{name} was changed in what was read of it already"
         else:
             continue
@@ -83,7 +83,7 @@ def _identities(about: dict[str, Any]) -> list[tuple[str, int, str]]:
     return [(each["kind"], each["bytes"], each["sha256"]) for each in about["sources"]]
 
 
-def read_for(piece: Piece) -> Iterator[bytes]:
+def read_for(piece: TextChunk) -> Iterator[bytes]:
     """What was read for a piece: a text's or lines' bytes, rows as Python writes them."""
     begin, end = piece.at.offset, piece.after.offset
     if piece.source.kind in ("parquet", "dataset"):
@@ -93,7 +93,7 @@ def read_for(piece: Piece) -> Iterator[bytes]:
     else:  # a mark, or what was skipped
         with piece.source.path.open("rb") as file:
             file.seek(begin)
-            while block := file.read(min(PIECE_BYTES, end - file.tell())):
+            while block := file.read(min(CHUNK_BYTES, end - file.tell())):
                 yield block
 
 
@@ -101,7 +101,7 @@ def _written(rows: Any) -> bytes:
     return "".join(f"{row!r}\n" for row in as_python(rows)).encode(errors="surrogatepass")
 
 
-def begins_the_same(source: Source, field: str, sums: Sequence[tuple[int, str]]) -> bool:
+def has_same_prefix(source: InputFile, field: str, sums: Sequence[tuple[int, str]]) -> bool:
     """Whether a source's stretches are those that were read, and a document begins after them.
 
     Args:
@@ -111,7 +111,7 @@ def begins_the_same(source: Source, field: str, sums: Sequence[tuple[int, str]])
         ValueError, OSError: It cannot be read so far.
     """
     if source.kind in ("parquet", "dataset"):
-        pieces = read_pieces([source], Position(), field=field, val_ratio=0)
+        pieces = read_chunks([source], ReadPosition(), field=field, val_ratio=0)
         written = (_written(piece.content) for piece in pieces if piece.problem is None)
         rows = (row for block in written for row in block.splitlines(keepends=True))
         return bool(sums) and all(
@@ -122,13 +122,13 @@ def begins_the_same(source: Source, field: str, sums: Sequence[tuple[int, str]])
     with open_lines(source.path) as (file, _):
         for end, expected in sums:
             digest = sha256()
-            while block := file.read(min(PIECE_BYTES, end - place)):
+            while block := file.read(min(CHUNK_BYTES, end - place)):
                 digest.update(block)
                 place += len(block)
-                last = (last + block)[-len(MARK) :]
+                last = (last + block)[-len(EOT_BYTES) :]
             if digest.hexdigest() != expected:
                 return False
-    return last.endswith(MARK if source.kind == "text" else b"\n")
+    return last.endswith(EOT_BYTES if source.kind == "text" else b"\n")
 
 
 def _sum(blocks: Iterable[bytes]) -> str:

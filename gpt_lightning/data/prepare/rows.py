@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from gpt_lightning.data.prepare import chunk
-from gpt_lightning.data.prepare.chunk import LONGEST, Piece, Position
+from gpt_lightning.data.prepare.chunk import MAX_TEXT_BYTES, ReadPosition, TextChunk
 from gpt_lightning.data.prepare.inputs import (
-    Source,
+    InputFile,
     checked,
     open_dataset,
     open_lines,
@@ -16,7 +16,7 @@ from gpt_lightning.data.prepare.inputs import (
 _ROWS = 256  # read from a parquet file at a time
 
 
-def read_lines(source: Source, begin: Position, before: int) -> Iterator[Piece]:
+def read_lines(source: InputFile, begin: ReadPosition, before: int) -> Iterator[TextChunk]:
     number, offset, line, _ = begin
     with open_lines(source.path) as (file, raw):
         if file is raw:
@@ -25,35 +25,37 @@ def read_lines(source: Source, begin: Position, before: int) -> Iterator[Piece]:
             _skip(file, offset)
         rest = b""
         while True:
-            block = file.read(chunk.PIECE_BYTES)
+            block = file.read(chunk.CHUNK_BYTES)
             data = rest + block
             whole = data.rfind(b"\n") + 1 if block else len(data)
             if not whole:
                 if not block:
                     return
-                if len(data) > LONGEST:
+                if len(data) > MAX_TEXT_BYTES:
                     raise ValueError(
-                        f"{source.path}, line {line + 1}: is longer than {LONGEST >> 20} MB; "
+                        f"{source.path}, line {line + 1}: is longer than {MAX_TEXT_BYTES >> 20} MB; "
                         "give one JSON object a line"
                     )
                 rest = data
                 continue
             content, rest = data[:whole], data[whole:]
-            at = Position(number, offset, line)
+            at = ReadPosition(number, offset, line)
             offset, line = offset + whole, line + content.count(b"\n")
-            after = Position(number, offset, line)
-            yield Piece(source, content, at, after, before + raw.tell())
+            after = ReadPosition(number, offset, line)
+            yield TextChunk(source, content, at, after, before + raw.tell())
 
 
 def _skip(file: IO[bytes], size: int) -> None:
     while size:
-        found = len(file.read(min(size, chunk.PIECE_BYTES)))
+        found = len(file.read(min(size, chunk.CHUNK_BYTES)))
         if not found:
             raise OSError("it became shorter while it was read")
         size -= found
 
 
-def read_parquet(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
+def read_parquet(
+    source: InputFile, begin: ReadPosition, before: int, field: str
+) -> Iterator[TextChunk]:
     file = open_parquet(source.path)
     import pyarrow
     from pyarrow import types
@@ -79,29 +81,31 @@ def read_parquet(source: Source, begin: Position, before: int, field: str) -> It
                 batch.column(0) if plain else batch.column(0).cast(pyarrow.large_string())
                 for batch in checked(batches, source.path)
             )
-            yield from _row_pieces(source, begin, before, file.metadata.num_rows, first, columns)
+            yield from _row_chunks(source, begin, before, file.metadata.num_rows, first, columns)
         first += rows
 
 
-def read_dataset(source: Source, begin: Position, before: int, field: str) -> Iterator[Piece]:
+def read_dataset(
+    source: InputFile, begin: ReadPosition, before: int, field: str
+) -> Iterator[TextChunk]:
     dataset = open_dataset(source.path)
     if field not in dataset.column_names:
         raise ValueError(_no_field(source, field, dataset.column_names))
     first = begin.offset - begin.offset % _ROWS
     columns = (list(dataset[row : row + _ROWS][field]) for row in range(first, len(dataset), _ROWS))
-    yield from _row_pieces(
+    yield from _row_chunks(
         source, begin, before, len(dataset), first, checked(columns, source.path)
     )
 
 
-def _row_pieces(
-    source: Source,
-    begin: Position,
+def _row_chunks(
+    source: InputFile,
+    begin: ReadPosition,
     before: int,
     total: int,
     row: int,
     columns: Iterator[Any],
-) -> Iterator[Piece]:
+) -> Iterator[TextChunk]:
     """Pieces of the columns' rows, the first of which is ``row``, from where to begin."""
     for column in columns:
         skipped = max(0, min(len(column), begin.offset - row))
@@ -109,12 +113,12 @@ def _row_pieces(
         size = (
             column.nbytes if hasattr(column, "nbytes") else sum(len(text or "") for text in column)
         )
-        step = max(1, len(column) * chunk.PIECE_BYTES // max(size, 1))
+        step = max(1, len(column) * chunk.CHUNK_BYTES // max(size, 1))
         for i in range(0, len(column), step):
             rows = column[i : i + step]
-            at, after = Position(begin.source, row), Position(begin.source, row + len(rows))
+            at, after = ReadPosition(begin.source, row), ReadPosition(begin.source, row + len(rows))
             row += len(rows)
-            yield Piece(source, rows, at, after, before + source.bytes * row // total)
+            yield TextChunk(source, rows, at, after, before + source.bytes * row // total)
 
 
 def as_python(rows: Any) -> list[Any]:
@@ -134,5 +138,5 @@ def _text_or_bytes(row: Any) -> Any:
         return row.as_buffer().to_pybytes()
 
 
-def _no_field(source: Source, field: str, names: Sequence[str]) -> str:
+def _no_field(source: InputFile, field: str, names: Sequence[str]) -> str:
     return f"{source.path}: has no text {field} (but {', '.join(names)}); name it with --field"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt_lightning.data.prepare.chunk import split_of
-from gpt_lightning.data.prepare.inputs import Source
+from gpt_lightning.data.prepare.inputs import InputFile
 from gpt_lightning.data.prepare.plain_text import document_hashes, text_cut
 from gpt_lightning.data.prepare.readers import measure
 
@@ -23,7 +23,7 @@ def nothing_in(name: str, documents: int, split: SplitBy) -> str:
     )
 
 
-def check_texts(sources: Sequence[Source], split: SplitBy, val_ratio: float) -> None:
+def check_texts(sources: Sequence[InputFile], split: SplitBy, val_ratio: float) -> None:
     """Few documents may all be of one split, which is better known before they are tokenised.
 
     Raises:
@@ -50,8 +50,8 @@ def check_texts(sources: Sequence[Source], split: SplitBy, val_ratio: float) -> 
 
 
 def with_cuts(
-    sources: list[Source], split: SplitBy, val_ratio: float, *, skip: bool
-) -> list[Source]:
+    sources: list[InputFile], split: SplitBy, val_ratio: float, *, skip: bool
+) -> list[InputFile]:
     """With 'ratio': where in each source the training split ends."""
     if split != "ratio":
         return sources

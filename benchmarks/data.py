@@ -146,9 +146,9 @@ def prepare_and_kill(inputs: list[str], out: Path, shard_tokens: int, wait: floa
     kills = 0
     command = [sys.executable, "-m", "gpt_lightning", *arguments_for(inputs, out, 2, shard_tokens)]
     for _ in range(KILLS):
-        begun = len(list(out.glob("*.u16")))
+        begun = len(list(out.glob("*.bin")))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("*.u16"))) <= begun:
+        while process.poll() is None and len(list(out.glob("*.bin"))) <= begun:
             time.sleep(0.002)
         time.sleep(rng.random() * wait)
         process.send_signal(signal.SIGKILL)
@@ -168,7 +168,7 @@ def sums(folder: Path) -> str:
 def open_twice(folder: Path, tokens: int) -> list[dict[str, float]]:
     """A store of one sparse shard; the first time its sum is taken."""
     folder.mkdir()
-    shard = folder / "train-00000.u16"
+    shard = folder / "train-00000.bin"
     with shard.open("wb") as file:
         file.truncate(2 * tokens)
     with shard.open("rb") as file:
@@ -208,7 +208,7 @@ def main() -> None:
         runs = quiet_pair(whole, scratch / "out", shard_tokens, attempts=2)
         runs["4"] = prepare(whole, scratch / "out" / "4", 4, shard_tokens)
         found = {f"{workers} workers": sums(scratch / "out" / workers) for workers in runs}
-        tokens = sum(path.stat().st_size for path in (scratch / "out" / "1").glob("*.u16")) // 2
+        tokens = sum(path.stat().st_size for path in (scratch / "out" / "1").glob("*.bin")) // 2
         for workers, run in runs.items():
             print(f"{workers} workers: {run.seconds:.1f} s, {size / run.seconds:.1f} MB/s, {run.peak_mb:.0f} MB "
                   f"of memory; others took {run.others:.0%} of the machine", flush=True)  # fmt: skip

@@ -33,7 +33,7 @@ from gpt_lightning import GPTConfig
 from gpt_lightning.generation.cuda_graph import MOST_FUSED_ROWS
 from gpt_lightning.generation.engine import DecodeBackend
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.training.throughput import peak_flops
+from gpt_lightning.training.hardware import peak_flops
 
 LARGE = "1558M"
 MEASURED_ON = (
@@ -208,14 +208,14 @@ def decode(
     lengths: tuple[int, int],
 ) -> None:
     for batch in (1, 4, 8):
-        for way in seconds:
-            if way == "fused" and batch > MOST_FUSED_ROWS:
+        for backend in seconds:
+            if backend == "fused" and batch > MOST_FUSED_ROWS:
                 continue
             rungs.run(
-                f"{name} decoding, batch {batch}: {way}",
-                seconds[way],
-                lambda batch=batch, way=way: gpu_decoding.measure(
-                    config, rungs.device, batch, way, *lengths
+                f"{name} decoding, batch {batch}: {backend}",
+                seconds[backend],
+                lambda batch=batch, backend=backend: gpu_decoding.measure(
+                    config, rungs.device, batch, backend, *lengths
                 ),
             )
 
@@ -311,10 +311,10 @@ def main() -> None:
         large_steps = large_ladder(large_rows)
         train(rungs, LARGE, large, large_steps, large_steps[0], large_rows, length)
     if arguments.only != "training":
-        decode(rungs, "124M", small, {"plain": 18, "graph": 5, "fused": 15}, lengths)
+        decode(rungs, "124M", small, {"eager": 18, "cuda_graph": 5, "fused": 15}, lengths)
         if peer:
             decode_peer(rungs, "124M", small, 16, lengths)
-        decode(rungs, LARGE, large, {"plain": 25, "graph": 8, "fused": 20}, lengths)
+        decode(rungs, LARGE, large, {"eager": 25, "cuda_graph": 8, "fused": 20}, lengths)
     if arguments.only != "decoding":
         last = steps[-1]
         more = [replace(last, name=f"{last.name}, all compiled", compiled="model", seconds=30)]

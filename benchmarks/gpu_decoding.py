@@ -31,7 +31,12 @@ def ours(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPTMode
 
 
 def measure(
-    config: GPTConfig, device: torch.device, batch: int, way: DecodeBackend, prompt: int, new: int
+    config: GPTConfig,
+    device: torch.device,
+    batch: int,
+    backend: DecodeBackend,
+    prompt: int,
+    new: int,
 ) -> dict[str, Any]:
     """Tokens a second of all rows: after the first WARM, and of whole calls, medians of REPEATS."""
     model = ours(config, device, torch.bfloat16)
@@ -40,7 +45,7 @@ def measure(
     for repeat in range(REPEATS + 1):
         synchronize(device)
         began, reached = time.perf_counter(), {}
-        for i, _ in enumerate(stream_ids(model, ids, new, SamplingParams(), step=way), 1):
+        for i, _ in enumerate(stream_ids(model, ids, new, SamplingParams(), backend=backend), 1):
             if i in (WARM, new):
                 synchronize(device)
                 reached[i] = time.perf_counter()
@@ -49,7 +54,7 @@ def measure(
             steady.append(batch * (new - WARM) / (reached[new] - reached[WARM]))
             whole.append(batch * new / (ended - began))
     found = rates(steady, whole) | peak_memory(device)  # before a float32 model is held beside it
-    return found | deviation(config, device, batch, way, prompt)
+    return found | deviation(config, device, batch, backend, prompt)
 
 
 def transformers(
@@ -104,7 +109,7 @@ def rates(steady: list[float], whole: list[float]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def deviation(
-    config: GPTConfig, device: torch.device, batch: int, way: DecodeBackend, prompt: int
+    config: GPTConfig, device: torch.device, batch: int, backend: DecodeBackend, prompt: int
 ) -> dict[str, Any]:
     """How far the logits of 12 steps are from the plain float32 step's that reads the same tokens: the largest
     difference in standard deviations. Tolerated is twice what the plain bfloat16 step is off by."""
@@ -116,7 +121,7 @@ def deviation(
         cache = KVCache.allocate(config, batch, padded_length(prompt + steps), device, dtype)
         model.features(ids[:, :prompt], cache)
         tokens = ids[:, prompt:].unbind(dim=1)
-        if how == "plain":
+        if how == "eager":
             return torch.stack(
                 [model.head(model.features(t[:, None], cache)[:, -1]).float() for t in tokens]
             )
@@ -133,17 +138,17 @@ def deviation(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        expected = logits(torch.float32, "plain")
+        expected = logits(torch.float32, "eager")
     finally:
         torch.set_float32_matmul_precision(before)
 
     def off(how: DecodeBackend) -> float:
         return float((logits(torch.bfloat16, how) - expected).abs().max() / expected.std())
 
-    plain = off("plain")
-    if way == "plain":
+    plain = off("eager")
+    if backend == "eager":
         return {"bf16_deviation": plain}
-    found = off(way)
+    found = off(backend)
     return {
         "bf16_deviation": plain,
         "deviation": found if math.isfinite(found) else math.inf,

@@ -211,7 +211,7 @@ def fit(
             raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
         events = EventAccumulator(f"{scratch}/checkpoints/run").Reload()
         rates = sorted(e.value for e in events.Scalars("throughput/tokens_per_second"))
-        memory = max(e.value for e in events.Scalars("throughput/memory_gb"))
+        memory = max(e.value for e in events.Scalars("throughput/peak_memory_gb"))
     rate = statistics.median(rates)
     shown = {
         "batch": batch,

@@ -20,9 +20,9 @@ from typing import Any
 from machine import at_most, description
 
 from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.hardware import MEMORY, PEAKS
 from gpt_lightning.planning.memory import StepShape
 from gpt_lightning.planning.plan import Plan, RunSpec, Strategy, plan
-from gpt_lightning.training.throughput import MEMORY, PEAKS
 
 ROOT = Path(__file__).parent.parent
 GPU = "H100"
@@ -57,10 +57,10 @@ TINY = [
     "--model.config.n_layers=2",
 ]
 RUNS = {
-    "float32": ["--checkpoint.best=false"],
+    "float32": ["--checkpoint.save_best=false"],
     "bf16-mixed, best.ckpt kept": ["--trainer.precision=bf16-mixed"],
     "float32, 2 micro-batches, loss by chunks, activations computed again": [
-        "--checkpoint.best=false",
+        "--checkpoint.save_best=false",
         "--trainer.accumulate_grad_batches=2",
         "--model.loss_chunk_size=256",
         "--model.activation_checkpointing=true",
@@ -75,7 +75,7 @@ ON_GPU = [
     "--trainer.max_epochs=-1",
     "--trainer.max_steps=3",
     "--trainer.enable_progress_bar=false",
-    "--checkpoint.best=false",
+    "--checkpoint.save_best=false",
     "--model.config.context_length=1024",
     "--model.config.emb_dim=768",
     "--model.config.n_heads=12",

@@ -33,8 +33,8 @@ from gpt_lightning.cli.main import main as command
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.flops import flops_per_token
 from gpt_lightning.model.loss import cross_entropy
+from gpt_lightning.training.hardware import measured_peak
 from gpt_lightning.training.optimizer import build_adamw
-from gpt_lightning.training.throughput import measured_peak
 
 HERE = Path(__file__).resolve().parent
 # what fit is told for each way of ours

@@ -18,7 +18,7 @@ from machine import at_least, at_most, description
 CHILD = """
 import sys, time
 import numpy as np
-from gpt_lightning.data.mixture_sampler import Mixture
+from gpt_lightning.data.mixture_sampler import MixtureSampler
 from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 
@@ -32,7 +32,7 @@ def loader(tokens):
     cuts = np.linspace(0, tokens, 11).astype(int)
     parts = [np.memmap(path, "<u2", "r", 2 * int(a), (int(b - a),)) for a, b in zip(cuts, cuts[1:])]
     own = [WindowDataset(parts, length, length // 2) for _ in range(stores)]
-    mixture = Mixture([len(w) for w in own], [0.7, 0.3], 1) if stores > 1 else None
+    mixture = MixtureSampler([len(w) for w in own], [0.7, 0.3], 1) if stores > 1 else None
     return ResumableDataLoader(ConcatWindowDataset(own) if mixture else own[0], batch_size, shuffle=True, drop_last=True,
                         seed=1, num_workers=workers, mixture=mixture)
 

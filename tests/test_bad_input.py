@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.data import corpus
+from gpt_lightning.storage.cache import cache_folder
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 
@@ -221,7 +222,7 @@ def test_groups_without_settings(refused_fit: Command, tmp_path: Path, group: st
 
 
 def test_settings_that_are_null(refused_fit: Command, command: Command, tmp_path: Path) -> None:
-    for dest in ("model.lr", "model.config.emb_dim", "data.batch_size", "checkpoint.best"):
+    for dest in ("model.lr", "model.config.emb_dim", "data.batch_size", "checkpoint.save_best"):
         *groups, name = dest.split(".")
         lines = [f"{'  ' * i}{part}:" for i, part in enumerate([*groups, name])]
         (tmp_path / "mine.yaml").write_text("\n".join(lines) + "\n")
@@ -261,8 +262,8 @@ def test_a_whole_number_stays_one() -> None:
         "fit --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=x --trainer.callbacks.min_delta=.nan",
         "validate --model.lr=-.inf",
         "plan --mfu=.nan",
-        "plan --peak=.inf",
-        "plan --device_memory=1e999",
+        "plan --peak_tflops=.inf",
+        "plan --device_memory_gb=1e999",
         "generate --from=x --prompt=x --temperature=.nan",
         "generate --from=x --prompt=x --top_p=.nan",
         "generate --from=x --prompt=x --min_p=.nan",
@@ -300,7 +301,7 @@ def test_numbers_that_are_not_finite(command: Command, arguments: str) -> None:
         ("fit --output_dir=x", "trainer.default_root_dir"),
         ("fit --config={trainer:~{max_epoch:~1}}", "trainer.max_epochs"),
         ("validate --ckpt=x", "ckpt_path"),
-        ("plan --token=1", "tokens"),
+        ("plan --train_token=1", "train_tokens"),
         ("generate --temp=1", "temperature"),
         ("generate --max_length=1", "max_new_tokens"),
         ("generate --model=x", "from"),
@@ -378,7 +379,7 @@ def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
         ("prepare x --out=x --shard_tokens=1e8", "write 100000000"),
         ("convert", "source, dest, format: are missing; give SOURCE DEST --format FORMAT"),
         ("convert a b --format=huggingface", "huggingface is unknown; did you mean hf?"),
-        ("download gpt2-124M --source=hf", "hf is unknown; did you mean hub?"),
+        ("download gpt2-124M --host=hf", "hf is unknown; did you mean hub?"),
         ("verify-resume --steps=x", "steps: x is not a whole number; give one"),
         ("train", "train: is no command; did you mean fit?"),
     ],
@@ -613,7 +614,7 @@ def test_home_folder_wherever_a_path_is_read(
         assert done.code == 0, done.err
     for name in ("runs/checkpoints/second/last.ckpt", "model.pth", "corpus", "figures", "logs"):
         assert (home / name).exists(), name
-    assert corpus.cache_folder() == home / "cache"
+    assert cache_folder() == home / "cache"
     assert "home/runs is not empty" in command("verify-resume", "--out=~/runs").err
     assert sorted(os.listdir(tmp_path)) == ["home"]
 

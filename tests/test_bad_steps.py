@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_is_skipped(
         line,
     )
     events = EventAccumulator("checkpoints/quickstart").Reload()
-    assert [(e.step, e.value) for e in events.Scalars("bad_steps")] == [(step, 1.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/skipped_steps")] == [(step, 1.0)]
     assert read_checkpoint(LAST)["global_step"] == 6
 
 
@@ -287,11 +287,11 @@ def test_parameters_that_are_not_finite_never_become_last(
     [
         pytest.param(("--evaluation.prompt=null",), marks=pytest.mark.slow),
         pytest.param(("--evaluation.eval_freq=1000",), marks=pytest.mark.slow),
-        ("--evaluation.eval_freq=1", "--evaluation.distribution=true"),
+        ("--evaluation.eval_freq=1", "--evaluation.log_next_token=true"),
         ("--trainer.logger=false",),
         ("--data.num_workers=2",),
-        pytest.param(("--checkpoint.asynchronous=true",), marks=pytest.mark.slow),
-        ("--checkpoint.every_n_train_steps=5", "--checkpoint.best=false"),
+        pytest.param(("--checkpoint.async_save=true",), marks=pytest.mark.slow),
+        ("--checkpoint.every_n_train_steps=5", "--checkpoint.save_best=false"),
         ("--bad_steps=skip", "--skip_spikes=true"),
         pytest.param(("--trainer.enable_progress_bar=false",), marks=pytest.mark.slow),
     ],

@@ -134,15 +134,17 @@ def test_exercise_5_4_on_the_notebooks_own_file(command: Command, verdict: Path)
     [
         pytest.param({"qkv_bias": True}, marks=pytest.mark.slow),
         {"seed": 7, "drop_rate": 0.0},
-        pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.long),
-        pytest.param({"stride": 100, "train_ratio": 0.7, "eval_freq": 4}, marks=pytest.mark.long),
+        pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.nightly),
+        pytest.param(
+            {"stride": 100, "train_ratio": 0.7, "eval_freq": 4}, marks=pytest.mark.nightly
+        ),
         pytest.param(
             {"batch_size": 5, "train_ratio": 0.8, "eval_iter": 10, "drop_rate": 0.3},
             marks=pytest.mark.slow,
         ),
         pytest.param(
             {"context_length": 31, "n_heads": 2, "n_layers": 1, "emb_dim": 24, "weight_decay": 0.0},
-            marks=pytest.mark.long,
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
@@ -229,7 +231,7 @@ def test_the_124m_run_begins_as_the_books(command: Command) -> None:
     """The first three rows of the real thing; the whole run's table is in README."""
     done = command(
         "fit", f"--config={ROOT}/configs/verdict.yaml", "--trainer.max_steps=11",
-        "--checkpoint.best=false",
+        "--checkpoint.save_best=false",
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = read_metrics(Path("checkpoints/verdict"))

@@ -87,7 +87,10 @@ def test_tokens_are_the_plain_paths(
     """Prompts of 1, 5 and 13 tokens together, on past the context of 48, where the window slides."""
     expected = streamed(model, **SETTINGS[name], generator=make_generator(5))
     monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
-    assert streamed(model, **SETTINGS[name], generator=make_generator(5), step="graph") == expected
+    assert (
+        streamed(model, **SETTINGS[name], generator=make_generator(5), backend="cuda_graph")
+        == expected
+    )
     if name == "eos":
         assert any(-1 in row for row in expected)
     if name == "stopped":
@@ -108,13 +111,13 @@ def test_damaged_logits_are_refused_with_their_step(
     with torch.no_grad():
         damaged.pos_emb.weight[2 + at] = torch.nan
     with pytest.raises(ValueError, match=rf"logits: .*\(new token {at}\)"):
-        streamed(damaged, 44, prompts=[[3, 1, 4]], step="graph")
+        streamed(damaged, 44, prompts=[[3, 1, 4]], backend="cuda_graph")
 
 
 def test_a_step_that_was_asked_for_runs_under_autocast(model: GPTModel) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = streamed(model, 5)
-        assert streamed(model, 5, step="graph") == expected
+        assert streamed(model, 5, backend="cuda_graph") == expected
 
 
 def test_draws_are_torchs() -> None:
@@ -237,7 +240,7 @@ def test_a_graph_that_was_asked_for_and_cannot_be_is_said(
     streamed(model)
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        streamed(model, step="graph")
+        streamed(model, backend="cuda_graph")
     assert capsys.readouterr().err == (
         "gpt_lightning: generate: the step could not be captured as a CUDA graph (the model is on cpu); "
         "it runs without, slower\n"
@@ -257,35 +260,35 @@ def _autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("step", "name"),
+    ("backend", "name"),
     [
-        *(("graph", n) for n in SETTINGS if n not in ("drawn", "eos")),
+        *(("cuda_graph", n) for n in SETTINGS if n not in ("drawn", "eos")),
         *(("fused", n) for n in ("greedy", "one prompt", "more than the context", "stopped")),
     ],
 )
 def test_graphs_on_a_gpu_give_the_plain_tokens(
-    capsys: pytest.CaptureFixture[str], model: GPTModel, step: DecodeBackend, name: str
+    capsys: pytest.CaptureFixture[str], model: GPTModel, backend: DecodeBackend, name: str
 ) -> None:
     own = GPTModel(CONFIG).cuda().eval()
     own.load_state_dict(model.state_dict())
     decoding_step._say_once.cache_clear()
-    found = streamed(own, **SETTINGS[name], step=step)
+    found = streamed(own, **SETTINGS[name], backend=backend)
     assert capsys.readouterr().err == ""
-    assert streamed(own, **SETTINGS[name], step="plain") == found
+    assert streamed(own, **SETTINGS[name], backend="eager") == found
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-@pytest.mark.parametrize("step", ["graph", "fused"])
+@pytest.mark.parametrize("backend", ["cuda_graph", "fused"])
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(), SamplingParams(1.0, top_k=20, top_p=0.9, min_p=0.01)]
 )
 def test_steps_on_a_gpu_do_not_wait(
-    model: GPTModel, sampling: SamplingParams, step: DecodeBackend
+    model: GPTModel, sampling: SamplingParams, backend: DecodeBackend
 ) -> None:
     own = GPTModel(CONFIG).cuda().eval()
     own.load_state_dict(model.state_dict())
-    steps = stream_ids(own, [[3, 1, 4]], 40, sampling, step=step)
+    steps = stream_ids(own, [[3, 1, 4]], 40, sampling, backend=backend)
     for _ in range(4):
         next(steps)
     try:

@@ -389,7 +389,7 @@ def test_disk_that_fills_up(
 @pytest.mark.parametrize("name", ["gpt2-774M", "gpt2-1558M"])
 def test_openai(command: Command, host: DownloadHost, name: str) -> None:
     files = serve_openai(host, name)
-    done = command("download", name, "--source=openai", f"--mirror={host.url}/", "--json")
+    done = command("download", name, "--host=openai", f"--mirror={host.url}/", "--json")
     assert done.code == 0, done.err
     folder = folder_of(name, "openai")
     assert json.loads(done.out) == {
@@ -408,7 +408,7 @@ def test_openai_sizes_that_are_known(
     """What a host has instead of the real files is refused by its size, before it is fetched."""
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     serve_openai(host, name)
-    done = command("download", name, "--source=openai", f"--mirror={host.url}")
+    done = command("download", name, "--host=openai", f"--mirror={host.url}")
     refused(done, "hparams.json of", "bytes of it, not 9", str(folder_of(name, "openai")))
     assert "hparams.json" not in visible(folder_of(name, "openai"))
 
@@ -433,7 +433,7 @@ def test_second_run_checks_and_fetches_what_is_damaged(
     command: Command, host: DownloadHost
 ) -> None:
     files = serve_openai(host, "gpt2-774M")
-    arguments = ("download", "gpt2-774M", "--source=openai", f"--mirror={host.url}")
+    arguments = ("download", "gpt2-774M", "--host=openai", f"--mirror={host.url}")
     assert command(*arguments).code == 0
     folder = folder_of("gpt2-774M", "openai")
     manifest = (folder / "manifest.json").read_bytes()
@@ -557,7 +557,7 @@ def test_no_network(
 ) -> None:
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     files = HUB_FILES if source == "hub" else OPENAI_FILES
-    done = command("download", name, f"--source={source}")
+    done = command("download", name, f"--host={source}")
     folder = folder_of(name, "hub" if source == "hub" else "openai")
     refused(
         done, f"of {name} cannot be fetched", "refused", f"put {', '.join(files)} into {folder}"
@@ -567,7 +567,7 @@ def test_no_network(
 
 def test_without_huggingface_hub(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)
-    refused(command("download", "gpt2-124M"), "gpt-lightning[hub]", "--source openai")
+    refused(command("download", "gpt2-124M"), "gpt-lightning[hub]", "--host openai")
 
 
 @pytest.mark.parametrize(
@@ -585,12 +585,12 @@ def test_unknown_size(command: Command, tmp_path: Path, name: str, near: str) ->
 
 
 def test_unknown_source(command: Command) -> None:
-    refused(command("download", "gpt2-124M", "--source=torrent"), "source", "torrent")
+    refused(command("download", "gpt2-124M", "--host=torrent"), "host", "torrent")
 
 
 def test_out(command: Command, host: DownloadHost, tmp_path: Path) -> None:
     files = serve_openai(host, "gpt2-774M")
-    done = command("download", "gpt2-774M", "--source=openai", f"--mirror={host.url}", "--out=x")
+    done = command("download", "gpt2-774M", "--host=openai", f"--mirror={host.url}", "--out=x")
     assert (done.code, done.out) == (0, "x\n"), done.err
     assert visible(tmp_path / "x") == {*files, "manifest.json"}
     assert not (tmp_path / "cache").exists()
@@ -617,7 +617,7 @@ def test_other_names_of_the_sizes(
     command: Command, name: str, size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
-    refused(command("download", name, "--source=openai"), f"of {size} cannot be fetched")
+    refused(command("download", name, "--host=openai"), f"of {size} cannot be fetched")
     for arguments in (
         ["generate", f"--from={name}", "--prompt=a"],
         ["validate", f"--init_from={name}"],

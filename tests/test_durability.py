@@ -239,7 +239,7 @@ class FullDisk(Callback):
 
 
 FULL_DISK = ("--allow_import=test_durability", "--trainer.callbacks+=test_durability.FullDisk",
-             "--checkpoint.best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+             "--checkpoint.save_best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
 
 
 class StopAfterTwoEpochs(Callback):
@@ -251,7 +251,7 @@ class StopAfterTwoEpochs(Callback):
 def test_the_last_save_is_tried_again_at_the_end(fit: Command, asynchronous: str) -> None:
     """The second epoch's save fails, and the run is ended there by something that has no step."""
     arguments = [a for a in FULL_DISK if "every_n" not in a]
-    fit("--trainer.max_epochs=9", f"--checkpoint.asynchronous={asynchronous}", *arguments,
+    fit("--trainer.max_epochs=9", f"--checkpoint.async_save={asynchronous}", *arguments,
         "--trainer.callbacks+=test_durability.StopAfterTwoEpochs")  # fmt: skip
     assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 14
 
@@ -261,8 +261,8 @@ def test_best_is_tried_again_too(
     fit: Command, asynchronous: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FullDisk, "only", "best")
-    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.best=true",
-        f"--checkpoint.asynchronous={asynchronous}", "--evaluation.eval_freq=100")  # fmt: skip
+    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.save_best=true",
+        f"--checkpoint.async_save={asynchronous}", "--evaluation.eval_freq=100")  # fmt: skip
     best = read_checkpoint(RUN / "best.ckpt")
     assert best["global_step"] == 1
 
@@ -298,7 +298,7 @@ def test_a_torn_line_of_metrics_is_left_out(fit: Command) -> None:
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_training_goes_on_after_a_full_disk(fit: Command, asynchronous: str) -> None:
-    done = fit("--trainer.max_steps=4", f"--checkpoint.asynchronous={asynchronous}", *FULL_DISK)
+    done = fit("--trainer.max_steps=4", f"--checkpoint.async_save={asynchronous}", *FULL_DISK)
     lines = [line for line in done.err.splitlines() if "No space left" in line]
     assert len(lines) == 1
     assert "last.ckpt: cannot be written" in lines[0]
@@ -455,9 +455,13 @@ def test_a_damaged_manifest_is_said_and_not_gone_by(fit: Command) -> None:
 
 
 def test_what_was_there_before_a_damaged_manifest_is_known_after(fit: Command) -> None:
-    fit("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", "--checkpoint.best=false")
+    fit(
+        "--trainer.max_steps=4",
+        "--checkpoint.every_n_train_steps=2",
+        "--checkpoint.save_best=false",
+    )
     (RUN / MANIFEST).write_text("[" * 200_000)
-    fit("--trainer.max_steps=5", "--checkpoint.best=false", "--ckpt_path=last")
+    fit("--trainer.max_steps=5", "--checkpoint.save_best=false", "--ckpt_path=last")
     (RUN / "last.ckpt").write_bytes(b"x")
     assert latest_valid_checkpoint(RUN).name == "previous.ckpt"
 
@@ -654,9 +658,9 @@ def test_no_mutation_goes_unnoticed(
 @pytest.mark.parametrize(
     "what",
     [
-        "train-00000.u16",
-        pytest.param("val-00000.u16", marks=pytest.mark.slow),
-        pytest.param(MANIFEST, marks=pytest.mark.long),
+        "train-00000.bin",
+        pytest.param("val-00000.bin", marks=pytest.mark.slow),
+        pytest.param(MANIFEST, marks=pytest.mark.nightly),
     ],
 )
 def test_no_mutation_of_stored_tokens(

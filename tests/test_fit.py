@@ -37,7 +37,7 @@ def same_weights(one: str, other: str) -> bool:
 
 def test_run_folder_and_tensorboard(fit: Command) -> None:
     done = fit(
-        "--trainer.max_epochs=2", "--evaluation.eval_freq=3", "--evaluation.distribution=true"
+        "--trainer.max_epochs=2", "--evaluation.eval_freq=3", "--evaluation.log_next_token=true"
     )
     folder = Path("checkpoints/quickstart")
     events = [name for name in os.listdir(folder) if name.startswith("events.out.tfevents")]
@@ -302,7 +302,7 @@ def test_overfit_batches_repeats_the_same_windows(fit: Command) -> None:
 
 def test_saving_in_the_background_changes_nothing(fit: Command) -> None:
     fit("--run=waiting", *THREE_EPOCHS)
-    fit("--run=background", *THREE_EPOCHS, "--checkpoint.asynchronous=true")
+    fit("--run=background", *THREE_EPOCHS, "--checkpoint.async_save=true")
     assert same_run("waiting", "background")
     for name in ("last", "best"):
         assert same_weights(
@@ -329,7 +329,7 @@ LINES = [f"Line {i} of a text of its own.\n" for i in range(300)]
         # as many windows
         (["--data.stride=100"], ["--data.stride=101"], "data.stride: the run has 100, here is 101"),
         ([], ["--data.context_length=15"], "data.context_length: the run has 16, here is 15"),
-        ([], ["--data.document_boundaries=true"], "data.document_boundaries: the run has False"),
+        ([], ["--data.document_mask=true"], "data.document_mask: the run has False"),
         ([], ["--seed_everything=7"], "seed_everything: the run has 123, here is 7"),
         ([], ["--rng=global"], "rng: the run has step, here is global"),
         ([], ["--trainer.overfit_batches=2"], "trainer.overfit_batches: the run was begun without"),
@@ -412,7 +412,7 @@ def test_clipping_in_mixed_precision(fit: Command, algorithm: str) -> None:
 
 def test_watching_does_not_move_the_run(fit: Command) -> None:
     common = ("--trainer.max_epochs=1", "--model.config.drop_rate=0.1")
-    fit("--run=watched", "--evaluation.eval_freq=1", "--evaluation.distribution=true", *common)
+    fit("--run=watched", "--evaluation.eval_freq=1", "--evaluation.log_next_token=true", *common)
     fit("--run=alone", "--evaluation.eval_freq=1000", "--evaluation.prompt=null", *common)
     assert same_weights("checkpoints/watched/last.ckpt", "checkpoints/alone/last.ckpt")
 

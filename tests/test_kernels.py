@@ -16,7 +16,7 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation import cuda_graph as decoding_step
 from gpt_lightning.generation import engine as generate_module
 from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, fused_decode_unsupported_reason
-from gpt_lightning.generation.engine import fastest_step
+from gpt_lightning.generation.engine import fastest_backend
 from gpt_lightning.kernels import support
 from gpt_lightning.model import loss
 from gpt_lightning.model.kv_cache import KVCache
@@ -363,10 +363,10 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_decode_unsupported_reason(model, 5) == "5 rows are more than 4"
     monkeypatch.setattr(generate_module, "cuda_graph_unsupported_reason", lambda model: None)
     monkeypatch.setattr(generate_module, "FUSED_MIN_NEW_TOKENS", 30)
-    assert fastest_step(model, 1, 18, 1000) == "fused"
-    assert fastest_step(model, 5, 18, 1000) == "graph"
-    assert fastest_step(model, 1, 18, 29) == "graph"  # too few to pay for loading kernels
-    assert fastest_step(model, 1, 19, 1000) == "graph"  # before the context is full
+    assert fastest_backend(model, 1, 18, 1000) == "fused"
+    assert fastest_backend(model, 5, 18, 1000) == "cuda_graph"
+    assert fastest_backend(model, 1, 18, 29) == "cuda_graph"  # too few to pay for loading kernels
+    assert fastest_backend(model, 1, 19, 1000) == "cuda_graph"  # before the context is full
     assert fused_decode_unsupported_reason(model_of(1, 512), 1) == "its heads are wider than 256"
     model.trf_blocks[0].att.out_proj = torch.nn.Identity()
     assert fused_decode_unsupported_reason(model, 1) == "its layers are not the model's own"

@@ -135,7 +135,7 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
         pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
         ("windows", []),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
-        pytest.param("plan", [], marks=pytest.mark.long),
+        pytest.param("plan", [], marks=pytest.mark.nightly),
         pytest.param("loading", [], marks=pytest.mark.slow),
         pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
     ],

@@ -30,7 +30,7 @@ from gpt_lightning.planning.heap import Heap
 from gpt_lightning.planning.memory import StepShape, held
 from gpt_lightning.planning.plan import RunSpec, memory, plan
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.throughput import measured_peak
+from gpt_lightning.training.hardware import measured_peak
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 PRETRAIN = ROOT / "configs" / "pretrain-124M.yaml"
@@ -319,7 +319,7 @@ def test_a_documented_row_is_what_plan_counts(benchmark: ModuleType) -> None:
     assert lines == documented(benchmark)[:3]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_documented_table_is_what_plan_counts(benchmark: ModuleType) -> None:
     assert benchmark.table().splitlines() == documented(benchmark)
 
@@ -371,7 +371,7 @@ def test_documented_gpu_runs_are_the_measured_ones(benchmark: ModuleType) -> Non
 
 
 @pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[] if run == 1 else pytest.mark.long) for run in range(5)]
+    "run", [pytest.param(run, marks=[] if run == 1 else pytest.mark.nightly) for run in range(5)]
 )
 def test_documented_gpu_runs_are_what_plan_counts(
     benchmark: ModuleType, command: Command, run: int
@@ -437,7 +437,7 @@ def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) ->
     for part in ("parameters", "MFLOP a token", "Python and libraries", "activations", "fits"):
         assert part in done.out
     assert os.listdir() == []
-    found = as_json(command, QUICKSTART, *SMALL, "--trainer.max_steps=10", "--peak=0.1")
+    found = as_json(command, QUICKSTART, *SMALL, "--trainer.max_steps=10", "--peak_tflops=0.1")
     assert os.listdir() == []
     assert found["total"] == sum(found["memory"].values())
     assert found["tokens_per_update"] == 2 * 16
@@ -497,9 +497,9 @@ def test_a_text_that_cannot_be_read_is_said_and_the_rest_counted(
 def test_what_is_set_and_not_counted_is_said(command: Command) -> None:
     settings = [QUICKSTART, *SMALL, "--trainer.max_steps=1", "--keep_freed_memory=false"]
     assert as_json(command, *settings)["notes"] == {}
-    settings += ["--data.document_boundaries=true", "--model.compile=true"]
+    settings += ["--data.document_mask=true", "--model.compile=true"]
     notes = as_json(command, *settings)["notes"]
-    assert set(notes) == {"document_boundaries", "compile"}
+    assert set(notes) == {"document_mask", "compile"}
     lines = command("plan", *settings).out.splitlines()
     for name, line in notes.items():
         assert any(each.startswith(name) and each.endswith(line) for each in lines)
@@ -531,7 +531,7 @@ def test_what_does_not_fit_fits_with_what_plan_says(
     command: Command, settings: list[str], memory_gb: float, named: str
 ) -> None:
     arguments = [
-        QUICKSTART, *settings, f"--device_memory={memory_gb}", "--gpu=H100", "--devices=8",
+        QUICKSTART, *settings, f"--device_memory_gb={memory_gb}", "--gpu=H100", "--devices=8",
     ]  # fmt: skip
     found = as_json(command, *arguments)
     assert found["fits"] is False
@@ -556,10 +556,10 @@ def test_fsdp_is_not_proposed_with_a_precision_that_fit_refuses_with_it(
     command: Command, precision: str
 ) -> None:
     arguments = [QUICKSTART, *WIDE, f"--trainer.precision={precision}", "--gpu=T4", "--devices=8"]
-    found = as_json(command, *arguments, "--device_memory=0.3")
+    found = as_json(command, *arguments, "--device_memory_gb=0.3")
     assert found["fits"] is False
     assert found["nearest"] is None or "configs/fsdp.yaml" not in str(found["nearest"]["options"])
-    assert "FSDP2" not in command("plan", *arguments, "--device_memory=0.3").out
+    assert "FSDP2" not in command("plan", *arguments, "--device_memory_gb=0.3").out
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
@@ -572,7 +572,7 @@ def test_fsdp_with_a_precision_that_fit_refuses(command: Command, precision: str
 
 def test_what_cannot_fit_is_said_with_what_remains(command: Command) -> None:
     arguments = (
-        QUICKSTART, "--gpu=T4", "--device_memory=0.01", "--data.batch_size=8",
+        QUICKSTART, "--gpu=T4", "--device_memory_gb=0.01", "--data.batch_size=8",
         "--model.activation_checkpointing=true",
     )  # fmt: skip
     found = as_json(command, *arguments)
@@ -618,11 +618,11 @@ def test_a_model_of_6_gigabytes_is_planned_in_one(benchmark: ModuleType, tmp_pat
     ("arguments", "says"),
     [
         (["--devices=0"], "devices: 0 is out of range"),
-        (["--tokens=-5"], "tokens: -5 is out of range"),
-        (["--peak=0"], "peak: 0.0 is out of range"),
-        (["--device_memory=.inf"], "device_memory: inf is not a finite number"),
+        (["--train_tokens=-5"], "train_tokens: -5 is out of range"),
+        (["--peak_tflops=0"], "peak_tflops: 0.0 is out of range"),
+        (["--device_memory_gb=.inf"], "device_memory_gb: inf is not a finite number"),
         (["--mfu=2"], "mfu: 2.0 is no share"),
-        (["--device_memory=none"], "device_memory"),
+        (["--device_memory_gb=none"], "device_memory_gb"),
         (["--gpu=H1000"], "did you mean H100?"),
         (["--trainer.strategy=deepspeed"], "for shards give --config configs/fsdp.yaml"),
         (["--trainer.precision=transformer-engine"], "trainer.precision: plan does not know"),

@@ -31,7 +31,7 @@ FIT = [
     "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_epochs=-1",
     "--evaluation.eval_freq=50", "--evaluation.prompt=null", "--model.config.drop_rate=0.1",
     "--allow_import=test_preemption", "--trainer.callbacks+=test_preemption.HashEachStep",
-    "--checkpoint.every_n_train_steps=1000", "--checkpoint.best=false",
+    "--checkpoint.every_n_train_steps=1000", "--checkpoint.save_best=false",
 ]  # fmt: skip
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
@@ -135,8 +135,8 @@ def stop_and_go_on(
     "signum",
     [
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.long),
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.nightly),
     ],
 )
 def test_signals(tmp_path: Path, straight: dict[str, str], signum: signal.Signals) -> None:
@@ -148,10 +148,10 @@ def test_signals(tmp_path: Path, straight: dict[str, str], signum: signal.Signal
     [
         pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.long),
-        pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
-        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.long),
-        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.nightly),
     ],
 )
 def test_signals_to_either_of_two(

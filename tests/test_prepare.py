@@ -411,11 +411,11 @@ def test_killed_five_times_it_is_the_same(megabytes: list[str], tmp_path: Path) 
     rng = random.Random(6)
     kills = 0
     while kills < 5:
-        begun = len(list(cut.glob("*.u16")))
+        begun = len(list(cut.glob("*.bin")))
         process = subprocess.Popen(command_line(*megabytes, f"--out={cut}", "--workers=2"))
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if len(list(cut.glob("*.u16"))) > begun:  # at work, with a shard more than before
+            if len(list(cut.glob("*.bin"))) > begun:  # at work, with a shard more than before
                 break
             time.sleep(0.002)
         time.sleep(rng.random() * 0.005)
@@ -432,7 +432,7 @@ def test_ctrl_c_says_how_to_go_on(megabytes: list[str], tmp_path: Path) -> None:
 import os, signal, sys
 from gpt_lightning.cli.main import main
 def press(event, arguments, pressed=[]):
-    if event == "open" and str(arguments[0]).endswith("train-00002.u16") and not pressed:
+    if event == "open" and str(arguments[0]).endswith("train-00002.bin") and not pressed:
         pressed.append(True)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -444,7 +444,7 @@ sys.exit(main(sys.argv[1:]))
     assert done.returncode == 130
     assert done.stderr.count("\n") == 1
     assert "the same command goes on" in done.stderr
-    assert len(list(out.glob("*.u16"))) < 10
+    assert len(list(out.glob("*.bin"))) < 10
     with pytest.raises(ValueError, match="is an unfinished token store; go on with the prepare"):
         token_cache.read_splits(str(out), 0.9)
     done = python(*command_line(*megabytes, f"--out={out}", "--json")[1:])
@@ -480,7 +480,7 @@ def test_a_disk_that_fills_up_is_gone_on_from(
     monkeypatch.setattr(token_store, "write_self_checksummed", write)
     arguments = ("prepare", *corpus, "--out=store", "--val_ratio=0.2", "--shard_tokens=5000")
     refused(command(*arguments), "store: cannot be written (No space left on device); make room")
-    assert len(list(Path("store").glob("*.u16"))) > 7
+    assert len(list(Path("store").glob("*.bin"))) > 7
     assert command(*arguments).code == 0
     assert everything(Path("store")) == everything(whole)
 
@@ -584,7 +584,7 @@ def prepared(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "what", ["train-00000.u16", "train-00002.u16", "val-00000.u16", "manifest.json"]
+    "what", ["train-00000.bin", "train-00002.bin", "val-00000.bin", "manifest.json"]
 )
 def test_no_mutation_is_silent(prepared: Path, what: str) -> None:
     expected = joined(prepared)
@@ -623,12 +623,12 @@ def test_a_whole_shard_is_summed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     moved = (tmp_path / "store").rename(tmp_path / "moved")
     open_store(moved)
     open_store(moved)
-    assert summed == ["train-00000.u16", "val-00000.u16"]
-    content = bytearray((moved / "val-00000.u16").read_bytes())
+    assert summed == ["train-00000.bin", "val-00000.bin"]
+    content = bytearray((moved / "val-00000.bin").read_bytes())
     content[5] ^= 1
-    (moved / "val-00000.u16").write_bytes(content)
+    (moved / "val-00000.bin").write_bytes(content)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"val-00000.u16: is damaged: its SHA-256"):
+        with pytest.raises(ValueError, match=r"val-00000.bin: is damaged: its SHA-256"):
             open_store(moved)
 
 
@@ -868,7 +868,7 @@ def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     done = command(*arguments, "--on_error=skip")
     assert done.code == 0
     assert f"skipped: a.jsonl, line {4 * len(PARAGRAPHS) + 1}: lacks the field text\n" in done.err
-    assert Path("store/train-00000.u16").stat().st_mtime_ns == shards["train-00000.u16"]
+    assert Path("store/train-00000.bin").stat().st_mtime_ns == shards["train-00000.bin"]
     assert command(*arguments, "--on_error=skip", "--shard_tokens=5000").code == 0
 
 
@@ -928,7 +928,7 @@ def test_a_bad_line_that_is_corrected_is_gone_on_from(
     times = {p.name: p.stat().st_mtime_ns for p in Path("store").glob("train*")}
     done = command(*arguments, "--out=store")
     assert done.code == 0, done.err
-    assert Path("store/train-00001.u16").stat().st_mtime_ns == times["train-00001.u16"]
+    assert Path("store/train-00001.bin").stat().st_mtime_ns == times["train-00001.bin"]
     assert command(*arguments, "--out=straight").code == 0
     assert everything(Path("store")) == everything(Path("straight"))
 
@@ -968,8 +968,8 @@ def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepare
         command("prepare", "rows.jsonl", f"--out={prepared}"), "was begun with --shard_tokens 3000"
     )
     assert everything(prepared) == before
-    (prepared / "train-00001.u16").write_bytes(before["train-00001.u16"][:-2])
-    refused(command("prepare", "rows.jsonl", *same), "train-00001.u16: is damaged")
+    (prepared / "train-00001.bin").write_bytes(before["train-00001.bin"][:-2])
+    refused(command("prepare", "rows.jsonl", *same), "train-00001.bin: is damaged")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
     refused(
@@ -978,7 +978,7 @@ def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepare
     refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is no folder")
 
 
-@pytest.mark.parametrize("name", ["mine.u16", "train-00000.u16", "progress.json"])
+@pytest.mark.parametrize("name", ["mine.bin", "train-00000.bin", "progress.json"])
 def test_what_another_wrote_stays(command: Command, tmp_path: Path, name: str) -> None:
     """In a folder without a record of prepare's, however it is called."""
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"{\n")
@@ -997,9 +997,9 @@ def test_what_lies_beside_an_unfinished_store_stays(
         file.write(b"{\n")
     arguments = ("prepare", "rows.jsonl", "--out=out", "--shard_tokens=1000", "--val_ratio=0")
     refused(command(*arguments), "is no JSON")
-    (tmp_path / "out" / "mine.u16").write_text("precious")
+    (tmp_path / "out" / "mine.bin").write_text("precious")
     assert command(*arguments, "--on_error=skip").code == 0
-    assert (tmp_path / "out" / "mine.u16").read_text() == "precious"
+    assert (tmp_path / "out" / "mine.bin").read_text() == "precious"
 
 
 def test_of_few_texts_the_one_that_cannot_be_read_is_named(

@@ -21,7 +21,7 @@ from gpt_lightning.training.verify_resume import compare_checkpoints
 TINY = [
     f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--run=r", "--model.config.emb_dim=8",
     "--model.config.n_layers=1", "--model.config.n_heads=1", "--model.config.drop_rate=0.1",
-    "--evaluation.eval_freq=2", "--throughput.every_n_steps=3", "--evaluation.distribution=true",
+    "--evaluation.eval_freq=2", "--throughput.every_n_steps=3", "--evaluation.log_next_token=true",
     "--trainer.callbacks+=gpt_lightning.training.verify_resume.WindowRecorder",
     "--trainer.callbacks.folder=.",
 ]  # fmt: skip
@@ -189,7 +189,7 @@ def chain(rng: random.Random, steps: int, tokens: int) -> list[tuple[list[str], 
     [
         *range(3),
         *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 11)),
-        *(pytest.param(seed, marks=pytest.mark.long) for seed in range(11, 211)),
+        *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(11, 211)),
     ],
 )
 def test_any_chain_of_stops_leaves_what_an_uninterrupted_run_leaves(

@@ -19,14 +19,16 @@ from gpt_lightning.model import flops, gpt
 from gpt_lightning.model import loss as loss_module
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.gpt import causal_attention_by_products
+from gpt_lightning.model.hardware import PEAKS, gpu_value
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import checkpoint_callback, evaluation, module, throughput
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.evaluation import EvaluationCallback
+from gpt_lightning.training.hardware import measured_peak
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optimizer import global_grad_norm
-from gpt_lightning.training.throughput import PEAKS, Stopwatch, figures, gpu_value, measured_peak
+from gpt_lightning.training.throughput import Stopwatch, speed_metrics
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 24, 1000])
@@ -355,15 +357,15 @@ def test_parameters(tied: bool, qkv_bias: bool) -> None:
 
 
 def test_arithmetic() -> None:
-    found = figures(tokens=10_000, steps=5, seconds=2.0, loading_seconds=0.5,
+    found = speed_metrics(tokens=10_000, steps=5, seconds=2.0, loading_seconds=0.5,
                     flops_per_token=1_000_000, peak=20e9)  # fmt: skip
     assert found == {
         "throughput/tokens_per_second": 5000.0,
-        "throughput/step_seconds": 0.4,
-        "throughput/loading_share": 0.25,
+        "throughput/step_time": 0.4,
+        "throughput/data_wait_fraction": 0.25,
         "throughput/mfu": 0.25,
     }
-    assert "throughput/mfu" not in figures(
+    assert "throughput/mfu" not in speed_metrics(
         tokens=1, steps=1, seconds=1.0, loading_seconds=0.0, flops_per_token=1, peak=None
     )
 
@@ -414,11 +416,11 @@ def test_the_clock_stands_while_a_run_does_not_train(
     takes(GPTLightningModule, "training_step", 1.0)
     # an epoch has 15 updates
     fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
-        "--evaluation.eval_freq=1", "--evaluation.distribution=true", "--trainer.limit_val_batches=2",
+        "--evaluation.eval_freq=1", "--evaluation.log_next_token=true", "--trainer.limit_val_batches=2",
         "--checkpoint.every_n_train_steps=3")  # fmt: skip
     assert done == {"training_step", *(name for _, name in kinds)}
     events = EventAccumulator("checkpoints/quickstart").Reload()
-    steps = [event.value for event in events.Scalars("throughput/step_seconds")]
+    steps = [event.value for event in events.Scalars("throughput/step_time")]
     assert len(steps) == 33
     assert set(steps) == {1.0}
     rates = [event.value for event in events.Scalars("tokens_per_second")]

@@ -67,7 +67,7 @@ def assert_same_run(folder: Path, run: str, other: str, tolerance: float = 1e-5)
     ours, theirs = rows(folder, run), rows(folder, other)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        a.pop("perplexity"), b.pop("perplexity")
+        a.pop("val_perplexity"), b.pop("val_perplexity")
         assert a == pytest.approx(b, abs=tolerance)
     assert_same_content(last(folder, run), last(folder, other))
 

@@ -258,7 +258,7 @@ class Record(Callback):
 
 
 BARE = ("--model.config.drop_rate=0", "--evaluation.prompt=null", "--evaluation.eval_freq=100",
-        "--evaluation.eval_iter=1", "--checkpoint.best=false", "--model.warmup_steps=0",
+        "--evaluation.eval_iter=1", "--checkpoint.save_best=false", "--model.warmup_steps=0",
         "--trainer.logger=false")  # fmt: skip
 RECORD = ("--allow_import=test_windows", "--trainer.callbacks+=test_windows.Record")
 
@@ -382,10 +382,10 @@ def test_documents_in_training_and_validation(
                        "--ckpt_path=last", *arguments)  # fmt: skip
         return float(json.loads(done.out)["val_loss"])
 
-    fit(*BARE, *own, "--data.document_boundaries=true", "--trainer.max_steps=4", "--model.lr=0.01",
+    fit(*BARE, *own, "--data.document_mask=true", "--trainer.max_steps=4", "--model.lr=0.01",
         "--model.loss_chunk_size=7", "--model.activation_checkpointing=true")  # fmt: skip
     # by hand, over the same windows
-    data = data_on(1, 0, 16, text="my.txt", train_ratio=0.5, stride=16, document_boundaries=True)
+    data = data_on(1, 0, 16, text="my.txt", train_ratio=0.5, stride=16, document_mask=True)
     model = load_model("checkpoints/quickstart")
     losses, most = [], 0
     for inputs, targets, documents in data.validation_windows():
@@ -397,7 +397,7 @@ def test_documents_in_training_and_validation(
     assert most > 0
     expected = float(torch.cat(losses).mean())
     assert validation_loss() == pytest.approx(expected, abs=1e-5)
-    assert abs(validation_loss("--data.document_boundaries=false") - expected) > 1e-4
+    assert abs(validation_loss("--data.document_mask=false") - expected) > 1e-4
 
 
 # mixtures
@@ -472,7 +472,7 @@ def test_a_mixture_through_the_command(fit: Command, command: Command, tmp_path:
     mixed = (
         *BARE,
         '--data.mixture={"sample": 0.25, "my.txt": 0.75}',
-        "--data.document_boundaries=true",
+        "--data.document_mask=true",
     )
     fit(*mixed, "--run=straight", "--trainer.max_steps=9", "--data.global_batch_size=8")
     fit(*mixed, "--run=cut", "--trainer.max_steps=5", "--data.global_batch_size=8")
@@ -597,7 +597,7 @@ def test_two_processes_train_as_one_and_resume_as_one(fit: Command, tmp_path: Pa
 def test_verify_resume_with_all_of_it(tmp_path: Path) -> None:
     done = python(
         "-m", "gpt_lightning", "verify-resume", QUICKSTART, *SMALL, "--steps=4", "--more_steps=3",
-        "--data.global_batch_tokens=64", "--data.num_workers=2", "--data.document_boundaries=true",
+        "--data.global_batch_tokens=64", "--data.num_workers=2", "--data.document_mask=true",
         f'--data.mixture={{"sample": 1, "{__file__}": 2}}', "--data.train_ratio=0.5",
         "--max_tokens=100000000", "--json", cwd=tmp_path,
     )  # fmt: skip

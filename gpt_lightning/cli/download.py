@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
     with _Shown() as shown:
         folder = download(
             size,
-            settings.source,
+            settings.host,
             folder=Path(os.path.expanduser(settings.out)) if settings.out else None,
             mirror=settings.mirror,
             on_bytes=shown.advance,
@@ -84,7 +84,7 @@ def _parser() -> ArgumentParser:
     add("--config", action="config", help="These settings from a YAML file.")
     add("name", type=str, help="gpt2-124M, gpt2-355M, gpt2-774M or gpt2-1558M.")
     add(
-        "--source",
+        "--host",
         type=Literal["hub", "openai"],
         default="hub",
         help="'hub': safetensors from Hugging Face; 'openai': the original TensorFlow files.",

@@ -30,7 +30,7 @@ _SETTINGS = (
     "stop",
     "seed",
     "num_samples",
-    "special_tokens",
+    "allow_special_tokens",
     "dtype",
 )
 
@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> None:
     )
     device = usable_device(settings.device)
     model = load(settings["from"], device, settings.dtype, settings.n_heads)
-    _say_what_is_cropped(prompts, model, special=settings.special_tokens)
+    _say_what_is_cropped(prompts, model, special=settings.allow_special_tokens)
     stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
     alone = len(prompts) == settings.num_samples == 1 and not settings.json
     if settings.stream and not alone:
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
         num_samples=settings.num_samples,
         eos_id=settings.eos_id,
         stop=settings.stop or (),
-        special_tokens=settings.special_tokens,
+        special_tokens=settings.allow_special_tokens,
         generator=make_generator(settings.seed, device),
         on_text=shown.add if shown is not None else None,
     )
@@ -219,7 +219,7 @@ def _parser() -> ArgumentParser:
     add("--stop", action=TextList, metavar="TEXT", help="Stop before this string; repeatable.")
     add("--seed", type=int, default=123, help="What the draws depend on.")
     add(
-        "--special_tokens",
+        "--allow_special_tokens",
         type=bool,
         default=False,
         help="Whether <|endoftext|> in the prompt is the token, not those characters.",

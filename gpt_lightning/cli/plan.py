@@ -14,18 +14,21 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from gpt_lightning.cli.plan_text import print_plan
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.training_cli import TrainingCLI
-from gpt_lightning.data.corpus import VERDICT, cache_folder
+from gpt_lightning.data.corpus import VERDICT
 from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.data.dataset import window_count
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
 from gpt_lightning.data.token_cache import count_training_tokens
 from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.planning.memory import PRECISIONS, SHARDED_PRECISIONS, DeviceType, StepShape
+from gpt_lightning.model.hardware import MEMORY, OLDER_THAN_AMPERE, PEAKS
+from gpt_lightning.model.precision import PRECISIONS, SHARDED_PRECISIONS
+from gpt_lightning.planning.memory import DeviceType, StepShape
 from gpt_lightning.planning.plan import RunSpec, Strategy, plan
 from gpt_lightning.pretrained.load import size_to_download
+from gpt_lightning.storage.cache import cache_folder
+from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.module import reconcile_config
-from gpt_lightning.training.throughput import MEMORY, OLDER_THAN_AMPERE, PEAKS, peak_flops
 
 # what fit imports and keeps when it begins: tokenizer, TensorBoard, matplotlib, threads
 LATER = 120_000_000
@@ -48,7 +51,7 @@ def run(arguments: list[str]) -> None:
     """
     cli = PlanCLI(arguments)
     config = cli.config
-    for name in ("devices", "tokens", "peak", "device_memory"):
+    for name in ("devices", "train_tokens", "peak_tflops", "device_memory_gb"):
         if config[name] is not None and not 0 < config[name] < math.inf:
             raise ValueError(f"{name}: {config[name]} is out of range; give more than 0")
     if not 0.0 < config.mfu <= 1.0:
@@ -99,10 +102,12 @@ class PlanCLI(TrainingCLI):
             type=str | None,
             help=f"A GPU, for its peak and its memory: {', '.join(MEMORY)}; none: the device that is here.",
         )
-        add("--device_memory", type=float | None, help="GB that one device has.")
-        add("--peak", type=float | None, help="TFLOP/s of one device at most.")
+        add("--device_memory_gb", type=float | None, help="GB that one device has.")
+        add("--peak_tflops", type=float | None, help="TFLOP/s of one device at most.")
         add("--mfu", type=float, default=0.4, help="Share of the peak that the run reaches.")
-        add("--tokens", type=int | None, help="To train on; none: as the trainer's steps say.")
+        add(
+            "--train_tokens", type=int | None, help="To train on; none: as the trainer's steps say."
+        )
         add("--json", action="store_true", help="Print one JSON object and nothing else.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -160,9 +165,9 @@ class PlanCLI(TrainingCLI):
             global_batch_is_given=is_given,
             bucket_view=bucket_view,
             base=psutil.Process().memory_info().rss + LATER if step.device == "cpu" else 0,
-            keep_best=saves and config.checkpoint.best,
+            keep_best=saves and config.checkpoint.save_best,
             keep_previous=saves and config.checkpoint.keep_previous,
-            asynchronous=saves and config.checkpoint.asynchronous,
+            async_save=saves and config.checkpoint.async_save,
         )
 
     def note_what_is_not_counted(self, setting: RunSpec) -> None:
@@ -170,8 +175,8 @@ class PlanCLI(TrainingCLI):
             self.notes["freed memory"] = (
                 "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
             )
-        if self.config.data.document_boundaries:
-            self.notes["document_boundaries"] = (
+        if self.config.data.document_mask:
+            self.notes["document_mask"] = (
                 "not counted: attention's masks, and its kernels that keep more than the fast ones"
             )
         if self.config.model.compile:
@@ -183,7 +188,7 @@ class PlanCLI(TrainingCLI):
         if self.config.gpu is not None and self.config.gpu not in MEMORY:
             raise ValueError(
                 f"gpu: {self.config.gpu} is not in plan's table; {suggest(self.config.gpu, MEMORY)} "
-                "Or give --device_memory and --peak, with --trainer.accelerator gpu"
+                "Or give --device_memory_gb and --peak_tflops, with --trainer.accelerator gpu"
             )
         accelerator = self.config.trainer.accelerator
         if self.config.gpu is not None or accelerator in ("gpu", "cuda"):
@@ -265,8 +270,8 @@ class PlanCLI(TrainingCLI):
         config, trainer = self.config, self.config.trainer
         max_steps = -1 if trainer.max_steps is None else int(trainer.max_steps)
         max_tokens = config.get("max_tokens")
-        if config.tokens is not None:
-            max_steps, max_epochs, max_tokens = -1, None, int(config.tokens)
+        if config.train_tokens is not None:
+            max_steps, max_epochs, max_tokens = -1, None, int(config.train_tokens)
         elif (
             trainer.max_epochs is None and max_steps == -1 and not (max_tokens or trainer.max_time)
         ):
@@ -285,8 +290,8 @@ class PlanCLI(TrainingCLI):
             return None, None
         updates = min(limits)
         tokens = updates * per_update if epoch is None else epoch.tokens_after(updates)
-        if config.tokens is not None:
-            tokens = int(config.tokens)
+        if config.train_tokens is not None:
+            tokens = int(config.train_tokens)
         return tokens, updates
 
     def epoch(self, setting: RunSpec) -> EpochShape | None:
@@ -325,8 +330,8 @@ class PlanCLI(TrainingCLI):
 
     def peak(self, setting: RunSpec) -> float | None:
         """FLOP/s of one device: given, of the named GPU, or of what is here."""
-        if self.config.peak is not None:
-            return float(self.config.peak) * 1e12
+        if self.config.peak_tflops is not None:
+            return float(self.config.peak_tflops) * 1e12
         precision = setting.step.precision
         if self.config.gpu is not None:
             return PEAKS[self.config.gpu] if "16" in precision else None
@@ -339,8 +344,8 @@ class PlanCLI(TrainingCLI):
 
     def device_memory(self, setting: RunSpec) -> int | None:
         """Of one device: given, of the named GPU, or of what is here."""
-        if self.config.device_memory is not None:
-            return int(self.config.device_memory * 1e9)
+        if self.config.device_memory_gb is not None:
+            return int(self.config.device_memory_gb * 1e9)
         if self.config.gpu is not None:
             return int(MEMORY[self.config.gpu])
         if setting.step.device == "cpu":

@@ -1,7 +1,7 @@
 """A plan for people: a table of the memory, lines for the rest."""
 
 from gpt_lightning.cli.console import print_table
-from gpt_lightning.planning.memory import SHARDED_PRECISIONS
+from gpt_lightning.model.precision import SHARDED_PRECISIONS
 from gpt_lightning.planning.plan import Plan, RunSpec
 
 
@@ -26,7 +26,7 @@ def print_plan(found: Plan, setting: RunSpec, notes: dict[str, str]) -> None:
     rows = {
         "tokens an update": f"{found.tokens_per_update:,} ({step.batch_size} windows × "
         f"{setting.devices} devices × {setting.micro_batches} micro-batches)",
-        "updates": "not known: give --tokens"
+        "updates": "not known: give --train_tokens"
         if found.updates is None
         else f"{found.updates:,} for {found.tokens:,} tokens",
         "epochs": _epochs(found),
@@ -65,9 +65,9 @@ def _epochs(found: Plan) -> str:
 
 def _time(found: Plan, setting: RunSpec) -> str:
     if found.tokens is None:
-        return "not known: give --tokens"
+        return "not known: give --train_tokens"
     if found.hours is None or found.peak_flops is None:
-        return "not known: give --peak TFLOPS, or --gpu"
+        return "not known: give --peak_tflops TFLOPS, or --gpu"
     shown = f"{found.hours:,.1f} hours" if found.hours >= 1 else f"{60 * found.hours:,.1f} minutes"
     return (
         f"{shown} at {found.mfu:.0%} of {found.peak_flops / 1e12:,.3g} TFLOP/s × {setting.devices}"
@@ -76,7 +76,7 @@ def _time(found: Plan, setting: RunSpec) -> str:
 
 def _verdict(found: Plan, precision: str) -> str:
     if found.device_memory is None:
-        return "what a device has is not known; give --gpu or --device_memory"
+        return "what a device has is not known; give --gpu or --device_memory_gb"
     room = f"{found.device_memory / 1e9:,.2f} GB"
     if found.fits:
         return f"fits {room}"

@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.training.throughput import measured_peak
+from gpt_lightning.training.hardware import measured_peak
 
 # settings of Lightning's own validation, with the values of those who do not ask for it
 _VALIDATION = {

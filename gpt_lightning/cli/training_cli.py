@@ -20,6 +20,7 @@ from gpt_lightning.cli.options import add_settings
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.cli.trainer_values import check_trainer, explain_trainer
+from gpt_lightning.cli.yaml_input import load_checked
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_source
 from gpt_lightning.pretrained.weights import ModelWeights, read_checkpoint, with_head
@@ -107,22 +108,27 @@ class TrainingCLI(LightningCLI):
         self.arguments = configs_first(parser, args)
         self.config = parse(parser, self.arguments)
         if self.verb == "validate" and not self.config.config:
-            self.arguments = [*self._data_of_run(parser), *self.arguments]
+            self.arguments = [*self._data_of_run(), *self.arguments]
             self.config = parse(parser, self.arguments)
         check_trainer(self.config.trainer, trains=self.verb == "fit")
         if not 0 <= (seed := self.config.seed_everything) < 2**32:
             raise ValueError(f"seed_everything: {seed} is out of range; give 0 to {2**32 - 1}")
 
-    def _data_of_run(self, parser: ArgumentParser) -> list[str]:
+    def _data_of_run(self) -> list[str]:
         """The settings of the data that a run was trained on, as arguments; none where the weights are of no run."""
         source = Path(os.path.expanduser(self.source_name() or ""))
         path = (source if source.is_dir() else source.parent) / "config.yaml"
         if not self.source_name() or not path.is_file():
             return []
-        run = parse(
-            parser, [f"--config={path}", f"--seed_everything={self.config.seed_everything}"]
-        )
-        data = run.data.as_dict()
+        recorded = load_checked(path.read_text(encoding="utf-8"), str(path))
+        data = recorded.get("data") if isinstance(recorded, dict) else None
+        if not isinstance(data, dict):
+            raise ValueError(f"config: {path} has no data settings; give --config")
+        if unknown := data.keys() - self.config.data.as_dict().keys():
+            raise ValueError(
+                f"config: {path} is from another version: data.{min(unknown)} is not a setting; "
+                "give the text and its windows with --config"
+            )
         given = {name for name in ("text", "mixture") if _is_given(f"data.{name}", self.arguments)}
         if given:  # another text in place of the run's, be it one or several
             data = {key: value for key, value in data.items() if key not in ("text", "mixture")}

@@ -8,6 +8,7 @@ from pathlib import Path
 from gpt_lightning.data.folders import files_in
 from gpt_lightning.data.tokenizer import END_OF_TEXT
 from gpt_lightning.data.unicode import decode_text
+from gpt_lightning.storage.cache import cache_folder
 
 VERDICT_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
@@ -18,22 +19,6 @@ VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b3
 VERDICT = "the-verdict.txt"
 
 TEXT_SUFFIXES = (".txt", ".md")
-
-
-def cache_folder() -> Path:
-    """``GPT_LIGHTNING_CACHE`` where it is set, else ``~/.cache/gpt_lightning``.
-
-    Raises:
-        ValueError: The user has no home folder.
-    """
-    name = os.environ.get("GPT_LIGHTNING_CACHE") or "~/.cache/gpt_lightning"
-    folder = os.path.expanduser(name)
-    if folder.startswith("~/"):
-        raise ValueError(
-            f"GPT_LIGHTNING_CACHE: {name} cannot be found, the user has no home folder; set "
-            "GPT_LIGHTNING_CACHE to a folder"
-        )
-    return Path(folder)
 
 
 def read_corpus(text: str) -> str:

@@ -35,7 +35,7 @@ class TextDataModule(LightningDataModule):
             prepare has written is split already.
         context_length: Tokens in a window; none: the model's context_length.
         stride: Tokens from one window's start to the next; none: the window's length.
-        document_boundaries: Whether attention keeps to the documents that <|endoftext|> begins, each at positions
+        document_mask: Whether attention keeps to the documents that <|endoftext|> begins, each at positions
             from 0. Costs attention's fast kernels.
         batch_size: Windows a step on each device.
         global_batch_size: Windows an update, over all devices and accumulated batches.
@@ -53,7 +53,7 @@ class TextDataModule(LightningDataModule):
         train_ratio: float = 0.9,
         context_length: int | None = None,
         stride: int | None = None,
-        document_boundaries: bool = False,
+        document_mask: bool = False,
         batch_size: int = 2,
         global_batch_size: int | None = None,
         global_batch_tokens: int | None = None,
@@ -88,7 +88,7 @@ class TextDataModule(LightningDataModule):
         self.train_ratio = train_ratio
         self.context_length = context_length
         self.stride = stride
-        self.document_boundaries = document_boundaries
+        self.document_mask = document_mask
         self.batch_size = batch_size
         self.global_batch_size = global_batch_size
         self.global_batch_tokens = global_batch_tokens
@@ -276,7 +276,7 @@ class TextDataModule(LightningDataModule):
         return {
             "context_length": self._length(),
             "stride": self.stride or self._length(),
-            "document_boundaries": self.document_boundaries,
+            "document_mask": self.document_mask,
             "rng": self.rng,
             # the book's order is drawn on the global generator, whose state a checkpoint has
             "seed": self.seed if self.rng == "step" else None,
@@ -323,7 +323,7 @@ class TextDataModule(LightningDataModule):
             rng=self.rng,
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
-            documents=self.document_boundaries,
+            documents=self.document_mask,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size(),
             **settings,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.corpus import cache_folder, read_corpus, text_files
+from gpt_lightning.data.corpus import read_corpus, text_files
 from gpt_lightning.data.token_store import (
     SPLITS,
     TOKENIZER,
@@ -23,6 +23,7 @@ from gpt_lightning.data.token_store import (
     read_manifest,
 )
 from gpt_lightning.data.tokenizer import encode_corpus
+from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import sha256_of
 from gpt_lightning.storage.checksum_cache import cached_sha256
 

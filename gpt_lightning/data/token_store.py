@@ -29,7 +29,7 @@ FORMAT = "gpt_lightning token store 1"
 PROGRESS = "progress.json"
 SPLITS = ("train", "val")
 TOKENIZER = {"name": "gpt2", **VOCABULARY_SHA256}
-_SUFFIX = ".u16"
+_SUFFIX = ".bin"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}\{_SUFFIX}")
 
 

@@ -17,7 +17,7 @@ from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
-DecodeBackend = Literal["plain", "graph", "fused"]
+DecodeBackend = Literal["eager", "cuda_graph", "fused"]
 NO_TOKEN = -1
 FUSED_MIN_NEW_TOKENS = 128  # new tokens
 CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits were numbers
@@ -63,7 +63,7 @@ def stream_ids(
     eos_id: int | None = None,
     is_over: Callable[[int, list[int]], bool] | None = None,
     generator: torch.Generator | None = None,
-    step: DecodeBackend | None = None,
+    backend: DecodeBackend | None = None,
 ) -> Iterator[Tensor]:
     """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row; on the host where
     rows can end, for there they have been waited for.
@@ -78,8 +78,8 @@ def stream_ids(
         is_over: Asked after each token, with the row's number and its new ids, whether the row ends.
         generator: Random numbers of the model's device; without one a fresh seed is taken. torch's global
             generator is untouched either way.
-        step: How one token goes through the model: 'plain', as a 'graph', or as a graph of our own kernels, 'fused'
-            (see :mod:`gpt_lightning.generation.cuda_graph`). By default what is fastest, which on a CPU is plain.
+        backend: How one token goes through the model: 'eager', as a 'cuda_graph', or as a graph of our own kernels, 'fused'
+            (see :mod:`gpt_lightning.generation.cuda_graph`). By default what is fastest, which on a CPU is eager.
             Each rounds in its own way, so in 16 bits a choice between nearly equal tokens can fall otherwise.
 
     A row that has ended yields -1; when all have, the iterator ends.
@@ -109,19 +109,21 @@ def stream_ids(
         eos_id,
         is_over,
         generator,
-        step
-        or fastest_step(model, len(prompts) * num_samples, max(map(len, prompts)), max_new_tokens),
+        backend
+        or fastest_backend(
+            model, len(prompts) * num_samples, max(map(len, prompts)), max_new_tokens
+        ),
     )
 
 
-def fastest_step(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> DecodeBackend:
+def fastest_backend(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> DecodeBackend:
     """Our own kernels where they can be and there are tokens enough to pay for loading them, before the context of
     which ``length`` are the prompt's is full."""
     if cuda_graph_unsupported_reason(model):
-        return "plain"
+        return "eager"
     steps = min(max_new_tokens, model.config.context_length - length)
     if steps < FUSED_MIN_NEW_TOKENS or fused_decode_unsupported_reason(model, rows):
-        return "graph"
+        return "cuda_graph"
     return "fused"
 
 
@@ -135,7 +137,7 @@ def _stream(
     eos_id: int | None,
     is_over: Callable[[int, list[int]], bool] | None,
     generator: torch.Generator | None,
-    way: DecodeBackend,
+    backend: DecodeBackend,
 ) -> Iterator[Tensor]:
     weight, context_length = model.tok_emb.weight, model.config.context_length
     device = weight.device
@@ -174,7 +176,7 @@ def _stream(
                 cache = KVCache.allocate(
                     model.config,
                     len(prompts),
-                    length if way == "plain" else padded_length(length),
+                    length if backend == "eager" else padded_length(length),
                     device,
                     weight.dtype,
                 )
@@ -185,8 +187,8 @@ def _stream(
                 if num_samples > 1:
                     cache = cache.repeat(num_samples)
                     hidden = None if hidden is None else hidden.repeat_interleave(num_samples)
-                if way != "plain":
-                    one_token = GraphedDecodeStep(model, cache, hidden, fused=way == "fused")
+                if backend != "eager":
+                    one_token = GraphedDecodeStep(model, cache, hidden, fused=backend == "fused")
             elif cache.length < context_length:
                 last = ids[:, width - 1]
                 if one_token is not None:
@@ -239,7 +241,7 @@ def _stream(
 
 class _Finite:
     """Refuses logits that are no numbers: after each step, or looked at ``every`` so many steps at once, when those
-    after them are under way, so that a GPU does not wait for the host."""
+    after them are under backend, so that a GPU does not wait for the host."""
 
     def __init__(self, every: int) -> None:
         self._every = every

@@ -27,23 +27,13 @@ from torch.utils._pytree import tree_leaves
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
+from gpt_lightning.model.precision import PRECISIONS
 from gpt_lightning.planning.as_on_cuda import as_on_cuda
 from gpt_lightning.planning.heap import Heap
 
 DeviceType = Literal["cpu", "cuda"]
 
 # trainer.precision → what weights are kept in, and what autocast computes in
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-    "32-true": (torch.float32, None),
-    "bf16-mixed": (torch.float32, torch.bfloat16),
-    "16-mixed": (torch.float32, torch.float16),
-    "bf16-true": (torch.bfloat16, None),
-    "16-true": (torch.float16, None),
-    "64-true": (torch.float64, None),
-}
-# those that Lightning takes with FSDP2
-SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
-
 UPDATES = 2  # after which a heap grows no more that matters
 
 

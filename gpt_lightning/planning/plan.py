@@ -8,13 +8,8 @@ from typing import Literal
 
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model import flops as cost
-from gpt_lightning.planning.memory import (
-    PRECISIONS,
-    SHARDED_PRECISIONS,
-    MemoryBreakdown,
-    StepShape,
-    held,
-)
+from gpt_lightning.model.precision import PRECISIONS, SHARDED_PRECISIONS
+from gpt_lightning.planning.memory import MemoryBreakdown, StepShape, held
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
@@ -36,7 +31,7 @@ class RunSpec:
         base: Bytes of the process itself, Python and its libraries; none on a GPU.
         keep_best: Whether best.ckpt is kept; until it is written it is a copy in main memory.
         keep_previous: Whether previous.ckpt is.
-        asynchronous: Whether a copy is written while training goes on.
+        async_save: Whether a copy is written while training goes on.
     """
 
     step: StepShape
@@ -48,7 +43,7 @@ class RunSpec:
     base: int = 0
     keep_best: bool = True
     keep_previous: bool = True
-    asynchronous: bool = False
+    async_save: bool = False
 
     @property
     def tokens_per_update(self) -> int:
@@ -218,7 +213,7 @@ def checkpoint_bytes(setting: RunSpec) -> int:
 
 def _copies(setting: RunSpec) -> int:
     """In main memory: the best one, the one being written, and with FSDP2 the whole one that is saved."""
-    copies = setting.keep_best + setting.asynchronous + (setting.strategy == "fsdp")
+    copies = setting.keep_best + setting.async_save + (setting.strategy == "fsdp")
     return copies * checkpoint_bytes(setting)
 
 
@@ -262,7 +257,7 @@ def _levers(setting: RunSpec) -> list[str]:
         and setting.strategy != "fsdp"
         and step.precision in SHARDED_PRECISIONS,
         "bf16": step.precision == "32-true",
-        "no copies": step.device == "cpu" and (setting.keep_best or setting.asynchronous),
+        "no copies": step.device == "cpu" and (setting.keep_best or setting.async_save),
     }
     return [lever for lever, possible in there.items() if possible]
 
@@ -310,8 +305,8 @@ def _changed(setting: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[s
                 step = replace(step, precision="bf16-mixed")
                 options.append("--trainer.precision bf16-mixed")
             case "no copies":
-                setting = replace(setting, keep_best=False, asynchronous=False)
-                options += ["--checkpoint.best false", "--checkpoint.asynchronous false"]
+                setting = replace(setting, keep_best=False, async_save=False)
+                options += ["--checkpoint.save_best false", "--checkpoint.async_save false"]
     return replace(setting, step=step), options
 
 

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from gpt_lightning.data.corpus import cache_folder
 from gpt_lightning.pretrained.http_download import (
     ATTEMPTS,
     NOT_HERE,
@@ -27,6 +26,7 @@ from gpt_lightning.pretrained.http_download import (
     has_digest,
     put,
 )
+from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
 DownloadHost = Literal["hub", "openai"]
@@ -181,7 +181,7 @@ def _download(
     if host == "hub" and len(whole) < len(files) and find_spec("huggingface_hub") is None:
         raise OSError(
             "download: the hub needs huggingface_hub; pip install 'gpt-lightning[hub]', or give "
-            "--source openai"
+            "--host openai"
         )
     try:
         for file in files:

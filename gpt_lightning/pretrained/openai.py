@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gpt_lightning.data.corpus import cache_folder
 from gpt_lightning.data.tokenizer import VOCAB_SIZE, vocabulary_bytes
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.huggingface import (
@@ -31,6 +30,7 @@ from gpt_lightning.pretrained.huggingface import (
 from gpt_lightning.pretrained.name_map import ParamMapping, gpt2_names
 from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
 from gpt_lightning.pretrained.weights import ModelWeights
+from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import damaged_files, write_manifest
 
 CHECKPOINT = "model.ckpt"

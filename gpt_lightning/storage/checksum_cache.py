@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpt_lightning.data.corpus import cache_folder
+from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import sha256_of
 
 MIN_CACHED_BYTES = 1_000_000  # bytes, a millisecond to sum

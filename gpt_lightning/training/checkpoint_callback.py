@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.flops import parameters
-from gpt_lightning.planning.memory import PRECISIONS
+from gpt_lightning.model.precision import PRECISIONS
 from gpt_lightning.training.checkpoint_io import (
     BEST,
     LAST,
@@ -29,7 +29,7 @@ from gpt_lightning.training.loggers import attempt
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
-OnFailure = Literal["go_on", "stop"]
+OnFailure = Literal["continue", "stop"]
 
 
 def checkpointing(
@@ -37,10 +37,10 @@ def checkpointing(
     losses: EvaluationCallback,
     clock: Stopwatch,
     every_n_train_steps: int | None = None,
-    best: bool = True,
+    save_best: bool = True,
     keep_previous: bool = True,
-    asynchronous: bool = False,
-    on_failure: OnFailure = "go_on",
+    async_save: bool = False,
+    on_failure: OnFailure = "continue",
 ) -> tuple["CheckpointCallback", AtomicCheckpointIO]:
     """What is behind the settings ``checkpoint.*``.
 
@@ -49,15 +49,17 @@ def checkpointing(
         losses: What evaluates it.
         clock: Stopped during a save.
         every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
-        best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
+        save_best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
             in memory.
         keep_previous: Whether the last.ckpt before is kept as previous.ckpt, should the newest be damaged.
-        asynchronous: Whether training goes on while a copy is written; costs a checkpoint's size in memory.
-        on_failure: What a save that fails does, on a full disk say: 'go_on' and try again at the next
+        async_save: Whether training goes on while a copy is written; costs a checkpoint's size in memory.
+        on_failure: What a save that fails does, on a full disk say: 'continue' and try again at the next
             interval, or 'stop'. The one before stays whole either way.
     """
-    io = AtomicCheckpointIO(asynchronous, keep_previous)
-    return CheckpointCallback(folder, io, losses, clock, every_n_train_steps, best, on_failure), io
+    io = AtomicCheckpointIO(async_save, keep_previous)
+    return CheckpointCallback(
+        folder, io, losses, clock, every_n_train_steps, save_best, on_failure
+    ), io
 
 
 class CheckpointCallback(Checkpoint):
@@ -73,7 +75,7 @@ class CheckpointCallback(Checkpoint):
         losses: By whose val_loss a checkpoint is the best.
         clock: Stopped during a save.
         every_n_train_steps: Updates from one save to the next; none: at the end of each epoch.
-        best: Whether the best is kept too.
+        save_best: Whether the best is kept too.
         on_failure: Whether training goes on after a save that failed. One at the end always stops.
     """
 
@@ -84,8 +86,8 @@ class CheckpointCallback(Checkpoint):
         losses: EvaluationCallback,
         clock: Stopwatch,
         every_n_train_steps: int | None = None,
-        best: bool = True,
-        on_failure: OnFailure = "go_on",
+        save_best: bool = True,
+        on_failure: OnFailure = "continue",
     ) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ValueError(
@@ -96,7 +98,7 @@ class CheckpointCallback(Checkpoint):
         self.losses = losses
         self.clock = clock
         self.every_n_train_steps = every_n_train_steps
-        self.best = best
+        self.save_best = save_best
         self.on_failure = on_failure
         self.best_val_loss: float | None = None
         self._best: dict[str, Any] | None = None  # not yet written
@@ -133,14 +135,14 @@ class CheckpointCallback(Checkpoint):
             ) from error
         dtype = PRECISIONS[precision][0] if precision in PRECISIONS else torch.float32
         size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
-        kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.best)]
+        kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.save_best)]
         missing = 1 + sum(not (self.folder / name).exists() for name in kept)
         free = shutil.disk_usage(place).free
         if missing * size > free:
             raise OSError(
                 f"checkpoint: {self.folder} needs {missing * size / 1e9:.2f} GB for {missing} files of "
                 f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, give another "
-                "--trainer.default_root_dir, or keep fewer: --checkpoint.best false, "
+                "--trainer.default_root_dir, or keep fewer: --checkpoint.save_best false, "
                 "--checkpoint.keep_previous false"
             )
 
@@ -159,7 +161,7 @@ class CheckpointCallback(Checkpoint):
             return
         self._seen_step = step
         row = self.losses.row
-        if self.best and row.get("step") == step - 1 and self._is_lowest(row["val_loss"]):
+        if self.save_best and row.get("step") == step - 1 and self._is_lowest(row["val_loss"]):
             self.best_val_loss = row["val_loss"]
             self._best = self._being_written = None  # memory for the copy
             with self.clock.stopped(pl_module.device):

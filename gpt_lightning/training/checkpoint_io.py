@@ -39,7 +39,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """Saves durably, loads tensors and primitives only and only what its manifest knows.
 
     Args:
-        asynchronous: Whether a copy of the checkpoint is written by a thread while training goes on. It
+        async_save: Whether a copy of the checkpoint is written by a thread while training goes on. It
             costs the checkpoint's size in memory; one save is under way at a time.
         keep_previous: Whether the last.ckpt that is replaced is kept as previous.ckpt.
 
@@ -48,10 +48,10 @@ class AtomicCheckpointIO(CheckpointIO):
             raised: the other ranks wait for that rank at a barrier. Whoever reads them takes them away.
     """
 
-    def __init__(self, asynchronous: bool = False, keep_previous: bool = True) -> None:
+    def __init__(self, async_save: bool = False, keep_previous: bool = True) -> None:
         self.keep_previous = keep_previous
         self.failures: dict[str, OSError] = {}
-        self._writer = ThreadPoolExecutor(max_workers=1) if asynchronous else None
+        self._writer = ThreadPoolExecutor(max_workers=1) if async_save else None
         self._under_way: Future[None] | None = None
         # of the files in the run's folder, as far as they were read or written
         self._sums: dict[str, str] = {}

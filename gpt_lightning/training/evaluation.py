@@ -32,7 +32,7 @@ def evaluation_callbacks(
     eval_iter: int | None = 5,
     prompt: str | None = "Every effort moves you",
     max_new_tokens: int = 50,
-    distribution: bool = False,
+    log_next_token: bool = False,
     rng: Rng = "step",
     clock: Stopwatch | None = None,
 ) -> list[Callback]:
@@ -44,16 +44,16 @@ def evaluation_callbacks(
             _tokens, such batches over all; none: all windows.
         prompt: What the greedy sample after each epoch begins with; none: no samples.
         max_new_tokens: Length of that sample.
-        distribution: Whether each evaluation logs how sharp the prompt's next-token distribution is.
+        log_next_token: Whether each evaluation logs how sharp the prompt's next-token distribution is.
         rng: 'step' leaves the run's random numbers alone, 'global' draws on them as the book does.
         clock: Stopped while they work.
     """
     losses = EvaluationCallback(eval_freq, eval_iter, rng, clock)
     if prompt is None:
-        if distribution:
-            raise ValueError("evaluation.distribution: needs evaluation.prompt; give some text")
+        if log_next_token:
+            raise ValueError("evaluation.log_next_token: needs evaluation.prompt; give some text")
         return [losses]
-    evaluation = losses if distribution else None
+    evaluation = losses if log_next_token else None
     return [losses, SampleTextCallback(prompt, max_new_tokens, rng, evaluation, clock)]
 
 
@@ -82,7 +82,7 @@ class EvaluationCallback(Callback):
     TAGS = (
         "train_loss",
         "val_loss",
-        "perplexity",
+        "val_perplexity",
         "lr",
         "grad_norm",
         "tokens_seen",

@@ -17,6 +17,9 @@ from gpt_lightning.training.checkpoint_io import (
 )
 from gpt_lightning.training.module import reconcile_config
 
+# keys in checkpoints from before 0.1.0, whose callbacks had other names
+_EARLIER_CALLBACKS = frozenset({"RunCheckpoints", "BadSteps"})
+
 
 def latest_valid_checkpoint(folder: Path) -> Path:
     """The newest whole checkpoint of a run, last.ckpt or else previous.ckpt; a damaged one is said aloud.
@@ -119,6 +122,11 @@ def _check_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     for key, kind in kinds.items():
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f"ckpt_path: {path} is damaged: its {key} is no {kind.__name__}")
+    if not _EARLIER_CALLBACKS.isdisjoint(checkpoint["callbacks"]):
+        raise ValueError(
+            f"ckpt_path: {path} was written before version 0.1.0 and cannot be resumed; continue from its weights "
+            f"in a new run with --init_from {path} --init_optimizer true"
+        )
     parts = [checkpoint["loops"].get("fit_loop"), *checkpoint["optimizer_states"]]
     if not all(isinstance(part, dict) for part in parts) or not all(
         isinstance(state.get("state"), dict) and isinstance(state.get("param_groups"), list)

@@ -189,7 +189,7 @@ class SkipBadSteps(Callback):
                 file=sys.stderr,
                 flush=True,
             )
-        log_metrics(trainer, {"bad_steps": float(self.skipped)}, step)
+        log_metrics(trainer, {"train/skipped_steps": float(self.skipped)}, step)
         return False
 
     def _is_spike(self, loss: float, grad_norm: float) -> bool:

@@ -1,6 +1,5 @@
 """How fast a run is: tokens a second, share of the hardware's peak, what it waits for."""
 
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,43 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.model.flops import flops_per_token
+from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
-
-# dense 16-bit matrix products, FLOP/s, from the makers' data sheets; by what torch calls the device
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-OLDER_THAN_AMPERE = ("V100", "T4")
-# bytes, from the same; the A100, H100 and V100 with most. Of the gibibytes that the makers sell as GB, 7 % are
-# left out: CUDA itself and gaps take them
-MEMORY = {
-    "B200": 180e9,
-    "H200": 141e9,
-    "H100 PCIe": 80e9,
-    "H100 NVL": 94e9,
-    "H100": 80e9,
-    "A100": 80e9,
-    "L40S": 48e9,
-    "L4": 24e9,
-    "A10": 24e9,
-    "V100": 32e9,
-    "T4": 16e9,
-    "RTX 4090": 24e9,
-    "RTX 3090": 24e9,
-}
 
 
 class Stopwatch:
@@ -68,7 +33,7 @@ class Stopwatch:
             torch.cuda.synchronize(device)  # what was begun before belongs to training
         self._stopped_at = time.perf_counter()
 
-    def go_on(self, device: torch.device) -> None:
+    def resume(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self._stopped += time.perf_counter() - self._stopped_at
@@ -79,14 +44,14 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.go_on(device)
+            self.resume(device)
 
 
 class SpeedMonitor(Callback):
     """Logs every ``every_n_steps`` updates what the updates since the last time were like.
 
-    ``throughput/tokens_per_second`` over all devices; ``throughput/step_seconds``;
-    ``throughput/loading_share`` of the time in which no batch was there yet; ``throughput/memory_gb``, resident or
+    ``throughput/tokens_per_second`` over all devices; ``throughput/step_time``;
+    ``throughput/data_wait_fraction`` of the time in which no batch was there yet; ``throughput/peak_memory_gb``, resident or
     on the GPU at most; ``throughput/mfu``, model FLOP/s over the peak of all devices, where that is known. The
     first update of a process, which compiles and warms up, is not counted, unless it alone is due.
 
@@ -103,7 +68,7 @@ class SpeedMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.peak: float | None = None
         self._asked_peak = False
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self._tokens = 0
         self._steps = 0
         self._seen_step = -1
@@ -150,7 +115,7 @@ class SpeedMonitor(Callback):
         seconds = self.clock.seconds() - self._began
         if not self._asked_peak:
             self._ask_peak(trainer, module)
-        self.figures = figures(
+        self.metrics = speed_metrics(
             tokens=self._tokens,
             steps=self._steps,
             seconds=seconds,
@@ -158,14 +123,14 @@ class SpeedMonitor(Callback):
             flops_per_token=flops_per_token(module.config, length),
             peak=None if self.peak is None else self.peak * trainer.world_size,
         )
-        self.figures["throughput/memory_gb"] = memory_bytes(module.device) / 1e9
-        log_metrics(trainer, self.figures, step)
+        self.metrics["throughput/peak_memory_gb"] = memory_bytes(module.device) / 1e9
+        log_metrics(trainer, self.metrics, step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.stop(pl_module.device)  # Lightning's loop, with trainer.limit_val_batches
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.go_on(pl_module.device)
+        self.clock.resume(pl_module.device)
 
     def _ask_peak(self, trainer: Trainer, module: LightningModule) -> None:
         self._asked_peak = True
@@ -189,7 +154,7 @@ def _seconds_waited(trainer: Trainer) -> float:
     return loader.seconds_waited if isinstance(loader, ResumableDataLoader) else 0.0
 
 
-def figures(
+def speed_metrics(
     *,
     tokens: int,
     steps: int,
@@ -202,54 +167,12 @@ def figures(
     rate = tokens / seconds
     found = {
         "throughput/tokens_per_second": rate,
-        "throughput/step_seconds": seconds / steps,
-        "throughput/loading_share": loading_seconds / seconds,
+        "throughput/step_time": seconds / steps,
+        "throughput/data_wait_fraction": loading_seconds / seconds,
     }
     if peak is not None:
         found["throughput/mfu"] = rate * flops_per_token / peak
     return found
-
-
-def peak_flops(device: torch.device, precision: Any) -> float | None:
-    """FLOP/s of one device at most: from ``PEAKS``, of a CPU measured; none: not known."""
-    low = "bf16" in str(precision) or "16" in str(precision)
-    if device.type == "cpu":
-        return measured_peak(torch.bfloat16 if low else torch.float32)
-    if device.type != "cuda" or not low:
-        return None
-    return gpu_value(PEAKS, torch.cuda.get_device_name(device))
-
-
-# a word in a device's name that makes it less than the card without: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
-_LESS = re.compile(r"\b(MIG|NVL|Laptop|D)\b")
-
-
-def gpu_value(table: dict[str, float], name: str) -> float | None:
-    """A table's entry by what torch calls the device, in whole words: an L40 is no L4, a slice no whole card."""
-    key = next((key for key in table if re.search(rf"\b{key}\b", name)), None)
-    if key is None or set(_LESS.findall(name)) - set(_LESS.findall(key)):
-        return None
-    return table[key]
-
-
-def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> float:
-    """Of square matrix products on the CPU, the fastest of some.
-
-    They grow to ``size`` while one stays below half a second: a CPU without instructions for bfloat16
-    multiplies it sixty times slower than float32.
-    """
-    n = min(96, size)
-    while True:
-        a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(dtype)
-        a @ a
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            a @ a
-            seconds.append(time.perf_counter() - began)
-        if n == size or 8 * min(seconds) > 0.5:
-            return 2 * n**3 / min(seconds)
-        n = min(2 * n, size)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -145,7 +145,7 @@ def prepare(
         )
         if (out / PROGRESS).exists():
             check_unfinished(out, read_progress(out), about, work.sources)
-            work.go_on(writer.resume())
+            work.continue_from(writer.resume())
         try:
             return work.run()
         except (ValueError, OSError):
@@ -177,7 +177,7 @@ class _PreparePipeline:
         self._sums: list[tuple[int, str]] = []  # of the source at the position: see has_same_prefix
         self._sum = sha256()
 
-    def go_on(self, recorded: dict[str, Any]) -> None:
+    def continue_from(self, recorded: dict[str, Any]) -> None:
         self.position = ReadPosition(*recorded["at"])
         self.skipped, self.empty = recorded["skipped"], recorded["empty"]
         self._sums = [(end, found) for end, found in recorded.get("sums", [])]

@@ -37,13 +37,17 @@ def test_there_are_commands() -> None:
 
 def test_tree_is_the_tree() -> None:
     tree = README.split("## The tree")[1].split("```")[1]
-    named = set(re.findall(r"^ {4}(\S+\.(?:py|txt))", tree, re.M))
+    named, folders = set(), [""] * 9
+    for indent, name in re.findall(r"^( *)(\S+)", tree, re.M):
+        depth = len(indent) // 2
+        folders[depth] = name
+        if name.endswith((".py", ".txt")):
+            named.add("".join(folders[1:depth]) + name)
+    package = ROOT / "gpt_lightning"
     there = {
-        path.name
-        for path in (ROOT / "gpt_lightning").rglob("*")
-        if path.suffix in (".py", ".txt")
-        and path.name not in ("__main__.py",)
-        and (path.name != "__init__.py" or path.parent.name == "cli")
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*")
+        if path.suffix in (".py", ".txt") and path.name not in ("__main__.py", "__init__.py")
     }
     assert named == there
 

@@ -1,5 +1,6 @@
 """How far bytes have come, on stderr: bars on a terminal, else whoever works prints a line now and then."""
 
+import logging
 import sys
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -27,5 +30,5 @@ def byte_progress() -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=Console(file=getattr(sys.stderr, "unescaped", sys.stderr)),
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO),
     )

@@ -1,13 +1,15 @@
 """``convert``: weights from one form to another."""
 
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.parsing import parse
+
+logger = logging.getLogger(__name__)
 
 # as in pretrained/convert.py, which imports torch: --help does not wait for it
 WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
@@ -24,7 +26,7 @@ def run(arguments: list[str]) -> None:
 
     dest = Path(os.path.expanduser(settings.dest))
     convert(settings.source, dest, settings.format, n_heads=settings.n_heads)
-    print(f"{dest}: written", file=sys.stderr)
+    logger.info(f"{dest}: written")
 
 
 def _parser() -> ArgumentParser:

@@ -1,8 +1,8 @@
 """``download``: GPT-2's public weights into the cache."""
 
 import json
+import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
+
+logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
@@ -37,7 +39,7 @@ def run(arguments: list[str]) -> None:
             folder=Path(os.path.expanduser(settings.out)) if settings.out else None,
             mirror=settings.mirror,
             on_bytes=shown.advance,
-            on_damage=lambda path: print(f"{path}: is damaged; fetching it anew", file=sys.stderr),
+            on_damage=lambda path: logger.info(f"{path}: is damaged; fetching it anew"),
         )
     if settings.json:
         files = {
@@ -73,7 +75,7 @@ class _Shown:
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             of = f" of {size / 1e6:,.0f}" if size else ""
-            print(f"{name}: {done / 1e6:,.0f}{of} MB", file=sys.stderr)
+            logger.info(f"{name}: {done / 1e6:,.0f}{of} MB")
 
 
 def _parser() -> ArgumentParser:

@@ -1,8 +1,8 @@
 """``fit`` and ``validate``: what a user's run does before Lightning has it, and says after."""
 
 import json
+import logging
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from gpt_lightning.cli.training_cli import TrainingCLI, is_rank_zero
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS, say
+from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
 from gpt_lightning.training.elastic import init_elastic_process_group, terminate_ranks_on_error
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_lock import RunLock
+
+logger = logging.getLogger(__name__)
 
 
 def fit(arguments: list[str]) -> int:
@@ -56,7 +58,7 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
         for remark in remarks(
             config, cli.trainer, cli.model.config, arguments, keeps_freed_memory=keeps
         ):
-            print(f"gpt_lightning: {remark}", file=sys.stderr)
+            logger.warning(f"{remark}")
     try:
         with terminate_ranks_on_error(cli.trainer):
             cli.trainer.fit(
@@ -68,17 +70,15 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
         if _is_interrupt(error):
             raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
         if cli.trainer.is_global_zero:
-            print(
-                f"{folder}: ended by sys.exit({error.code!r}), not by its settings", file=sys.stderr
-            )
+            logger.info(f"{folder}: ended by sys.exit({error.code!r}), not by its settings")
         raise
     if not cli.trainer.is_global_zero:
         return 0  # of several processes one tells
     if cli.preemption.received is not None:
         cli.preemption.requeue()
-        print(f"{folder}: stopped; --ckpt_path last goes on", file=sys.stderr)
+        logger.info(f"{folder}: stopped; --ckpt_path last goes on")
     else:
-        print(f"{folder}: done; tensorboard --logdir {folder.parent} shows it", file=sys.stderr)
+        logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
     return cli.preemption.exit_code
 
 
@@ -98,9 +98,8 @@ def _is_finished(cli: TrainingCLI, checkpoint: Path) -> bool:
     if is_rank_zero():
         limit, setting = reached
         option = setting if setting == "max_tokens" else f"trainer.{setting}"
-        print(
-            f"{cli.folder}: already finished ({limit}); to train further, give a larger --{option}",
-            file=sys.stderr,
+        logger.info(
+            f"{cli.folder}: already finished ({limit}); to train further, give a larger --{option}"
         )
     return True
 
@@ -129,7 +128,7 @@ def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
     """Refuse other data than the checkpoint's here, before TensorBoard's page is changed."""
     recorded = checkpoint.get(type(data).__qualname__)
     if recorded is None:
-        say(
+        logger.warning(
             "ckpt_path: the checkpoint does not record its data (it was written by an earlier version), so the text is "
             "not verified"
         )
@@ -164,7 +163,7 @@ def validate(arguments: list[str]) -> None:
         setup_data_early(cli, "validate")
         _check_compiler(cli)
         for remark in precision_warnings(cli.trainer):
-            print(f"gpt_lightning: {remark}", file=sys.stderr)
+            logger.warning(f"{remark}")
     init_elastic_process_group(cli.trainer)
     try:
         with terminate_ranks_on_error(cli.trainer):

@@ -1,6 +1,7 @@
 """``generate``: prompts go in, continuations come out."""
 
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from gpt_lightning.data.unicode import clean_text, decode_text, for_stream, utf8
 
 if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel
+
+logger = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16", "float16"]
 # what --json says that was used
@@ -182,10 +185,9 @@ def _say_what_is_cropped(prompts: list[str], model: "GPTModel", *, special: bool
     read = model.config.context_length
     for prompt in prompts:
         if (tokens := len(encode_prompt(prompt, special=special))) > read:
-            print(
-                f"gpt_lightning: prompt: {tokens} tokens, the model reads {read}; "
-                f"the first {tokens - read} are not read",
-                file=sys.stderr,
+            logger.warning(
+                f"prompt: {tokens} tokens, the model reads {read}; "
+                f"the first {tokens - read} are not read"
             )
 
 

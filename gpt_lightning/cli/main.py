@@ -4,13 +4,17 @@ Each verb's module is imported when the verb is used, so that ``generate`` does 
 and ``--help`` for nothing.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.streams import standard_streams
+
+logger = logging.getLogger(__name__)
 
 PROG = "gpt_lightning"
 
@@ -41,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by SIGINT or SIGTERM; 141 for a result whose reader has gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    with standard_streams(run_goes_on=_trains(arguments)) as lost:
+    flags = {name: f"--{name}" in arguments for name in ("debug", "quiet", "verbose")}
+    arguments = [argument for argument in arguments if argument.removeprefix("--") not in flags]
+    level = (
+        logging.WARNING if flags["quiet"] else logging.DEBUG if flags["verbose"] else logging.INFO
+    )
+    with standard_streams(run_goes_on=_trains(arguments)) as lost, log_to_stderr(level):
         try:
             try:
                 return _run(arguments)
@@ -53,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if lost.error is not None:
                 return _lost_output(lost.error)
             if isinstance(error, KeyboardInterrupt):
-                print(f"{PROG}: interrupted {error}".rstrip(), file=sys.stderr)
+                logger.warning(f"interrupted {error}".rstrip())
                 return 130
-            if debug or not isinstance(error, ValueError | OSError | FloatingPointError):
+            if flags["debug"] or not isinstance(error, ValueError | OSError | FloatingPointError):
                 raise
-            print(f"{PROG}: error: {_one_line(error)}", file=sys.stderr)
+            logger.error(_one_line(error))
             return 1 if isinstance(error, FloatingPointError) else 2
 
 
@@ -72,10 +79,7 @@ def _trains(arguments: list[str]) -> bool:
 def _lost_output(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):  # as a shell reports a program that SIGPIPE has ended
         return 141
-    print(
-        f"{PROG}: error: standard output: cannot be written ({error.strerror}); redirect it elsewhere",
-        file=sys.stderr,
-    )
+    logger.error(f"standard output: cannot be written ({error.strerror}); redirect it elsewhere")
     return 2
 
 
@@ -130,7 +134,8 @@ def _help() -> str:
             "commands:",
             *(f"  {verb:<{width}}  {what}" for verb, (_, _, what) in VERBS.items()),
             "",
-            f"'{PROG} COMMAND --help' lists a command's options; --debug shows where an error arose.",
+            f"'{PROG} COMMAND --help' lists a command's options. With every command: --quiet for warnings and",
+            "errors only, --verbose for more messages, --debug for the place in the code where an error arose.",
         ]
     )
 

@@ -1,6 +1,7 @@
 """``prepare``: text, any amount of it, into a token store."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.data.unicode import for_stream, printable
+
+logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
@@ -47,9 +50,9 @@ def run(arguments: list[str]) -> None:
         ) from error
     manifest = prepared.manifest
     for problem in prepared.problems:
-        print(printable(f"skipped: {problem.partition(';')[0]}"), file=sys.stderr)
+        logger.info(printable(f"skipped: {problem.partition(';')[0]}"))
     if prepared.was_there:
-        print(printable(f"{out}: is prepared already, from the same sources"), file=sys.stderr)
+        logger.info(printable(f"{out}: is prepared already, from the same sources"))
     result = {
         "folder": str(out),
         **{
@@ -109,11 +112,9 @@ class _Shown:
         if now - self._last_line > SECONDS_BETWEEN_LINES and done > first:
             self._last_line = now
             rate = (done - first) / (now - began)
-            print(
+            logger.info(
                 f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s, "
-                f"eta {(total - done) / rate:,.0f} s",
-                file=sys.stderr,
-                flush=True,
+                f"eta {(total - done) / rate:,.0f} s"
             )
 
 

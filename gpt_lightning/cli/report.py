@@ -1,6 +1,6 @@
 """``report``: the chapter's exercises about a model's texts, each a report in a module of its own."""
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,8 @@ from gpt_lightning.cli.text_options import TextList
 
 if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel
+
+logger = logging.getLogger(__name__)
 
 # report → (module, what it shows)
 REPORTS = {
@@ -79,10 +81,12 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         bar.advance(task)
         if bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
-            print(f"{done} of {total} {what}", file=sys.stderr, flush=True)
+            logger.info(f"{done} of {total} {what}")
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with Progress(
+        console=console, disable=not console.is_terminal or not logger.isEnabledFor(logging.INFO)
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield advance
 

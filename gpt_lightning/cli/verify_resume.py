@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import signal
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from gpt_lightning.cli.errors import explain
 
 if TYPE_CHECKING:
     from gpt_lightning.training.verify_resume import Shortened
+
+logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> int:
@@ -44,7 +47,7 @@ def run(arguments: list[str]) -> int:
     from gpt_lightning.training.verify_resume import verify_resume
 
     def say(what: str) -> None:
-        print(f"verify-resume: {what}", file=sys.stderr, flush=True)
+        logger.info(f"verify-resume: {what}")
 
     with _terminated_by_exit(), tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
         folder = writable_folder(own.out) if own.out else Path(scratch)
@@ -65,10 +68,7 @@ def run(arguments: list[str]) -> int:
             print(f"{part.part:<10} {part.straight[:16]}   {part.resumed[:16]}   {verdict}")
     for part in compared:
         if part.difference:
-            print(
-                f"gpt_lightning: error: {part.part}: {part.difference}; resume is not exact here",
-                file=sys.stderr,
-            )
+            logger.error(f"{part.part}: {part.difference}; resume is not exact here")
             break
     return 0 if exact else 1
 

@@ -1,12 +1,14 @@
 """Which files of a folder are read: one rule for ``data.text`` and ``prepare``."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
 from gpt_lightning.data.unicode import printable
+
+logger = logging.getLogger(__name__)
 
 
 def files_in(folder: Path, is_read: Callable[[Path], bool]) -> list[Path]:
@@ -76,8 +78,8 @@ def _print_what_is_left_out(
         what = "link to a file" if len(duplicates) == 1 else "links to files"
         parts.append(f"{len(duplicates)} {what} already read ({_first_names(duplicates)})")
     if parts:
-        line = f"gpt_lightning: {folder}: left out: {', '.join(parts)}"
-        print(printable(line), file=sys.stderr)
+        line = f"{folder}: left out: {', '.join(parts)}"
+        logger.warning(printable(line))
 
 
 def _first_names(paths: tuple[Path, ...]) -> str:

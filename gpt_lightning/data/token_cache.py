@@ -1,8 +1,8 @@
 """What ``data.text`` names, as token ids: a prepared store, or a text, which if long is one in the cache."""
 
 import hashlib
+import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +26,8 @@ from gpt_lightning.data.tokenizer import encode_corpus
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import sha256_of
 from gpt_lightning.storage.checksum_cache import cached_sha256
+
+logger = logging.getLogger(__name__)
 
 MIN_CACHED_BYTES = 1_000_000  # bytes of text, a tenth of a second to tokenise
 LONG_TEXT_BYTES = 500_000_000  # a minute, and five times as much memory
@@ -66,7 +68,7 @@ def read_splits(text: str, train_ratio: float) -> Splits:
         try:
             return Splits(*open_store(folder).values())
         except (ValueError, OSError):
-            print(f"gpt_lightning: {folder}: is damaged; tokenising anew", file=sys.stderr)
+            logger.warning(f"{folder}: is damaged; tokenising anew")
             _remove(folder)
     _say_if_long(path)
     splits = _in_memory(text, train_ratio)
@@ -123,20 +125,18 @@ def _say_if_other_ratio(path: Path, train_ratio: float) -> None:
     settings = read_manifest(path)["settings"]
     own = 1 - settings["val_ratio"]
     if abs(own - train_ratio) > 1e-6:
-        print(
-            f"gpt_lightning: data.train_ratio: {train_ratio} has no effect on {path}, of which prepare "
-            f"put {own:g} into training",
-            file=sys.stderr,
+        logger.warning(
+            f"data.train_ratio: {train_ratio} has no effect on {path}, of which prepare "
+            f"put {own:g} into training"
         )
 
 
 def _say_if_long(path: Path) -> None:
     size = sum(file.stat().st_size for file in text_files(path))
     if size >= LONG_TEXT_BYTES:
-        print(
-            f"gpt_lightning: data.text: {path} is {size / 1e9:.1f} GB, tokenised in memory and by one processor; "
-            "the command prepare does it in little memory and by all",
-            file=sys.stderr,
+        logger.warning(
+            f"data.text: {path} is {size / 1e9:.1f} GB, tokenised in memory and by one processor; "
+            "the command prepare does it in little memory and by all"
         )
 
 

@@ -5,7 +5,7 @@ fewer kernels, of our own (:mod:`gpt_lightning.generation.fused_decode`). B rows
 """
 
 import functools
-import sys
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.gpt import GPTModel, TransformerBlock
 from gpt_lightning.model.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
 
 # positions that a step attends over, filled or not; doubled when they are full, so few graphs are captured
 FIRST_WIDTH = 256
@@ -250,4 +252,4 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def _say_once(what: str) -> None:
-    print(f"gpt_lightning: generate: {what}; it runs without, slower", file=sys.stderr)
+    logger.warning(f"generate: {what}; it runs without, slower")

@@ -4,7 +4,7 @@ N tokens (B × T), C ``emb_dim``, V ``vocab_size``. The logits of N tokens are t
 step: at B 4, T 1024 they take 0.8 GB in float32, and as much again for their gradient.
 """
 
-import sys
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_lightning.kernels.support import kernels_unsupported_reason
+
+logger = logging.getLogger(__name__)
 
 PAD_VOCABULARY_TO = 64
 
@@ -75,10 +77,9 @@ def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
         loss_and_gradient_(torch.zeros(1, 8, device=device), target, 8, 1.0)
     except Exception as error:  # of a compiler or what it needs, of many kinds
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(
-            f"gpt_lightning: loss_chunk_size: the kernel of a chunk could not be compiled ({cause}); "
-            "the loss is computed without, slower",
-            file=sys.stderr,
+        logger.warning(
+            f"loss_chunk_size: the kernel of a chunk could not be compiled ({cause}); "
+            "the loss is computed without, slower"
         )
         return None
     return loss_and_gradient_

@@ -1,9 +1,9 @@
 """SOURCE in one form to DEST in another."""
 
 import glob
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,8 @@ from gpt_lightning.pretrained.load import check_heads, print_warnings, read_sour
 from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import in_one_dtype, write_lightning
 from gpt_lightning.storage.checksum import write_manifest
+
+logger = logging.getLogger(__name__)
 
 WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
 _WRITERS = {
@@ -65,10 +67,7 @@ def convert(source: str, dest: Path, form: WeightFormat, *, n_heads: int | None 
     print_warnings(found)
     if "drop_rate" in found.assumed and form != "openai-tf":
         rate = found.config.drop_rate
-        print(
-            f"gpt_lightning: {source}: does not hold its dropout; {rate} is written",
-            file=sys.stderr,
-        )
+        logger.warning(f"{source}: does not hold its dropout; {rate} is written")
 
 
 @contextmanager

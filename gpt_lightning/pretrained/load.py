@@ -1,7 +1,7 @@
 """SOURCE, wherever a command takes one, to weights."""
 
+import logging
 import os
-import sys
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
@@ -28,6 +28,8 @@ from gpt_lightning.pretrained.weights import (
     take_weights,
 )
 from gpt_lightning.storage.checksum import check_manifest
+
+logger = logging.getLogger(__name__)
 
 _LOOKED_FOR = (
     "last.ckpt or best.ckpt (a run), config.json with model.safetensors (Hugging Face), "
@@ -148,7 +150,7 @@ def check_heads(found: ModelWeights, source: str, n_heads: int | None) -> None:
 
 def print_warnings(found: ModelWeights) -> None:
     for line in found.warnings:
-        print(f"gpt_lightning: {line}", file=sys.stderr)
+        logger.warning(f"{line}")
 
 
 def load_model(

@@ -1,8 +1,8 @@
 """When a run is saved: ``last`` at intervals and when it stops, ``best`` with it."""
 
+import logging
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,8 @@ from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import attempt
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 OnFailure = Literal["continue", "stop"]
 
@@ -225,11 +227,7 @@ class CheckpointCallback(Checkpoint):
                 raise SystemExit(2)
             raise failure
         if failure is not None:
-            print(
-                f"gpt_lightning: {failure}; training goes on, the next save tries again",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"{failure}; training goes on, the next save tries again")
         return False
 
     def state_dict(self) -> dict[str, Any]:

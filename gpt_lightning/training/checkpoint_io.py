@@ -7,8 +7,8 @@ a name is whole and its sum is recorded.
 
 import hashlib
 import json
+import logging
 import os
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,12 +20,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpt_lightning.pretrained.weights import check_records, read_checkpoint
 from gpt_lightning.storage.checksum import MANIFEST, sha256_of
+
+logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 _MAX_ENTRIES = 8  # in a manifest, before files that were not read are read to know which to keep
@@ -137,10 +138,8 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             _rotate_previous(folder)
         except FileNotFoundError:
-            print(
-                f"gpt_lightning: {folder / LAST} is gone (moved or removed by another program); it is saved again",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                f"{folder / LAST} is gone (moved or removed by another program); it is saved again"
             )
             return
         self._sums[PREVIOUS] = sha256
@@ -315,7 +314,9 @@ def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
                     and len(bytes.fromhex(entry["sha256"])) == 32):  # fmt: skip
                 raise ValueError(f"{entry} is no entry")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        say(f"{path}: is damaged; checkpoints are held against their own checksums alone")
+        logger.warning(
+            f"{path}: is damaged; checkpoints are held against their own checksums alone"
+        )
         return None
     return list(entries)
 
@@ -336,8 +337,3 @@ def corruption_reason(path: Path, entries: list[dict[str, Any]] | None) -> str:
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ").removeprefix("is damaged: ")
     return ""
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    print(f"gpt_lightning: {line}", file=sys.stderr, flush=True)

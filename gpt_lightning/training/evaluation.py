@@ -1,5 +1,6 @@
 """What watches a run: losses as the book prints them, samples of text, the record on disk."""
 
+import logging
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,8 @@ from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation_callbacks(
@@ -263,10 +266,9 @@ class SampleTextCallback(Callback):
         self._sampled_step = trainer.global_step
         tokens, context_length = len(encode_prompt(self.prompt)), pl_module.config.context_length
         if tokens > context_length and trainer.is_global_zero:
-            print(
+            logger.info(
                 f"evaluation.prompt: {tokens} tokens, the model reads {context_length}; "
-                f"the first {tokens - context_length} are not read",
-                file=sys.stderr,
+                f"the first {tokens - context_length} are not read"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,10 +1,12 @@
 """Figures to a trainer's loggers. A disk that is full costs figures, and not the run."""
 
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from lightning.pytorch import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def log_metrics(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
@@ -28,8 +30,4 @@ def attempt(write: Callable[[], object]) -> None:
         cause = disk.strerror or str(disk)
         if cause not in _said:
             _said.add(cause)
-            print(
-                f"gpt_lightning: figures cannot be written ({cause}); training goes on without",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"figures cannot be written ({cause}); training goes on without")

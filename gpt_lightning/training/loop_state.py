@@ -6,12 +6,14 @@ are still to run (``completed`` is one behind, as in ``on_train_batch_end``, whe
 :class:`gpt_lightning.training.epoch_loop.FastTrainingEpochLoop`.
 """
 
+import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.training.checkpoint_io import say
+
+logger = logging.getLogger(__name__)
 
 
 class LoopState(Callback):
@@ -65,7 +67,7 @@ def _agree_with(loader: dict[str, Any], loop: dict[str, Any], windows_at_a_time:
     epochs = loader["epoch"] + 1
     recorded = loop["epoch_progress"]["current"]["started"]
     if recorded != epochs:
-        say(
+        logger.warning(
             f"ckpt_path: the checkpoint counts {recorded} epochs, its data are in epoch {epochs} (an earlier "
             "version miscounted after a resume at an epoch's end); the data's count is used"
         )

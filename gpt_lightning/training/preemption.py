@@ -1,9 +1,9 @@
 """Signals that ask a run to stop: it does at the next update, with the checkpoint on disk."""
 
+import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt_lightning.model.async_copy import AsyncHostCopy
+
+logger = logging.getLogger(__name__)
 
 # and what the command's exit code says; SLURM's warning is one to terminate
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -69,11 +71,7 @@ class GracefulStop(Callback):
             return
         self.received = signal.Signals(signum)
         if trainer.is_global_zero:
-            print(
-                f"gpt_lightning: {self.received.name}: stopping after {trainer.global_step} steps",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"{self.received.name}: stopping after {trainer.global_step} steps")
         # now, whatever the least number of epochs and steps
         trainer.fit_loop.min_epochs = 0
         trainer.fit_loop.epoch_loop.min_steps = None
@@ -102,4 +100,4 @@ class GracefulStop(Callback):
         try:
             subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"gpt_lightning: job {job} could not be requeued: {error}", file=sys.stderr)
+            logger.warning(f"job {job} could not be requeued: {error}")

@@ -1,5 +1,6 @@
 """How far a run is: a bar with an ETA on a terminal, else a plain line at intervals. All on stderr."""
 
+import logging
 import sys
 import time
 from typing import Any
@@ -18,6 +19,8 @@ from rich.progress import (
 
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.stopping import MaxTokens, epoch_shape
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_LOOKS = 0.1  # of the bar at how far the run is, and of the terminal at the bar
@@ -51,15 +54,14 @@ class RunProgressBar(ProgressBar):
         self._evaluation = next((c for c in watchers if isinstance(c, EvaluationCallback)), None)
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in pl_module.parameters())
-            print(
+            logger.info(
                 f"{parameters:,} parameters on {pl_module.device}, {trainer.precision}; "
                 f"step {trainer.global_step} of {'?' if total is None else total}"
                 + (
                     ""
                     if epoch is None or total is None
                     else f" ({epoch.tokens_after(total) / epoch.tokens:.3g} epochs)"
-                ),
-                file=sys.stderr,
+                )
             )
         self._start("training", trainer.global_step, total)
 
@@ -109,7 +111,8 @@ class RunProgressBar(ProgressBar):
         # what a message says is escaped on a terminal, what draws the bar is not
         console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
         # a dumb terminal, TERM=dumb, cannot draw a line anew
-        if not self._enabled or not console.is_terminal or console.is_dumb_terminal:
+        quiet = not self._enabled or not logger.isEnabledFor(logging.INFO)
+        if quiet or not console.is_terminal or console.is_dumb_terminal:
             return
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -144,7 +147,7 @@ class RunProgressBar(ProgressBar):
         seconds = (now - self._began) / (done - self._first)
         of = "" if self._total is None else f"/{self._total}"
         eta = "" if self._total is None else f", eta {(self._total - done) * seconds:.0f} s"
-        print(f"step {done}{of}, {seconds:.2f} s a step{eta}", file=sys.stderr, flush=True)
+        logger.info(f"step {done}{of}, {seconds:.2f} s a step{eta}")
 
     def _show(self) -> None:
         assert self._bar is not None

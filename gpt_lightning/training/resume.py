@@ -1,5 +1,6 @@
 """What a run goes on from: the newest checkpoint that is whole, or the one that is named."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from gpt_lightning.training.checkpoint_io import (
     PREVIOUS,
     corruption_reason,
     read_manifest,
-    say,
 )
 from gpt_lightning.training.module import reconcile_config
+
+logger = logging.getLogger(__name__)
 
 # keys in checkpoints from before 0.1.0, whose callbacks had other names
 _EARLIER_CALLBACKS = frozenset({"RunCheckpoints", "BadSteps"})
@@ -36,7 +38,7 @@ def latest_valid_checkpoint(folder: Path) -> Path:
         damage = corruption_reason(path, entries)
         if not damage:
             if damages:
-                say(f"{'; '.join(damages)}; going on from {path} instead")
+                logger.warning(f"{'; '.join(damages)}; going on from {path} instead")
             return path
         damages.append(f"{path} is damaged: {damage}")
     if damages:

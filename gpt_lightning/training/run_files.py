@@ -1,8 +1,8 @@
 """A run's figures on disk: ``metrics.csv``, ``loss.png``, and the run among others in TensorBoard."""
 
 import csv
+import logging
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from gpt_lightning.training.stopping import ends_run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
 COUNTS = ("step", "epoch", "tokens_seen")
@@ -78,11 +80,9 @@ class MetricsCSV(Callback):
 
     def _append(self) -> None:
         if not self.path.exists():
-            print(
-                f"gpt_lightning: {self.path} is gone (moved or removed by another program); it is written again, "
-                f"with all {len(self.rows)} rows",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                f"{self.path} is gone (moved or removed by another program); it is written again, "
+                f"with all {len(self.rows)} rows"
             )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(self.path, self.rows)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-from gpt_lightning.training.checkpoint_io import say
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 HEARTBEAT_SECONDS = 15.0
@@ -139,13 +140,15 @@ class RunLock:
         while not self._released.wait(HEARTBEAT_SECONDS):
             try:
                 if not self._is_own(path):
-                    say(
+                    logger.warning(
                         f"run: {path} is now another process's, which trains this run too; stop one of them"
                     )
                     return
                 os.utime(path)
             except FileNotFoundError:
-                say(f"run: {path} was removed, so another process can train this run too")
+                logger.warning(
+                    f"run: {path} was removed, so another process can train this run too"
+                )
                 return
             except OSError:  # a network that fails for a while
                 continue

@@ -1,8 +1,8 @@
 """Updates that would do harm: a loss or gradient that is not finite, or far off what came before."""
 
+import logging
 import math
 import statistics
-import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optimizer import norm_is_certainly_finite
+
+logger = logging.getLogger(__name__)
 
 OnBadStep = Literal["stop", "skip"]
 SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
@@ -83,11 +85,10 @@ class SkipBadSteps(Callback):
             wanted = self._judges_later or self.skip_spikes or trainer.gradient_clip_val
             self._does_without_norm = alone_on_cpu and not wanted
         elif trainer.is_global_zero:
-            print(
-                "gpt_lightning: trainer.precision: with 16-mixed a gradient scaler skips updates that are not finite; "
+            logger.warning(
+                "trainer.precision: with 16-mixed a gradient scaler skips updates that are not finite; "
                 "bad_steps, max_bad_steps and skip_spikes have no effect, AdamW is not fused, and a loss by chunks "
-                "is computed in float32",
-                file=sys.stderr,
+                "is computed in float32"
             )
 
     def on_train_batch_start(
@@ -183,11 +184,8 @@ class SkipBadSteps(Callback):
             )
         if trainer.is_global_zero:
             reason = f"a spike, {what}" if spike else what
-            print(
-                f"gpt_lightning: {reason}, {where}: skipped ({self._in_row} in a row, "
-                f"{self.skipped} in all)",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                f"{reason}, {where}: skipped ({self._in_row} in a row, {self.skipped} in all)"
             )
         log_metrics(trainer, {"train/skipped_steps": float(self.skipped)}, step)
         return False

@@ -1,6 +1,6 @@
 """How fast a run is: tokens a second, share of the hardware's peak, what it waits for."""
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,8 @@ from gpt_lightning.model.flops import flops_per_token
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
+
+logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -142,10 +144,9 @@ class SpeedMonitor(Callback):
                 if module.device.type == "cuda"
                 else module.device
             )
-            print(
-                f"gpt_lightning: throughput: the peak of {name} at {trainer.precision} is not known, so "
-                "no MFU is logged",
-                file=sys.stderr,
+            logger.warning(
+                f"throughput: the peak of {name} at {trainer.precision} is not known, so "
+                "no MFU is logged"
             )
 
 

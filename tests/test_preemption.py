@@ -22,8 +22,8 @@ from lightning.pytorch import Callback
 
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training import preemption
-from gpt_lightning.training.preemption import GracefulStop
+from gpt_lightning.training import stopping
+from gpt_lightning.training.stopping import GracefulStop
 from gpt_lightning.training.verify_resume import compare_checkpoints, shorten
 
 UPDATES = 400
@@ -379,7 +379,7 @@ def test_ranks_stop_after_the_same_update(
 ) -> None:
     """Two, of which the second is sent a signal in the second update; GPUs read what they compared an update later."""
     ranks = [GracefulStop(), GracefulStop()]
-    monkeypatch.setattr(preemption, "_reads_later", lambda device: later)
+    monkeypatch.setattr(stopping, "_reads_later", lambda device: later)
     monkeypatch.setattr(
         torch.distributed, "all_reduce", lambda t, op: t.fill_(max(r._pending for r in ranks))
     )

@@ -16,7 +16,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
-from gpt_lightning.training.elastic import init_elastic_process_group, terminate_ranks_on_error
+from gpt_lightning.training.distributed import init_elastic_process_group, terminate_ranks_on_error
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_lock import RunLock

@@ -27,19 +27,17 @@ from gpt_lightning.pretrained.weights import ModelWeights, read_checkpoint, with
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback, checkpointing
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
 from gpt_lightning.training.distributed import check_strategy
-from gpt_lightning.training.epoch_loop import use_fast_epoch_loop
 from gpt_lightning.training.evaluation import EvaluationCallback, evaluation_callbacks
-from gpt_lightning.training.loop_state import LoopState
+from gpt_lightning.training.lightning_compat import LoopState, use_fast_epoch_loop
+from gpt_lightning.training.loggers import RunTensorBoardLogger, block_tensorflow
 from gpt_lightning.training.module import GPTLightningModule, reconcile_config
-from gpt_lightning.training.preemption import GracefulStop
 from gpt_lightning.training.progress_bar import RunProgressBar
 from gpt_lightning.training.resume import checkpoint_to_resume
-from gpt_lightning.training.run_files import MetricsCSV
+from gpt_lightning.training.run_files import MetricsCSV, SaveRunConfig
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.skip_step import SkipBadSteps
-from gpt_lightning.training.stopping import MaxTokens
+from gpt_lightning.training.stopping import GracefulStop, MaxTokens
 from gpt_lightning.training.throughput import SpeedMonitor, Stopwatch
-from gpt_lightning.training.traces import RunTensorBoardLogger, SaveRunConfig, block_tensorflow
 
 RUNS = Path("checkpoints")
 

@@ -25,6 +25,7 @@ from gpt_lightning.training.checkpoint_io import (
 )
 from gpt_lightning.training.distributed import local
 from gpt_lightning.training.evaluation import EvaluationCallback
+from gpt_lightning.training.lightning_compat import dump_checkpoint
 from gpt_lightning.training.loggers import attempt
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
@@ -112,7 +113,7 @@ class CheckpointCallback(Checkpoint):
         self._seen_step = self._saved_step = trainer.global_step
         # on all ranks alike, so that none waits for one that has refused
         try:
-            check_content(trainer._checkpoint_connector.dump_checkpoint())
+            check_content(dump_checkpoint(trainer))
         except ValueError:
             if trainer.is_global_zero:
                 raise
@@ -167,7 +168,7 @@ class CheckpointCallback(Checkpoint):
             self.best_val_loss = row["val_loss"]
             self._best = self._being_written = None  # memory for the copy
             with self.clock.stopped(pl_module.device):
-                self._best = copy_of(trainer._checkpoint_connector.dump_checkpoint())
+                self._best = copy_of(dump_checkpoint(trainer))
         ends = ends_run(trainer)
         if ends or self._is_due(trainer):
             with self.clock.stopped(pl_module.device):

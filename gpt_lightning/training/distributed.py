@@ -1,10 +1,14 @@
-"""FSDP2: each device keeps a share of weights, gradients and optimizer, and gathers a block at a time."""
+"""Several devices: how ranks connect and end together, and FSDP2."""
 
-from collections.abc import Generator, Mapping
+import os
+import signal
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -26,6 +30,73 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.training.lightning_compat import (
+    SubprocessLauncher,
+    forks_processes,
+    set_data_parallel_size,
+)
+
+
+def init_elastic_process_group(trainer: Trainer) -> None:
+    """Connect the ranks that torchrun has started, each restart's under a name of its own.
+
+    The agent's store outlives a restart, and torch 2.13 keeps no restart's keys apart in it: gloo then may read
+    the addresses of processes that are gone, and fails or waits for them. Elsewhere Lightning connects.
+    """
+    environment = os.environ
+    if trainer.world_size == 1:
+        return
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _forget_address(trainer)
+        return
+    restart = environment["TORCHELASTIC_RESTART_COUNT"]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False
+    )
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"restart-{restart}", store),  # type: ignore[attr-defined]
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+    )
+
+
+def _forget_address(trainer: Trainer) -> None:
+    """On one machine Lightning finds a free port itself; what is left over in the environment may be in use."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, SubprocessLauncher) and trainer.num_nodes == 1:
+        if launcher.cluster_environment.creates_processes_externally:
+            return
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def terminate_ranks_on_error(trainer: Trainer) -> Iterator[None]:
+    """Disconnect the ranks at the end; when this one fails, end those that it has launched, which would wait for it.
+
+    Gloo's threads may need the interpreter, so they end before it does. A rank that fails does not wait for them:
+    what they are at may need the others.
+
+    Raises:
+        ValueError: The processes cannot connect.
+    """
+    try:
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException as error:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, SubprocessLauncher):
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+        if isinstance(error, dist.DistNetworkError):
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"MASTER_PORT: the processes cannot connect at {address} "
+                f"({' '.join(str(error).split())[:120]}); give another port"
+            ) from error
+        raise
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -50,8 +121,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         # Lightning's 'auto' would split each node's matrices among its devices
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     @contextmanager
@@ -74,7 +144,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+            optimizer = optimizer.optimizer
         return self._whole(optimizer.state_dict())
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +179,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def check_strategy(strategy: Strategy) -> None:
     """``ValueError`` for one whose checkpoints another number of devices could not read, or that cannot be resumed."""
-    forks = getattr(strategy, "_start_method", "popen") != "popen"
+    forks = forks_processes(strategy)
     if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
         name = f"{type(strategy).__name__}{' in forked processes' if forks else ''}"
         raise ValueError(

@@ -1,14 +1,18 @@
-"""A run's figures on disk: ``metrics.csv``, ``loss.png``, and the run among others in TensorBoard."""
+"""Files of a run beside its checkpoints: config.yaml, metrics.csv, loss.png."""
 
 import csv
 import logging
 import os
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
@@ -22,6 +26,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keeps a new run's configuration beside its checkpoints; a resumed run keeps the one it has."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        path = self.folder / "config.yaml"
+        if path.exists():
+            return
+        config = self.config.clone()
+        for act in (
+            "config",
+            "ckpt_path",
+            "init_from",
+            "init_optimizer",
+            "allow_import",
+        ):  # done once, not settings
+            config.pop(act, None)
+        begun = ""
+        if self.config.init_from:
+            with_optimizer = " --init_optimizer true" if self.config.init_optimizer else ""
+            begun = f"# begun with --init_from {self.config.init_from}{with_optimizer}\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # the default of Lightning's Timer is one, where a string is expected
+        yaml.SafeDumper.add_multi_representer(
+            Enum, lambda dumper, enum: dumper.represent_data(enum.value)
+        )
+        path.write_text(begun + self.parser.dump(config, skip_validation=True), encoding="utf-8")
+
 
 Row = dict[str, float]
 COUNTS = ("step", "epoch", "tokens_seen")

@@ -1,12 +1,23 @@
-"""When a run ends: after a number of tokens, and whether it does now."""
+"""When a run stops: after max_tokens, or on a signal."""
 
+import logging
+import os
+import signal
+import subprocess
+import threading
+from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.epochs import EpochShape
+from gpt_lightning.model.async_copy import AsyncHostCopy
+from gpt_lightning.training.lightning_compat import can_stop_early
 from gpt_lightning.training.module import GPTLightningModule
+
+logger = logging.getLogger(__name__)
 
 
 class MaxTokens(Callback):
@@ -55,7 +66,7 @@ class MaxTokens(Callback):
 def ends_run(trainer: Trainer) -> bool:
     """Whether the step that was just done is the run's last."""
     if trainer.should_stop:
-        return bool(trainer.fit_loop._can_stop_early)
+        return can_stop_early(trainer)
     ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return ends_epochs or trainer.global_step == trainer.max_steps
 
@@ -64,3 +75,91 @@ def epoch_shape(trainer: Trainer) -> EpochShape | None:
     """Of a run on our data."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.epoch_shape() if isinstance(data, TextDataModule) else None
+
+
+# and what the command's exit code says; SLURM's warning is one to terminate
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+if hasattr(signal, "SIGUSR1"):
+    EXIT_CODES[signal.SIGUSR1] = 143
+
+
+def _reads_later(device: torch.device) -> bool:
+    """Whether the ranks' comparison is looked at an update later, so that a GPU never waits for it."""
+    return device.type == "cuda"
+
+
+class GracefulStop(Callback):
+    """Stops the run after the update under way, on all ranks the same, whichever got the signal.
+
+    A handler only sets a flag, which the ranks compare after each update; of several GPUs none waits for the
+    comparison, and they stop one update later. A second SIGINT interrupts at once. It takes the place of
+    Lightning's handlers while it trains: those of 2.6.6 leave with 0, and wait forever when the signal went
+    to another rank than the first.
+
+    Attributes:
+        received: The signal that stopped the run.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._pending = 0
+        self._compared: AsyncHostCopy | None = None
+        self._seen_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for signum in EXIT_CODES:
+                signal.signal(signum, self._note)  # Lightning puts back what was there
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self._pending:
+            signal.default_int_handler(signum, frame)
+        self._pending = self._pending or signum
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self._seen_step:  # gradients are being accumulated
+            return
+        self._seen_step = trainer.global_step
+        signum = self._of_all_ranks(pl_module.device) if trainer.world_size > 1 else self._pending
+        if not signum or self.received is not None:
+            return
+        self.received = signal.Signals(signum)
+        if trainer.is_global_zero:
+            logger.warning(f"{self.received.name}: stopping after {trainer.global_step} steps")
+        # now, whatever the least number of epochs and steps
+        trainer.fit_loop.min_epochs = 0
+        trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.should_stop = True
+
+    def _of_all_ranks(self, device: torch.device) -> int:
+        """The highest that any rank has noted, by this update or by the one before."""
+        noted = torch.full((), self._pending, device=device)
+        torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
+        before, self._compared = self._compared, AsyncHostCopy(noted)
+        compared = before if _reads_later(device) else self._compared
+        return 0 if compared is None else int(compared.read())
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.received is None else EXIT_CODES[self.received]
+
+    def requeue(self) -> None:
+        """Ask SLURM to run the job again, where its warning (SIGUSR1) stopped this one."""
+        job = os.environ.get("SLURM_ARRAY_JOB_ID")
+        if job is not None:
+            job = f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+        job = job or os.environ.get("SLURM_JOB_ID")
+        if job is None or self.received is None or self.received.name != "SIGUSR1":
+            return
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            logger.warning(f"job {job} could not be requeued: {error}")

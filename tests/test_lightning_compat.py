@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, Command, python
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import Precision
@@ -15,11 +16,11 @@ from test_durability import same_bits
 from gpt_lightning import GPTConfig
 from gpt_lightning.cli import training_cli
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training import epoch_loop
+from gpt_lightning.training import lightning_compat
 from gpt_lightning.training.module import GPTLightningModule
 
 LAST = Path("checkpoints/quickstart/last.ckpt")
-RECORDED = ["--allow_import=test_epoch_loop", "--trainer.callbacks+=test_epoch_loop.Record",
+RECORDED = ["--allow_import=test_lightning_compat", "--trainer.callbacks+=test_lightning_compat.Record",
             "--trainer.log_every_n_steps=1"]  # fmt: skip
 
 
@@ -112,7 +113,7 @@ class StopsOnce(Callback):
             "--trainer.val_check_interval=2",
             "--data.train_ratio=0.3",
             "--checkpoint.every_n_train_steps=1000",
-            "--trainer.callbacks+=test_epoch_loop.StopsOnce",
+            "--trainer.callbacks+=test_lightning_compat.StopsOnce",
         ],
     ],
     ids=[
@@ -190,13 +191,13 @@ def test_a_run_whose_updates_a_callback_sizes_goes_on_with_the_next_epoch(
 
 def test_it_is_the_straight_step_that_runs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
-    real = epoch_loop.FastTrainingEpochLoop._update
+    real = lightning_compat.FastTrainingEpochLoop._step
 
     def count(self: Any, batch: Any, batch_idx: int) -> Any:
         counted.append(batch_idx)
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(epoch_loop.FastTrainingEpochLoop, "_update", count)
+    monkeypatch.setattr(lightning_compat.FastTrainingEpochLoop, "_step", count)
     fit("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=1")
     assert counted == [0, 1, 2, 3]
     fit("--trainer.max_steps=6", "--ckpt_path=last")
@@ -212,9 +213,9 @@ class OwnPrecision(Precision):
 def test_anothers_precision_has_lightnings_step(
     fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(epoch_loop.FastTrainingEpochLoop, "_update")
-    fit("--trainer.max_steps=2", "--allow_import=test_epoch_loop",
-        "--trainer.plugins=test_epoch_loop.OwnPrecision")  # fmt: skip
+    monkeypatch.delattr(lightning_compat.FastTrainingEpochLoop, "_step")
+    fit("--trainer.max_steps=2", "--allow_import=test_lightning_compat",
+        "--trainer.plugins=test_lightning_compat.OwnPrecision")  # fmt: skip
 
 
 class LightningsLoop(Callback):
@@ -227,13 +228,15 @@ class LightningsLoop(Callback):
 def test_a_step_of_two_processes_is_lightnings(tmp_path: Path, strategy: str) -> None:
     states = []
     for name in ("own", "lightnings"):
-        loop = [] if name == "own" else ["--trainer.callbacks+=test_epoch_loop.LightningsLoop"]
+        loop = (
+            [] if name == "own" else ["--trainer.callbacks+=test_lightning_compat.LightningsLoop"]
+        )
         done = python(
             "-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
             f"--config={ROOT}/configs/{strategy}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu",
             "--trainer.precision=32-true", "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.5",
             "--trainer.max_steps=5", "--trainer.max_epochs=-1", "--model.config.drop_rate=0.1", f"--run={name}",
-            "--allow_import=test_epoch_loop", *loop, cwd=tmp_path,
+            "--allow_import=test_lightning_compat", *loop, cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"})  # fmt: skip
         assert done.returncode == 0, done.stderr
         states.append(read_checkpoint(tmp_path / f"checkpoints/{name}/last.ckpt"))
@@ -258,8 +261,8 @@ def test_hooks_that_are_called() -> None:
     module = GPTLightningModule(GPTConfig(emb_dim=8, n_heads=1, n_layers=1))
     trainer: Any = None
     found = {
-        hook: len(epoch_loop._calls(hook, [Watcher(), Heir(), by_hand], trainer, module))
-        for hook in epoch_loop._HOOKS
+        hook: len(lightning_compat._calls(hook, [Watcher(), Heir(), by_hand], trainer, module))
+        for hook in lightning_compat._HOOKS
     }
     assert found == {
         "on_train_batch_start": 1,  # the module's, which seeds
@@ -269,3 +272,145 @@ def test_hooks_that_are_called() -> None:
         "on_before_optimizer_step": 1,  # the module's, which sets the learning rate
         "on_train_batch_end": 2,
     }
+
+
+class Small(LightningModule):
+    """A linear model with a training step, to compare the loops with."""
+
+    returned: Any = "loss"
+    skip_epoch_at: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 1)
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == self.skip_epoch_at else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.layer(batch[0]).square().mean()
+        if self.returned == "loss":
+            return loss
+        if self.returned == "dict":
+            return {"loss": loss, "name": "kept"}
+        return None if batch_idx % 2 else loss
+
+    def on_before_backward(self, loss: Any) -> None:
+        self.seen.append(("backward", loss.item()))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append("step")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        kept = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in outputs.items()}
+        self.seen.append((batch_idx, kept))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class ReturnsADict(Small):
+    returned = "dict"
+
+
+class ReturnsNone(Small):
+    returned = None
+
+
+class SkipsAnEpoch(Small):
+    skip_epoch_at = 2
+
+
+class StepsItself(Small):
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        self.seen.append("own step")
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+class GoesBackItself(Small):
+    def backward(self, loss: Any) -> None:
+        self.seen.append("own backward")
+        loss.backward()
+
+
+class MovesBatches(Small):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] * 2]
+
+
+class StepsByHand(Small):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(loss)
+        self.optimizers().step()  # type: ignore[union-attr]
+        return loss
+
+
+class NeedsAClosure(Small):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), 0.1, max_iter=2)
+
+
+def trained_small(kind: type[Small], *, fast: bool, accumulate: int = 1) -> Small:
+    module = kind()
+    trainer = Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False,
+                      accumulate_grad_batches=accumulate)  # fmt: skip
+    if fast:
+        lightning_compat.use_fast_epoch_loop(trainer)
+    data = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=1)
+    trainer.fit(module, loader)
+    module.seen += [trainer.global_step, trainer.current_epoch]
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`", "ignore:The 'train_dataloader'",
+                            "ignore:Consider setting `persistent_workers")  # fmt: skip
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Small, None),
+        (ReturnsADict, None),
+        (ReturnsNone, None),
+        (SkipsAnEpoch, None),
+        (StepsItself, "StepsItself overrides optimizer_step"),
+        (GoesBackItself, "GoesBackItself overrides backward"),
+        (MovesBatches, "MovesBatches overrides on_before_batch_transfer"),
+        (StepsByHand, "the module uses manual optimization"),
+        (NeedsAClosure, "LBFGS needs a closure"),
+    ],
+)
+def test_any_module_trains_as_in_lightnings_loop(
+    kind: type[Small], reason: str | None, accumulate: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind is StepsByHand and accumulate > 1:
+        pytest.skip("Lightning refuses accumulation with manual optimization")
+    caplog.set_level("INFO", "gpt_lightning")
+    ours, lightnings = (
+        trained_small(kind, fast=fast, accumulate=accumulate) for fast in (True, False)
+    )
+    assert ours.seen == lightnings.seen
+    assert torch.equal(ours.layer.weight, lightnings.layer.weight)
+    messages = [m for m in caplog.messages if "Lightning's own loop" in m]
+    assert len(messages) == (reason is not None)  # once, for two epochs
+    if reason is not None:
+        assert messages[0].endswith(reason)
+
+
+def test_another_lightning_trains_in_its_own_loop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lightning_compat, "TESTED_VERSIONS", ("1.0",))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    lightning_compat.use_fast_epoch_loop(trainer)
+    assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
+    assert "was not tested (only 1.0)" in caplog.text

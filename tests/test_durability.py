@@ -282,7 +282,7 @@ def test_figures_that_cannot_be_written_do_not_stop_a_run(
         monkeypatch.setattr(SummaryWriter, name, full)
     monkeypatch.setattr(run_files.MetricsCSV, "_append", full)
     done = fit("--trainer.max_steps=3", "--evaluation.eval_freq=1")
-    assert done.err.count("figures cannot be written (No space left on device)") == 1
+    assert done.err.count("metrics cannot be written (No space left on device)") == 1
     assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 3
 
 
@@ -302,7 +302,7 @@ def test_training_goes_on_after_a_full_disk(fit: Command, asynchronous: str) -> 
     lines = [line for line in done.err.splitlines() if "No space left" in line]
     assert len(lines) == 1
     assert "last.ckpt: cannot be written" in lines[0]
-    assert "training goes on" in lines[0]
+    assert "training continues" in lines[0]
     assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 4
 
 

@@ -48,7 +48,7 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
         if ckpt_path is None and not cli.auto_resume:
             _ensure_new_run(folder)
         if cli.checkpoints is not None:
-            cli.checkpoints.check_room(cli.model.config, str(cli.trainer.precision))
+            cli.checkpoints.check_disk_space(cli.model.config, str(cli.trainer.precision))
         setup_data_early(cli)
         _check_compiler(cli)
     init_elastic_process_group(cli.trainer)

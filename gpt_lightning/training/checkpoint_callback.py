@@ -1,4 +1,4 @@
-"""When a run is saved: ``last`` at intervals and when it stops, ``best`` with it."""
+"""When checkpoints are saved: ``last.ckpt`` at intervals and when the run stops, ``best.ckpt`` with it."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ from gpt_lightning.training.checkpoint_io import (
 from gpt_lightning.training.distributed import local
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.lightning_compat import dump_checkpoint
-from gpt_lightning.training.loggers import attempt
+from gpt_lightning.training.loggers import ignore_full_disk
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
@@ -45,19 +45,18 @@ def checkpointing(
     async_save: bool = False,
     on_failure: OnFailure = "continue",
 ) -> tuple["CheckpointCallback", AtomicCheckpointIO]:
-    """What is behind the settings ``checkpoint.*``.
+    """Build the callback and the writer of the settings ``checkpoint.*``.
 
     Args:
-        folder: The run's.
-        losses: What evaluates it.
-        clock: Stopped during a save.
-        every_n_train_steps: Updates from one save of last.ckpt to the next; none: at each epoch's end.
-        save_best: Whether best.ckpt, the one with the lowest val_loss, is kept too; costs a checkpoint's size
-            in memory.
-        keep_previous: Whether the last.ckpt before is kept as previous.ckpt, should the newest be damaged.
-        async_save: Whether training goes on while a copy is written; costs a checkpoint's size in memory.
-        on_failure: What a save that fails does, on a full disk say: 'continue' and try again at the next
-            interval, or 'stop'. The one before stays whole either way.
+        folder: Folder of the run.
+        losses: Callback that evaluates the run.
+        clock: Stopwatch that is stopped during a save.
+        every_n_train_steps: Optimizer steps between two saves of last.ckpt; null = at the end of each epoch.
+        save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss; needs memory for one checkpoint.
+        keep_previous: Keep the last.ckpt before as previous.ckpt, in case the newest one is damaged.
+        async_save: Continue training while a copy is written; needs memory for one checkpoint.
+        on_failure: After a failed save, for example on a full disk: 'continue' and try again at the next
+            interval, or 'stop'. The checkpoint before stays intact in both cases.
     """
     io = AtomicCheckpointIO(async_save, keep_previous)
     return CheckpointCallback(
@@ -66,20 +65,20 @@ def checkpointing(
 
 
 class CheckpointCallback(Checkpoint):
-    """``last.ckpt`` and ``best.ckpt``, the one with the lowest validation loss so far.
+    """Callback that saves ``last.ckpt`` and ``best.ckpt``, the checkpoint with the lowest validation loss so far.
 
-    Both are written at the same intervals and at the end. In between the best is a copy in memory, as a
-    run that has just begun is at its best with every evaluation; a killed run finds it again when it is
-    resumed. The ``last`` of Lightning's ``ModelCheckpoint`` is the last of its best, and may be steps old.
+    Both are written at the same intervals and at the end. Between two saves the best one is a copy in memory,
+    because early in a run every evaluation is the best so far; a killed run reaches it again when it resumes.
+    The ``last`` of Lightning's ``ModelCheckpoint`` is its last best one, which may be many steps old.
 
     Args:
-        folder: The run's.
-        io: What writes the files.
-        losses: By whose val_loss a checkpoint is the best.
-        clock: Stopped during a save.
-        every_n_train_steps: Updates from one save to the next; none: at the end of each epoch.
-        save_best: Whether the best is kept too.
-        on_failure: Whether training goes on after a save that failed. One at the end always stops.
+        folder: Folder of the run.
+        io: Writer of the files.
+        losses: Callback whose val_loss decides which checkpoint is the best.
+        clock: Stopwatch that is stopped during a save.
+        every_n_train_steps: Optimizer steps between two saves; ``None``: at the end of each epoch.
+        save_best: Whether the best checkpoint is kept too.
+        on_failure: Whether training continues after a failed save. A failed save at the end always stops it.
     """
 
     def __init__(
@@ -105,13 +104,15 @@ class CheckpointCallback(Checkpoint):
         self.on_failure = on_failure
         self.best_val_loss: float | None = None
         self._best: dict[str, Any] | None = None  # not yet written
-        self._being_written: dict[str, Any] | None = None  # a best that may yet have failed
+        self._being_written: dict[str, Any] | None = (
+            None  # a best checkpoint whose save may still fail
+        )
         self._seen_step = -1
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = self._saved_step = trainer.global_step
-        # on all ranks alike, so that none waits for one that has refused
+        # On all ranks, so that no rank waits for one that has refused.
         try:
             check_content(dump_checkpoint(trainer))
         except ValueError:
@@ -121,16 +122,19 @@ class CheckpointCallback(Checkpoint):
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
 
-    def check_room(self, config: GPTConfig, precision: str) -> None:
-        """``OSError`` where the files that the run will keep, and the one being written, do not fit.
+    def check_disk_space(self, config: GPTConfig, precision: str) -> None:
+        """Check that the disk has space for the files that the run keeps and the one that is being written.
 
         Args:
-            precision: Lightning's name of it; weights and moments are saved as they are trained.
+            precision: Lightning's name; weights and moments are saved in the precision of training.
+
+        Raises:
+            OSError: There is not enough space, or the folder cannot be written.
         """
-        # a run that is refused leaves nothing, not its folder either
-        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        # The folder is not made here: a refused run leaves nothing behind.
+        existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         try:
-            tempfile.TemporaryFile(dir=place).close()
+            tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:
             raise OSError(
                 f"checkpoint: {self.folder} cannot be written ({error.strerror}); give another "
@@ -140,7 +144,7 @@ class CheckpointCallback(Checkpoint):
         size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.save_best)]
         missing = 1 + sum(not (self.folder / name).exists() for name in kept)
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(existing).free
         if missing * size > free:
             raise OSError(
                 f"checkpoint: {self.folder} needs {missing * size / 1e9:.2f} GB for {missing} files of "
@@ -157,8 +161,8 @@ class CheckpointCallback(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # Everything is saved from this hook: what Lightning saves in later ones says that the epoch is
-        # over, also where max_steps cut it, and a resumed run would leave out the rest of it.
+        # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
+        # also where max_steps ended it early, and a resumed run would skip the rest of the epoch.
         step = trainer.global_step
         if step == self._seen_step:
             return
@@ -175,7 +179,7 @@ class CheckpointCallback(Checkpoint):
                 self._save(trainer, pl_module, ends=ends)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # something else ended the run early, or the save under way has failed
+        # Something else ended the run early, or an asynchronous save failed.
         self.io.finish()
         if not self._is_written(trainer, ends=False) or trainer.global_step != self._saved_step:
             self._save(trainer, pl_module, ends=True)
@@ -197,9 +201,9 @@ class CheckpointCallback(Checkpoint):
                 f"step {trainer.global_step - 1}: has made parameters that are not finite; "
                 f"{self.folder / LAST} stays the one before"
             )
-        # a process that is killed after the save loses what its loggers hold back
+        # Flush the loggers first: a process that is killed after the save loses what they buffer.
         for logger in trainer.loggers:
-            attempt(logger.save)
+            ignore_full_disk(logger.save)
         if self._best is not None:
             self._being_written, self._best = self._best, None
             trainer.strategy.save_checkpoint(self._being_written, self.folder / BEST)
@@ -210,17 +214,17 @@ class CheckpointCallback(Checkpoint):
         self._is_written(trainer, ends=ends)
 
     def _is_written(self, trainer: Trainer, *, ends: bool) -> bool:
-        """Whether all saves that have ended went well; every rank hears of the one that writes.
+        """Return whether all finished saves succeeded, on every rank; rank 0 writes them.
 
         Raises:
-            OSError: One did not, and the run is to end with it.
+            OSError: A save failed, and the run has to end.
         """
         failures = dict(self.io.failures)
         self.io.failures.clear()
         if trainer.strategy.reduce_boolean_decision(not failures, all=True):
             return True
         self._saved_step = -1
-        if self._best is None:  # tried again with the next, unless a lower one comes
+        if self._best is None:  # saved again with the next one, unless a better one comes
             self._best = self._being_written
         failure = next(iter(failures.values()), None)
         if ends or self.on_failure == "stop":
@@ -228,7 +232,7 @@ class CheckpointCallback(Checkpoint):
                 raise SystemExit(2)
             raise failure
         if failure is not None:
-            logger.warning(f"{failure}; training goes on, the next save tries again")
+            logger.warning(f"{failure}; training continues, the next save tries again")
         return False
 
     def state_dict(self) -> dict[str, Any]:

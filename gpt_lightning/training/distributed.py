@@ -38,10 +38,10 @@ from gpt_lightning.training.lightning_compat import (
 
 
 def init_elastic_process_group(trainer: Trainer) -> None:
-    """Connect the ranks that torchrun has started, each restart's under a name of its own.
+    """Connect the ranks that torchrun started, with a key prefix for each restart.
 
-    The agent's store outlives a restart, and torch 2.13 keeps no restart's keys apart in it: gloo then may read
-    the addresses of processes that are gone, and fails or waits for them. Elsewhere Lightning connects.
+    The agent's store outlives a restart, and torch 2.13 does not separate the keys of two restarts: gloo may read
+    the addresses of processes that have ended, and fails or waits for them. Without torchrun, Lightning connects.
     """
     environment = os.environ
     if trainer.world_size == 1:
@@ -63,7 +63,7 @@ def init_elastic_process_group(trainer: Trainer) -> None:
 
 
 def _forget_address(trainer: Trainer) -> None:
-    """On one machine Lightning finds a free port itself; what is left over in the environment may be in use."""
+    """Let Lightning find a free port on one machine; the one in the environment may be in use."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, SubprocessLauncher) and trainer.num_nodes == 1:
         if launcher.cluster_environment.creates_processes_externally:
@@ -74,10 +74,10 @@ def _forget_address(trainer: Trainer) -> None:
 
 @contextmanager
 def terminate_ranks_on_error(trainer: Trainer) -> Iterator[None]:
-    """Disconnect the ranks at the end; when this one fails, end those that it has launched, which would wait for it.
+    """Disconnect the ranks at the end; if this rank fails, terminate the ranks it launched, which would wait for it.
 
-    Gloo's threads may need the interpreter, so they end before it does. A rank that fails does not wait for them:
-    what they are at may need the others.
+    Gloo's threads may use the interpreter, so they have to end before it does. A failed rank does not wait for
+    them, because they may be waiting for other ranks.
 
     Raises:
         ValueError: The processes cannot connect.
@@ -100,14 +100,14 @@ def terminate_ranks_on_error(trainer: Trainer) -> Iterator[None]:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """FSDP2 over all devices, whose checkpoints are one file, with what one process writes.
+    """Strategy that shards weights, gradients and optimizer with FSDP2, and saves the same single file as one device.
 
-    So any of them can be gone on with, or read, on any number of devices. Rank 0 holds a whole copy in main memory
-    while it saves: weights and both moments, 12 bytes a parameter in float32. Lightning's own strategy does
-    not hold a file against its sums, and takes an optimizer's groups for one.
+    A checkpoint can be read and resumed on any number of devices. Rank 0 holds a full copy in main memory while
+    it saves: weights and both moments, 12 bytes a parameter in float32. Lightning's own strategy does not verify
+    checksums, and merges the optimizer's parameter groups.
 
     Args:
-        process_group_backend: How they talk; none: what suits them, nccl on GPUs and gloo on CPUs.
+        process_group_backend: 'nccl' or 'gloo'; ``None``: nccl on GPUs, gloo on CPUs.
     """
 
     def __init__(self, process_group_backend: Literal["nccl", "gloo"] | None = None) -> None:
@@ -126,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Gradients are summed up whole on each device, and shared out with the accumulation's last."""
+        """Accumulate full gradients on each device; the last micro-batch reduces and shards them."""
         model = self.lightning_module
         assert model is not None
         roots = [module for module in model.children() if isinstance(module, FSDPModule)]
@@ -140,21 +140,21 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._whole(self.lightning_module.state_dict())
+        return self._gather(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        return self._whole(optimizer.state_dict())
+        return self._gather(optimizer.state_dict())
 
-    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        """All ranks take part in putting it together, tensor by tensor; rank 0 alone keeps it."""
+    def _gather(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Gather the full tensors, one at a time; all ranks take part, and rank 0 keeps them."""
 
-        def put_together(shard: DTensor) -> Tensor | None:
-            whole = shard.full_tensor().detach()
-            return whole.cpu() if self.is_global_zero else None
+        def gather(shard: DTensor) -> Tensor | None:
+            full = shard.full_tensor().detach()
+            return full.cpu() if self.is_global_zero else None
 
-        gathered: dict[str, Any] = tree_map_only(DTensor, put_together, state)
+        gathered: dict[str, Any] = tree_map_only(DTensor, gather, state)
         return gathered if self.is_global_zero else {}
 
     def load_checkpoint(
@@ -178,21 +178,21 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """``ValueError`` for one whose checkpoints another number of devices could not read, or that cannot be resumed."""
+    """Refuse a strategy whose checkpoints cannot be resumed on another number of devices, with a ``ValueError``."""
     forks = forks_processes(strategy)
     if forks or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
         name = f"{type(strategy).__name__}{' in forked processes' if forks else ''}"
         raise ValueError(
-            f"trainer.strategy: {name} writes no checkpoints that any number of devices can go on with; give ddp, or "
-            "for shards --config configs/fsdp.yaml"
+            f"trainer.strategy: {name} does not write checkpoints that any number of devices can resume; give ddp, or "
+            "--config configs/fsdp.yaml for shards"
         )
 
 
 def shard_model(model: GPTModel, mesh: DeviceMesh, precision: str) -> None:
-    """Each block a unit that is gathered and let go of as a whole; embedding, last norm and head the root's.
+    """Shard a model in place: each block is one FSDP unit, the rest (embeddings, last norm, head) is the root's.
 
-    The weights must be the same on all ranks, and each keeps its rows. With precision 'bf16-mixed' they
-    are gathered in bfloat16; gradients are reduced in float32 with any.
+    The weights must be the same on all ranks; each rank keeps its rows. With 'bf16-mixed' weights are gathered
+    in bfloat16. Gradients are always reduced in float32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
@@ -202,13 +202,13 @@ def shard_model(model: GPTModel, mesh: DeviceMesh, precision: str) -> None:
     for block in model.trf_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    # what is called without forward around it; the root's weights stay until the backward pass, for the head
+    # These methods are called without forward; the root's weights stay gathered until the backward pass.
     for method in ("features", "head"):
         register_fsdp_forward_method(model, method)
 
 
 def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """``value``, which all ranks have whole, as ``parameter`` of its shape lies on the devices."""
+    """Return ``value``, which every rank has in full, sharded like ``parameter``."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(
             value, parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -217,19 +217,19 @@ def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def load_optimizer_state(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
-    """``optimizer.load_state_dict`` of a whole state, whatever its parameters are sharded over."""
-    numbers = [number for group in stored["param_groups"] for number in group["params"]]
+    """Load a full optimizer state, sharded like the optimizer's parameters."""
+    indices = [index for group in stored["param_groups"] for index in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = dict(stored["state"])
-    for number, parameter in zip(numbers, parameters, strict=False):
-        if number in state:
-            state[number] = {
+    for index, parameter in zip(indices, parameters, strict=False):
+        if index in state:
+            state[index] = {
                 key: sharded_like(parameter, value) if isinstance(value, Tensor) else value
-                for key, value in state[number].items()
+                for key, value in state[index].items()
             }
     optimizer.load_state_dict({**stored, "state": state})
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of it lies on this device."""
+    """Return the part of a tensor on this device."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""What watches a run: losses as the book prints them, samples of text, the record on disk."""
+"""Evaluation during training: the losses on the book's line, and sample texts."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.data.unicode import for_stream
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import entropy
-from gpt_lightning.training.loggers import attempt, log_metrics
+from gpt_lightning.training.loggers import ignore_full_disk, log_metrics
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.stopping import ends_run
@@ -39,17 +39,17 @@ def evaluation_callbacks(
     rng: Rng = "step",
     clock: Stopwatch | None = None,
 ) -> list[Callback]:
-    """The callbacks behind the settings ``evaluation.*``.
+    """Build the callbacks of the settings ``evaluation.*``.
 
     Args:
-        eval_freq: Updates from one evaluation to the next; the first is after the first update.
-        eval_iter: Batches of each split an evaluation reads, on each device; with data.global_batch_size or
-            _tokens, such batches over all; none: all windows.
-        prompt: What the greedy sample after each epoch begins with; none: no samples.
-        max_new_tokens: Length of that sample.
-        log_next_token: Whether each evaluation logs how sharp the prompt's next-token distribution is.
-        rng: 'step' leaves the run's random numbers alone, 'global' draws on them as the book does.
-        clock: Stopped while they work.
+        eval_freq: Optimizer steps between two evaluations; the first one follows the first step.
+        eval_iter: Batches of each split that an evaluation reads on each device; with data.global_batch_size or
+            data.global_batch_tokens, global batches; null = all windows.
+        prompt: Text that the greedy sample after each epoch continues; null = no samples.
+        max_new_tokens: Tokens of that sample.
+        log_next_token: Log the entropy of the prompt's next-token distribution with each evaluation.
+        rng: 'step' does not change the run's random numbers, 'global' draws from them as the book does.
+        clock: Stopwatch that is stopped meanwhile.
     """
     losses = EvaluationCallback(eval_freq, eval_iter, rng, clock)
     if prompt is None:
@@ -65,21 +65,21 @@ def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
 
 
 def _uncompiled(module: GPTLightningModule) -> AbstractContextManager[object]:
-    """For passes of other shapes, each of which would be compiled anew."""
+    """Run without compilation: each new shape of the input would be compiled again."""
     if not module.compile_blocks:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 class EvaluationCallback(Callback):
-    """The book's ``evaluate_model``: every ``eval_freq`` updates the losses over some batches of each split.
+    """The book's ``evaluate_model``: every ``eval_freq`` steps, the losses over some batches of each split.
 
-    It is what ``fit`` validates with, in place of Lightning's validation loop. Prints the book's line, logs
-    to the trainer's loggers under the tags ``TAGS``, and keeps the last figures as ``row``.
+    ``fit`` validates with it, and not with Lightning's validation loop. It prints the book's line, logs ``TAGS``
+    to the trainer's loggers, and keeps the last metrics as ``row``.
 
-    With ``rng="step"`` each evaluation reads the same training windows and weighs every token alike.
-    With ``rng="global"`` it reads a new pass over the shuffled windows and takes the mean of the
-    batches' means, which are the book's figures.
+    With ``rng="step"`` each evaluation reads the same training windows, and every token has the same weight.
+    With ``rng="global"`` it reads the windows in a new random order and takes the mean of the batches' means,
+    which gives the book's numbers.
     """
 
     TAGS = (
@@ -134,7 +134,7 @@ class EvaluationCallback(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, GPTLightningModule)
-        step = trainer.global_step - 1  # the book counts the first update as step 0
+        step = trainer.global_step - 1  # the book counts the first step as step 0
         due = step != self._last_step and step % self.eval_freq == 0
         self._last_step = step
         if due and pl_module.device.type == "cuda":
@@ -155,7 +155,7 @@ class EvaluationCallback(Callback):
             val_loss = self._mean_loss(trainer, module, data.validation_windows())
             module.train()
         epoch = trainer.current_epoch + 1
-        figures = [
+        values = [
             train_loss,
             val_loss,
             math.exp(min(val_loss, 700.0)),
@@ -164,7 +164,7 @@ class EvaluationCallback(Callback):
             module.tokens_seen,
             self._rate,
         ]
-        self.row = {"step": step, "epoch": epoch, **dict(zip(self.TAGS, figures, strict=True))}
+        self.row = {"step": step, "epoch": epoch, **dict(zip(self.TAGS, values, strict=True))}
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         trainer.callback_metrics.update((tag, torch.tensor(loss)) for tag, loss in losses.items())
         if trainer.is_global_zero:
@@ -180,8 +180,8 @@ class EvaluationCallback(Callback):
     ) -> float:
         mean = TokenWeightedLoss().to(module.device)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        most = None if self.eval_iter is None else self.eval_iter * data.micro_batches
-        for batch in islice(loader, most):
+        max_batches = None if self.eval_iter is None else self.eval_iter * data.micro_batches
+        for batch in islice(loader, max_batches):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             with trainer.precision_plugin.forward_context():
                 loss = module.loss(batch)
@@ -191,10 +191,10 @@ class EvaluationCallback(Callback):
 
 
 class SampleTextCallback(Callback):
-    """A greedy continuation of ``prompt`` after each epoch, printed and in TensorBoard.
+    """Callback that prints a greedy continuation of ``prompt`` after each epoch, and logs it to TensorBoard.
 
-    With ``evaluation``, each time that one has a new row, also the prompt's next-token distribution at
-    temperature 1: its entropy (nats), exp of that (tokens), and the likeliest token's probability.
+    With ``evaluation``, it also logs the prompt's next-token distribution at temperature 1 after each evaluation:
+    its entropy (nats), exp(entropy) (tokens), and the largest probability.
     """
 
     TAGS = (
@@ -237,7 +237,7 @@ class SampleTextCallback(Callback):
         if row is not self._last_row and row:
             self._last_row = row
             self._log_next_token(trainer, pl_module, int(row["step"]))
-        # here and not in on_train_epoch_end, so that a checkpoint of the epoch's last batch means that it was shown
+        # Not in on_train_epoch_end: the checkpoint of an epoch's last batch is saved after its sample was printed.
         if trainer.is_last_batch:
             self._sample(trainer, pl_module, trainer.global_step - 1)
         elif ends_run(trainer):
@@ -258,8 +258,8 @@ class SampleTextCallback(Callback):
             p = module.model.head(features[:, -1]).float().softmax(dim=-1)[0]
             nats, largest = float(entropy(p)), float(p.max())
         module.train()
-        figures = dict(zip(self.TAGS, (nats, math.exp(nats), largest), strict=True))
-        log_metrics(trainer, figures, step)
+        metrics = dict(zip(self.TAGS, (nats, math.exp(nats), largest), strict=True))
+        log_metrics(trainer, metrics, step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
@@ -272,11 +272,11 @@ class SampleTextCallback(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._sampled_step:  # stopped by a signal, say
+        if trainer.global_step != self._sampled_step:  # stopped by a signal, for example
             self._sample_of_cut_epoch(trainer, pl_module)
 
     def _sample_of_cut_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        # at a step that a resumed run removes from TensorBoard: a run that is not cut has no text here
+        # A resumed run removes this step from TensorBoard, as an uninterrupted run has no sample here.
         self._sample(trainer, module, trainer.global_step)
 
     def _sample(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -297,4 +297,4 @@ class SampleTextCallback(Callback):
         print(for_stream(text.replace("\n", " "), sys.stdout), flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                attempt(partial(logger.experiment.add_text, "sample", text, step))
+                ignore_full_disk(partial(logger.experiment.add_text, "sample", text, step))

@@ -12,41 +12,41 @@ from lightning.pytorch.loggers import TensorBoardLogger
 logger = logging.getLogger(__name__)
 
 
-def log_metrics(trainer: Trainer, figures: Mapping[str, float], step: int) -> None:
-    """To all loggers of the trainer."""
-    for logger in trainer.loggers:
-        attempt(partial(logger.log_metrics, dict(figures), step=step))
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Log to all loggers of the trainer."""
+    for each in trainer.loggers:
+        ignore_full_disk(partial(each.log_metrics, dict(metrics), step=step))
 
 
-_said: set[str] = set()
+_logged_causes: set[str] = set()
 
 
-def attempt(write: Callable[[], object]) -> None:
-    """Write figures; where that fails it is said, each cause once, and training goes on."""
+def ignore_full_disk(write: Callable[[], object]) -> None:
+    """Write metrics; if the disk refuses, log the cause once and continue."""
     try:
         write()
     except (OSError, ValueError) as error:
-        # Lightning's logger turns whatever it meets into a ValueError
+        # Lightning's logger raises a ValueError from whatever happens.
         disk = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(disk, OSError):
             raise
         cause = disk.strerror or str(disk)
-        if cause not in _said:
-            _said.add(cause)
-            logger.warning(f"figures cannot be written ({cause}); training goes on without")
+        if cause not in _logged_causes:
+            _logged_causes.add(cause)
+            logger.warning(f"metrics cannot be written ({cause}); training continues without them")
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard's event files in the run's folder, without ``hparams.yaml``: config.yaml says it all."""
+    """Logger that writes TensorBoard's event files to the run's folder; config.yaml replaces ``hparams.yaml``."""
 
     def save(self) -> None:
-        attempt(self.experiment.flush)
+        ignore_full_disk(self.experiment.flush)
 
     def finalize(self, status: str) -> None:
-        attempt(lambda: super(RunTensorBoardLogger, self).finalize(status))
+        ignore_full_disk(lambda: super(RunTensorBoardLogger, self).finalize(status))
 
 
 def block_tensorflow() -> None:
-    """TensorBoard imports TensorFlow where it is installed, 6 s and 500 MB, unless this module exists."""
+    """Keep TensorBoard from importing TensorFlow, which takes 6 s and 500 MB where it is installed."""
     name = "tensorboard.compat.notf"
     sys.modules.setdefault(name, types.ModuleType(name))

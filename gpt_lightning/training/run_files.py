@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gpt_lightning.palette import SERIES
 from gpt_lightning.training.evaluation import EvaluationCallback
-from gpt_lightning.training.loggers import attempt
+from gpt_lightning.training.loggers import ignore_full_disk
 from gpt_lightning.training.stopping import ends_run
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class MetricsCSV(Callback):
                 trainer.num_training_batches
             )
             self.rows.append({**self._last, "seen_epochs": seen_epochs})
-            attempt(self._append)
+            ignore_full_disk(self._append)
         if ends_run(trainer):  # before the last checkpoint, after which nothing may be missing
             self._finish(trainer, pl_module)
 
@@ -134,7 +134,7 @@ class MetricsCSV(Callback):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if self.rows and self._finished_step != trainer.global_step:
             self._finished_step = trainer.global_step
-            attempt(lambda: self._draw(trainer, module))
+            ignore_full_disk(lambda: self._draw(trainer, module))
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         from matplotlib.image import imsave

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class MaxTokens(Callback):
-    """Ends the run with the first update at which it has seen ``max_tokens`` tokens, or more."""
+    """Callback that ends the run with the first optimizer step after which it has seen ``max_tokens`` tokens."""
 
     def __init__(self, max_tokens: int) -> None:
         if max_tokens < 1:
@@ -31,7 +31,7 @@ class MaxTokens(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
-        self._end_when_seen(trainer, pl_module)  # a resumed run may have been at its end
+        self._end_when_seen(trainer, pl_module)  # a resumed run may be complete
 
     def on_train_batch_end(
         self,
@@ -48,13 +48,13 @@ class MaxTokens(Callback):
     def _end_when_seen(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, GPTLightningModule)
         if module.tokens_seen >= self.max_tokens:
-            # as max_steps does, whatever the least number of epochs and steps
+            # as max_steps does, even before min_epochs and min_steps
             trainer.fit_loop.min_epochs = 0
             trainer.fit_loop.epoch_loop.min_steps = None
             trainer.should_stop = True
 
     def last_step(self, trainer: Trainer) -> int | None:
-        """The update that the run will end with; None: not known."""
+        """Return the last step of the run; ``None`` if it is not known."""
         module, epoch = trainer.lightning_module, epoch_shape(trainer)
         if not isinstance(module, GPTLightningModule) or epoch is None:
             return None
@@ -64,7 +64,7 @@ class MaxTokens(Callback):
 
 
 def ends_run(trainer: Trainer) -> bool:
-    """Whether the step that was just done is the run's last."""
+    """Return whether the step that was just done is the last one of the run."""
     if trainer.should_stop:
         return can_stop_early(trainer)
     ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
@@ -72,32 +72,32 @@ def ends_run(trainer: Trainer) -> bool:
 
 
 def epoch_shape(trainer: Trainer) -> EpochShape | None:
-    """Of a run on our data."""
+    """Return the batches and steps of an epoch; ``None`` if the data are not a :class:`TextDataModule`."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.epoch_shape() if isinstance(data, TextDataModule) else None
 
 
-# and what the command's exit code says; SLURM's warning is one to terminate
+# Signals and the command's exit codes. SLURM warns with SIGUSR1 before it terminates a job.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 if hasattr(signal, "SIGUSR1"):
     EXIT_CODES[signal.SIGUSR1] = 143
 
 
 def _reads_later(device: torch.device) -> bool:
-    """Whether the ranks' comparison is looked at an update later, so that a GPU never waits for it."""
+    """Return whether the result of the ranks' all-reduce is read one step later, so that a GPU never waits for it."""
     return device.type == "cuda"
 
 
 class GracefulStop(Callback):
-    """Stops the run after the update under way, on all ranks the same, whichever got the signal.
+    """Callback that stops the run after the current step, on all ranks, when any rank gets a signal.
 
-    A handler only sets a flag, which the ranks compare after each update; of several GPUs none waits for the
-    comparison, and they stop one update later. A second SIGINT interrupts at once. It takes the place of
-    Lightning's handlers while it trains: those of 2.6.6 leave with 0, and wait forever when the signal went
-    to another rank than the first.
+    The signal handler only sets a flag. The ranks compare their flags after each step; with several GPUs they
+    read the result one step later, so that no GPU waits. A second SIGINT interrupts at once. The handlers
+    replace Lightning's during training: those of 2.6.6 exit with 0, and wait forever if a rank other than 0 got
+    the signal.
 
     Attributes:
-        received: The signal that stopped the run.
+        received: Signal that stopped the run; ``None`` if there was none.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class GracefulStop(Callback):
         self._seen_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for signum in EXIT_CODES:
-                signal.signal(signum, self._note)  # Lightning puts back what was there
+                signal.signal(signum, self._note)  # Lightning restores the handlers before
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self._pending:
@@ -128,19 +128,19 @@ class GracefulStop(Callback):
         if trainer.global_step == self._seen_step:  # gradients are being accumulated
             return
         self._seen_step = trainer.global_step
-        signum = self._of_all_ranks(pl_module.device) if trainer.world_size > 1 else self._pending
+        signum = self._from_all_ranks(pl_module.device) if trainer.world_size > 1 else self._pending
         if not signum or self.received is not None:
             return
         self.received = signal.Signals(signum)
         if trainer.is_global_zero:
             logger.warning(f"{self.received.name}: stopping after {trainer.global_step} steps")
-        # now, whatever the least number of epochs and steps
+        # now, even before min_epochs and min_steps
         trainer.fit_loop.min_epochs = 0
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.should_stop = True
 
-    def _of_all_ranks(self, device: torch.device) -> int:
-        """The highest that any rank has noted, by this update or by the one before."""
+    def _from_all_ranks(self, device: torch.device) -> int:
+        """Return the highest signal number that any rank has noted, up to this step or the one before."""
         noted = torch.full((), self._pending, device=device)
         torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
         before, self._compared = self._compared, AsyncHostCopy(noted)
@@ -152,7 +152,7 @@ class GracefulStop(Callback):
         return 0 if self.received is None else EXIT_CODES[self.received]
 
     def requeue(self) -> None:
-        """Ask SLURM to run the job again, where its warning (SIGUSR1) stopped this one."""
+        """Ask SLURM to run the job again if its warning (SIGUSR1) stopped this run."""
         job = os.environ.get("SLURM_ARRAY_JOB_ID")
         if job is not None:
             job = f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"

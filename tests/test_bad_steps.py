@@ -170,7 +170,7 @@ def test_judged_later_it_is_judged_alike(
     watch.kind, watch.bad = kind, bad
     at_once = fit(command, "--run=once", "--bad_steps=skip")
     watch.states = {}
-    monkeypatch.setattr(bad_steps, "_judges_later", lambda module: True)
+    monkeypatch.setattr(bad_steps, "_checks_later", lambda module: True)
     later = fit(command, "--run=later", "--bad_steps=skip")
     assert later.code == at_once.code == 0, later.err
     lines = [
@@ -208,7 +208,7 @@ def test_an_optimizer_that_was_not_fused_goes_on_fused(
         group["fused"] = None
     torch.save(checkpoint, LAST)
     (LAST.parent / "manifest.json").unlink()
-    monkeypatch.setattr(bad_steps, "_judges_later", lambda module: True)
+    monkeypatch.setattr(bad_steps, "_checks_later", lambda module: True)
     watch.kind, watch.bad = "loss", {4}
     done = fit(command, "--ckpt_path=last", "--bad_steps=skip")
     assert done.code == 0, done.err

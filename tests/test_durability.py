@@ -408,7 +408,7 @@ def test_a_run_that_was_refused_begins_with_auto(
                    "--trainer.callbacks+=test_durability.Unloadable")  # fmt: skip
     assert done.code == 2
     done = command("fit", *arguments)
-    assert "--ckpt_path auto begins it anew" in done.err
+    assert "--ckpt_path auto starts it again" in done.err
     assert "--ckpt_path auto to begin it" in command("fit", *arguments, "--ckpt_path=last").err
     fit("--trainer.max_steps=1", "--ckpt_path=auto")
     fit("--trainer.max_steps=2", "--ckpt_path=auto")
@@ -439,7 +439,7 @@ def test_the_one_before_is_used_where_the_newest_is_damaged(fit: Command) -> Non
     said = [line for line in done.err.splitlines() if "is damaged" in line]
     assert len(said) == 1
     assert "its SHA-256 is not what manifest.json recorded" in said[0]
-    assert "going on from checkpoints/quickstart/previous.ckpt instead" in said[0]
+    assert "resuming from checkpoints/quickstart/previous.ckpt instead" in said[0]
     for name in ("last.ckpt", "previous.ckpt"):
         ours, whole = read_checkpoint(RUN / name), read_checkpoint(RUN.parent / "whole" / name)
         assert same_bits(ours["state_dict"], whole["state_dict"])

@@ -192,7 +192,7 @@ def test_interrupted_run_goes_on_from_its_last_interval(
     done = command("fit", config, *SMALL, *extra, "--run=cut")
     assert done.code == 130
     assert done.err.endswith(
-        "gpt_lightning: interrupted checkpoints/cut: --ckpt_path last goes on\n"
+        "gpt_lightning: interrupted checkpoints/cut: --ckpt_path last resumes it\n"
     )
     assert len(losses("cut")) == 5
     assert torch.load("checkpoints/cut/last.ckpt", weights_only=True)["global_step"] == 4
@@ -570,7 +570,7 @@ def test_validate_measures_the_run_it_is_given(fit: Command, command: Command) -
     fit("--run=new", "--init_from=checkpoints/quickstart", "--trainer.max_steps=9", "--model.lr=0.1",
         "--model.warmup_steps=0")  # fmt: skip
     config = "--config=checkpoints/new/config.yaml"
-    assert Path("checkpoints/new/config.yaml").read_text().startswith("# begun with --init_from")
+    assert Path("checkpoints/new/config.yaml").read_text().startswith("# started with --init_from")
 
     def val_loss(*arguments: str) -> float:
         return float(json.loads(command("validate", config, "--json", *arguments).out)["val_loss"])

@@ -29,7 +29,7 @@ def test_a_terminal_has_a_bar_that_ends_whole(
     fit: Command, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """However seldom it is looked at."""
-    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LOOKS", seconds)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_UPDATES", seconds)
     done = fit(f"--trainer.max_steps={STEPS}", "--evaluation.eval_freq=1")
     assert "training" in done.err
     assert "━" in done.err

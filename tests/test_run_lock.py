@@ -196,7 +196,7 @@ def test_the_holder_renews_its_heartbeat_and_says_when_it_has_lost_the_lock(
         assert path.stat().st_mtime > 2
         path.write_text(json.dumps(OTHER_HOST))
         time.sleep(0.5)
-    assert "is now another process's" in capsys.readouterr().err
+    assert "now belongs to another process" in capsys.readouterr().err
     assert path.exists()  # it is not ours to remove
 
 

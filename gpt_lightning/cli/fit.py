@@ -1,4 +1,4 @@
-"""``fit`` and ``validate``: what a user's run does before Lightning has it, and says after."""
+"""``fit`` and ``validate``: checks before Lightning starts, the run, and its result."""
 
 import json
 import logging
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 def fit(arguments: list[str]) -> int:
-    """Train. Where old state comes from, first that applies:
+    """Train a model. The first of these that is given decides what the run starts from:
 
-    1. ``--ckpt_path``: the same run goes on, with its weights, optimizer, position and random numbers;
-       with 'auto' where it has been begun, else it is begun.
-    2. ``--init_from``: a new run with old weights, and old moments with ``--init_optimizer true``.
-    3. Neither: a new run from the seed.
-    In the first two the architecture is that of the old weights, and a configuration that names another
-    is refused; for the rest the configuration wins.
+    1. ``--ckpt_path``: the same run resumes, with its weights, optimizer, data position and random numbers. With
+       'auto' it resumes if it was started before, and starts otherwise.
+    2. ``--init_from``: a new run with existing weights, and existing moments with ``--init_optimizer true``.
+    3. Neither: a new run with random weights.
+    With 1 and 2 the architecture is that of the weights, and a configuration that names another one is refused. All
+    other settings come from the configuration.
     """
     with RunLock() as lock:
         return _fit(TrainingCLI("fit", arguments, fit.__doc__, lock), arguments)
@@ -68,27 +68,27 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
         raise ValueError(f"trainer: {error}") from error
     except SystemExit as error:
         if _is_interrupt(error):
-            raise KeyboardInterrupt(f"{folder}: --ckpt_path last goes on") from error
+            raise KeyboardInterrupt(f"{folder}: --ckpt_path last resumes it") from error
         if cli.trainer.is_global_zero:
             logger.info(f"{folder}: ended by sys.exit({error.code!r}), not by its settings")
         raise
     if not cli.trainer.is_global_zero:
-        return 0  # of several processes one tells
+        return 0  # only rank 0 logs the result
     if cli.preemption.received is not None:
         cli.preemption.requeue()
-        logger.info(f"{folder}: stopped; --ckpt_path last goes on")
+        logger.info(f"{folder}: stopped; --ckpt_path last resumes it")
     else:
         logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
     return cli.preemption.exit_code
 
 
 def _is_interrupt(error: SystemExit) -> bool:
-    """Whether it is what Lightning makes of Ctrl-C; a callback may call ``sys.exit(1)`` too."""
+    """Return whether Lightning made this exit from Ctrl-C; a callback may call ``sys.exit(1)`` too."""
     return error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _is_finished(cli: TrainingCLI, checkpoint: Path) -> bool:
-    """Whether the run has reached its end already, which is said; nothing is written then."""
+    """Return whether the run has reached its end before, and log it; nothing is written then."""
     trainer = cli.trainer
     reached = reached_limit(
         read_checkpoint(checkpoint), trainer.max_steps, trainer.max_epochs, cli.config.max_tokens
@@ -107,16 +107,16 @@ def _is_finished(cli: TrainingCLI, checkpoint: Path) -> bool:
 def _ensure_new_run(folder: Path) -> None:
     if not (folder / "config.yaml").exists():
         return
-    go_on = "go on with it by --ckpt_path last"
+    remedy = "resume it with --ckpt_path last"
     if not (folder / LAST).exists() and not (folder / PREVIOUS).exists():
-        go_on = "it was stopped before its first checkpoint, so --ckpt_path auto begins it anew"
+        remedy = "it stopped before its first checkpoint, so --ckpt_path auto starts it again"
     raise ValueError(
-        f"run: {folder} holds a run already; {go_on}, or give this one another name by --run NAME"
+        f"run: {folder} holds a run already; {remedy}, or give this run another name with --run NAME"
     )
 
 
 def setup_data_early(cli: TrainingCLI, stage: str = "fit") -> None:
-    """Read the text before anything is written: Lightning makes the loggers' files first."""
+    """Read the text before anything is written; Lightning would create the loggers' files first."""
     cli.trainer.strategy.connect(cli.model)
     cli.datamodule.trainer = cli.trainer
     cli.datamodule.setup(stage)
@@ -125,7 +125,7 @@ def setup_data_early(cli: TrainingCLI, stage: str = "fit") -> None:
 
 
 def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
-    """Refuse other data than the checkpoint's here, before TensorBoard's page is changed."""
+    """Refuse data that differ from the checkpoint's before TensorBoard's files are changed."""
     recorded = checkpoint.get(type(data).__qualname__)
     if recorded is None:
         logger.warning(
@@ -139,7 +139,7 @@ def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
 
 
 def _check_compiler(cli: TrainingCLI) -> None:
-    """Have it compile something small: what it lacks, it would else say in the first step, in forty lines."""
+    """Compile something small, to report a missing compiler in one line before the first step."""
     if not cli.config.model.compile:
         return
     try:
@@ -152,7 +152,7 @@ def _check_compiler(cli: TrainingCLI) -> None:
 
 
 def validate(arguments: list[str]) -> None:
-    """Loss and perplexity of a model on both splits of a text, every token weighing the same.
+    """Compute loss and perplexity of a model on both splits of a text; every token has the same weight.
 
     The weights are those of ``--ckpt_path`` (last, best or a path), else of ``--init_from SOURCE``.
     """
@@ -174,13 +174,13 @@ def validate(arguments: list[str]) -> None:
         raise
     metrics = {key: value.item() for key, value in cli.trainer.callback_metrics.items()}
     if cli.trainer.is_global_zero:
-        _print_validation(metrics, _what_was_measured(cli), as_json=bool(cli.config.json))
+        _print_validation(metrics, _describe_measurement(cli), as_json=bool(cli.config.json))
 
 
-def _what_was_measured(cli: TrainingCLI) -> dict[str, Any]:
-    """Weights, text and windows, for who reads the losses."""
+def _describe_measurement(cli: TrainingCLI) -> dict[str, Any]:
+    """Describe the weights, the text and the windows that the losses belong to."""
     source = cli.source_name() or ""
-    with suppress(FileNotFoundError):  # of another form than ours
+    with suppress(FileNotFoundError):  # not one of our checkpoints
         source = os.path.relpath(find_checkpoint(source))
     return {"source": source, **cli.datamodule.described()}
 

@@ -116,7 +116,7 @@ class PlanCLI(TrainingCLI):
     def _adopt_architecture(self) -> None:
         config = self.config
         if config.ckpt_path == "auto":
-            config.ckpt_path = "last" if self._has_begun() else None
+            config.ckpt_path = "last" if self._was_started() else None
         size = size_to_download(config.init_from) if config.init_from else None
         if size is not None and not config.ckpt_path:  # known before it is downloaded
             linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]

@@ -1,4 +1,4 @@
-"""A run's settings, by LightningCLI: parsed, and made into our module, our data and a trainer."""
+"""LightningCLI for our module, data and callbacks: settings are parsed and checked, nothing runs."""
 
 import json
 import logging
@@ -43,24 +43,24 @@ RUNS = Path("checkpoints")
 
 
 def _quiet_lightning() -> None:
-    """Lightning's tips and the warnings that no user of this command can act on."""
+    """Hide Lightning's tips, and warnings that a user of the command cannot act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # what a profiler that was asked for has measured is no tip
+    # the results of a profiler that the user asked for
     reports = logging.getLogger("lightning.pytorch.profilers")
     reports.setLevel(logging.INFO)
     reports.propagate = False
     reports.handlers = [logging.StreamHandler()]
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # evaluation.eval_freq decides when figures are logged
+    # evaluation.eval_freq decides when metrics are logged
     warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")
 
 
 class TrainingCLI(LightningCLI):
-    """The settings of a run, parsed and made into module, data and trainer; it runs nothing itself.
+    """Settings of a run, parsed and made into module, data module and trainer; it does not run them.
 
     Args:
-        lock: Taken for the run's folder as soon as its name is known, by rank 0, where the run writes files.
+        lock: Lock that rank 0 takes for the run's folder when its name is known, if the run writes files.
     """
 
     def __init__(
@@ -70,12 +70,14 @@ class TrainingCLI(LightningCLI):
         self.verb = verb
         self.lock = lock
         self.arguments = arguments
-        self.ckpt_path: Path | None = None  # what fit goes on from
+        self.ckpt_path: Path | None = None  # the checkpoint that fit resumes from
         self.auto_resume = False  # --ckpt_path auto
         self.preemption = GracefulStop()
         self.clock = Stopwatch()
         self.checkpoints: CheckpointCallback | None = None
-        self.source: ModelWeights | None = None  # what it begins with, or validate looks at
+        self.source: ModelWeights | None = (
+            None  # weights that fit starts from, or that validate measures
+        )
         super().__init__(
             GPTLightningModule,
             TextDataModule,
@@ -96,7 +98,7 @@ class TrainingCLI(LightningCLI):
             "--seed_everything",
             type=int,
             default=123,
-            help="What initial weights, the order of the windows and dropout depend on.",
+            help="Seed of the initial weights, the order of the windows and dropout.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -113,7 +115,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"seed_everything: {seed} is out of range; give 0 to {2**32 - 1}")
 
     def _data_of_run(self) -> list[str]:
-        """The settings of the data that a run was trained on, as arguments; none where the weights are of no run."""
+        """Return the data settings of the run that the weights are from, as arguments; empty if they are not from a run."""
         source = Path(os.path.expanduser(self.source_name() or ""))
         path = (source if source.is_dir() else source.parent) / "config.yaml"
         if not self.source_name() or not path.is_file():
@@ -128,7 +130,7 @@ class TrainingCLI(LightningCLI):
                 "give the text and its windows with --config"
             )
         given = {name for name in ("text", "mixture") if _is_given(f"data.{name}", self.arguments)}
-        if given:  # another text in place of the run's, be it one or several
+        if given:  # another text, or several, in place of the run's
             data = {key: value for key, value in data.items() if key not in ("text", "mixture")}
         return [
             f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}"
@@ -147,7 +149,7 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.config.run):
             raise ValueError(
-                f"run: {self.config.run} is no folder's name; give letters, digits, '.', '_', '-'"
+                f"run: {self.config.run} is not a folder's name; give letters, digits, '.', '_', '-'"
             )
         writes = self.verb == "fit" and not self.config.trainer.fast_dev_run
         if self.lock is not None and writes and is_rank_zero():
@@ -155,17 +157,17 @@ class TrainingCLI(LightningCLI):
         self._adopt_architecture()
 
     def _adopt_architecture(self) -> None:
-        """With old weights the architecture is theirs; what the configuration names must agree."""
+        """Take the architecture of existing weights; keys that the configuration names must agree."""
         config = self.config
         named: dict[str, Any] = {}
         if config.ckpt_path or config.init_from:
-            # without defaults; what is linked to other keys has to be there all the same
+            # without defaults, except keys that others are linked to
             linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
             given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
             named = given.get("model", {}).get("config") or {}
         if self.verb == "fit" and config.ckpt_path == "auto":
             self.auto_resume = True
-            config.ckpt_path = "last" if self._has_begun() else None
+            config.ckpt_path = "last" if self._was_started() else None
         if self.verb == "fit" and config.ckpt_path:
             self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
         elif source := self.source_name():
@@ -184,11 +186,11 @@ class TrainingCLI(LightningCLI):
             return
         config.model.config = Namespace(**asdict(adopted))
 
-    def _has_begun(self) -> bool:
+    def _was_started(self) -> bool:
         return any((self.folder / name).is_file() for name in (LAST, PREVIOUS))
 
     def source_name(self) -> str | None:
-        """Where the weights come from, as the user names it; None: from nowhere."""
+        """Return where the weights come from, as the user names it; ``None`` for random weights."""
         config = self.config
         if config.ckpt_path in ("last", "best"):
             return str(self.folder / config.ckpt_path)
@@ -206,15 +208,15 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = _as_list(settings.pop("callbacks", None))
         if settings.get("reload_dataloaders_every_n_epochs"):
             raise ValueError(
-                "trainer.reload_dataloaders_every_n_epochs: would begin the windows' order anew each time; leave it out"
+                "trainer.reload_dataloaders_every_n_epochs: would restart the order of the windows each time; leave it out"
             )
         if settings.get("enable_progress_bar") is not False:
             callbacks.append(RunProgressBar())
         plugins = _as_list(settings.get("plugins"))
         saves = False
         if self.verb == "fit":
-            leaves_traces = not settings.get("fast_dev_run")
-            saves = leaves_traces and settings.get("enable_checkpointing") is not False
+            writes_files = not settings.get("fast_dev_run")
+            saves = writes_files and settings.get("enable_checkpointing") is not False
             config = self.config
             if config.max_tokens is not None:
                 callbacks.append(MaxTokens(config.max_tokens))
@@ -224,7 +226,7 @@ class TrainingCLI(LightningCLI):
                 LoopState(),
                 SpeedMonitor(self.clock, config.throughput.every_n_steps),
                 SkipBadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
-                *self._watchers(leaves_traces),
+                *self._watchers(writes_files),
                 self.preemption,
             ]
             losses = next(c for c in callbacks if isinstance(c, EvaluationCallback))
@@ -264,12 +266,12 @@ class TrainingCLI(LightningCLI):
         use_fast_epoch_loop(trainer)
         return trainer
 
-    def _watchers(self, leave_traces: bool) -> list[Callback]:
+    def _watchers(self, write_files: bool) -> list[Callback]:
         config = self.config
         evaluation = evaluation_callbacks(
             **config.evaluation.as_dict(), rng=config.rng, clock=self.clock
         )
-        if not leave_traces:
+        if not write_files:
             return evaluation
         losses = next(c for c in evaluation if isinstance(c, EvaluationCallback))
         return [
@@ -288,19 +290,19 @@ class TrainingCLI(LightningCLI):
                 name=self.folder.name,
                 version="",
                 default_hp_metric=False,
-                # what a resumed run will log again is taken off the page
+                # remove what a resumed run will log again
                 purge_step=read_checkpoint(self.ckpt_path)["global_step"] if self.ckpt_path else 0,
             )
         return chosen
 
 
 def _is_given(option: str, arguments: list[str]) -> bool:
-    """Whether the command line names it."""
+    """Return whether the command line names an option."""
     return any(argument.partition("=")[0] == f"--{option}" for argument in arguments)
 
 
 def is_rank_zero() -> bool:
-    """Also before Lightning has set its processes up: the launcher's environment tells."""
+    """Return whether this is rank 0; before Lightning starts its processes, from the launcher's environment."""
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 

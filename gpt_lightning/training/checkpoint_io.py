@@ -1,8 +1,8 @@
-"""Checkpoints on disk: written whole or not at all, held against their sums when they are read.
+"""Checkpoints on disk: written atomically, verified against their checksums when they are read.
 
-A save writes beside its target, syncs, records the file's sum in ``manifest.json``, keeps the ``last.ckpt``
-there is as ``previous.ckpt``, renames, and syncs the folder. At every moment in between each file that has
-a name is whole and its sum is recorded.
+A save writes a temporary file, syncs it, records its checksum in ``manifest.json``, keeps the current ``last.ckpt``
+as ``previous.ckpt``, renames the temporary file, and syncs the folder. At every moment each checkpoint is complete,
+and its checksum is recorded.
 """
 
 import hashlib
@@ -29,33 +29,33 @@ from gpt_lightning.storage.checksum import MANIFEST, sha256_of
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-_MAX_ENTRIES = 8  # in a manifest, before files that were not read are read to know which to keep
+_MAX_ENTRIES = 8  # in a manifest, before unread files are read to find entries that can go
 
-# what torch.load(weights_only=True) gives back as it was; by type, for a numpy float is a float too
+# exact types that torch.load(weights_only=True) restores; a numpy float is a subclass of float
 _PRIMITIVES = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
 _CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves durably, loads tensors and primitives only and only what its manifest knows.
+    """Checkpoint writer and reader: durable saves; loads only tensors and primitives that match the manifest.
 
     Args:
-        async_save: Whether a copy of the checkpoint is written by a thread while training goes on. It
-            costs the checkpoint's size in memory; one save is under way at a time.
+        async_save: Whether a thread writes a copy of the checkpoint while training continues. The copy needs
+            memory for one checkpoint; there is one save at a time.
         keep_previous: Whether the last.ckpt that is replaced is kept as previous.ckpt.
 
     Attributes:
-        failures: What went wrong with saves that have ended, by file, on the rank that writes. It is not
-            raised: the other ranks wait for that rank at a barrier. Whoever reads them takes them away.
+        failures: Errors of finished saves by file, on the rank that writes. They are not raised here, because the
+            other ranks wait for that rank at a barrier. The reader of this attribute clears it.
     """
 
     def __init__(self, async_save: bool = False, keep_previous: bool = True) -> None:
         self.keep_previous = keep_previous
         self.failures: dict[str, OSError] = {}
         self._writer = ThreadPoolExecutor(max_workers=1) if async_save else None
-        self._under_way: Future[None] | None = None
-        # of the files in the run's folder, as far as they were read or written
-        self._sums: dict[str, str] = {}
+        self._pending: Future[None] | None = None
+        # checksums of the files in the run's folder that were read or written
+        self._checksums: dict[str, str] = {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -65,13 +65,13 @@ class AtomicCheckpointIO(CheckpointIO):
             self._attempt(checkpoint, Path(path))
         else:
             copied = copy_of(checkpoint)
-            self._under_way = self._writer.submit(self._attempt, copied, Path(path))
+            self._pending = self._writer.submit(self._attempt, copied, Path(path))
 
     def finish(self) -> None:
-        """Wait for the save that is under way."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        """Wait for the current save."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def teardown(self) -> None:
         self.finish()
@@ -84,7 +84,7 @@ class AtomicCheckpointIO(CheckpointIO):
         if damage := corruption_reason(path, sums):
             raise ValueError(f"{path}: is damaged: {damage}; give another")
         if sums is not None:
-            self._sums[path.name] = sha256_of(path)
+            self._checksums[path.name] = sha256_of(path)
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -118,23 +118,23 @@ class AtomicCheckpointIO(CheckpointIO):
             entries = [*entries, entry]
             _write_manifest(folder, entries)
             # a file that is not known to be intact does not replace an intact one
-            if self.keep_previous and path.name == LAST and LAST in self._sums:
+            if self.keep_previous and path.name == LAST and LAST in self._checksums:
                 self._keep_as_previous(folder)
             os.replace(temporary, path)
             _sync(folder)
         finally:
             temporary.unlink(missing_ok=True)
-        self._sums[path.name] = sha256
+        self._checksums[path.name] = sha256
         there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
-        unknown = [name for name in there if name not in self._sums]
+        unknown = [name for name in there if name not in self._checksums]
         if unknown and len(entries) <= _MAX_ENTRIES:
             return
-        self._sums |= {name: sha256_of(folder / name) for name in unknown}
-        known = set(self._sums.values())
+        self._checksums |= {name: sha256_of(folder / name) for name in unknown}
+        known = set(self._checksums.values())
         _write_manifest(folder, [entry for entry in entries if entry["sha256"] in known])
 
     def _keep_as_previous(self, folder: Path) -> None:
-        sha256 = self._sums.pop(LAST)
+        sha256 = self._checksums.pop(LAST)
         try:
             _rotate_previous(folder)
         except FileNotFoundError:
@@ -142,7 +142,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{folder / LAST} is gone (moved or removed by another program); it is saved again"
             )
             return
-        self._sums[PREVIOUS] = sha256
+        self._checksums[PREVIOUS] = sha256
 
 
 def temporary_path(path: Path) -> Path:
@@ -151,13 +151,13 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What saves that were killed have left."""
+    """Remove the temporary files of saves that were killed."""
     for name in (LAST, PREVIOUS, BEST, MANIFEST):
         temporary_path(folder / name).unlink(missing_ok=True)
 
 
 def copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """With tensors of its own, in main memory."""
+    """Return a copy whose tensors are in main memory."""
     copied: dict[str, Any] = tree_map_only(
         Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint
     )
@@ -165,7 +165,7 @@ def copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_content(content: Any, key: str = "checkpoint") -> None:
-    """``ValueError`` with the key of what is neither tensor nor primitive, and so would not load again."""
+    """Raise a ``ValueError`` with the key of a value that could not be loaded again: no tensor and no primitive."""
     kind = type(content)
     if isinstance(content, Tensor) or kind in _PRIMITIVES:
         return
@@ -187,11 +187,11 @@ _SMALL = 1 << 20  # bytes
 
 
 class _HashingFile:
-    """Takes what ``torch.save`` writes. The sum is computed by a thread, behind the writing.
+    """File for ``torch.save`` whose SHA-256 is computed by a second thread meanwhile.
 
     Args:
-        kept: Addresses of storages that stay as they are until the sum is there. What comes from elsewhere is
-            copied where it is small, as headers are, else waited for, as copies from a GPU are.
+        kept: Addresses of storages that do not change until the checksum is complete. Other data are copied if
+            they are small (headers), or waited for (copies from a GPU).
     """
 
     def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor, kept: frozenset[int]) -> None:
@@ -199,24 +199,24 @@ class _HashingFile:
         self._hasher = hasher
         self._kept = kept
         self._sum = hashlib.sha256()
-        self._behind: Future[None] | None = None
+        self._last_hash: Future[None] | None = None
 
     def write(self, data: Any) -> int:
         written = self._file.write(data)
         is_kept = np.frombuffer(data, np.uint8).ctypes.data in self._kept
         if not is_kept and written < _SMALL:
             data, is_kept = bytes(data), True
-        self._behind = self._hasher.submit(self._sum.update, data)  # one thread: in this order
+        self._last_hash = self._hasher.submit(self._sum.update, data)  # one thread: in this order
         if not is_kept:
-            self._behind.result()
+            self._last_hash.result()
         return written
 
     def flush(self) -> None:
         self._file.flush()
 
     def hexdigest(self) -> str:
-        if self._behind is not None:
-            self._behind.result()
+        if self._last_hash is not None:
+            self._last_hash.result()
         return self._sum.hexdigest()
 
 
@@ -233,24 +233,26 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
         os.fsync(file.fileno())
         if hasattr(
             os, "posix_fadvise"
-        ):  # its pages are of more use to the next save than to nobody's reading
+        ):  # nobody reads the file soon: free its pages for the next save
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashing.hexdigest()
 
 
 def _rotate_previous(folder: Path) -> None:
-    """Give last.ckpt the name previous.ckpt too, without a moment in which it has none."""
+    """Give last.ckpt the name previous.ckpt too; at every moment the file has a name."""
     temporary = temporary_path(folder / PREVIOUS)
     temporary.unlink(missing_ok=True)
     try:
         os.link(folder / LAST, temporary)
     except FileNotFoundError:
         raise
-    except OSError:  # a filesystem without links
+    except OSError:  # a file system without hard links
         os.replace(folder / LAST, folder / PREVIOUS)
     else:
         os.replace(temporary, folder / PREVIOUS)
-        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+        temporary.unlink(
+            missing_ok=True
+        )  # renaming between two names of the same file does nothing
 
 
 def _sync(folder: Path) -> None:
@@ -274,7 +276,7 @@ def _entry(file: str, size: int, sha256: str, checkpoint: Mapping[str, Any]) -> 
 
 
 def _existing_entries(folder: Path) -> list[dict[str, Any]]:
-    """Where no manifest can be gone by: of the files that are whole by their own checksums."""
+    """Make entries without a manifest, for the files that are intact by their own checksums."""
     entries = []
     for name in (BEST, PREVIOUS, LAST):
         path = folder / name
@@ -300,9 +302,9 @@ def _write_manifest(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
-    """What was recorded of each checkpoint, oldest first; none where there is no manifest to go by.
+    """Return the entries of the manifest, oldest first; ``None`` if there is none or it is damaged.
 
-    A damaged one is said aloud and not gone by: the checkpoints' own checksums are still held against them.
+    A damaged manifest is ignored with a warning; the checkpoints' own checksums are still verified.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -312,17 +314,17 @@ def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
         for entry in entries:
             if not (type(entry["bytes"]) is int and isinstance(entry["file"], str)
                     and len(bytes.fromhex(entry["sha256"])) == 32):  # fmt: skip
-                raise ValueError(f"{entry} is no entry")
+                raise ValueError(f"{entry} is not an entry")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         logger.warning(
-            f"{path}: is damaged; checkpoints are held against their own checksums alone"
+            f"{path}: is damaged; checkpoints are only verified against their own checksums"
         )
         return None
     return list(entries)
 
 
 def corruption_reason(path: Path, entries: list[dict[str, Any]] | None) -> str:
-    """What is wrong with a checkpoint, in words; empty where it is whole."""
+    """Return what is wrong with a checkpoint; empty if it is valid."""
     recorded = [e for e in entries or [] if e["file"] == path.name or path.name == PREVIOUS]
     if recorded:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""The machine that trains: its peak FLOP/s, and how its main memory is allocated."""
+"""Hardware that trains: peak FLOP/s, and how the C library keeps freed memory."""
 
 import ctypes
 import platform
@@ -14,14 +14,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let what a step frees stay with the process, for the next step; for the rest of the process.
+    """Keep the memory that a step frees in this process, for the next step.
 
-    glibc hands each large tensor that is freed back to the system, which hands it out again as new pages of
-    zeros: for 124M parameters 300,000 page faults a step, a fourth of its time (benchmarks/training.py). The
-    process then keeps what its largest moment took, and holes between what is in use: up to 40 % more in all.
+    By default glibc returns every large freed tensor to the system, which gives it back as new, zeroed pages: with
+    124M parameters this is 300,000 page faults a step, a quarter of its time (benchmarks/training.py). After this
+    call the process keeps the memory of its peak, and unused gaps between tensors: up to 40 % more in total.
 
     Returns:
-        Whether it was done: with glibc alone.
+        Whether it was possible; it needs glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_flops(device: torch.device, precision: Any) -> float | None:
-    """FLOP/s of one device at most: from ``PEAKS``, of a CPU measured; none: not known."""
+    """Return the peak FLOP/s of a device, from a table or measured on a CPU; ``None`` if it is not known."""
     low = "bf16" in str(precision) or "16" in str(precision)
     if device.type == "cpu":
         return measured_peak(torch.bfloat16 if low else torch.float32)
@@ -40,10 +40,10 @@ def peak_flops(device: torch.device, precision: Any) -> float | None:
 
 
 def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> float:
-    """Of square matrix products on the CPU, the fastest of some.
+    """Measure the FLOP/s of square matrix products on the CPU; return the fastest of ``repeats``.
 
-    They grow to ``size`` while one stays below half a second: a CPU without instructions for bfloat16
-    multiplies it sixty times slower than float32.
+    Matrices grow up to ``size`` as long as a product takes less than half a second: a CPU without bfloat16
+    instructions multiplies bfloat16 sixty times slower than float32.
     """
     n = min(96, size)
     while True:
@@ -51,9 +51,9 @@ def measured_peak(dtype: torch.dtype, size: int = 1536, repeats: int = 3) -> flo
         a @ a
         seconds = []
         for _ in range(repeats):
-            began = time.perf_counter()
+            start = time.perf_counter()
             a @ a
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
         if n == size or 8 * min(seconds) > 0.5:
             return 2 * n**3 / min(seconds)
         n = min(2 * n, size)

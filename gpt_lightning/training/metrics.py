@@ -1,4 +1,4 @@
-"""Means of losses over batches of different sizes, on however many processes."""
+"""Mean losses over batches of different sizes, on any number of processes."""
 
 import math
 
@@ -8,9 +8,9 @@ from torchmetrics import Metric
 
 
 class TokenWeightedLoss(Metric):
-    """Mean of losses with every token weighing the same, in double precision whatever the model's. A NaN makes it NaN.
+    """Mean loss in which every token has the same weight, in double precision. A NaN makes the mean NaN.
 
-    torchmetrics' ``MeanMetric`` leaves NaN out, or with ``nan_strategy="disable"`` the weights.
+    torchmetrics' ``MeanMetric`` ignores NaN, or with ``nan_strategy="disable"`` the weights.
     """
 
     total: Tensor
@@ -24,11 +24,11 @@ class TokenWeightedLoss(Metric):
         self.add_state("bytes", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, weight: int, text_bytes: Tensor | int = 0) -> None:
-        """A batch's mean loss in nats, its tokens (or 1, for a mean of means), the bytes they stand for.
+        """Add a batch: its mean loss in nats, its number of tokens (or 1 for a mean of means), the bytes of their text.
 
-        A batch without tokens has no mean, and is passed over.
+        A batch without tokens has no mean, and is ignored.
         """
-        # anew at each update, since the model's precision reaches its metrics too
+        # at each update: Lightning moves metrics to the model's precision too
         self.set_dtype(torch.float32 if loss.device.type == "mps" else torch.float64)
         if not weight:
             return
@@ -37,7 +37,7 @@ class TokenWeightedLoss(Metric):
         self.bytes += text_bytes
 
     def compute(self) -> dict[str, Tensor]:
-        """Loss (nats a token), perplexity, bits a byte of text, and the tokens."""
+        """Return the loss (nats per token), perplexity, bits per byte of text, and the number of tokens."""
         loss = self.total / self.tokens
         return {
             "loss": loss,

@@ -1,4 +1,4 @@
-"""``GPTModel`` under Lightning: the step, the optimizer, and what a run must remember."""
+"""``GPTModel`` as a LightningModule: training step, optimizer, validation, state of a run."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -26,34 +26,34 @@ from gpt_lightning.training.optimizer import (
 )
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
 
-# what TextDataModule.val_dataloader gives to trainer.validate, in its order
+# splits in the order of TextDataModule.val_dataloader
 SPLITS = ("val", "train")
 
 
 class GPTLightningModule(LightningModule):
-    """Trains a :class:`GPTModel` by next-token cross-entropy with AdamW.
+    """LightningModule that trains a :class:`GPTModel` with next-token cross-entropy and AdamW.
 
-    The weights are made in ``configure_model``, seeded there, so that they do not depend on what ran
-    before. The learning rate is set before each update as a function of the step; a resumed run follows
-    the configuration it is resumed with.
+    ``configure_model`` seeds the generator and makes the weights, so that they do not depend on earlier random
+    numbers. The learning rate of each step is a function of the step; a resumed run uses the settings that it is
+    resumed with.
 
     Args:
-        config: The architecture (or its dict, which is how checkpoints hold it).
+        config: Architecture; a dict in checkpoints.
         lr: Learning rate after the warmup.
-        weight_decay: AdamW's decoupled weight decay.
-        betas: AdamW's decay rates of the moments.
-        decay_matrices_only: Whether biases and norms are left without decay. The book decays all.
-        warmup_steps: Updates over which the rate rises linearly to lr.
-        decay_steps: The update at which a cosine from lr reaches min_lr; none: the rate is constant.
-        min_lr: Where the cosine ends.
-        loss_chunk_size: Tokens whose logits are held at a time; none: all of a batch. Saves memory, two to
-            three times a batch's logits, and on a GPU time.
-        activation_checkpointing: Whether a block's activations are computed again in the backward pass, for
-            memory: a third more work.
-        compile: Whether the blocks are compiled, which takes up to a minute when training begins. On a CPU it
-            pays with bf16-mixed alone.
-        seed: What initial weights and dropout depend on.
-        rng: 'step' or 'global', see gpt_lightning/training/rng.py.
+        weight_decay: Decoupled weight decay of AdamW.
+        betas: Decay rates of AdamW's two moments.
+        decay_matrices_only: Apply no weight decay to biases and norms; the book decays all parameters.
+        warmup_steps: Steps over which the learning rate rises linearly to lr.
+        decay_steps: Step at which the cosine decay from lr reaches min_lr; null = constant learning rate.
+        min_lr: Learning rate at the end of the cosine decay.
+        loss_chunk_size: Tokens whose logits are computed per chunk; null = a whole batch. Saves two to three times
+            the memory of a batch's logits; faster on a GPU.
+        activation_checkpointing: Compute the activations of a block again in the backward pass, to save memory; a
+            third more work.
+        compile: Compile the blocks, which takes up to a minute when training starts. On a CPU it is faster with
+            bf16-mixed only.
+        seed: Seed of initial weights and dropout.
+        rng: Source of random numbers: 'step' or 'global', see gpt_lightning/training/rng.py.
     """
 
     model: GPTModel
@@ -108,23 +108,23 @@ class GPTLightningModule(LightningModule):
         self.min_lr = min_lr
         self.seed = seed
         self.rng: Rng = rng
-        # a dict is the one form of a configuration that opens with weights_only=True on every path
+        # only a dict can be loaded with weights_only=True by every loader
         self.save_hyperparameters({"config": asdict(config), "lr": lr, "weight_decay": weight_decay,
                                    "betas": list(betas), "decay_matrices_only": decay_matrices_only,
                                    "warmup_steps": warmup_steps, "decay_steps": decay_steps,
                                    "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenWeightedLoss() for split in SPLITS})
-        self._grad_norm: list[Tensor] = []  # of the step under way, once it is asked for
+        self._grad_norm: list[Tensor] = []  # of the current step, once it was computed
         self._start: ModelWeights | None = None
         self._start_with_moments = False
         self._random_numbers: dict[str, Tensor] | None = None
 
     def initialize_from(self, source: ModelWeights, *, with_optimizer: bool = False) -> None:
-        """Begin the run with old weights, and old moments if asked, in place of fresh ones.
+        """Start the run from existing weights, and from existing optimizer moments with ``with_optimizer``.
 
         Raises:
-            ValueError: ``source`` has another architecture, or no optimizer state to begin with.
+            ValueError: ``source`` has another architecture, or has no optimizer state.
         """
         reconcile_config("init_from", source.config, asdict(self.config), source.assumed)
         if with_optimizer and source.optimizer_state is None:
@@ -139,20 +139,20 @@ class GPTLightningModule(LightningModule):
             return
         torch.manual_seed(self.seed)
         if self._start is None:
-            with torch.device("cpu"):  # a seed's weights are the same on any device, and any number
+            with torch.device("cpu"):  # a seed gives the same weights on any number of any devices
                 self.model = GPTModel(self.config)
-        else:  # no draws: exercise 5.4 seeds after loading
+        else:  # no random numbers: exercise 5.4 seeds after loading
             with torch.device("meta"):
                 self.model = GPTModel(self.config)
             precise = torch.float64 if self.trainer.precision == "64-true" else torch.float32
             weights = take_weights(self._start, precise)
-            if self.trainer.training:  # which writes into them
+            if self.trainer.training:  # training changes the weights in place
                 self.model.to_empty(device="cpu")
             self.model.load_state_dict(weights, assign=not self.trainer.training)
         self.model.activation_checkpointing = self.activation_checkpointing
         if self.compile_blocks:
             for block in self.model.trf_blocks:
-                block.compile()  # in place: names in checkpoints stay
+                block.compile()  # in place, so that names in checkpoints stay the same
         if self.device_mesh is not None:
             check_strategy(self.trainer.strategy)
             shard_model(self.model, self.device_mesh["data_parallel"], self.trainer.precision)
@@ -165,7 +165,7 @@ class GPTLightningModule(LightningModule):
             weight_decay=self.weight_decay,
             betas=self.betas,
             decay_matrices_only=self.decay_matrices_only,
-            # a fused step unscales fp16's gradients itself, out of sight of clipping and logging
+            # a fused step unscales fp16 gradients itself, after clipping and logging
             fused=self.trainer.precision != "16-mixed",
         )
 
@@ -174,7 +174,7 @@ class GPTLightningModule(LightningModule):
         return self.model(idx)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Of a batch, a scalar in nats a token; whole or by chunks it is the same to rounding."""
+        """Return a batch's mean loss in nats per token; computed whole or by chunks it is equal up to rounding."""
         inputs, targets, *rest = batch
         documents = rest[0] if rest else None
         if self.loss_chunk_size is None:
@@ -192,17 +192,19 @@ class GPTLightningModule(LightningModule):
             assert self._start.optimizer_state is not None
             load_optimizer_moments(self._optimizer(), self._start.optimizer_state)
         self._start = None
-        # a resumed optimizer comes back with its old settings; the configuration wins
+        # A resumed optimizer has the settings of its checkpoint; those of this run win.
         for group, own in zip(
             self._optimizer().param_groups, self.configure_optimizers().param_groups, strict=True
         ):
             group.update(weight_decay=own["weight_decay"], betas=own["betas"], fused=own["fused"])
             for parameter in group["params"]:
                 state = self._optimizer().state.get(parameter, {})
-                if own["fused"] and "step" in state:  # one that is not fused counts on the host
+                if (
+                    own["fused"] and "step" in state
+                ):  # an optimizer that is not fused counts steps on the host
                     state["step"] = state["step"].to(parameter.device, torch.float32)
         if self.rng == "global" and self._random_numbers is not None:
-            set_rng_state(self._random_numbers)  # whatever drew since, the run goes on from here
+            set_rng_state(self._random_numbers)  # undo random numbers that were drawn since
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.rng == "step":
@@ -211,12 +213,12 @@ class GPTLightningModule(LightningModule):
             seed_micro_batch(self.seed, trainer.global_step, micro_batch, trainer.global_rank)
 
     def gradients(self) -> list[Tensor]:
-        """Of the step under way, of all parameters that have one."""
+        """Return the gradients of the current step, of all parameters that have one."""
         groups = self.trainer.optimizers[0].param_groups
         return [grad for g in groups for p in g["params"] if (grad := p.grad) is not None]
 
     def grad_norm(self) -> Tensor:
-        """Of the step under way, over all parameters, before clipping; computed once a step."""
+        """Return the gradient norm of the current step over all parameters, before clipping; computed once a step."""
         if not self._grad_norm:
             self._grad_norm.append(global_grad_norm(self.gradients()))
         return self._grad_norm[0]
@@ -226,10 +228,10 @@ class GPTLightningModule(LightningModule):
         trainer = self.trainer
         self.tokens_seen += batch[0].numel() * trainer.world_size
         loss = self.loss(batch)
-        # Lightning divides by accumulate_grad_batches; an epoch's last update may be of fewer
-        batches, an_update = trainer.num_training_batches, trainer.accumulate_grad_batches
-        fewer = 0 if batches == math.inf else int(batches) % an_update
-        return loss * (an_update / fewer) if fewer and batch_idx >= batches - fewer else loss
+        # Lightning divides by accumulate_grad_batches; the last step of an epoch may have fewer micro-batches.
+        batches, per_step = trainer.num_training_batches, trainer.accumulate_grad_batches
+        fewer = 0 if batches == math.inf else int(batches) % per_step
+        return loss * (per_step / fewer) if fewer and batch_idx >= batches - fewer else loss
 
     def configure_gradient_clipping(
         self,
@@ -237,10 +239,10 @@ class GPTLightningModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning clips, but also where it refuses to: mixed precision with a fused AdamW."""
-        if not gradient_clip_val or gradient_clip_val < 0:  # as Lightning has it
+        """Clip like Lightning, but also with mixed precision and a fused AdamW, which Lightning refuses."""
+        if not gradient_clip_val or gradient_clip_val < 0:  # as in Lightning
             return
-        if not self.gradients():  # a bad step's, which are gone
+        if not self.gradients():  # a bad step has none
             return
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
@@ -264,13 +266,12 @@ class GPTLightningModule(LightningModule):
         self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), targets.numel(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what :class:`TokenWeightedLoss` says of each split."""
+        """Log the metrics of :class:`TokenWeightedLoss` for each split."""
         for split, _ in zip(SPLITS, self.trainer.num_val_batches, strict=False):
             mean = self._mean(split)
-            if not mean.update_called:  # no batch was left for this rank; the others wait for it
+            if not mean.update_called:  # this rank had no batch; the other ranks wait for it
                 mean.update(torch.zeros((), device=self.device), 0)
             for name, value in mean.compute().items():
-                # equal on all ranks by now
                 self.log(f"{split}_{name}", value, sync_dist=True)
             mean.reset()
 
@@ -297,10 +298,10 @@ class GPTLightningModule(LightningModule):
 def reconcile_config(
     what: str, stored: GPTConfig, named: Mapping[str, Any], assumed: Collection[str] = ()
 ) -> GPTConfig:
-    """The architecture of old weights, with the keys that may differ as the new configuration names them.
+    """Return the architecture of existing weights, with the keys that may change taken from ``named``.
 
     Raises:
-        ValueError: A key of ``named`` contradicts ``stored``; one line, with both values of each.
+        ValueError: A key of ``named`` contradicts ``stored``; one line with both values.
     """
     if differences := stored.differences(named, assumed):
         pairs = ", ".join(

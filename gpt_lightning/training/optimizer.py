@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, its schedule as a function of the step, its state by parameter name."""
+"""AdamW: parameter groups, the learning rate of a step, the gradient norm, moments by parameter name."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ def build_adamw(
     decay_matrices_only: bool,
     fused: bool = True,
 ) -> AdamW:
-    """AdamW over the named parameters. With ``decay_matrices_only`` biases and norms are a group without decay."""
+    """Build AdamW over the named parameters; with ``decay_matrices_only`` biases and norms have no weight decay."""
     named = list(model.named_parameters())
     if not decay_matrices_only:
         groups: list[dict[str, Any]] = [{"params": named, "weight_decay": weight_decay}]
@@ -36,11 +36,11 @@ def build_adamw(
 def learning_rate(
     step: int, *, lr: float, warmup_steps: int, decay_steps: int | None, min_lr: float
 ) -> float:
-    """The rate of the update after ``step`` others: a linear rise, then constant or a cosine's fall.
+    """Return the learning rate of step ``step`` (from 0): a linear warmup, then constant or a cosine decay.
 
-    With ``decay_steps`` the cosine goes from ``lr`` at the end of the warmup to ``min_lr`` at
-    ``decay_steps``, and stays there. It knows steps alone, not the run's length: a run that is made
-    longer has the rates of one that was that long from the start.
+    With ``decay_steps`` the cosine goes from ``lr`` at the end of the warmup to ``min_lr`` at ``decay_steps``, and
+    stays there. It does not depend on the run's length: a run that is extended has the learning rates of a run
+    that had this length from the start.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -50,29 +50,29 @@ def learning_rate(
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-_BLOCK = 1024  # elements whose squares float32 sums up well
+_BLOCK = 1024  # elements whose squares float32 sums accurately
 
 
 def _norm_on_cpu(parts: list[Tensor]) -> Tensor:
-    """Of blocks first, then of their norms and of what is left over, all in one."""
-    pieces: list[Tensor] = []
+    """Compute the norms of blocks of 1024 elements, then the norm of these norms and of the remaining elements."""
+    norms: list[Tensor] = []
     for part in parts:
         elements = part if part.ndim == 1 else part.flatten()
-        if whole := part.numel() // _BLOCK * _BLOCK:
+        if full := part.numel() // _BLOCK * _BLOCK:
             dtype = torch.promote_types(part.dtype, torch.float32)
-            blocks = elements[:whole].view(-1, _BLOCK)
-            pieces.append(torch.linalg.vector_norm(blocks, dim=-1, dtype=dtype))
-            elements = elements[whole:]
-        pieces.append(elements)
-    return torch.linalg.vector_norm(torch.cat(pieces), dtype=torch.float64)
+            blocks = elements[:full].view(-1, _BLOCK)
+            norms.append(torch.linalg.vector_norm(blocks, dim=-1, dtype=dtype))
+            elements = elements[full:]
+        norms.append(elements)
+    return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Their 2-norm together, a scalar in float32 (float64 of float64); of shards the whole ones', which all ranks ask
-    for at once.
+    """Return the 2-norm over all gradients: a scalar in float32, or float64 for float64 gradients.
 
-    On a CPU by blocks: torch sums a whole tensor's squares up in float32, which makes the norm of the
-    124M's embedding 0.3 % too small, and another one of its shards.
+    With sharded gradients it is the norm of the full ones; all ranks must call it. On a CPU it is computed by
+    blocks: torch sums the squares of a tensor in float32, which makes the norm of the 124M model's embedding
+    0.3 % too small, and differs between a tensor and its shards.
     """
     first = gradients[0] if gradients else None
     parts = [local(g) for g in gradients] if isinstance(first, DTensor) else gradients
@@ -86,19 +86,21 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     return norm.to(precise)
 
 
-_SURELY_FINITE = 1e15  # the squares of smaller elements, and their sum, are far from float32's end
+_MAX_CERTAINLY_FINITE = (
+    1e15  # squares of smaller elements, and their sum, are far below float32's maximum
+)
 
 
 def norm_is_certainly_finite(gradients: list[Tensor]) -> bool:
-    """Whether no element is NaN, or so large that the norm might not be finite. On a CPU quicker than the norm."""
+    """Return whether no element is NaN or so large that the norm could overflow; faster than the norm on a CPU."""
     return all(
-        low.item() > -_SURELY_FINITE and high.item() < _SURELY_FINITE
+        low.item() > -_MAX_CERTAINLY_FINITE and high.item() < _MAX_CERTAINLY_FINITE
         for low, high in map(torch.aminmax, filter(torch.numel, gradients))
     )
 
 
 def load_optimizer_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Take over the moments and step counts of ``saved``, by parameter name; keep own lr and decay.
+    """Load the moments and step counts of ``saved`` by parameter name; keep the learning rate and weight decay.
 
     Raises:
         ValueError: ``saved`` lacks a parameter that ``optimizer`` has.

@@ -1,4 +1,4 @@
-"""How far a run is: a bar with an ETA on a terminal, else a plain line at intervals. All on stderr."""
+"""Progress of a run on stderr: a bar with an ETA on a terminal, otherwise a plain line at intervals."""
 
 import logging
 import sys
@@ -23,11 +23,11 @@ from gpt_lightning.training.stopping import MaxTokens, epoch_shape
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
-SECONDS_BETWEEN_LOOKS = 0.1  # of the bar at how far the run is, and of the terminal at the bar
+SECONDS_BETWEEN_UPDATES = 0.1  # between two updates of the bar, and two redraws
 
 
 class RunProgressBar(ProgressBar):
-    """One bar over the whole run, not one an epoch, so that its ETA is the run's."""
+    """Progress bar over the whole run, not one per epoch, so that its ETA is the run's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ class RunProgressBar(ProgressBar):
     def _start(self, what: str, done: int, total: int | None) -> None:
         self._total, self._first = total, done
         self._began = self._last_line = time.monotonic()
-        # what a message says is escaped on a terminal, what draws the bar is not
+        # Messages are escaped on a terminal; the bar's own control characters are not.
         console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
-        # a dumb terminal, TERM=dumb, cannot draw a line anew
+        # A dumb terminal (TERM=dumb) cannot redraw a line.
         quiet = not self._enabled or not logger.isEnabledFor(logging.INFO)
         if quiet or not console.is_terminal or console.is_dumb_terminal:
             return
@@ -124,7 +124,7 @@ class RunProgressBar(ProgressBar):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            refresh_per_second=1 / SECONDS_BETWEEN_LOOKS,
+            refresh_per_second=1 / SECONDS_BETWEEN_UPDATES,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
         self._done, self._val_loss = done, None
@@ -137,7 +137,7 @@ class RunProgressBar(ProgressBar):
         now = time.monotonic()
         if self._bar is not None:
             self._done, self._val_loss = done, val_loss
-            if now - self._shown >= SECONDS_BETWEEN_LOOKS:
+            if now - self._shown >= SECONDS_BETWEEN_UPDATES:
                 self._shown = now
                 self._show()
             return

@@ -1,4 +1,4 @@
-"""What a run goes on from: the newest checkpoint that is whole, or the one that is named."""
+"""Which checkpoint a run resumes from: the newest valid one, or the one that ``--ckpt_path`` names."""
 
 import logging
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ _EARLIER_CALLBACKS = frozenset({"RunCheckpoints", "BadSteps"})
 
 
 def latest_valid_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run, last.ckpt or else previous.ckpt; a damaged one is said aloud.
+    """Return the newest valid checkpoint of a run: last.ckpt, or previous.ckpt with a warning if last.ckpt is damaged.
 
     Raises:
-        ValueError: Each there is is damaged.
-        FileNotFoundError: There is none.
+        ValueError: Every checkpoint is damaged.
+        FileNotFoundError: There is no checkpoint.
     """
     entries = read_manifest(folder)
     damages: list[str] = []
@@ -38,24 +38,24 @@ def latest_valid_checkpoint(folder: Path) -> Path:
         damage = corruption_reason(path, entries)
         if not damage:
             if damages:
-                logger.warning(f"{'; '.join(damages)}; going on from {path} instead")
+                logger.warning(f"{'; '.join(damages)}; resuming from {path} instead")
             return path
         damages.append(f"{path} is damaged: {damage}")
     if damages:
-        remedy = "begin anew, or from best.ckpt with --init_from"
+        remedy = "start again, or start from best.ckpt with --init_from"
         raise ValueError(f"ckpt_path: {'; '.join(damages)}; {remedy}")
     raise FileNotFoundError(
-        f"ckpt_path: the run has no {folder / LAST} to go on from; give --ckpt_path auto to begin it"
+        f"ckpt_path: the run has no {folder / LAST} to resume from; give --ckpt_path auto to start it"
     )
 
 
 def checkpoint_to_resume(
     folder: Path, ckpt_path: str, named: Mapping[str, Any]
 ) -> tuple[Path, GPTConfig]:
-    """The file that ``--ckpt_path`` names, ``last`` or ``best`` of the run or a path, and its architecture.
+    """Return the file that ``--ckpt_path`` names (``last``, ``best`` or a path), and its architecture.
 
     Args:
-        named: The keys of the architecture that the configuration names.
+        named: Keys of the architecture that the configuration names.
 
     Raises:
         ValueError: It cannot be resumed, or the model there is another than ``named`` says.
@@ -72,9 +72,9 @@ def checkpoint_to_resume(
         if (folder / "config.yaml").exists() and path.parent != folder.resolve():
             raise ValueError(
                 f"ckpt_path: {path} is of another run than {folder}; name its run with --run NAME, "
-                "or begin a new one with --init_from"
+                "or start a new one with --init_from"
             )
-    found = read_source(str(path))  # names, shapes and sizes are held against its architecture
+    found = read_source(str(path))  # checks names, shapes and sizes
     checkpoint = read_checkpoint(path)
     if not checkpoint.get("optimizer_states") or "loops" not in checkpoint:
         raise ValueError(
@@ -93,7 +93,7 @@ def checkpoint_to_resume(
 def reached_limit(
     checkpoint: Mapping[str, Any], max_steps: int, max_epochs: int | None, max_tokens: int | None
 ) -> tuple[str, str] | None:
-    """Where a run has ended already: which limit, in words, and the setting that moves it; None where it continues.
+    """Return which limit a run has reached, in words, and its setting; ``None`` if the run continues.
 
     Args:
         max_steps, max_epochs, max_tokens: The limits of the run that is to resume; -1 or None is no limit.
@@ -116,14 +116,14 @@ def reached_limit(
 
 
 def _check_state(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """What Lightning takes for granted of a training state; ``ValueError`` where it is not so."""
+    """Check what Lightning assumes about a training state; raise a ``ValueError`` if it is damaged."""
     kinds = {
         "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict,
         "callbacks": dict, "optimizer_states": list, "lr_schedulers": list,
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f"ckpt_path: {path} is damaged: its {key} is no {kind.__name__}")
+            raise ValueError(f"ckpt_path: {path} is damaged: its {key} is not a {kind.__name__}")
     if not _EARLIER_CALLBACKS.isdisjoint(checkpoint["callbacks"]):
         raise ValueError(
             f"ckpt_path: {path} was written before version 0.1.0 and cannot be resumed; continue from its weights "

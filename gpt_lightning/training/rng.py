@@ -1,12 +1,12 @@
 """The two kinds of reproducible runs.
 
-``rng="step"``, the default: before every micro-batch torch's generators are seeded by a pure function
-of (seed, step, micro-batch, rank). Dropout then does not depend on what else drew random numbers, nor
-on where a run was cut and resumed.
+``rng="step"`` (default): before every micro-batch torch's generators are seeded with a pure function of
+(seed, step, micro-batch, rank). Dropout then does not depend on other users of the generators, nor on where a run
+was interrupted and resumed.
 
-``rng="global"``, the book's: one seeding before the model is built, and initial weights, the order of
-the windows, dropout and the passes of each evaluation draw on the global generator, in that order.
-Such a run carries the generator's state in its checkpoints.
+``rng="global"`` (the book's): the global generator is seeded once, before the model is built. Initial weights, the
+order of the windows, dropout and the passes of each evaluation draw from it, in that order. The generator's state
+is saved in the run's checkpoints.
 """
 
 import torch
@@ -16,7 +16,7 @@ from gpt_lightning.data.sampler import seed_from
 
 
 def get_rng_state() -> dict[str, Tensor]:
-    """The states of torch's global generators: the CPU's and, where there is one, the GPU's."""
+    """Return the states of torch's global generators: the CPU's and, if there is one, the GPU's."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -32,5 +32,5 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     value = seed_from(seed, step, micro_batch, rank)
     torch.default_generator.manual_seed(value)  # 1.4 µs; torch.manual_seed takes 125
-    if torch.cuda.is_initialized():  # as it is where a GPU trains
+    if torch.cuda.is_initialized():  # true when a GPU trains
         torch.cuda.manual_seed(value)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keeps a new run's configuration beside its checkpoints; a resumed run keeps the one it has."""
+    """Callback that saves a new run's settings as config.yaml; a resumed run keeps the file it has."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
@@ -40,24 +40,24 @@ class SaveRunConfig(SaveConfigCallback):
         if path.exists():
             return
         config = self.config.clone()
-        for act in (
+        for once in (
             "config",
             "ckpt_path",
             "init_from",
             "init_optimizer",
             "allow_import",
-        ):  # done once, not settings
-            config.pop(act, None)
-        begun = ""
+        ):  # actions of one command, not settings of the run
+            config.pop(once, None)
+        header = ""
         if self.config.init_from:
             with_optimizer = " --init_optimizer true" if self.config.init_optimizer else ""
-            begun = f"# begun with --init_from {self.config.init_from}{with_optimizer}\n"
+            header = f"# started with --init_from {self.config.init_from}{with_optimizer}\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        # the default of Lightning's Timer is one, where a string is expected
+        # the default of Lightning's Timer is an Enum where a string is expected
         yaml.SafeDumper.add_multi_representer(
             Enum, lambda dumper, enum: dumper.represent_data(enum.value)
         )
-        path.write_text(begun + self.parser.dump(config, skip_validation=True), encoding="utf-8")
+        path.write_text(header + self.parser.dump(config, skip_validation=True), encoding="utf-8")
 
 
 Row = dict[str, float]
@@ -66,14 +66,14 @@ COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS)
 
 
 class MetricsCSV(Callback):
-    """Writes each evaluation to ``metrics.csv`` as it comes, and at the end the book's figure.
+    """Callback that appends each evaluation to ``metrics.csv``, and draws the book's plot at the end.
 
-    A resumed run keeps the rows up to where it goes on and drops those after: it will write them again.
+    A resumed run keeps the rows before the step it resumes at, and writes the later ones again.
 
     Args:
-        folder: The run's.
-        evaluation: Whose rows are written.
-        hparams: Settings to show in TensorBoard beside the module's, by group.
+        folder: Folder of the run.
+        evaluation: Callback whose rows are written.
+        hparams: Settings to show in TensorBoard in addition to the module's, by group.
     """
 
     def __init__(
@@ -112,7 +112,9 @@ class MetricsCSV(Callback):
             )
             self.rows.append({**self._last, "seen_epochs": seen_epochs})
             ignore_full_disk(self._append)
-        if ends_run(trainer):  # before the last checkpoint, after which nothing may be missing
+        if ends_run(
+            trainer
+        ):  # before the last checkpoint is saved: a run that is killed after it is complete
             self._finish(trainer, pl_module)
 
     def _append(self) -> None:
@@ -139,12 +141,12 @@ class MetricsCSV(Callback):
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         from matplotlib.image import imsave
 
-        pixels = drawn(loss_figure(self.rows))
+        pixels = figure_to_array(loss_figure(self.rows))
         imsave(self.figure_path, pixels)
         final = {f"final/{tag}": self.rows[-1][tag] for tag in ("train_loss", "val_loss")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # a step that a resumed run takes off TensorBoard's page, for it ends later
+                # A run that is extended removes this step from TensorBoard, because it ends later.
                 step = trainer.global_step
                 logger.experiment.add_image("losses", pixels, step, dataformats="HWC")
                 hparams = _encodable(_flat({**module.hparams, **self.hparams}))
@@ -152,7 +154,7 @@ class MetricsCSV(Callback):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The whole ones: of a run that was cut while it wrote one, the last may be but half."""
+    """Return the complete rows; a run that was killed while it wrote may leave half a row."""
     rows = []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
@@ -171,14 +173,14 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def loss_figure(rows: list[Row]) -> "Figure":
-    """The book's figure: both losses over epochs, with tokens seen on a second axis."""
+    """Plot both losses over epochs, with tokens seen on a second axis, like the book."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     epochs = [row["seen_epochs"] for row in rows]
     marker = "o" if len(rows) == 1 else ""  # a line of one point is not visible
     figure = Figure(figsize=(6, 4), dpi=150)
-    # a layout that is computed draws it twice
+    # a computed layout would draw it twice
     axes = figure.subplots(gridspec_kw={"left": 0.145, "right": 0.97, "bottom": 0.13, "top": 0.86})
     for tag, style, color, label in [
         ("train_loss", "-", SERIES[0], "Training loss"),
@@ -201,15 +203,15 @@ def loss_figure(rows: list[Row]) -> "Figure":
 
 
 def _ticks_from_0(axes: "Axes", *, whole: bool) -> None:
-    """An x-axis from 0 with so few labels that they do not overlap, at whole numbers or anywhere."""
+    """Start the x-axis at 0, with few labels that do not overlap, at whole numbers if ``whole``."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole))
 
 
-def drawn(figure: "Figure") -> NDArray[np.uint8]:
-    """Its pixels ``(H, W, 4)``: drawing takes long, and file and TensorBoard want the same."""
+def figure_to_array(figure: "Figure") -> NDArray[np.uint8]:
+    """Draw a figure once, for the file and for TensorBoard; return its pixels ``(H, W, 4)``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -229,7 +231,7 @@ def _flat(hparams: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encodable(value: Any) -> Any:
-    """TensorBoard takes UTF-8 only, and the name of a file may be other bytes."""
+    """Escape bytes that are not UTF-8, as in names of files: TensorBoard takes UTF-8 only."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one process at a time trains a run."""
+"""Lock of a run's folder: only one process at a time trains a run."""
 
 import hashlib
 import json
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 HEARTBEAT_SECONDS = 15.0
-STALE_SECONDS = 60.0  # without a heartbeat, of a process that cannot be asked for
+STALE_SECONDS = 60.0  # without a heartbeat, of a process on another machine
 CLAIM_SECONDS = 10.0
 
 
 class RunLock:
-    """A file ``.lock`` in the run's folder, which names the process that trains the run.
+    """Lock file ``.lock`` in the run's folder, which names the process that trains the run.
 
-    A lock is stale, and is taken over, when its process is gone. On this machine the process table tells: process
-    number, start time and boot id must agree. For a process on another machine, or in another container, the
-    heartbeat tells: the file's time, which its holder renews four times a minute.
+    A lock is stale when its process has ended; then it is taken over. A process on this machine is looked up in the
+    process table: its number, start time and boot id must match. A process on another machine, or in another
+    container, is alive while its heartbeat is recent: it renews the file's time four times a minute.
 
-    Rank 0 takes it for all ranks of a run. Restarts by torchrun are the same job, and take it over.
+    Rank 0 takes the lock for all ranks of a run. Restarts by torchrun are the same job, and take it over.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class RunLock:
                 raise ValueError(
                     f"run: {folder} is being trained by process {holder.get('pid', '?')} on "
                     f"{holder.get('host', 'an unknown host')} since {holder.get('since', '?')}; wait until it "
-                    "ends, or give this run another name by --run NAME"
+                    "ends, or give this run another name with --run NAME"
                 )
             if self._take_over(path, holder):
                 break
@@ -78,7 +78,7 @@ class RunLock:
         threading.Thread(target=self._beat, args=(path,), daemon=True).start()
 
     def release(self) -> None:
-        """Unlock, and remove the folders that :meth:`acquire` made where nothing was written to them."""
+        """Unlock, and remove the folders that :meth:`acquire` made if they are empty."""
         self._released.set()
         with suppress(OSError, ValueError):
             if self._path is not None and self._is_own(self._path):
@@ -99,7 +99,7 @@ class RunLock:
             self._made = [each for each in missing if each.is_dir()]
 
     def _create(self, path: Path) -> bool:
-        """Write the file; False where there is one."""
+        """Create the lock file; return ``False`` if there is one."""
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -111,15 +111,15 @@ class RunLock:
         return True
 
     def _take_over(self, path: Path, stale: dict[str, Any]) -> bool:
-        """Replace a stale lock; False where another process was faster.
+        """Replace a stale lock; return ``False`` if another process was faster.
 
-        Of the processes that have found this very lock stale, the one that makes the claim's file may replace it.
+        Several processes may find the same lock stale. The one that creates the claim file may replace it.
         """
         content = json.dumps(stale, sort_keys=True)
         claim = path.with_name(f"{LOCK}.{hashlib.sha256(content.encode()).hexdigest()[:16]}")
         if not self._create(claim):
             with suppress(FileNotFoundError):
-                if time.time() - claim.stat().st_mtime > CLAIM_SECONDS:  # its maker was killed
+                if time.time() - claim.stat().st_mtime > CLAIM_SECONDS:  # its process was killed
                     claim.unlink()
             time.sleep(0.01)
             return False
@@ -141,7 +141,7 @@ class RunLock:
             try:
                 if not self._is_own(path):
                     logger.warning(
-                        f"run: {path} is now another process's, which trains this run too; stop one of them"
+                        f"run: {path} now belongs to another process, which trains this run too; stop one of them"
                     )
                     return
                 os.utime(path)
@@ -150,7 +150,7 @@ class RunLock:
                     f"run: {path} was removed, so another process can train this run too"
                 )
                 return
-            except OSError:  # a network that fails for a while
+            except OSError:  # a network that fails for a time
                 continue
 
 
@@ -174,7 +174,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _boot_id() -> str:
-    """What is another after each start of the machine."""
+    """Return an id that changes with each start of the machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # not Linux
@@ -182,7 +182,7 @@ def _boot_id() -> str:
 
 
 def _pid_namespace() -> str:
-    """Containers on a machine number their processes each on its own."""
+    """Return the id of the process namespace: each container numbers its processes separately."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -190,13 +190,13 @@ def _pid_namespace() -> str:
 
 
 def _job() -> str:
-    """The same in all restarts by torchrun; empty elsewhere."""
+    """Return torchrun's id of the job, which all its restarts share; empty without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if run_id == "none" else run_id
 
 
 def _read(path: Path) -> tuple[dict[str, Any], float]:
-    """What a lock says of its holder, and the seconds since its last heartbeat, by the file system's clock."""
+    """Return a lock's process, and the seconds since its last heartbeat by the file system's clock."""
     text = path.read_text(encoding="utf-8", errors="replace")
     with tempfile.TemporaryFile(dir=path.parent) as now:
         age = os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
@@ -215,11 +215,11 @@ def _is_alive(holder: dict[str, Any], age: float) -> bool:
         if holder.get("boot") != own["boot"]:
             return False
         if holder.get("namespace") == own["namespace"]:
-            return _runs(holder.get("pid"), holder.get("started"))
+            return _is_running(holder.get("pid"), holder.get("started"))
     return age < STALE_SECONDS
 
 
-def _runs(pid: Any, started: Any) -> bool:
+def _is_running(pid: Any, started: Any) -> bool:
     try:
         process = psutil.Process(pid)
         same = abs(process.create_time() - started) < 1.0

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, share of the hardware's peak, what it waits for."""
+"""Speed of a run: tokens a second, model FLOPs utilization, time spent waiting for data."""
 
 import logging
 import time
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Wall-clock seconds of training alone: what evaluates, samples and saves stops it meanwhile."""
+    """Stopwatch of training alone: evaluation, sampling and saving stop it."""
 
     def __init__(self) -> None:
         self._stopped = 0.0
         self._stopped_at = 0.0
 
     def seconds(self) -> float:
-        """Not while it is stopped."""
+        """Return the seconds that it has run; only while it runs."""
         return time.perf_counter() - self._stopped
 
     def stop(self, device: torch.device) -> None:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # what was begun before belongs to training
+            torch.cuda.synchronize(device)  # kernels that were launched before belong to training
         self._stopped_at = time.perf_counter()
 
     def resume(self, device: torch.device) -> None:
@@ -50,15 +50,18 @@ class Stopwatch:
 
 
 class SpeedMonitor(Callback):
-    """Logs every ``every_n_steps`` updates what the updates since the last time were like.
+    """Callback that logs the speed of training every ``every_n_steps`` steps, over the steps since the last time.
 
-    ``throughput/tokens_per_second`` over all devices; ``throughput/step_time``;
-    ``throughput/data_wait_fraction`` of the time in which no batch was there yet; ``throughput/peak_memory_gb``, resident or
-    on the GPU at most; ``throughput/mfu``, model FLOP/s over the peak of all devices, where that is known. The
-    first update of a process, which compiles and warms up, is not counted, unless it alone is due.
+    - ``throughput/tokens_per_second``: over all devices.
+    - ``throughput/step_time``: seconds per optimizer step.
+    - ``throughput/data_wait_fraction``: fraction of the time that training waited for a batch.
+    - ``throughput/peak_memory_gb``: peak of the GPU's allocated memory; on a CPU the resident memory now.
+    - ``throughput/mfu``: model FLOP/s divided by the peak of all devices, if the peak is known.
+
+    The first step of a process compiles and warms up. It is not counted, unless no other step is.
 
     Args:
-        clock: Stopped by what is no training.
+        clock: Stopwatch that runs while the run trains.
     """
 
     def __init__(self, clock: Stopwatch, every_n_steps: int = 50) -> None:
@@ -69,7 +72,7 @@ class SpeedMonitor(Callback):
         self.clock = clock
         self.every_n_steps = every_n_steps
         self.peak: float | None = None
-        self._asked_peak = False
+        self._has_measured_peak = False
         self.metrics: dict[str, float] = {}
         self._tokens = 0
         self._steps = 0
@@ -96,7 +99,7 @@ class SpeedMonitor(Callback):
             return
         self._seen_step = trainer.global_step
         self._steps += 1
-        # by the step alone, so that a resumed run logs where one that was not cut does
+        # The step alone decides, so that a resumed run logs at the same steps as an uninterrupted run.
         step = trainer.global_step - 1
         due = step > 0 and step % self.every_n_steps == 0
         if not due and not self._warms_up:
@@ -115,8 +118,8 @@ class SpeedMonitor(Callback):
     def _log(self, trainer: Trainer, module: LightningModule, length: int, step: int) -> None:
         assert isinstance(module, GPTLightningModule)
         seconds = self.clock.seconds() - self._began
-        if not self._asked_peak:
-            self._ask_peak(trainer, module)
+        if not self._has_measured_peak:
+            self._measure_peak(trainer, module)
         self.metrics = speed_metrics(
             tokens=self._tokens,
             steps=self._steps,
@@ -134,8 +137,8 @@ class SpeedMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.resume(pl_module.device)
 
-    def _ask_peak(self, trainer: Trainer, module: LightningModule) -> None:
-        self._asked_peak = True
+    def _measure_peak(self, trainer: Trainer, module: LightningModule) -> None:
+        self._has_measured_peak = True
         with self.clock.stopped(module.device):
             self.peak = peak_flops(module.device, trainer.precision)
         if self.peak is None and trainer.is_global_zero:
@@ -145,7 +148,7 @@ class SpeedMonitor(Callback):
                 else module.device
             )
             logger.warning(
-                f"throughput: the peak of {name} at {trainer.precision} is not known, so "
+                f"throughput: the peak FLOP/s of {name} at {trainer.precision} is not known, so "
                 "no MFU is logged"
             )
 
@@ -164,16 +167,16 @@ def speed_metrics(
     flops_per_token: int,
     peak: float | None,
 ) -> dict[str, float]:
-    """What :class:`SpeedMonitor` logs of ``steps`` updates."""
+    """Compute what :class:`SpeedMonitor` logs after ``steps`` optimizer steps."""
     rate = tokens / seconds
-    found = {
+    metrics = {
         "throughput/tokens_per_second": rate,
         "throughput/step_time": seconds / steps,
         "throughput/data_wait_fraction": loading_seconds / seconds,
     }
     if peak is not None:
-        found["throughput/mfu"] = rate * flops_per_token / peak
-    return found
+        metrics["throughput/mfu"] = rate * flops_per_token / peak
+    return metrics
 
 
 def memory_bytes(device: torch.device) -> int:

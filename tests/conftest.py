@@ -2,11 +2,12 @@
 
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,13 @@ def command(
         return Done(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def messages() -> Iterator[None]:
+    """The package's log messages on standard error, as while a command runs."""
+    with log_to_stderr(logging.INFO):
+        yield
 
 
 @pytest.fixture

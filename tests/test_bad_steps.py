@@ -217,6 +217,7 @@ def test_an_optimizer_that_was_not_fused_goes_on_fused(
     assert all(group["fused"] for group in optimizer["param_groups"])
 
 
+@pytest.mark.usefixtures("messages")
 def test_what_16_mixed_does_without_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """On a CPU Lightning takes bf16-mixed in its place."""
     for rank_zero in (True, False):

@@ -193,7 +193,7 @@ from gpt_lightning.training.resume import latest_valid_checkpoint
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Path(sys.argv[1])
-io = AtomicCheckpointIO(asynchronous=sys.argv[3] == "asynchronous")
+io = AtomicCheckpointIO(async_save=sys.argv[3] == "asynchronous")
 io.save_checkpoint(small_checkpoint(1), run / "last.ckpt")
 io.finish()
 size = (run / "last.ckpt").stat().st_size
@@ -622,6 +622,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
 @pytest.mark.parametrize(
     "what", ["checkpoint", "manifest", "checkpoint without manifest", "safetensors", "config.json"]
 )
+@pytest.mark.usefixtures("messages")
 def test_no_mutation_goes_unnoticed(
     targets: dict[str, tuple[Path, Callable[[], Any]]],
     what: str,
@@ -663,6 +664,7 @@ def test_no_mutation_goes_unnoticed(
         pytest.param(MANIFEST, marks=pytest.mark.nightly),
     ],
 )
+@pytest.mark.usefixtures("messages")
 def test_no_mutation_of_stored_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:

@@ -182,6 +182,7 @@ def test_a_restart_by_torchrun_is_the_same_job(
             lock.acquire(tmp_path)
 
 
+@pytest.mark.usefixtures("messages")
 def test_the_holder_renews_its_heartbeat_and_says_when_it_has_lost_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

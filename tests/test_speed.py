@@ -22,7 +22,7 @@ from gpt_lightning.model.gpt import causal_attention_by_products
 from gpt_lightning.model.hardware import PEAKS, gpu_value
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training import checkpoint_callback, evaluation, module, throughput
+from gpt_lightning.training import checkpoint_callback, evaluation, hardware, module, throughput
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.hardware import measured_peak
@@ -401,9 +401,9 @@ def test_the_clock_stands_while_a_run_does_not_train(
 
         monkeypatch.setattr(owner, name, slow)
 
-    monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(hardware, "measured_peak", lambda dtype: 1e9)
     kinds = [
-        (throughput, "measured_peak"),
+        (hardware, "measured_peak"),
         (EvaluationCallback, "_mean_loss"),
         (evaluation, "entropy"),
         (evaluation, "generate"),
@@ -428,7 +428,7 @@ def test_the_clock_stands_while_a_run_does_not_train(
 
 
 def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "measured_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(hardware, "measured_peak", lambda dtype: 1e9)
     fit("--trainer.max_steps=14", "--trainer.max_epochs=-1", "--throughput.every_n_steps=4",
         "--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_train_steps=1")  # fmt: skip
     events = EventAccumulator("checkpoints/quickstart").Reload()
@@ -483,5 +483,5 @@ def test_the_peak_is_measured_by_what_is_quick(
 ) -> None:
     """A product that takes a second is not followed by a larger one."""
     clock = itertools.count(step=each)
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert measured_peak(torch.float32, 300) == pytest.approx(2 * size**3 / each)

@@ -212,7 +212,7 @@ def _in_class(key: str, class_path: str, cause: str, typehint: Any = None) -> st
 
 def _no_class(key: str, name: str, bases: list[type]) -> str:
     """Of a name that is no class of those that the setting takes."""
-    paths = {_leaf(path): path for base in bases for path in _subclasses(base)}
+    paths = {_leaf(path): path for base in bases for path in _public_subclasses(base)}
     kinds = " or ".join(base.__name__ for base in bases) or "class"
     remedy = "check its path"
     if near := nearest(_leaf(name), paths):
@@ -232,7 +232,7 @@ def _classes(typehint: Any) -> list[type]:
     return list(dict.fromkeys(found))
 
 
-def _subclasses(base: type) -> set[str]:
+def _public_subclasses(base: type) -> set[str]:
     """The paths of what is public and comes from where a configuration may import."""
     found: set[str] = set()
     subclass: type
@@ -241,7 +241,7 @@ def _subclasses(base: type) -> set[str]:
         is_public = hasattr(sys.modules.get(package), subclass.__name__)
         if is_public and not subclass.__name__.startswith("_"):
             found.add(f"{package}.{subclass.__name__}")
-        found |= _subclasses(subclass)
+        found |= _public_subclasses(subclass)
     return found
 
 

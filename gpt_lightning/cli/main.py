@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from gpt_lightning.cli.logs import log_to_stderr
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND, log_to_stderr
 from gpt_lightning.cli.streams import standard_streams
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped by SIGINT or SIGTERM; 141 for a result whose reader has gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = {name: f"--{name}" in arguments for name in ("debug", "quiet", "verbose")}
-    arguments = [argument for argument in arguments if argument.removeprefix("--") not in flags]
-    level = (
-        logging.WARNING if flags["quiet"] else logging.DEBUG if flags["verbose"] else logging.INFO
-    )
+    quiet, verbose, debug = (flag in arguments for flag in ("--quiet", "--verbose", "--debug"))
+    arguments = [a for a in arguments if a not in ("--quiet", "--verbose", "--debug")]
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
     with standard_streams(run_goes_on=_trains(arguments)) as lost, log_to_stderr(level):
         try:
             try:
+                if quiet and verbose:
+                    raise ValueError("quiet: contradicts --verbose; give one of them")
                 return _run(arguments)
             finally:
                 sys.stdout.flush()  # what cannot be written is known here, not when Python ends
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, KeyboardInterrupt):
                 logger.warning(f"interrupted {error}".rstrip())
                 return 130
-            if flags["debug"] or not isinstance(error, ValueError | OSError | FloatingPointError):
+            if debug or not isinstance(error, ValueError | OSError | FloatingPointError):
                 raise
             logger.error(_one_line(error))
             return 1 if isinstance(error, FloatingPointError) else 2
@@ -134,8 +134,8 @@ def _help() -> str:
             "commands:",
             *(f"  {verb:<{width}}  {what}" for verb, (_, _, what) in VERBS.items()),
             "",
-            f"'{PROG} COMMAND --help' lists a command's options. With every command: --quiet for warnings and",
-            "errors only, --verbose for more messages, --debug for the place in the code where an error arose.",
+            f"'{PROG} COMMAND --help' lists a command's options.",
+            OPTIONS_OF_EVERY_COMMAND,
         ]
     )
 

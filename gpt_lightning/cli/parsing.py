@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from gpt_lightning.cli.errors import explain
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
 from gpt_lightning.cli.suggestions import nearest_config
 from gpt_lightning.cli.text_options import (
     check_given,
@@ -37,6 +38,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     allowed = ALLOWED_IMPORTS + values_of("--allow_import", arguments)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     use_checked_yaml()
+    parser.epilog = OPTIONS_OF_EVERY_COMMAND
     parser.allow_abbrev = False  # a later setting may begin with the same letters
     _try_int_before_float(parser)
     for name in values_of("--config", arguments) + values_of("-c", arguments):

@@ -9,6 +9,7 @@ code says so.
 
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from gpt_lightning.data.unicode import printable
+
+logger = logging.getLogger(__name__)
 
 
 class LostOutput:
@@ -131,11 +134,7 @@ def _tolerant(stream: TextIO | None, descriptor: int, on_error: Callable[[OSErro
 
 def _warn(error: OSError) -> None:
     if error.errno != errno.EPIPE:  # a reader that goes has read enough
-        print(
-            f"gpt_lightning: standard output: cannot be written ({error.strerror}); training continues",
-            file=sys.stderr,
-            flush=True,
-        )
+        logger.warning(f"standard output: cannot be written ({error.strerror}); training continues")
 
 
 def _fill_closed_descriptors() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt_lightning.cli.errors import explain
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
 
 if TYPE_CHECKING:
     from gpt_lightning.training.verify_resume import Shortened
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpt_lightning verify-resume",
         description=run.__doc__,
+        epilog=OPTIONS_OF_EVERY_COMMAND,
         allow_abbrev=False,
         exit_on_error=False,
     )

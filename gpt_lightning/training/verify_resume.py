@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_io import LAST
+
+logger = logging.getLogger(__name__)
 
 RUN = "verified"
 Limit = Literal["max_steps", "max_epochs", "max_tokens"]
@@ -188,6 +191,8 @@ def _fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> None
         f"--trainer.callbacks+={recorder}",
         f"--trainer.callbacks.folder={folder}",
         *([f"--trainer.callbacks.kill_at={kill_at}"] if kill_at is not None else []),
+        *([] if logger.isEnabledFor(logging.INFO) else ["--quiet"]),
+        *(["--verbose"] if logger.isEnabledFor(logging.DEBUG) else []),
     ]
     # on a terminal the run's own progress is what one wants to see
     shown = None if sys.stderr.isatty() else subprocess.PIPE

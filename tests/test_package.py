@@ -74,12 +74,6 @@ PRIVATE_NAMES = {
     # Lightning
     "cli/main.py": "_version",
     "cli/plan.py": "_ddp_kwargs",
-    "training/checkpoint_callback.py": "_checkpoint_connector",
-    "training/elastic.py": "_SubprocessScriptLauncher",
-    "training/epoch_loop.py": "_TrainingEpochLoop _combined_loader _combined_loader_states_to_load "
-    "_current_fx_name _first_loop_iter _iterator _load_state_dicts _logger_connector "
-    "_model_averager _restarting _results _should_accumulate _start_profiler _stop_profiler",
-    "training/stopping.py": "_can_stop_early",
     # torch: nested containers of tensors, fake tensors, hooks, oneDNN's linear layer, a state dict's metadata
     "generation/cuda_graph.py": "_forward_hooks _forward_pre_hooks",
     "model/packed_linear.py": "_linear_pointwise _reorder_linear_weight",
@@ -87,7 +81,7 @@ PRIVATE_NAMES = {
     "pretrained/book.py": "_metadata",
     "pretrained/weights.py": "_pytree",
     "training/checkpoint_io.py": "_pytree",
-    "training/distributed.py": "_pytree _start_method",
+    "training/distributed.py": "_pytree",
 }
 
 

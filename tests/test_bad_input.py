@@ -57,7 +57,7 @@ def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
         (["--model.decay_steps=5"], ["model.decay_steps: 5 is not after the 10 warmup_steps"]),
         (["--model.min_lr=5"], ["model.min_lr: 5.0 is above model.lr"]),
         (["--data.context_length=17"], ["data.context_length: 17 is more than the model's 16"]),
-        (["--trainer.accelerator=gpu"], ["trainer.accelerator: no GPU can be used here"]),
+        (["--trainer.accelerator=gpu"], ["trainer.accelerator: no GPU is available"]),
         (["--data.batch_size=0"], ["data.batch_size: 0"]),
         (["--data.batch_size=5000"], ["data.batch_size: 5000", "training windows"]),
         (["--data.stride=0"], ["data.stride: 0"]),
@@ -127,11 +127,11 @@ def test_yaml_that_is_none(refused_fit: Command, tmp_path: Path) -> None:
     for content, cause in {
         b"{": "mine.yaml: line 2: is not YAML (",
         b"model:\n\tlr: 1\n": "mine.yaml: line 2: is not YAML (found character that cannot start",
-        b"run: !!python/object/apply:os.system [ls]\n": "only plain values are read",
+        b"run: !!python/object/apply:os.system [ls]\n": "only plain values are allowed",
         b"- 1\n- 2\n": "mine.yaml: holds no settings",
         b"just words": "mine.yaml: holds no settings",
         b"": "mine.yaml: holds no settings",
-        b"null\n": "config: null is no settings",
+        b"null\n": "config: null is not a mapping of settings",
         b"run: a\n---\nrun: b\n": "mine.yaml: line 2: begins a second document",
         b"? [a, b]\n: 1\n": "mine.yaml: line 1: a key must be one word",
         b"1: 2\n": "1: is not the name of a setting",
@@ -309,7 +309,7 @@ def test_numbers_that_are_not_finite(command: Command, arguments: str) -> None:
         ("prepare x --out=x --val=1", "val_ratio"),
         ("convert a b --to=hf", "format"),
         ("convert a b --form=hf", "format"),
-        ("download gpt2-124M --sourc=hub", "source"),
+        ("download gpt2-124M --hots=hub", "host"),
         ("report sampling --temp=[1]", "temperatures"),
         ("report sweep --num_sample=1", "num_samples"),
         ("report sizes --text_=x", "text"),
@@ -329,7 +329,7 @@ def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
         ("fit --trainer.precision=8", "trainer.precision: 8 is unknown; give one of 64, 32, 16, "),
         ("fit --trainer.accelerator=gpus", "gpus is unknown; did you mean gpu?"),
         ("fit --trainer.strategy=dpp", "dpp is unknown; did you mean ddp?"),
-        ("fit --trainer.strategy=fsdp", "for shards give --config configs/fsdp.yaml"),
+        ("fit --trainer.strategy=fsdp", "to shard the model, give --config configs/fsdp.yaml"),
         ("fit --trainer.devices=zero", "zero is not a number of devices; give 1 or more, or auto"),
         ("fit --trainer.devices=[0,0]", "[0, 0] is not a list of different devices"),
         ("fit --trainer.max_epochs=two", "two is not a whole number; give one, or null"),
@@ -341,7 +341,7 @@ def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
         ("fit --trainer.limit_train_batches=0.0", "trainer.limit_train_batches: 0.0 trains nothing"),
         ("fit --trainer.gradient_clip_val=-1", "-1 is too small; give 0 or more"),
         ("fit --trainer.gradient_clip_algorithm=nrom", "nrom is unknown; did you mean norm?"),
-        ("fit --trainer.limit_train_batches=1.5", "1.5 is neither a share nor a number of batches"),
+        ("fit --trainer.limit_train_batches=1.5", "1.5 is neither a fraction nor a number of batches"),
         ("fit --trainer.deterministic=maybe", "maybe is unknown; give one of warn, true, false"),
         ("fit --trainer.benchmark=x", "x is not true or false"),
         ("fit --trainer.profiler=simpel", "simpel is unknown; did you mean simple?"),
@@ -363,7 +363,7 @@ def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
         ("fit --data.mixture=sample", "sample is not a mapping; give one, such as '{a.txt: 0.7"),
         ("fit --data.mixture={sample:~x}", "data.mixture: x is not a number"),
         ("fit --rng=dice", "rng: dice is unknown; give one of step, global"),
-        ("fit --checkpoint.on_failure=x", "x is unknown; give one of go_on, stop"),
+        ("fit --checkpoint.on_failure=x", "x is unknown; give one of continue, stop"),
         ("fit --seed_everything=-1", "-1 is out of range; give 0 to 4294967295"),
         ("fit --run", "run: has no value; give one after --run"),
         ("fit stray", "stray: is not an option"),
@@ -381,7 +381,7 @@ def test_nearest_setting(command: Command, arguments: str, near: str) -> None:
         ("convert a b --format=huggingface", "huggingface is unknown; did you mean hf?"),
         ("download gpt2-124M --host=hf", "hf is unknown; did you mean hub?"),
         ("verify-resume --steps=x", "steps: x is not a whole number; give one"),
-        ("train", "train: is no command; did you mean fit?"),
+        ("train", "train: is not a command; did you mean fit?"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_in_the_users_words(command: Command, arguments: str, line: str) -> None:
@@ -568,7 +568,7 @@ def test_full_disk_leaves_the_checkpoint_before(command: Command, tmp_path: Path
 
 
 def test_unknown_command(command: Command) -> None:
-    refused(command("trian"), "trian: is no command")
+    refused(command("trian"), "trian: is not a command")
     refused(command("fitt"), "did you mean fit?")
 
 

@@ -720,7 +720,7 @@ def test_compiled_dropout_is_said(
     monkeypatch.setattr(fit_module, "_check_compiler", lambda cli: None)
     err = fit("--trainer.max_steps=1", "--model.compile=true", "--model.config.drop_rate=0",
               f"--model.config.attn_drop_rate={dropout}", f"--rng={rng}").err  # fmt: skip
-    assert ("model.compile: compiled blocks draw other numbers" in err) == (dropout > 0)
+    assert ("model.compile: compiled blocks draw other random numbers" in err) == (dropout > 0)
     assert ("not the book's" in err) == (dropout > 0 and rng == "global")
     assert compiled.called
 
@@ -754,7 +754,7 @@ def test_the_whole_loss_on_a_gpu_is_remarked(monkeypatch: pytest.MonkeyPatch) ->
         trainer = mock.Mock(precision="32-true", limit_val_batches=1)
         trainer.strategy.root_device = torch.device(kind)
         config.model.loss_chunk_size = chunk
-        found = run_warnings.remarks(
+        found = run_warnings.run_warnings(
             config, trainer, mock.Mock(drop_rate=0), [], keeps_freed_memory=False
         )
         assert any(line.startswith("model.loss_chunk_size: ") for line in found) == said

@@ -3,8 +3,11 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,69 @@ def test_imports_run_downwards(path: Path) -> None:
         assert rooms - AT_TOP <= LAYERS[place.split("/")[0]]
 
 
+# the private names of other packages that the package uses outside training/lightning_compat.py
+PRIVATE_NAMES = {
+    # jsonargparse has no public access to a parser's options and their types
+    "cli/errors.py": "_actions _typehint",
+    "cli/parsing.py": "_actions _typehint",
+    "cli/text_options.py": "_actions _option_string_actions",
+    "cli/verify_resume.py": "_option_string_actions",
+    # Lightning
+    "cli/main.py": "_version",
+    "cli/plan.py": "_ddp_kwargs",
+    # torch: nested containers of tensors, fake tensors, hooks, oneDNN's linear layer, a state dict's metadata
+    "generation/cuda_graph.py": "_forward_hooks _forward_pre_hooks",
+    "model/packed_linear.py": "_linear_pointwise _reorder_linear_weight",
+    "planning/memory.py": "_cdata _internal _local_tensor _python_dispatch _pytree _subclasses _to_copy",
+    "pretrained/book.py": "_metadata",
+    "pretrained/weights.py": "_pytree",
+    "training/checkpoint_io.py": "_pytree",
+    "training/distributed.py": "_pytree",
+}
+
+
+def private_names(path: Path) -> set[str]:
+    """Private names in imports, attributes, keys and ``getattr`` with a constant."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.ImportFrom(module=str(module)):
+                found.update(module.split("."), (alias.name for alias in node.names))
+            case ast.Import():
+                found.update(part for alias in node.names for part in alias.name.split("."))
+            case ast.Attribute(attr=name):
+                found.add(name)
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, second, *_]
+            ):
+                found.add(getattr(second, "value", ""))
+            case ast.Subscript(slice=ast.Constant(value=str(key))):
+                found.add(key)
+    return {name for name in found if re.fullmatch("_[a-zA-Z].*", str(name))}
+
+
+def names_we_define(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                found.add(name)
+    return found
+
+
+def test_private_names_of_libraries_are_the_listed_ones() -> None:
+    """A new one belongs in training/lightning_compat.py; one that is gone leaves the list."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "lightning_compat.py"]
+    ours = {"_asdict"}.union(*map(names_we_define, files))
+    used = {path.relative_to(PACKAGE).as_posix(): private_names(path) - ours for path in files}
+    listed = {file: set(names.split()) for file, names in PRIVATE_NAMES.items()}
+    assert {file: names for file, names in used.items() if names} == listed
+
+
 def loaded_by(code: str) -> set[str]:
     done = python("-c", f"import sys; {code}; sys.stderr.write(' '.join(sys.modules))")
     assert done.returncode == 0, done.stderr
@@ -109,6 +175,16 @@ def test_script_is_the_same_command() -> None:
     script = Path(sys.executable).parent / "gpt-lightning"
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gpt_lightning {gpt_lightning.__version__}\n"
+
+
+def test_version_is_written_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in project["project"]
+    assert metadata.version("gpt-lightning") == gpt_lightning.__version__
+
+
+def test_package_declares_its_types() -> None:
+    assert (PACKAGE / "py.typed").is_file()
 
 
 def test_every_public_name_is_there() -> None:

@@ -624,7 +624,7 @@ def test_a_model_of_6_gigabytes_is_planned_in_one(benchmark: ModuleType, tmp_pat
         (["--mfu=2"], "mfu: 2.0 is no share"),
         (["--device_memory_gb=none"], "device_memory_gb"),
         (["--gpu=H1000"], "did you mean H100?"),
-        (["--trainer.strategy=deepspeed"], "for shards give --config configs/fsdp.yaml"),
+        (["--trainer.strategy=deepspeed"], "to shard the model, give --config configs/fsdp.yaml"),
         (["--trainer.precision=transformer-engine"], "trainer.precision: plan does not know"),
         (["--trainer.accelerator=tpu"], "trainer.accelerator: tpu is unknown"),
         (["--data.context_length=4096"], "data.context_length: 4096 is more than the model's"),

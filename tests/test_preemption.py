@@ -24,7 +24,7 @@ from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import stopping
 from gpt_lightning.training.stopping import GracefulStop
-from gpt_lightning.training.verify_resume import compare_checkpoints, shorten
+from gpt_lightning.training.verify_resume import compare_checkpoints, plan_short_run
 
 UPDATES = 400
 FIT = [
@@ -273,30 +273,30 @@ def test_verify_resume(tmp_path: Path) -> None:
     for part in answer["compared"]:
         assert part["straight"] == part["resumed"]
         assert len(part["straight"]) == 64
-    # an epoch is 3 of its 7 updates; killed at its end, and twice when work was lost that is done again
+    # an epoch has 3 of its 7 steps; one kill is at its end, two more lose steps that are repeated
     assert (answer["kills"], answer["epoch_steps"]) == ([3, 4, 5], 3)
-    assert "6 updates, ended by max_epochs; 3 an epoch (of 7, cut short" in done.stderr
+    assert "6 steps, ended by max_epochs; 3 steps per epoch (instead of 7," in done.stderr
     lines = [
         json.loads(line)
         for line in (tmp_path / "kept/cut/windows-0.jsonl").read_text().splitlines()
     ]
     assert [line[0] for line in lines] == [0, 1, 2, 3, 3, 4, 3, 4, 5]
-    left = Path("checkpoints/verified/last.ckpt")
-    compared = compare_checkpoints(tmp_path / "kept/straight" / left, tmp_path / "kept/cut" / left)
+    last = Path("checkpoints/verified/last.ckpt")
+    compared = compare_checkpoints(tmp_path / "kept/straight" / last, tmp_path / "kept/cut" / last)
     assert not any(part.difference for part in compared)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 7, 9, 10, 21, 252, 100_000])
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("ends_by", ["max_epochs", "max_steps", "max_tokens"])
-def test_a_shortened_run_is_killed_at_an_epochs_end(
+def test_short_run_has_a_kill_at_the_end_of_an_epoch(
     batches: int, accumulate: int, ends_by: Any
 ) -> None:
     epoch = EpochShape(batches, accumulate, 32)
     for steps, more_steps, kills in itertools.product((1, 2, 7, 10), (1, 3, 10), (1, 2, 3)):
         if kills > more_steps:
             continue
-        plan = shorten(epoch, ends_by, steps, more_steps, kills)
+        plan = plan_short_run(epoch, ends_by, steps, more_steps, kills)
         assert plan.steps >= steps + more_steps
         if ends_by != "max_epochs":
             assert plan.steps == steps + more_steps
@@ -310,7 +310,7 @@ def test_a_shortened_run_is_killed_at_an_epochs_end(
 
 
 class LosesAnEpoch(Callback):
-    """What Lightning 2.6.6 does when a run resumes at an epoch's end."""
+    """Callback that loses an epoch, as Lightning 2.6.6 does when a run resumes at the end of an epoch."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         progress = trainer.fit_loop.epoch_progress
@@ -332,7 +332,7 @@ def test_verify_resume_finds_a_lost_epoch(tmp_path: Path) -> None:
 
 
 class Disturbed(Callback):
-    """What makes a resume inexact: something that depends on the process."""
+    """Callback that makes resume inexact: its noise differs in each process."""
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if trainer.global_step == 4:
@@ -341,7 +341,7 @@ class Disturbed(Callback):
 
 
 @pytest.mark.slow
-def test_verify_resume_finds_what_is_not_exact(tmp_path: Path) -> None:
+def test_verify_resume_finds_inexact_weights(tmp_path: Path) -> None:
     small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--allow_import=test_preemption",
              "--trainer.callbacks+=test_preemption.Disturbed"]  # fmt: skip
     done = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=2",

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import ROOT, SMALL, Command, python
 
-from gpt_lightning.cli.launcher import forget_leftover_ranks
+from gpt_lightning.cli.launcher import remove_stale_ranks
 from gpt_lightning.training import run_lock
 from gpt_lightning.training.run_lock import LOCK, RunLock
 
@@ -254,10 +254,10 @@ def test_ranks_that_a_launcher_has_set_are_kept() -> None:
         {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2"},
     ):
         environment = dict(launcher)
-        forget_leftover_ranks(environment)
+        remove_stale_ranks(environment)
         assert environment == launcher
     environment = {"RANK": "1", "SLURM_PROCID": "1", "HOME": "/"}
-    forget_leftover_ranks(environment)
+    remove_stale_ranks(environment)
     assert environment == {"HOME": "/"}
 
 

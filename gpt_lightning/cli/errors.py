@@ -1,4 +1,4 @@
-"""What jsonargparse says of a mistake, as one line in the user's words: WHAT: CAUSE; REMEDY."""
+"""Translation of jsonargparse's errors into one line of the form WHAT: CAUSE; REMEDY."""
 
 import argparse
 import ast
@@ -30,22 +30,22 @@ _EXPECTED = re.compile(
     r"|tuple with (?P<length>\d+) elements)"
 )
 _GIVEN = re.compile(r"(?P<which>Got value|Given value): (?P<value>.*)")
-_NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>.*)")
+_NO_IMPORT_PATH = re.compile(r"Expected a dot import path string: (?P<name>.*)")
 _NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _REQUIREMENT = re.compile(r"Requirement '(?P<name>[^']+)' not met")
-# messages that need nothing but other words
-_PLAIN = {
+# message of jsonargparse → our message
+_MESSAGES = {
     r"unrecognized arguments: (?P<word>\S+)": "{word}: is not an option; write options as --NAME VALUE, and text in quotes",
     r"argument (?:-\w/)?--(?P<key>[^\s:]+): expected (?:one|at least one)": "{key}: has no value; give one after --{key}",
     r"argument --(?P<key>\w+): invalid int value: '(?P<value>.*)'": "{key}: {value} is not a whole number; give one",
     r"argument (?:-\w/)?--(?P<key>[^\s:]+): ignored explicit": "{key}: takes no value; give --{key} alone",
-    r"Unexpected config: (?P<text>.{,60})": "config: {text} is no settings; give lines such as 'run: NAME'",
-    r"Key must be a string, got: (?P<key>.*?)\.?$": "{key}: is not the name of a setting; put it in quotes where it is a name",
+    r"Unexpected config: (?P<text>.{,60})": "config: {text} is not a mapping of settings; give lines such as 'run: NAME'",
+    r"Key must be a string, got: (?P<key>.*?)\.?$": "{key}: is not the name of a setting; if it is a name, put it in quotes",
     r"Subclasses are disabled for (?P<wanted>\w+), thus '(?P<given>[^']+)'": "{given}: is not a {wanted}; leave class_path out",
-    r"Config file loop detected: (?P<chain>.*)": "config: {chain} is a circle; have no file read itself",
+    r"Config file loop detected: (?P<chain>.*)": "config: {chain} is a loop; remove the file that reads itself",
 }
 
-# a type's name → what it is, and an example
+# name of a type → what it is in plain words, remedy
 _TYPES = {
     "int": ("a whole number", "give one"),
     "float": ("a number", "give one"),
@@ -60,38 +60,44 @@ _TYPES = {
 def explain(
     message: str, parser: argparse.ArgumentParser, allowed_imports: Sequence[str] = ()
 ) -> str:
-    """One line for a message of ``ArgumentError``."""
+    """One line for the message of an ``ArgumentError``.
+
+    Args:
+        allowed_imports: The packages from which a configuration may name classes.
+    """
     if match := _NOT_ALLOWED.search(message):
         return (
             f"{match['path']}: is not imported from a configuration, which may come from anywhere; "
-            f"only from {', '.join(allowed_imports)}, or what --allow_import names"
+            f"use a class of {', '.join(allowed_imports)}, or add its package with --allow_import"
         )
     if match := _AT_KEY.match(message):
-        return _value(match["key"], match["cause"], parser)
+        return _value_error(match["key"], match["cause"], parser)
     for pattern in _UNKNOWN:
         if match := pattern.search(message):
             key = match["key"].lstrip("-")
             group = match.groupdict().get("group")
-            return _unknown(f"{group}.{key.removeprefix(f'{group}.')}" if group else key, parser)
+            return _unknown_setting(
+                f"{group}.{key.removeprefix(f'{group}.')}" if group else key, parser
+            )
     if match := _REQUIRED.search(message):
-        return _missing(match["names"].split(", "), parser)
-    for plain, line in _PLAIN.items():
+        return _missing_settings(match["names"].split(", "), parser)
+    for plain, line in _MESSAGES.items():
         if match := re.search(plain, message):
             return line.format(**match.groupdict())
     return f"{shorten(message, 200)}; see {parser.prog} --help"
 
 
 def explain_class(message: str) -> str | None:
-    """One line for a class that could not be made from its settings; None for another message."""
+    """One line for a class that could not be created from its settings; None for any other message."""
     match = _IN_CLASS.search(message)
-    return match and _in_class("", match["name"], match["cause"])
+    return match and _class_error("", match["name"], match["cause"])
 
 
-def _unknown(key: str, parser: argparse.ArgumentParser) -> str:
+def _unknown_setting(key: str, parser: argparse.ArgumentParser) -> str:
     settings = {
         action.dest
         for action in parser._actions
-        if _leaf(action.dest) not in ("help", "config") and "print_" not in action.dest
+        if _last_part(action.dest) not in ("help", "config") and "print_" not in action.dest
         if not key.startswith(f"{action.dest}.")
     }
     near = nearest_setting(key, settings)
@@ -100,7 +106,7 @@ def _unknown(key: str, parser: argparse.ArgumentParser) -> str:
     )
 
 
-def _missing(names: list[str], parser: argparse.ArgumentParser) -> str:
+def _missing_settings(names: list[str], parser: argparse.ArgumentParser) -> str:
     actions = {action.dest: action for action in parser._actions}
     usage = []
     for name in names:
@@ -113,31 +119,31 @@ def _missing(names: list[str], parser: argparse.ArgumentParser) -> str:
     return f"{', '.join(names)}: {verb} missing; give {' '.join(usage)}"
 
 
-def _value(key: str, cause: str, parser: argparse.ArgumentParser) -> str:
+def _value_error(key: str, cause: str, parser: argparse.ArgumentParser) -> str:
     action = next((action for action in parser._actions if action.dest == key), None)
     if match := _IN_CLASS.search(cause):
-        return _in_class(key, match["name"], match["cause"], getattr(action, "_typehint", None))
-    value = _given(cause)
-    bases = _classes(getattr(action, "_typehint", None))
+        return _class_error(key, match["name"], match["cause"], getattr(action, "_typehint", None))
+    value = _given_value(cause)
+    bases = _base_classes(getattr(action, "_typehint", None))
     if "Unable to load config" in cause:
-        return f"{key}: is neither settings nor a file of them; give such as --{key}.NAME VALUE"
-    if bases and (match := _NO_CLASS.search(cause)):
-        return _no_class(key, match["name"].strip(), bases)
+        return f"{key}: is neither settings nor a file of them; give for example --{key}.NAME VALUE"
+    if bases and (match := _NO_IMPORT_PATH.search(cause)):
+        return _not_a_class(key, match["name"].strip(), bases)
     if bases and "Not a valid subclass" in cause:
         return f"{key}: {value} is not a {bases[0].__name__}; give its class_path and init_args"
-    return _wrong_value(key, value, cause, getattr(action, "default", None))
+    return _wrong_type(key, value, cause, getattr(action, "default", None))
 
 
-def _given(cause: str) -> str:
-    """The value, as it was given unless one element of it is wrong."""
-    found = {match["which"]: match["value"] for match in reversed([*_GIVEN.finditer(cause)])}
-    whole = found.get("Given value", "")
-    value = whole if whole and whole[0] not in "[{" else found.get("Got value", whole)
+def _given_value(cause: str) -> str:
+    """The value that the user gave; of a list or mapping, the element that is wrong."""
+    values = {match["which"]: match["value"] for match in reversed([*_GIVEN.finditer(cause)])}
+    complete = values.get("Given value", "")
+    value = complete if complete and complete[0] not in "[{" else values.get("Got value", complete)
     return {"": "it", "None": "null"}.get(value) or shorten(value, 60)
 
 
-def _wrong_value(key: str, value: str, cause: str, default: Any = None) -> str:
-    """By the types that jsonargparse has tried."""
+def _wrong_type(key: str, value: str, cause: str, default: Any = None) -> str:
+    """One line that says which types or choices a value must have, from those that jsonargparse has tried."""
     types: list[str] = []
     choices: list[str] = []
     for match in _EXPECTED.finditer(cause):
@@ -146,18 +152,18 @@ def _wrong_value(key: str, value: str, cause: str, default: Any = None) -> str:
         elif match["length"] is not None:
             return f"{key}: {value} is not a list of {match['length']}; give as many values"
         else:
-            types.append(_leaf(match["type"]))
+            types.append(_last_part(match["type"]))
     null = "NoneType" in types
     if choices:
         choices += ["true", "false"] if "bool" in types else []
-        return f"{key}: {value} is unknown; {_which(value, list(dict.fromkeys(choices)))}"
+        return f"{key}: {value} is unknown; {_name_choices(value, list(dict.fromkeys(choices)))}"
     kinds = [name for name in dict.fromkeys(types) if name in _TYPES]
     if "float" in kinds and "int" in kinds:
         kinds.remove("int")
     if not kinds:
         return f"{key}: {shorten(cause, 150)}; see --help"
     remedy = _TYPES[kinds[0]][1]
-    if kinds[0] == "int" and (number := _whole(value)) is not None:
+    if kinds[0] == "int" and (number := _as_whole_number(value)) is not None:
         remedy = f"write {number}"
     elif kinds[0] in ("int", "float") and isinstance(default, int | float):
         remedy = f"give one, such as {default}"
@@ -169,14 +175,14 @@ def _wrong_value(key: str, value: str, cause: str, default: Any = None) -> str:
     return f"{key}: {value} is not {what}; {remedy}"
 
 
-def _which(value: str, choices: list[str]) -> str:
-    every = ", ".join(choices)
+def _name_choices(value: str, choices: list[str]) -> str:
+    listed = ", ".join(choices)
     if near := nearest(value, choices):
-        return f"did you mean {near}?" + (f" It takes {every}" if len(every) < 120 else "")
-    return f"give one of {every}"
+        return f"did you mean {near}?" + (f" The choices are {listed}" if len(listed) < 120 else "")
+    return f"give one of {listed}"
 
 
-def _whole(value: str) -> int | None:
+def _as_whole_number(value: str) -> int | None:
     try:
         number = float(value)
     except ValueError:
@@ -184,72 +190,72 @@ def _whole(value: str) -> int | None:
     return int(number) if number.is_integer() else None
 
 
-def _in_class(key: str, class_path: str, cause: str, typehint: Any = None) -> str:
-    """A class that a configuration names has other settings, or lacks something."""
-    name = _leaf(class_path)
-    at = f"{key}." if key else ""
+def _class_error(key: str, class_path: str, cause: str, typehint: Any = None) -> str:
+    """One line for a class in a configuration: an unknown or missing setting, a missing package, a wrong path."""
+    name = _last_part(class_path)
+    prefix = f"{key}." if key else ""
     if match := _AT_KEY.match(cause):
         if inner := _IN_CLASS.search(match["cause"]):
-            return _in_class(f"{at}{match['key']}", inner["name"], inner["cause"])
-        return _wrong_value(f"{at}{match['key']}", _given(match["cause"]), match["cause"])
+            return _class_error(f"{prefix}{match['key']}", inner["name"], inner["cause"])
+        return _wrong_type(f"{prefix}{match['key']}", _given_value(match["cause"]), match["cause"])
     for pattern in _UNKNOWN:
         if match := pattern.search(cause):
-            near = nearest_setting(match["key"], _settings_of(class_path))
+            near = nearest_setting(match["key"], _parameters_of(class_path))
             remedy = f"did you mean {near}?" if near else f"see the documentation of {class_path}"
-            return f"{at}{match['key']}: {name} has no such setting; {remedy}"
+            return f"{prefix}{match['key']}: {name} has no such setting; {remedy}"
     if match := _REQUIRED.search(cause):
         first = match["names"].split(", ")[0]
-        return f"{key or name}: {name} needs {match['names']}; give {at}{first}"
+        return f"{key or name}: {name} needs {match['names']}; give {prefix}{first}"
     if match := _REQUIREMENT.search(cause):
         what = f"{key}: {name}" if key else f"{name}:"
         return f"{what} needs {match['name']}; pip install '{match['name']}'"
-    if _NO_ATTRIBUTE.search(cause) or "No module named" in cause or _NO_CLASS.search(cause):
-        return _no_class(key, class_path, _classes(typehint))
+    if _NO_ATTRIBUTE.search(cause) or "No module named" in cause or _NO_IMPORT_PATH.search(cause):
+        return _not_a_class(key, class_path, _base_classes(typehint))
     if "'NoneType' object" in cause:
-        return f"{key or name}: {name} has init_args that are null; give some, or leave them out"
+        return f"{key or name}: {name} has init_args that are null; give values, or leave init_args out"
     return f"{key or name}: {name}: {shorten(cause, 150)}; check its class_path and init_args"
 
 
-def _no_class(key: str, name: str, bases: list[type]) -> str:
-    """Of a name that is no class of those that the setting takes."""
-    paths = {_leaf(path): path for base in bases for path in _subclasses(base)}
+def _not_a_class(key: str, name: str, bases: list[type]) -> str:
+    """One line for a name that is not one of the classes that the setting accepts."""
+    paths = {_last_part(path): path for base in bases for path in _public_subclasses(base)}
     kinds = " or ".join(base.__name__ for base in bases) or "class"
     remedy = "check its path"
-    if near := nearest(_leaf(name), paths):
+    if near := nearest(_last_part(name), paths):
         remedy = f"did you mean {near}?"
     elif paths:
         remedy = f"give a class, such as {min(paths.values(), key=len)}"
     return f"{key}: {name} is not a {kinds}; {remedy}"
 
 
-def _classes(typehint: Any) -> list[type]:
-    """The classes that a setting takes by their path."""
+def _base_classes(typehint: Any) -> list[type]:
+    """The base classes of what a setting accepts by a class path."""
     if inspect.isclass(typehint) and typehint.__module__.split(".")[0] in (
         "lightning", "lightning_fabric", "torch", "gpt_lightning",
     ):  # fmt: skip
         return [typehint]
-    found = [base for part in get_args(typehint) for base in _classes(part)]
-    return list(dict.fromkeys(found))
+    bases = [base for part in get_args(typehint) for base in _base_classes(part)]
+    return list(dict.fromkeys(bases))
 
 
-def _subclasses(base: type) -> set[str]:
-    """The paths of what is public and comes from where a configuration may import."""
-    found: set[str] = set()
+def _public_subclasses(base: type) -> set[str]:
+    """Import paths of the public subclasses of a class, also of indirect ones."""
+    paths: set[str] = set()
     subclass: type
     for subclass in base.__subclasses__():
         package = ".".join(subclass.__module__.split(".")[:3])
         is_public = hasattr(sys.modules.get(package), subclass.__name__)
         if is_public and not subclass.__name__.startswith("_"):
-            found.add(f"{package}.{subclass.__name__}")
-        found |= _subclasses(subclass)
-    return found
+            paths.add(f"{package}.{subclass.__name__}")
+        paths |= _public_subclasses(subclass)
+    return paths
 
 
-def _leaf(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _settings_of(class_path: str) -> list[str]:
+def _parameters_of(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     try:
         return list(inspect.signature(getattr(import_module(module), name)).parameters)

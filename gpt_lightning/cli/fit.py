@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from gpt_lightning.cli.run_warnings import precision_warnings, remarks
+from gpt_lightning.cli.run_warnings import precision_warnings, run_warnings
 from gpt_lightning.cli.training_cli import TrainingCLI, is_rank_zero
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
@@ -55,10 +55,10 @@ def _fit(cli: TrainingCLI, arguments: list[str]) -> int:
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
     keeps = bool(config.keep_freed_memory) and on_cpu and keep_freed_memory()
     if is_rank_zero():
-        for remark in remarks(
+        for warning in run_warnings(
             config, cli.trainer, cli.model.config, arguments, keeps_freed_memory=keeps
         ):
-            logger.warning(f"{remark}")
+            logger.warning(warning)
     try:
         with terminate_ranks_on_error(cli.trainer):
             cli.trainer.fit(
@@ -162,8 +162,8 @@ def validate(arguments: list[str]) -> None:
     if is_rank_zero():
         setup_data_early(cli, "validate")
         _check_compiler(cli)
-        for remark in precision_warnings(cli.trainer):
-            logger.warning(f"{remark}")
+        for warning in precision_warnings(cli.trainer):
+            logger.warning(warning)
     init_elastic_process_group(cli.trainer)
     try:
         with terminate_ranks_on_error(cli.trainer):

@@ -1,10 +1,10 @@
-"""What a launcher of several processes says in the environment, before Lightning is imported and reads it."""
+"""Ranks in environment variables, which must be checked before Lightning is imported and reads them."""
 
 import os
 from collections.abc import MutableMapping
 
-# a process's place among others → what a launcher that means it sets too
-_PLACES = {
+# variable with a process's rank → variable with the number of processes, which every real launcher sets too
+_COUNT_OF_RANK = {
     "RANK": "WORLD_SIZE",
     "LOCAL_RANK": "WORLD_SIZE",
     "SLURM_PROCID": "SLURM_NTASKS",
@@ -13,11 +13,11 @@ _PLACES = {
 }
 
 
-def forget_leftover_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Remove ranks that no launcher has set for this process, as an earlier session or a shell's profile leaves them.
+def remove_stale_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Remove ranks that no launcher has set for this process, for example left over from an earlier session.
 
-    Lightning takes a process with ``RANK=1`` for the second of several, which writes nothing.
+    Lightning takes a process with ``RANK=1`` for the second of several processes, which writes no files.
     """
-    for place, count in _PLACES.items():
+    for rank, count in _COUNT_OF_RANK.items():
         if count not in environment:
-            environment.pop(place, None)
+            environment.pop(rank, None)

@@ -1,33 +1,45 @@
-"""The package's log messages on standard error, while a command runs."""
+"""Log handler that writes the package's messages to standard error while a command runs."""
 
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# the end of every help
+OPTIONS_OF_EVERY_COMMAND = (
+    "Every command also takes --quiet (shows only warnings, errors and results), --verbose (shows more messages, "
+    "Lightning's too) and --debug (shows the Python traceback of an error)."
+)
+
 
 @contextmanager
 def log_to_stderr(level: int) -> Iterator[None]:
-    """Write the package's messages from ``level`` on to whatever ``sys.stderr`` is at the time.
+    """Write the package's messages of ``level`` and above to the current ``sys.stderr``.
 
-    Information has no prefix, a warning begins with ``gpt_lightning:``, an error with ``gpt_lightning: error:``.
-    A program that uses the package without this decides itself what it does with the messages.
+    Info messages have no prefix, a warning begins with ``gpt_lightning:``, an error with ``gpt_lightning: error:``.
+    A Lightning profiler's report is shown at every level: it is the result that the user asked for. A Python
+    program that uses the package without this function decides itself what to do with the messages.
     """
-    logger = logging.getLogger("gpt_lightning")
-    before = logger.level, logger.propagate
-    handler = _Stderr()
-    handler.setFormatter(_Formatter())
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
+    handler = _StderrHandler()
+    handler.setFormatter(_PrefixFormatter())
+    levels = {"gpt_lightning": level, "lightning.pytorch.profilers": logging.INFO}
+    previous = []
+    for name, shown in levels.items():
+        logger = logging.getLogger(name)
+        previous.append((logger, logger.level, logger.propagate))
+        logger.addHandler(handler)
+        logger.setLevel(shown)
+        logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        for logger, old_level, old_propagate in previous:
+            logger.removeHandler(handler)
+            logger.setLevel(old_level)
+            logger.propagate = old_propagate
 
 
-class _Formatter(logging.Formatter):
+class _PrefixFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
         if record.levelno >= logging.ERROR:
@@ -35,7 +47,7 @@ class _Formatter(logging.Formatter):
         return f"gpt_lightning: {message}" if record.levelno >= logging.WARNING else message
 
 
-class _Stderr(logging.Handler):
+class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR and not _is_rank_zero():
             return
@@ -43,6 +55,6 @@ class _Stderr(logging.Handler):
 
 
 def _is_rank_zero() -> bool:
-    """Whether this is the one process, or the first of several: the others only report errors."""
+    """Whether this process has rank 0; the other ranks only report errors."""
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
     return lightning is None or lightning.rank_zero_only.rank == 0

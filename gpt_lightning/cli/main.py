@@ -1,7 +1,7 @@
-"""Verbs to functions. The only room that parses arguments and ends a process.
+"""Entry point of the command line: runs the function of a command and turns errors into exit codes.
 
-Each verb's module is imported when the verb is used, so that ``generate`` does not wait for Lightning
-and ``--help`` for nothing.
+The module of a command is imported when the command is used, so ``generate`` does not wait for Lightning and
+``--help`` waits for nothing.
 """
 
 import logging
@@ -11,73 +11,93 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from gpt_lightning.cli.logs import log_to_stderr
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND, log_to_stderr
 from gpt_lightning.cli.streams import standard_streams
 
 logger = logging.getLogger(__name__)
 
 PROG = "gpt_lightning"
 
-# verb → (module, function, what it does)
+# command → (module in gpt_lightning.cli, function, help text)
 VERBS = {
-    "fit": ("fit", "fit", "train a GPTModel, go on with a run, or start from old weights"),
-    "validate": ("fit", "validate", "loss and perplexity on the training and validation split"),
-    "plan": ("plan", "run", "what a run will take: memory, disk, time; runs nothing"),
+    "fit": (
+        "fit",
+        "fit",
+        "train a GPTModel: a new run, a resumed run, or one from pretrained weights",
+    ),
+    "validate": (
+        "fit",
+        "validate",
+        "compute loss and perplexity on the training and validation splits",
+    ),
+    "plan": (
+        "plan",
+        "run",
+        "estimate the memory, disk space and time of a run, without running it",
+    ),
     "generate": ("generate", "run", "continue prompts with a trained model"),
-    "report": ("report", "run", "sampling: next-token frequencies; sweep: temperature × top_k"),
-    "download": ("download", "run", "fetch GPT-2's public weights"),
-    "prepare": ("prepare", "run", "any amount of text into a token store"),
-    "convert": ("convert", "run", "weights from one form to another"),
+    "report": (
+        "report",
+        "run",
+        "study a model's texts: sampling, temperature × top_k, model sizes",
+    ),
+    "download": ("download", "run", "download GPT-2's public weights"),
+    "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
+    "convert": ("convert", "run", "convert weights from one format to another"),
     "verify-resume": (
         "verify_resume",
         "run",
-        "prove that a killed run loses nothing on this machine",
+        "check that a killed and resumed run ends with the same bits on this machine",
     ),
 }
 
-WITH_LIGHTNING = ("fit", "plan", "verify_resume")  # modules
+MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code.
+    """Run one command and return its exit code.
 
-    0; 2 for a user's mistake; 1 for a run that failed or a check that did; 130 or 143 for one that was
-    stopped by SIGINT or SIGTERM; 141 for a result whose reader has gone.
+    0: success. 1: a training run or a check failed. 2: the user made a mistake. 130, 143: SIGINT or SIGTERM stopped
+    the command. 141: nobody reads standard output any more (``| head``).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = {name: f"--{name}" in arguments for name in ("debug", "quiet", "verbose")}
-    arguments = [argument for argument in arguments if argument.removeprefix("--") not in flags]
-    level = (
-        logging.WARNING if flags["quiet"] else logging.DEBUG if flags["verbose"] else logging.INFO
-    )
-    with standard_streams(run_goes_on=_trains(arguments)) as lost, log_to_stderr(level):
+    quiet, verbose, debug = (flag in arguments for flag in ("--quiet", "--verbose", "--debug"))
+    arguments = [a for a in arguments if a not in ("--quiet", "--verbose", "--debug")]
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    with (
+        standard_streams(ignore_stdout_errors=_trains(arguments)) as stdout_errors,
+        log_to_stderr(level),
+    ):
         try:
             try:
+                if quiet and verbose:
+                    raise ValueError("quiet: contradicts --verbose; give one of them")
                 return _run(arguments)
             finally:
-                sys.stdout.flush()  # what cannot be written is known here, not when Python ends
+                sys.stdout.flush()  # a write error must appear here, not when Python exits
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            if lost.error is not None:
-                return _lost_output(lost.error)
+            if stdout_errors.first is not None:
+                return _report_stdout_error(stdout_errors.first)
             if isinstance(error, KeyboardInterrupt):
                 logger.warning(f"interrupted {error}".rstrip())
                 return 130
-            if flags["debug"] or not isinstance(error, ValueError | OSError | FloatingPointError):
+            if debug or not isinstance(error, ValueError | OSError | FloatingPointError):
                 raise
             logger.error(_one_line(error))
             return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def _trains(arguments: list[str]) -> bool:
-    """Whether the command is more than what it prints."""
-    asks = ("-h", "--help", "--print_config")
+    """Whether the command trains, so that its printed output is not its only result."""
+    only_print = ("-h", "--help", "--print_config")
     return arguments[:1] == ["fit"] and not any(
-        argument.partition("=")[0] in asks for argument in arguments
+        argument.partition("=")[0] in only_print for argument in arguments
     )
 
 
-def _lost_output(error: OSError) -> int:
-    if isinstance(error, BrokenPipeError):  # as a shell reports a program that SIGPIPE has ended
+def _report_stdout_error(error: OSError) -> int:
+    """Log why standard output cannot be written; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # the exit code of a program that SIGPIPE ends
         return 141
     logger.error(f"standard output: cannot be written ({error.strerror}); redirect it elsewhere")
     return 2
@@ -95,21 +115,22 @@ def _run(arguments: list[str]) -> int:
             if verb not in VERBS:
                 from gpt_lightning.cli.suggestions import suggest
 
-                raise ValueError(f"{verb}: is no command; {suggest(verb, VERBS)}")
+                raise ValueError(f"{verb}: is not a command; {suggest(verb, VERBS)}")
             module, function, _ = VERBS[verb]
-            if module in WITH_LIGHTNING:
-                from gpt_lightning.cli.launcher import forget_leftover_ranks
+            if module in MODULES_WITH_LIGHTNING:
+                from gpt_lightning.cli.launcher import remove_stale_ranks
 
-                forget_leftover_ranks()
-                _block_transformers()
+                remove_stale_ranks()
+                _hide_transformers()
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0
 
 
-def _block_transformers() -> None:
-    """torchmetrics, and so Lightning, imports transformers where it is installed: a fifth of a start.
+def _hide_transformers() -> None:
+    """Make torchmetrics believe that transformers is not installed.
 
-    The scores of texts that torchmetrics has it for are absent then, as they are where it is not installed.
+    Lightning imports torchmetrics, which imports transformers where it can: a fifth of the start-up time. The only
+    loss is torchmetrics' text scores that need transformers, which this package does not use.
     """
     from lightning_utilities.core import imports
 
@@ -118,7 +139,7 @@ def _block_transformers() -> None:
             raise PackageNotFoundError(name)
         return version(name)
 
-    # a private name, which mypy does not know; where it is no more, a start takes longer
+    # _version is private: a version of lightning_utilities without it only starts more slowly
     if getattr(imports, "_version", None) is version:
         setattr(imports, "_version", without_transformers)  # noqa: B010
 
@@ -134,13 +155,14 @@ def _help() -> str:
             "commands:",
             *(f"  {verb:<{width}}  {what}" for verb, (_, _, what) in VERBS.items()),
             "",
-            f"'{PROG} COMMAND --help' lists a command's options. With every command: --quiet for warnings and",
-            "errors only, --verbose for more messages, --debug for the place in the code where an error arose.",
+            f"'{PROG} COMMAND --help' lists a command's options.",
+            OPTIONS_OF_EVERY_COMMAND,
         ]
     )
 
 
 def _one_line(error: BaseException) -> str:
+    """The message of an error, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename or 'file')}: {error.strerror}; check the path"
     return " ".join(str(error).split())

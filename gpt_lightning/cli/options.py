@@ -1,4 +1,4 @@
-"""What ``fit``, ``validate`` and ``plan`` can be told besides Lightning's trainer, the model and the data."""
+"""Options of ``fit``, ``validate`` and ``plan`` besides those of the trainer, the model and the data."""
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -10,69 +10,72 @@ from gpt_lightning.training.skip_step import OnBadStep
 
 
 def add_settings(parser: LightningArgumentParser, verb: str) -> None:
+    """Add the options of the command ``verb`` to its parser."""
     parser.add_argument(
-        "--run", type=str, default="run", help="The run's name, a folder in checkpoints/."
+        "--run", type=str, default="run", help="Name of the run: its files are in checkpoints/NAME."
     )
     parser.add_argument(
         "--rng",
         type=Rng,
         default="step",
-        help="Where random numbers come from: 'step', functions of seed and step; "
-        "'global', torch's global generator, as in the book.",
+        help="Source of random numbers: step = computed from seed and step; "
+        "global = torch's global generator, as in the book.",
     )
     parser.add_argument(
         "--ckpt_path",
         type=str | None,
-        help="Go on with the run: last, best or a checkpoint's path; auto: last where there is one.",
+        help="Checkpoint from which the run resumes: last, best or a path; auto = last if it exists, else a new run.",
     )
     parser.add_argument(
         "--init_from",
         type=str | None,
-        help="SOURCE of the weights to begin with: a run, a checkpoint, GPT-2's files or its name.",
+        help="SOURCE of a new run's initial weights: a run, a checkpoint, GPT-2's files, or a name such as gpt2-124M.",
     )
     parser.add_argument(
         "--init_optimizer",
         type=bool,
         default=False,
-        help="Whether the optimizer's state comes from --init_from too.",
+        help="true = also load the optimizer's state from --init_from.",
     )
     parser.add_argument(
         "--allow_import",
         action=TextList,
         metavar="PACKAGE",
-        help="A package, besides ours, lightning and torch, that class paths in a YAML file may "
-        "name; repeatable.",
+        help="A package whose classes a YAML file may name, besides gpt_lightning, lightning and torch; "
+        "repeatable.",
     )
     parser.add_argument(
         "--keep_freed_memory",
         type=bool,
         default=True,
-        help="On a CPU, whether memory that a step has freed stays with the process for the next: a fourth less "
-        "time, up to 40 %% more memory.",
+        help="true = on a CPU, the process keeps the memory that a step frees for the next step: steps take a quarter "
+        "less time and up to 40 percent more memory.",
     )
     parser.add_argument(
         "--max_tokens",
         type=int | None,
-        help="Training tokens after which the run ends, beside trainer.max_epochs and trainer.max_steps.",
+        help="Training tokens after which the run ends, unless trainer.max_epochs or trainer.max_steps ends it "
+        "earlier; null = no limit.",
     )
     parser.add_argument(
         "--bad_steps",
         type=OnBadStep,
         default="stop",
-        help="What a loss or gradient that is not finite does: stop the run before the update, "
-        "or skip the update.",
+        help="Action after a loss or gradient that is not finite: stop = end the run before the optimizer step; "
+        "skip = leave the optimizer step out.",
     )
     parser.add_argument(
         "--max_bad_steps",
         type=int,
         default=10,
-        help="Skipped updates in a row after which the run stops.",
+        help="Number of skipped optimizer steps in a row after which the run stops.",
     )
     parser.add_argument(
         "--skip_spikes",
         type=bool,
         default=False,
-        help="Whether updates 6 standard deviations off the 128 before are skipped too.",
+        help="true = also skip an optimizer step whose loss or gradient norm is 6 standard deviations above those of "
+        "the last 128 steps.",
     )
     if verb == "validate":
         parser.add_argument(
@@ -83,7 +86,7 @@ def add_settings(parser: LightningArgumentParser, verb: str) -> None:
         "--throughput.every_n_steps",
         type=int,
         default=50,
-        help="Updates from one logging of tokens a second, MFU and memory to the next.",
+        help="Optimizer steps between two log entries of tokens per second, MFU and memory.",
     )
     parser.add_function_arguments(checkpointing, "checkpoint", skip={"folder", "losses", "clock"})
     for target in ("model.seed", "data.seed"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.cli.generate import DType, load, usable_device
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.text_options import TextList
 
@@ -33,6 +34,7 @@ def run(arguments: list[str]) -> None:
         for name, (_, what) in REPORTS.items():
             print(f"  {name:<{width}}  {what}")
         print("\n'gpt_lightning report REPORT --help' lists a report's options.")
+        print(OPTIONS_OF_EVERY_COMMAND)
         return
     name, *rest = arguments
     if name not in REPORTS:

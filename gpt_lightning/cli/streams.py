@@ -1,14 +1,15 @@
-"""Standard output and standard error that cannot end a command by surprise.
+"""Standard output and standard error that do not end a command by surprise.
 
-Characters that a stream cannot encode are replaced by escapes, and on a terminal standard error shows control
-characters as escapes: a path or a prompt may hold any. A stream that cannot be written (a reader that
-has gone, a full disk, a closed descriptor) discards everything after the first failed write. Standard error never
-raises. Standard output never raises while a run trains; for every other command the result is lost, and the exit
-code says so.
+Characters that a stream cannot encode are replaced by escapes. On a terminal, standard error also escapes control
+characters, because a path or a prompt may contain any. A stream that cannot be written (a closed pipe, a full disk,
+a closed descriptor) discards everything after the first failed write. Standard error never raises. Standard output
+does not raise while a run trains; for every other command the output is the result, so the exit code reports the
+error.
 """
 
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -18,39 +19,41 @@ from typing import Any, TextIO
 
 from gpt_lightning.data.unicode import printable
 
+logger = logging.getLogger(__name__)
 
-class LostOutput:
-    """What standard output could not take: the first error, or None."""
+
+class StdoutErrors:
+    """Record of the first error of standard output, or None."""
 
     def __init__(self) -> None:
-        self.error: OSError | None = None
+        self.first: OSError | None = None
 
-    def keep(self, error: OSError) -> None:
-        self.error = error
+    def record_and_raise(self, error: OSError) -> None:
+        self.first = error
         raise error
 
 
 @contextmanager
-def standard_streams(*, run_goes_on: bool) -> Iterator[LostOutput]:
+def standard_streams(*, ignore_stdout_errors: bool) -> Iterator[StdoutErrors]:
     """Replace ``sys.stdout`` and ``sys.stderr`` until the end of the block.
 
     Args:
-        run_goes_on: Whether an error of standard output is only a warning, for a command that trains.
+        ignore_stdout_errors: Whether an error of standard output is only a warning, for a command that trains.
     """
-    _fill_closed_descriptors()
-    lost = LostOutput()
-    before = sys.stdout, sys.stderr
-    sys.stderr = _tolerant(sys.stderr, 2, lambda error: None)
-    sys.stdout = _tolerant(sys.stdout, 1, _warn if run_goes_on else lost.keep)
+    _open_closed_descriptors()
+    errors = StdoutErrors()
+    previous = sys.stdout, sys.stderr
+    sys.stderr = _wrap(sys.stderr, 2, lambda error: None)
+    sys.stdout = _wrap(sys.stdout, 1, _warn if ignore_stdout_errors else errors.record_and_raise)
     try:
-        yield lost
+        yield errors
     finally:
         sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = previous
 
 
-class _Output(io.RawIOBase):
-    """Bytes to a raw stream. After the first error it discards what it gets."""
+class _RawOutput(io.RawIOBase):
+    """Raw stream that discards everything after the first error of the stream below it."""
 
     def __init__(self, raw: Any, on_error: Callable[[OSError], None]) -> None:
         self._raw = raw
@@ -73,7 +76,7 @@ class _Output(io.RawIOBase):
         while rest and not self._broken:
             try:
                 written = self._raw.write(rest)
-                if written is None:  # a non-blocking descriptor that takes nothing now
+                if written is None:  # a non-blocking descriptor whose buffer is full
                     select.select([], [self._raw], [])
             except OSError as error:
                 self._broken = True
@@ -83,8 +86,8 @@ class _Output(io.RawIOBase):
         return size
 
 
-class _Messages(io.TextIOWrapper):
-    """Standard error on a terminal. A progress bar draws on ``unescaped``."""
+class _EscapedText(io.TextIOWrapper):
+    """Standard error on a terminal, with control characters escaped. A progress bar writes to ``unescaped``."""
 
     def write(self, text: str) -> int:
         return super().write(printable(text))
@@ -95,31 +98,31 @@ class _Messages(io.TextIOWrapper):
 
 
 class _Unescaped:
-    """A stream of messages, for what moves the cursor."""
+    """The same stream without escapes, for a progress bar, which moves the cursor."""
 
-    def __init__(self, messages: _Messages) -> None:
-        self._messages = messages
+    def __init__(self, stream: _EscapedText) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
-        return io.TextIOWrapper.write(self._messages, text)
+        return io.TextIOWrapper.write(self._stream, text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._messages, name)
+        return getattr(self._stream, name)
 
 
-def _tolerant(stream: TextIO | None, descriptor: int, on_error: Callable[[OSError], None]) -> Any:
-    """The same stream over :class:`_Output`; one that is not over a descriptor (a notebook's, a test's) stays."""
-    if stream is None:  # the caller has closed it: writing to the descriptor says so
+def _wrap(stream: TextIO | None, descriptor: int, on_error: Callable[[OSError], None]) -> Any:
+    """The stream on top of :class:`_RawOutput`; a stream without a descriptor (in a notebook, a test) is unchanged."""
+    if stream is None:  # the caller has closed it: a write to the descriptor reports that
         raw: Any = io.FileIO(descriptor, "w", closefd=False)
-        closed: Any = _Output(raw, on_error)
+        closed: Any = _RawOutput(raw, on_error)
         return io.TextIOWrapper(io.BufferedWriter(closed), "utf-8", "backslashreplace")
     buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer between
+    raw = getattr(buffer, "raw", buffer)  # python -u has no buffer
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(raw, io.RawIOBase):
         return stream
     stream.flush()
-    output: Any = _Output(raw, on_error)
-    kind = _Messages if descriptor == 2 and stream.isatty() else io.TextIOWrapper
+    output: Any = _RawOutput(raw, on_error)
+    kind = _EscapedText if descriptor == 2 and stream.isatty() else io.TextIOWrapper
     return kind(
         output if raw is buffer else io.BufferedWriter(output),
         stream.encoding,
@@ -130,18 +133,15 @@ def _tolerant(stream: TextIO | None, descriptor: int, on_error: Callable[[OSErro
 
 
 def _warn(error: OSError) -> None:
-    if error.errno != errno.EPIPE:  # a reader that goes has read enough
-        print(
-            f"gpt_lightning: standard output: cannot be written ({error.strerror}); training continues",
-            file=sys.stderr,
-            flush=True,
-        )
+    if error.errno != errno.EPIPE:  # a closed pipe is what `| head` does
+        logger.warning(f"standard output: cannot be written ({error.strerror}); training continues")
 
 
-def _fill_closed_descriptors() -> None:
-    """Else the next file that is opened becomes standard output, and gets what is printed.
+def _open_closed_descriptors() -> None:
+    """Open /dev/null on closed standard descriptors.
 
-    /dev/null is opened in the wrong direction, so that reading or writing still fails.
+    Otherwise the next file that is opened becomes standard output and receives what is printed. /dev/null is opened
+    in the wrong direction, so that reading or writing still fails.
     """
     for descriptor in range(3):
         try:

@@ -1,11 +1,11 @@
-"""The nearest to what was mistyped: a name of a list, a setting, a configuration file."""
+"""Suggestions for a mistyped word: the nearest choice, setting or configuration file."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from itertools import islice
 from pathlib import Path
 
-# what other projects call it → our settings, the first that a command has
+# names in other projects → our settings; the first one that the command has is suggested
 _SETTINGS = {
     "epochs num_epochs n_epochs num_train_epochs": ("trainer.max_epochs",),
     "steps num_steps max_iters iters total_steps": ("trainer.max_steps", "steps"),
@@ -40,6 +40,7 @@ _SETTINGS = {
     "to": ("format",),
     "threads num_workers jobs": ("workers",),
 }
+# names in other projects → our values, and commands
 _VALUES = {
     "fp16 half float16 amp": ("16-mixed", "float16"),
     "bf16 bfloat16": ("bf16-mixed", "bfloat16"),
@@ -64,7 +65,7 @@ _VALUES = {
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest of ``known``, or all where they are few."""
+    """A remedy that names the nearest of ``known``, or all of them if they are at most 12."""
     known = list(known)
     if near := nearest(word, known):
         return f"did you mean {near}?"
@@ -72,64 +73,70 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
-    """The one of ``known`` that ``word`` may have been, whatever its case."""
-    if same := _called(word, _VALUES, known):
-        return same
+    """The entry of ``known`` that is nearest to ``word`` (upper and lower case are equal), or None."""
+    if synonym := _by_other_name(word, _VALUES, known):
+        return synonym
     lower = {name.lower(): name for name in known}
     near = get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
     return lower[near[0]] if near else None
 
 
 def nearest_setting(key: str, settings: Collection[str]) -> str | None:
-    """By what other projects call it, by the last part of the name, by the whole name."""
-    leaf = _leaf(key).replace("-", "_").lower()
-    if same := _called(leaf, _SETTINGS, settings):
-        return same
-    leaves = {_leaf(setting) for setting in settings}
-    near = [leaf] if leaf in leaves else []
-    near = near or sorted(name for name in leaves if len(leaf) > 2 and name.startswith(leaf))
-    near = near or get_close_matches(leaf, leaves, n=1, cutoff=0.7)
-    found = [s for s in settings if _leaf(s) in near] or get_close_matches(key, settings, n=1)
-    return max(found, key=lambda setting: _likeness(key, setting), default=None)
+    """The setting nearest to ``key``: by its name in other projects, by its last part, by its full name."""
+    name = _last_part(key).replace("-", "_").lower()
+    if synonym := _by_other_name(name, _SETTINGS, settings):
+        return synonym
+    names = {_last_part(setting) for setting in settings}
+    near = [name] if name in names else []
+    near = near or sorted(other for other in names if len(name) > 2 and other.startswith(name))
+    near = near or get_close_matches(name, names, n=1, cutoff=0.7)
+    candidates = [s for s in settings if _last_part(s) in near]
+    candidates = candidates or get_close_matches(key, settings, n=1)
+    return max(candidates, key=lambda setting: _similarity(key, setting), default=None)
 
 
-def nearest_config(name: str, most: int = 2000) -> str | None:
-    """The YAML file whose path is nearest to ``name``: beside it, here, or in a folder here."""
+def nearest_config(name: str, max_files: int = 2000) -> str | None:
+    """The YAML file whose path is nearest to ``name``.
+
+    It is searched in the folder of ``name``, in the working directory and in the folders there.
+    """
     given = Path(name)
 
     def score(file: str) -> float:
-        return max(_likeness(name, file), _likeness(given.stem, Path(file).stem))
+        return max(_similarity(name, file), _similarity(given.stem, Path(file).stem))
 
-    folders = [given.parent, Path(), *(path for path in _listed(Path()) if path.is_dir())]
+    folders = [given.parent, Path(), *(path for path in _visible_entries(Path()) if path.is_dir())]
     files = (
         str(path)
         for folder in folders
-        for path in _listed(folder)
+        for path in _visible_entries(folder)
         if path.suffix in (".yaml", ".yml", ".json")
     )
     return max(
-        (file for file in islice(files, most) if score(file) > 0.6),
-        key=lambda file: (score(file), _likeness(name, file)),
+        (file for file in islice(files, max_files) if score(file) > 0.6),
+        key=lambda file: (score(file), _similarity(name, file)),
         default=None,
     )
 
 
-def _called(word: str, table: Mapping[str, Sequence[str]], known: Collection[str]) -> str | None:
-    """What ``table`` has for ``word``, where it is known here."""
-    ours = [name for words, names in table.items() if word in words.split() for name in names]
-    return next((name for name in ours if name in known), None)
+def _by_other_name(
+    word: str, table: Mapping[str, Sequence[str]], known: Collection[str]
+) -> str | None:
+    """The entry of ``known`` to which ``table`` maps ``word``, or None."""
+    mapped = [name for words, names in table.items() if word in words.split() for name in names]
+    return next((name for name in mapped if name in known), None)
 
 
-def _listed(folder: Path) -> list[Path]:
+def _visible_entries(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError:
         return []
 
 
-def _leaf(setting: str) -> str:
+def _last_part(setting: str) -> str:
     return setting.rpartition(".")[2]
 
 
-def _likeness(one: str, other: str) -> float:
+def _similarity(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other).ratio()

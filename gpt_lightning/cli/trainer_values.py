@@ -1,4 +1,4 @@
-"""Values that Lightning's Trainer would refuse in other words, in twenty lines, or not at all."""
+"""Checks of ``trainer.*`` values that Lightning itself reports unclearly, in many lines, or not at all."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from jsonargparse import Namespace
 
 from gpt_lightning.cli.suggestions import suggest
 
-_LEAST = {
+_MIN_VALUES = {
     "max_epochs": -1,
     "min_epochs": 0,
     "max_steps": -1,
@@ -19,14 +19,14 @@ _LEAST = {
     "log_every_n_steps": 0,
     "gradient_clip_val": 0,
 }
-_SHARES = (
+_BATCH_LIMITS = (
     "limit_train_batches",
     "limit_val_batches",
     "limit_test_batches",
     "limit_predict_batches",
     "overfit_batches",
 )
-_NAMES = {
+_CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "strategy": (
         "auto",
@@ -37,44 +37,48 @@ _NAMES = {
     "gradient_clip_algorithm": ("norm", "value"),
     "profiler": ("simple", "advanced", "pytorch"),
 }
-_DDP_SWITCHES = (
+_DDP_FLAGS = (
     "find_unused_parameters",
     "gradient_as_bucket_view",
     "static_graph",
     "broadcast_buffers",
 )
-_WHAT_LIGHTNING_SAYS = {
-    "No supported gpu backend found": "trainer.accelerator: no GPU can be used here; give cpu, or auto",
-    "should be an int > 0": "trainer.devices: on a CPU they are processes; give how many, such as 1",
-    "can not run on your system": "trainer.accelerator: it cannot be used here; give cpu, or auto",
+# part of a message of Lightning → our message
+_LIGHTNING_ERRORS = {
+    "No supported gpu backend found": "trainer.accelerator: no GPU is available; give cpu, or auto",
+    "should be an int > 0": "trainer.devices: on a CPU it is the number of processes; give a number, such as 1",
+    "can not run on your system": "trainer.accelerator: it is not available; give cpu, or auto",
 }
 
 
 def check_trainer(trainer: Namespace, *, trains: bool = False) -> None:
-    """``ValueError`` for a value of ``trainer.*`` that is out of range or no name of anything.
+    """Refuse values of ``trainer.*`` that are out of range or not one of the choices.
 
     Args:
-        trains: Whether a run without a single update is refused too.
+        trains: Whether to refuse a run without a single optimizer step too.
+
+    Raises:
+        ValueError: A value is wrong.
     """
     for name in ("max_epochs", "max_steps", "limit_train_batches") if trains else ():
         if trainer.get(name) == 0:
             raise ValueError(
                 f"trainer.{name}: {trainer[name]} trains nothing; give more, or leave it out"
             )
-    for name, least in _LEAST.items():
+    for name, minimum in _MIN_VALUES.items():
         value = trainer.get(name)
-        if value is not None and value < least:
-            raise ValueError(f"trainer.{name}: {value} is too small; give {least} or more")
-    for name in _SHARES:
+        if value is not None and value < minimum:
+            raise ValueError(f"trainer.{name}: {value} is too small; give {minimum} or more")
+    for name in _BATCH_LIMITS:
         value = trainer.get(name)
         if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
             raise ValueError(
-                f"trainer.{name}: {value} is neither a share nor a number of batches; give e.g. 0.5 or 10"
+                f"trainer.{name}: {value} is neither a fraction nor a number of batches; give for example 0.5 or 10"
             )
-    for name, known in _NAMES.items():
+    for name, choices in _CHOICES.items():
         value = trainer.get(name)
-        if isinstance(value, str) and value not in known:
-            raise ValueError(f"trainer.{name}: {value} is unknown; {_name(name, value)}")
+        if isinstance(value, str) and value not in choices:
+            raise ValueError(f"trainer.{name}: {value} is unknown; {_suggest_choice(name, value)}")
     _check_devices(trainer.get("devices"))
     _check_ddp(trainer.get("strategy"))
     for name in ("max_time", "val_check_interval"):
@@ -87,10 +91,10 @@ def check_trainer(trainer: Namespace, *, trains: bool = False) -> None:
 
 
 def _check_ddp(strategy: Any) -> None:
-    """What DDPStrategy hands on to torch as it is."""
+    """Check the flags that DDPStrategy passes to torch without a check."""
     given = strategy.get("init_args", {}) if isinstance(strategy, Namespace) else {}
     kwargs = strategy.get("dict_kwargs", {}) if isinstance(strategy, Namespace) else {}
-    for name in _DDP_SWITCHES:
+    for name in _DDP_FLAGS:
         value = kwargs.get(name, given.get(name))
         if value is not None and not isinstance(value, bool):
             raise ValueError(
@@ -99,22 +103,22 @@ def _check_ddp(strategy: Any) -> None:
 
 
 def explain_trainer(error: Exception) -> str:
-    """What the trainer says of its settings, in one line."""
-    said = " ".join(str(error).split())
-    for part, ours in _WHAT_LIGHTNING_SAYS.items():
-        if part in said:
-            return ours
-    return f"trainer: {said}"
+    """One line for an error that the Trainer raises about its settings."""
+    message = " ".join(str(error).split())
+    for part, line in _LIGHTNING_ERRORS.items():
+        if part in message:
+            return line
+    return f"trainer: {message}"
 
 
-def _name(setting: str, value: str) -> str:
+def _suggest_choice(setting: str, value: str) -> str:
     if setting == "strategy" and re.search(
         "fsdp|shard|model_?parallel|zero|deepspeed", value, re.I
     ):
-        return "for shards give --config configs/fsdp.yaml"
+        return "to shard the model, give --config configs/fsdp.yaml"
     if setting == "strategy" and "." in value:
         return "give a class as trainer.strategy.class_path in a YAML file"
-    return suggest(value, _NAMES[setting])
+    return suggest(value, _CHOICES[setting])
 
 
 def _check_devices(devices: Any) -> None:
@@ -125,7 +129,7 @@ def _check_devices(devices: Any) -> None:
         numbers = [str(part).strip() for part in parts]
         if not numbers or not all(n.isdigit() for n in numbers) or len({*numbers}) < len(numbers):
             raise ValueError(
-                f"trainer.devices: {devices} is not a list of different devices; give such as [0, 1]"
+                f"trainer.devices: {devices} is not a list of different devices; give for example [0, 1]"
             )
     elif not str(parts[0] if isinstance(parts, list) else parts).isdigit() or int(devices) < 1:
         raise ValueError(

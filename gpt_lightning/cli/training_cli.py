@@ -43,14 +43,11 @@ RUNS = Path("checkpoints")
 
 
 def _quiet_lightning() -> None:
-    """Hide Lightning's tips, and warnings that a user of the command cannot act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # the results of a profiler that the user asked for
-    reports = logging.getLogger("lightning.pytorch.profilers")
-    reports.setLevel(logging.INFO)
-    reports.propagate = False
-    reports.handlers = [logging.StreamHandler()]
+    """Hide Lightning's tips (not with --verbose), and warnings that a user of the command cannot act on."""
+    verbose = logging.getLogger("gpt_lightning").isEnabledFor(logging.DEBUG)
+    level = logging.INFO if verbose else logging.WARNING
+    logging.getLogger("lightning.pytorch").setLevel(level)
+    logging.getLogger("lightning.fabric").setLevel(level)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # evaluation.eval_freq decides when metrics are logged
     warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")

@@ -1,4 +1,4 @@
-"""YAML as jsonargparse reads it, after a check that is bounded in time: size, depth, aliases, and each key once."""
+"""YAML loader for jsonargparse that first checks size, depth, aliases and duplicate keys, in bounded time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from yaml.events import (
 )
 
 MAX_CHARACTERS = 1_000_000
-MAX_VALUES = 20_000  # with every alias counted as what it stands for
+MAX_VALUES = 20_000  # each alias counts as many values as it stands for
 MAX_DEPTH = 50
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -26,17 +26,17 @@ _load = get_loader("yaml")
 
 
 def use_checked_yaml() -> None:
-    """Have all parsers of jsonargparse read YAML by :func:`load_checked`."""
+    """Make all parsers of jsonargparse read YAML with :func:`load_checked`."""
     set_loader("yaml", load_checked, (yaml.YAMLError,))
 
 
 def load_checked(text: str, path: str = "") -> Any:
-    """What ``text`` holds: a configuration file, or without ``path`` the value of one option.
+    """Load YAML: the content of the file ``path``, or, without ``path``, the value of one option.
 
     Raises:
-        ValueError: It is too large or too deep, has a cycle or a key twice; a file: it is not YAML either, or no
-            mapping.
-        yaml.YAMLError: A value is not YAML; it may still be text.
+        ValueError: The text is too large or nested too deeply, has a cycle or a duplicate key. Of a file: it is not
+            YAML, or not a mapping.
+        yaml.YAMLError: The value of an option is not YAML; it may still be plain text.
     """
     try:
         check_yaml(text)
@@ -44,12 +44,12 @@ def load_checked(text: str, path: str = "") -> Any:
     except yaml.YAMLError as error:
         if not path:
             raise
-        raise ValueError(f"{path}: {_problem(error)}") from error
+        raise ValueError(f"{path}: {_explain_yaml_error(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path else str(error)) from error
     if not path:
         return value
-    if isinstance(value, str):  # jsonargparse takes 'model:' for text
+    if isinstance(value, str):  # jsonargparse reads 'model:' as text
         value = yaml.load(text, _LOADER)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds no settings; give lines such as 'run: NAME'")
@@ -57,38 +57,38 @@ def load_checked(text: str, path: str = "") -> Any:
 
 
 @dataclass
-class _Open:
-    """A mapping or sequence that has not ended yet."""
+class _OpenCollection:
+    """Mapping or sequence whose end has not been read yet."""
 
     path: str
     is_mapping: bool
     anchor: str | None
     size_before: int
-    key: str | None = None  # of a mapping: the value comes next
+    key: str | None = None  # in a mapping: the key whose value comes next
     items: int = 0
 
 
 def check_yaml(text: str) -> None:
     """Check a document without building it.
 
-    Keys are compared by their path, so that ``model.lr`` and ``lr`` in ``model`` are one.
+    Keys are compared by their full path, so ``model.lr`` and ``lr`` in ``model`` are the same key.
 
     Raises:
-        ValueError, yaml.YAMLError: As :func:`load_checked`.
+        ValueError, yaml.YAMLError: See :func:`load_checked`.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"has more than {MAX_CHARACTERS:,} characters; it is not a configuration")
-    opened: list[_Open] = []
-    lines: dict[str, int] = {}  # of each key
-    sizes: dict[str, int] = {}  # of what each anchor names; 0 before its end
+    open_collections: list[_OpenCollection] = []
+    lines: dict[str, int] = {}  # line of each key
+    sizes: dict[str, int] = {}  # number of values below each anchor; 0 before its end
     values = 0
     for event, line in _events(text):
         if isinstance(event, CollectionEndEvent):
-            ended = opened.pop()
+            ended = open_collections.pop()
             if ended.anchor:
                 sizes[ended.anchor] = values - ended.size_before
             continue
-        path = _place(event, opened, lines, line)
+        path = _path_of_node(event, open_collections, lines, line)
         if isinstance(event, AliasEvent):
             size = sizes.get(str(event.anchor), 1)
             if not size:
@@ -99,10 +99,10 @@ def check_yaml(text: str) -> None:
         if values > MAX_VALUES:
             raise ValueError(f"has more than {MAX_VALUES:,} values; it is not a configuration")
         if isinstance(event, CollectionStartEvent):
-            if len(opened) == MAX_DEPTH:
+            if len(open_collections) == MAX_DEPTH:
                 raise ValueError(f"line {line}: is nested more than {MAX_DEPTH} levels deep")
             is_mapping = isinstance(event, MappingStartEvent)
-            opened.append(_Open(path, is_mapping, event.anchor, values - 1))
+            open_collections.append(_OpenCollection(path, is_mapping, event.anchor, values - 1))
             if event.anchor:
                 sizes[event.anchor] = 0
         elif isinstance(event, ScalarEvent) and event.anchor:
@@ -110,23 +110,25 @@ def check_yaml(text: str) -> None:
 
 
 def _events(text: str) -> Iterator[tuple[Event, int]]:
-    """Nodes, and the ends of mappings and sequences, with their lines, counted from 1."""
+    """Nodes and ends of mappings and sequences, each with its line number, from 1."""
     documents = 0
     for event in yaml.parse(text, Loader=_LOADER):
         assert event.start_mark is not None
         line = event.start_mark.line + 1
         documents += isinstance(event, DocumentStartEvent)
         if documents > 1:
-            raise ValueError(f"line {line}: begins a second document; give one")
+            raise ValueError(f"line {line}: begins a second document; give only one")
         if isinstance(event, NodeEvent | CollectionEndEvent):
             yield event, line
 
 
-def _place(event: Event, opened: list[_Open], lines: dict[str, int], line: int) -> str:
-    """The path of a node, or '' of a key; a key is noted in ``lines``."""
-    if not opened:
+def _path_of_node(
+    event: Event, open_collections: list[_OpenCollection], lines: dict[str, int], line: int
+) -> str:
+    """The path of a node, or '' for a key, whose line is added to ``lines``."""
+    if not open_collections:
         return ""
-    parent = opened[-1]
+    parent = open_collections[-1]
     if not parent.is_mapping:
         parent.items += 1
         return f"{parent.path}[{parent.items - 1}]"
@@ -144,14 +146,16 @@ def _place(event: Event, opened: list[_Open], lines: dict[str, int], line: int) 
     return ""
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    """What is wrong with the YAML of a file, with its line."""
+def _explain_yaml_error(error: yaml.YAMLError) -> str:
+    """One line about what is wrong with the YAML of a file, with the line number."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         line = error.problem_mark.line + 1
         remedy = "check the colons, quotes and brackets before it"
         if "cannot start any token" in str(error.problem):
-            remedy = "indent with blanks, not tabs, and quote text that begins with a sign"
+            remedy = (
+                "indent with spaces, not tabs, and put text that begins with a symbol in quotes"
+            )
         elif "tag" in str(error.problem):
-            remedy = "only plain values are read"
+            remedy = "only plain values are allowed"
         return f"line {line}: is not YAML ({error.problem}); {remedy}"
     return f"is not YAML ({' '.join(str(error).split())[:100]}); check the file"

@@ -165,12 +165,12 @@ def _moments(shape: StepShape) -> Iterator[MemoryBreakdown]:
             )  # fmt: skip
 
     # backward pass: the last block's, while all activations are there, and the first's, while all gradients
-    # are. A tied head's gradient waits for the embedding's. Widest are the gradients by the feed-forward's 4C
-    # hidden values, beside those by its output (autocast: cast) and by its matrix of 4C²
+    # are. A tied head's gradient waits for the embedding's, as does FSDP2's. Widest are the gradients by the
+    # feed-forward's 4C hidden values, beside those by its output (autocast: cast) and by its matrix of 4C²
     by_activations = N * C * (w + a * mixed + 4 * a) + 4 * C * C * a
     by_attention = N * (C * (w + a) + 2 * _attention_matrix_bytes(shape))
-    waiting = head_gradient if tied else 0
-    untied_head = 0 if tied else V * C // shape.shards
+    waiting = head_gradient if tied or (sharded and not accumulate) else 0
+    untied_head = 0 if tied or sharded else V * C
     for done in (0, L - 1):
         so_far = w * (done * block_share + 2 * C + untied_head)
         moment = replace(
@@ -196,6 +196,11 @@ def _moments(shape: StepShape) -> Iterator[MemoryBreakdown]:
         gathered=(a + w * accumulate) * rest * sharded,
         backward=waiting + w * (N * C + V * C + V * C * tied), phase="backward",
     )  # fmt: skip
+
+    if (
+        sharded
+    ):  # the rest's gradients are reduced together: complete ones and a copy, without the weights
+        yield replace(empty, gradients=w * share, gathered=2 * w * rest, phase="backward")
 
     # float16's optimizer is not fused on a GPU: one value per weight more
     unfused = w * share * (shape.precision == "16-mixed" and shape.device == "cuda")

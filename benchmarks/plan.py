@@ -234,12 +234,12 @@ def main() -> None:
     common, runs = (ON_GPU, GPU_RUNS) if options.gpu else (COMMON, RUNS)
     tolerance = TOLERANCE_ON_GPU if options.gpu else TOLERANCE
     for name, settings in runs.items():
-        found = results[name] = compare(
+        result = results[name] = compare(
             [*common, *settings, *(TINY if options.tiny else [])], on_gpu=options.gpu
         )
         print(
-            f"{name}: {found['counted'] / 1e9:.2f} GB counted, {found['measured'] / 1e9:.2f} measured, "
-            f"{found['off']:+.1%}",
+            f"{name}: {result['counted'] / 1e9:.2f} GB counted, {result['measured'] / 1e9:.2f} measured, "
+            f"{result['off']:+.1%}",
             flush=True,
         )
     bars = [at_most(f"{name}: off by", abs(r["off"]), tolerance) for name, r in results.items()]

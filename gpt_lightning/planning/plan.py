@@ -240,9 +240,9 @@ def nearest_that_fits(spec: RunSpec, limit: int) -> tuple[SuggestedChange | None
         return None, least
     for count in range(1, len(levers) + 1):
         for chosen in combinations(levers, count):
-            found = _change_that_fits(spec, chosen, limit)
-            if found is not None:
-                return found, None
+            change = _change_that_fits(spec, chosen, limit)
+            if change is not None:
+                return change, None
     return None, least
 
 

@@ -195,11 +195,11 @@ def compare(settings: Sequence[str], *, on_gpu: bool = False) -> dict[str, Any]:
     """Bytes that ``plan`` predicts and that ``fit`` takes, of the same command; on a CPU the median of some runs."""
     child, gpu = (CHILD_ON_GPU, [f"--gpu={GPU}"]) if on_gpu else (CHILD, [])
     runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        predicted = _output(["-m", "gpt_lightning", "plan", *settings, *gpu, "--json"], folder)
+    counted = json.loads(predicted)
     for _ in range(1 if on_gpu else REPEATS):
         with tempfile.TemporaryDirectory() as folder:
-            counted = json.loads(
-                _output(["-m", "gpt_lightning", "plan", *settings, *gpu, "--json"], folder)
-            )
             runs.append(int(_output(["-c", child, "fit", *settings], folder).splitlines()[-1]))
     measured = median(runs)
     return {

@@ -1,4 +1,4 @@
-"""``plan``: its counts against arithmetic, against what autograd keeps, and against runs of ``fit``."""
+"""``plan``: its formulas against models, measured allocations, recorded GPU runs and runs of ``fit``."""
 
 import importlib.util
 import json
@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL, Command, python
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,12 +25,11 @@ from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.model import flops as cost
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
-from gpt_lightning.planning.as_on_cuda import as_on_cuda
-from gpt_lightning.planning.heap import Heap
-from gpt_lightning.planning.memory import StepShape, held
+from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
+from gpt_lightning.model.precision import PRECISIONS
+from gpt_lightning.planning.memory import StepShape, step_memory
 from gpt_lightning.planning.plan import RunSpec, memory, plan
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.hardware import measured_peak
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 PRETRAIN = ROOT / "configs" / "pretrain-124M.yaml"
@@ -64,8 +63,8 @@ def test_parameters_and_cache_are_the_models(size: str, tied: bool) -> None:
     assert cost.block_parameters(config) == block
     assert cost.embedding_parameters(config) == embeddings
     assert cost.parameters(config) == sum(p.numel() for p in model.parameters())
-    held_by_cache = sum(part.nbytes for part in (*cache.keys, *cache.values))
-    assert cost.kv_cache_bytes(config, 1, config.context_length, 2) == held_by_cache
+    cache_bytes = sum(part.nbytes for part in (*cache.keys, *cache.values))
+    assert cost.kv_cache_bytes(config, 1, config.context_length, 2) == cache_bytes
 
 
 SMALL_CONFIG = GPTConfig(
@@ -78,7 +77,7 @@ SMALL_CONFIG = GPTConfig(
 def test_activations_are_what_autograd_keeps(drop_rate: float, precision: str) -> None:
     """Of a real forward pass: every storage that is kept for the backward one, once, weights left out."""
     config = replace(SMALL_CONFIG, drop_rate=drop_rate)
-    counted = held(StepShape(config, 2, 16, precision=precision))
+    counted = step_memory(StepShape(config, 2, 16, precision=precision))
     assert counted.phase == "loss"  # when all is kept
     model = GPTModel(config)
     kept: dict[int, int] = {}
@@ -102,26 +101,76 @@ def test_activations_are_what_autograd_keeps(drop_rate: float, precision: str) -
         cast = config.vocab_size * config.emb_dim + sum(
             p.numel() for n, p in model.named_parameters() if n.endswith("bias") and "norm" not in n
         )
-    positions = 16 * 8  # indices into the positions' embedding, which a fake pass keeps too
+    indices = 16 * 8  # into the positions' embedding, which are not counted
     assert counted.activations + counted.copies - 2 * cast == pytest.approx(
-        sum(kept.values()), abs=positions
+        sum(kept.values()), abs=indices
     )
+
+
+def allocated_at_peak(shape: StepShape, folder: Path) -> int:
+    """Highest number of bytes of tensors in two optimizer steps on the CPU, as torch's profiler records them."""
+    dtype, low = PRECISIONS[shape.precision]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        model = GPTModel(shape.config).to(dtype)
+        model.activation_checkpointing = shape.activation_checkpointing
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        idx, targets = torch.zeros(2, shape.batch_size, shape.length, dtype=torch.int64)
+        for _ in range(2):
+            for micro_batch in range(1 + shape.accumulate):
+                with torch.autocast("cpu", low, enabled=low is not None):
+                    features = model.features(idx)
+                    if shape.loss_chunk_size is None:
+                        loss = cross_entropy(model.head(features), targets)
+                    else:
+                        loss = chunked_cross_entropy(
+                            features, model.head_weight, targets, shape.loss_chunk_size
+                        )
+                del features
+                if micro_batch == 0:
+                    optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    record.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    totals = [e["args"]["Total Allocated"] for e in events]
+    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, {}),
+        ({"accumulate": True}, {}),
+        ({"loss_chunk_size": 64}, {}),
+        ({"loss_chunk_size": 32, "activation_checkpointing": True, "batch_size": 16}, {}),
+        ({"activation_checkpointing": True}, {"vocab_size": 500}),
+        ({"precision": "bf16-mixed"}, {}),
+        ({"loss_chunk_size": 64, "batch_size": 8}, {"vocab_size": 100, "n_layers": 6}),
+        ({}, {"vocab_size": 500, "drop_rate": 0.1}),
+        ({"batch_size": 1}, {"vocab_size": 500, "tied_embeddings": True, "qkv_bias": True}),
+    ],
+    ids=str,
+)
+def test_a_steps_tensors_take_the_predicted_memory(
+    changes: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Within 1 % of what a real step allocates on a CPU."""
+    architecture = replace(SMALL_CONFIG, context_length=64, emb_dim=64, n_heads=4, **config)
+    shape = replace(StepShape(architecture, 4, 64), **changes)
+    assert step_memory(shape).total == pytest.approx(allocated_at_peak(shape, tmp_path), rel=0.01)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_a_step_is_linear_in_windows_and_leaves_nothing_behind(
-    accumulate: bool, shards: int
-) -> None:
-    sizes = [
-        held(StepShape(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards, device="cuda"))
+def test_a_steps_memory_is_linear_in_windows(accumulate: bool, shards: int) -> None:
+    first, second, third = (
+        step_memory(
+            StepShape(SMALL_CONFIG, b, 16, accumulate=accumulate, shards=shards, device="cuda")
+        ).total
         for b in (16, 32, 48)
-    ]
-    first, second, third = (size.total for size in sizes)
+    )
     assert second - first == pytest.approx(third - second, rel=1e-3)
-    assert not torch.distributed.is_initialized()
-    assert torch.nn.functional.dropout.__module__ == "torch.nn.functional"
-    assert torch.get_default_dtype() is torch.float32
 
 
 def test_dropout_on_a_cpu_keeps_the_attention_matrix_and_on_a_gpu_not() -> None:
@@ -131,24 +180,24 @@ def test_dropout_on_a_cpu_keeps_the_attention_matrix_and_on_a_gpu_not() -> None:
     for rate in (0.0, 0.1):
         for device in ("cpu", "cuda"):
             step = StepShape(replace(config, drop_rate=rate), 1, 256, device=device)  # type: ignore[arg-type]
-            kept[rate, device] = held(step).activations
+            kept[rate, device] = step_memory(step).activations
     matrices = 4 * config.n_layers * config.n_heads * 256 * 256
     assert kept[0.1, "cpu"] - kept[0.0, "cpu"] >= 3 * matrices
     assert kept[0.1, "cuda"] - kept[0.0, "cuda"] < matrices / 10
 
 
 def operations_of_the_loss(device: str) -> list[tuple[str, list[torch.dtype]]]:
-    """Of bfloat16 logits under that device's autocast: what is computed, in which types."""
-    found = []
+    """Operations and result types of the loss of bfloat16 logits under that device's autocast."""
+    operations = []
 
-    class Noted(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             out = func(*args, **(kwargs or {}))
             if func.namespace == "aten":
                 results = [t.dtype for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-                found.append((str(func), results))
+                operations.append((str(func), results))
             return out
 
     with FakeTensorMode():
@@ -158,30 +207,38 @@ def operations_of_the_loss(device: str) -> list[tuple[str, list[torch.dtype]]]:
         torch.set_autocast_enabled(device, True)  # torch.autocast asks whether there is a GPU
         torch.set_autocast_dtype(device, torch.bfloat16)
         try:
-            with Noted():
+            with Recorder():
                 F.cross_entropy(logits, targets)
         finally:
             torch.set_autocast_enabled(device, before[0])
             torch.set_autocast_dtype(device, before[1])
-    return found
+    return operations
 
 
-def test_a_gpus_loss_in_autocast_is_torchs() -> None:
-    """The stand-in for it runs the operations that torch sends to a GPU, in their types."""
-    theirs = operations_of_the_loss("cuda")
-    with as_on_cuda(torch.bfloat16, loss_kernel=True):
-        assert operations_of_the_loss("cpu") == theirs
-    assert operations_of_the_loss("cpu") != theirs
+def test_autocast_casts_the_log_softmax_on_a_gpu_and_the_logits_on_a_cpu() -> None:
+    """Which makes 2 + 4 + 4 bytes per logit of the one and 4 + 4 + 4 of the other."""
+    low, full = [torch.bfloat16], [torch.float32]
+    assert operations_of_the_loss("cuda") == [
+        ("aten._log_softmax.default", low),
+        ("aten._to_copy.default", full),
+        ("aten.nll_loss_forward.default", full + full),
+    ]
+    assert operations_of_the_loss("cpu")[:2] == [
+        ("aten._to_copy.default", full),
+        ("aten._log_softmax.default", full),
+    ]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_a_gpus_loss_in_autocast_is_ten_bytes_a_logit(precision: str) -> None:
     """Softmax's logarithm in 2, its copy in float32 and the copy's gradient."""
     config = replace(SMALL_CONFIG, vocab_size=20000)
-    counted = held(StepShape(config, 32, 16, precision=precision, device="cuda"))
+    counted = step_memory(StepShape(config, 32, 16, precision=precision, device="cuda"))
     assert counted.phase == "loss"
     assert counted.loss == pytest.approx(10 * 32 * 16 * config.vocab_size, rel=0.001)
-    whole = held(StepShape(config, 32, 16, device="cuda"))  # softmax, its and logits' gradient
+    whole = step_memory(
+        StepShape(config, 32, 16, device="cuda")
+    )  # softmax, its and logits' gradient
     assert whole.loss == pytest.approx(12 * 32 * 16 * config.vocab_size, rel=0.001)
 
 
@@ -189,119 +246,16 @@ def test_chunks_and_checkpointing_keep_what_they_promise() -> None:
     config = replace(SMALL_CONFIG, vocab_size=20000, n_layers=6)
     C, N = config.emb_dim, 32 * 16
     plain = StepShape(config, 32, 16, device="cuda")
-    counted = held(plain)
+    counted = step_memory(plain)
     assert counted.loss >= 4 * 2 * N * config.vocab_size  # logits and their softmax
-    chunked = held(replace(plain, loss_chunk_size=64))
+    chunked = step_memory(replace(plain, loss_chunk_size=64))
     assert chunked.loss < 4 * (4 * 64 * config.vocab_size + 3 * C * (config.vocab_size + N))
-    again = held(replace(plain, activation_checkpointing=True))
+    again = step_memory(replace(plain, activation_checkpointing=True))
     # each block's input, the last norm's input, output and statistics
     assert again.activations == pytest.approx(4 * N * ((6 + 2) * C + 2), abs=N)
-    assert held(replace(plain, precision="bf16-true")).total * 2 == pytest.approx(
+    assert step_memory(replace(plain, precision="bf16-true")).total * 2 == pytest.approx(
         counted.total, rel=0.01
     )
-
-
-def test_heap_holds_what_is_taken_and_no_more_than_was() -> None:
-    """Whatever is taken and given back: never less than is in use, in the end next to nothing."""
-    heap, random = Heap(), Random(1)
-    in_use: dict[int, int] = {}
-    most = 0
-    for key in range(2000):
-        in_use[key] = size = random.choice([100, 5_000, 300_000, 4_000_000, 40_000_000])
-        heap.take(key, size)
-        while random.random() < 0.55 and in_use:
-            given = random.choice(list(in_use))
-            del in_use[given]
-            heap.give(given)
-        most = max(most, sum(in_use.values()))
-        assert heap.resident >= sum(in_use.values())
-    assert heap.resident < 3 * most
-    for key in in_use:
-        heap.give(key)
-    heap.give_scraps()
-    assert heap.resident <= 64 << 20
-
-
-def test_heap_gives_large_blocks_back_and_keeps_holes() -> None:
-    heap = Heap()
-    heap.take(0, 100 << 20)
-    heap.give(0)
-    assert heap.resident == 0
-    for key in range(1, 4):
-        heap.take(key, 100_000)
-    before = heap.resident
-    heap.give(2)
-    assert heap.resident == before  # a hole below what is in use
-    heap.take(4, 50_000)
-    assert heap.resident == before  # which serves the next
-
-
-def arithmetic(size: str, devices: int, strategy: str) -> dict[str, tuple[float, float]]:
-    """A row of the table by formula: bf16-mixed on a GPU without dropout, 8 windows of 1,024 on a device.
-
-    A token keeps in a block two float32 inputs of norms (8C bytes), their bfloat16 outputs (4C), q, k and v
-    (6C), attention's output (2C) and its logsumexp (4 a head), GELU's input and output (8C each), and the norms'
-    statistics (16); beside the blocks the last norm's input (4C) and statistics. From and to: where the peak is
-    in the forward pass, the last norm's output is there too, and autocast's copies of biases.
-
-    The loss holds 10 bytes a logit when its backward pass begins and 8 at the end of its forward pass, when the
-    gradients of the update before are there still; and features or their gradients, with FSDP2 up to three of 2NC. With
-    FSDP2 the root's gradients alone are there at the peak.
-    """
-    config = GPT2_SIZES[size]
-    C, V, L, N = config.emb_dim, config.vocab_size, config.n_layers, 8 * 1024
-    matrices = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]
-    vectors = [3 * C, C, 4 * C, C, C, C, C, C]
-    block = [*matrices, *((n,) for n in vectors)]
-    shapes = [(V, C), (1024, C), (C,), (C,), *(L * block)]
-    rows = devices if strategy == "fsdp" else 1
-
-    def elements(shape: tuple[int, ...], shards: int) -> int:
-        return ceil(shape[0] / shards) * (shape[1] if len(shape) == 2 else 1)
-
-    whole = sum(elements(shape, 1) for shape in shapes)
-    share = sum(elements(shape, rows) for shape in shapes)
-    root = V * C + 1024 * C + 2 * C
-    accumulates = devices < 64
-    copies = 2 * (L * sum(a * b for a, b in matrices) + V * C)
-    in_transit = {
-        "single": 0,
-        "ddp": 4 * whole,
-        "fsdp": 2 * root + (4 * whole if accumulates else 0),
-    }
-    in_forward = strategy != "fsdp" and not accumulates and 4 * whole > 2 * N * V
-    gradients = 4 * whole if accumulates or in_forward else 0
-    if strategy == "fsdp":
-        gradients = 4 * sum(elements(shape, rows) for shape in shapes[:4])
-    logits = (8 if in_forward else 10) * N * V
-    per_token = L * (36 * C + 16 + 4 * config.n_heads) + 4 * C + 8
-    flops = 6 * (12 * L * C * C + V * C + 2 * L * 1024 * C)
-    return {
-        "weights": (4 * share, 4 * share),
-        "gradients": (gradients, gradients),
-        "AdamW": (8 * share, 8 * share),
-        "bf16 copies": (0, 0) if strategy == "fsdp" else (copies, copies + 2 * L * 9 * C),
-        "in transit": (in_transit[strategy], in_transit[strategy]),
-        "activations": (N * per_token, N * (per_token + 4 * C)),
-        "loss": (logits + 2 * N * C, logits + (6 if strategy == "fsdp" else 2) * N * C),
-        "hours": (flops * 1e10 / (0.4 * 989e12 * devices) / 3600,) * 2,
-    }
-
-
-def check_rows(benchmark: ModuleType, lines: list[str]) -> None:
-    names = [name.strip() for name in lines[0].strip("|").split("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    for cells in rows:
-        row = dict(zip(names, cells, strict=True))
-        strategy = {"": "single", "DDP": "ddp", "FSDP2": "fsdp"}[cells[2]]
-        expected = arithmetic(f"gpt2-{row['size']}", int(row["devices"]), strategy)
-        for name, (low, high) in expected.items():
-            unit, rounding = (1, 0.051) if name == "hours" else (1e9, 0.0051)
-            shown = float(row[name].replace(",", ""))
-            assert low / unit - rounding <= shown <= high / unit + rounding, (cells, name)
-        assert set(expected) == {*benchmark.COLUMNS, "hours"}
-        parts = sum(float(row[name]) for name in benchmark.COLUMNS)
-        assert float(row["in all"].split()[0]) == pytest.approx(parts, abs=0.04)
 
 
 def documented(benchmark: ModuleType) -> list[str]:
@@ -310,42 +264,18 @@ def documented(benchmark: ModuleType) -> list[str]:
     return lines[start : start + 2 + 5 * len(GPT2_SIZES)]
 
 
-def test_documented_table_is_arithmetics(benchmark: ModuleType) -> None:
-    check_rows(benchmark, documented(benchmark))
-
-
-def test_a_documented_row_is_what_plan_counts(benchmark: ModuleType) -> None:
-    lines = benchmark.table(["gpt2-124M"], [(1, "single")]).splitlines()
-    assert lines == documented(benchmark)[:3]
-
-
-@pytest.mark.nightly
 def test_documented_table_is_what_plan_counts(benchmark: ModuleType) -> None:
     assert benchmark.table().splitlines() == documented(benchmark)
-
-
-def multiplies_bf16_slowly() -> bool:
-    """As a CPU does that has no instructions for it."""
-    return measured_peak(torch.bfloat16) < measured_peak(torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("run", range(3))
 def test_a_runs_memory_is_the_predicted_one(benchmark: ModuleType, run: int) -> None:
-    """Within 15 % of the largest resident set of ``fit`` with the same settings."""
+    """Within 20 % of the median peak resident set of three runs of ``fit`` with the same settings."""
     settings = list(benchmark.RUNS.values())[run]
-    if "--trainer.precision=bf16-mixed" in settings and multiplies_bf16_slowly():
-        # half an hour as it is documented; this is a fortieth of the work
-        settings = [
-            *settings,
-            "--model.config.context_length=128",
-            "--data.batch_size=1",
-            "--trainer.max_steps=2",
-            "--evaluation.eval_iter=1",
-        ]
-    found = benchmark.compare([*benchmark.COMMON, *settings])
-    assert abs(found["off"]) <= 0.15, found
+    result = benchmark.compare([*benchmark.COMMON, *settings])
+    assert abs(result["off"]) <= benchmark.TOLERANCE, result
 
 
 def gpu_rows() -> dict[str, list[str]]:
@@ -370,15 +300,15 @@ def test_documented_gpu_runs_are_the_measured_ones(benchmark: ModuleType) -> Non
         assert abs(found["off"]) <= benchmark.TOLERANCE_ON_GPU
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[] if run == 1 else pytest.mark.nightly) for run in range(5)]
-)
-def test_documented_gpu_runs_are_what_plan_counts(
+@pytest.mark.parametrize("run", range(5))
+def test_predicted_memory_is_within_a_tenth_of_recorded_gpu_runs(
     benchmark: ModuleType, command: Command, run: int
 ) -> None:
     name, settings = list(benchmark.GPU_RUNS.items())[run]
-    found = as_json(command, *benchmark.ON_GPU, *settings, "--gpu=H100")
-    assert gpu_rows()[name][-1] == f"{found['total'] / 1e9:.2f} GB"
+    total = as_json(command, *benchmark.ON_GPU, *settings, "--gpu=H100")["total"]
+    _, measured, _, _, shown = gpu_rows()[name]
+    assert shown == f"{total / 1e9:.2f} GB"
+    assert total == pytest.approx(1e9 * float(measured.split()[0]), rel=benchmark.TOLERANCE_ON_GPU)
 
 
 def as_json(command: Command, *arguments: str) -> dict[str, Any]:
@@ -388,12 +318,12 @@ def as_json(command: Command, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_plan_counts_the_epochs_updates_as_fit_does(command: Command) -> None:
+def test_plan_counts_an_epochs_steps_as_fit_does(command: Command) -> None:
     settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=2", "--data.batch_size=3"]
     found = as_json(command, *settings)
     assert command("fit", *settings).code == 0
     assert (
-        found["updates"] == read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["global_step"]
+        found["steps"] == read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))["global_step"]
     )
 
 
@@ -412,36 +342,36 @@ def test_plan_counts_the_epochs_updates_as_fit_does(command: Command) -> None:
     ],
     ids=" ".join,
 )
-def test_plan_counts_updates_and_tokens_as_fit_does(command: Command, settings: list[str]) -> None:
+def test_plan_counts_steps_and_tokens_as_fit_does(command: Command, settings: list[str]) -> None:
     settings = [QUICKSTART, *SMALL, "--data.num_workers=0", *settings]
     found = as_json(command, *settings)
     done = command("fit", *settings, "--evaluation.prompt=null")
     assert done.code == 0, done.err
     last = read_checkpoint(Path("checkpoints/quickstart/last.ckpt"))
-    assert (found["updates"], found["tokens"]) == (last["global_step"], last["tokens_seen"])
-    assert f"step 0 of {found['updates']} ({found['epochs']:.3g} epochs)" in done.err
+    assert (found["steps"], found["tokens"]) == (last["global_step"], last["tokens_seen"])
+    assert f"step 0 of {found['steps']} ({found['epochs']:.3g} epochs)" in done.err
 
 
 def test_plan_says_how_often_the_text_is_seen(command: Command) -> None:
     few = command("plan", QUICKSTART, *SMALL, "--trainer.max_epochs=12").out
-    assert "epochs            12 of 7 updates each\n" in few
+    assert "epochs           12 of 7 steps each\n" in few
     many = command(
         "plan", QUICKSTART, *SMALL, "--trainer.max_steps=7756", "--trainer.max_epochs=-1"
     ).out
-    assert "epochs            1,108 of 7 updates each; so many passes usually overfit\n" in many
+    assert "epochs           1,108 of 7 steps each; so many passes usually overfit\n" in many
 
 
 def test_plan_says_what_the_settings_say_and_writes_nothing(command: Command) -> None:
     done = command("plan", QUICKSTART, *SMALL, "--trainer.max_steps=10")
     assert (done.code, done.err) == (0, "")
-    for part in ("parameters", "MFLOP a token", "Python and libraries", "activations", "fits"):
+    for part in ("parameters", "MFLOP per token", "Python and libraries", "activations", "fits"):
         assert part in done.out
     assert os.listdir() == []
     found = as_json(command, QUICKSTART, *SMALL, "--trainer.max_steps=10", "--peak_tflops=0.1")
     assert os.listdir() == []
     assert found["total"] == sum(found["memory"].values())
-    assert found["tokens_per_update"] == 2 * 16
-    assert (found["tokens"], found["updates"]) == (320, 10)
+    assert found["tokens_per_step"] == 2 * 16
+    assert (found["tokens"], found["steps"]) == (320, 10)
     assert found["hours"] == pytest.approx(320 * found["flops_per_token"] / (0.1e12 * 0.4) / 3600)
 
 
@@ -464,10 +394,10 @@ def test_epochs_of_a_long_text_or_a_store_are_counted_without_writing(command: C
         command("prepare", "long.txt", "--out=store", "--split=ratio", "--val_ratio=0.9").code == 0
     )
     before = everything_under(Path())
-    assert as_json(command, *settings, "--data.text=long.txt")["updates"] == steps
+    assert as_json(command, *settings, "--data.text=long.txt")["steps"] == steps
     stored = as_json(command, *settings, "--data.text=store")
     assert everything_under(Path()) == before
-    assert (found["updates"], stored["updates"]) == (steps, steps)
+    assert (found["steps"], stored["steps"]) == (steps, steps)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +417,7 @@ def test_a_text_that_cannot_be_read_is_said_and_the_rest_counted(
     text = "nowhere.txt" if name == "other.txt" else name.split("/")[0]
     settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", f"--data.text={text}"]
     found = as_json(command, *settings)
-    assert (found["updates"], found["total"] > 0) == (None, True)
+    assert (found["steps"], found["total"] > 0) == (None, True)
     assert says in found["notes"]["text"]
     done = command("plan", *settings)
     assert (done.code, done.err) == (0, "")
@@ -545,7 +475,7 @@ def test_what_does_not_fit_fits_with_what_plan_says(
     again = as_json(command, *arguments, *words)
     assert again["fits"] is True
     assert again["total"] == found["nearest"]["total"]
-    assert again["tokens_per_update"] == found["tokens_per_update"]
+    assert again["tokens_per_step"] == found["tokens_per_step"]
 
 
 FSDP = f"--config={ROOT}/configs/fsdp.yaml"
@@ -578,15 +508,15 @@ def test_what_cannot_fit_is_said_with_what_remains(command: Command) -> None:
     found = as_json(command, *arguments)
     assert (found["fits"], found["nearest"]) == (False, None)
     assert 0.01e9 < found["least"] < found["total"]
-    assert "nor with all that plan knows" in command("plan", *arguments).out
+    assert "nor with all changes that plan knows" in command("plan", *arguments).out
 
 
 def test_weights_in_float16_are_stepped_without_fusing() -> None:
-    """The one optimizer that is not fused takes a value a weight, which shows where nothing else is held."""
+    """The optimizer that is not fused takes one more value per weight, which shows in the smallest step."""
     step = StepShape(replace(SMALL_CONFIG, n_layers=1), 1, 1, precision="16-mixed", device="cuda")
     lines, when = memory(RunSpec(step))
-    assert when == "optimizer's step"
-    assert lines["optimizer's step"] == lines["weights"]
+    assert when == "optimizer step"
+    assert lines["optimizer step"] == lines["weights"]
 
 
 def test_time_is_divided_by_devices_and_memory_is_not_told_where_it_is_not_known() -> None:
@@ -595,7 +525,7 @@ def test_time_is_divided_by_devices_and_memory_is_not_told_where_it_is_not_known
     eight = plan(RunSpec(step, devices=8, strategy="ddp"), tokens=10_000, peak_flops=1e12, mfu=0.5)
     assert one.hours is not None
     assert eight.hours == pytest.approx(one.hours / 8)
-    assert (one.updates, eight.updates) == (ceil(10_000 / 32), ceil(10_000 / 256))
+    assert (one.steps, eight.steps) == (ceil(10_000 / 32), ceil(10_000 / 256))
     assert one.fits is None
     assert eight.total - one.total == one.memory["weights"]  # DDP's buckets
 
@@ -621,7 +551,7 @@ def test_a_model_of_6_gigabytes_is_planned_in_one(benchmark: ModuleType, tmp_pat
         (["--train_tokens=-5"], "train_tokens: -5 is out of range"),
         (["--peak_tflops=0"], "peak_tflops: 0.0 is out of range"),
         (["--device_memory_gb=.inf"], "device_memory_gb: inf is not a finite number"),
-        (["--mfu=2"], "mfu: 2.0 is no share"),
+        (["--mfu=2"], "mfu: 2.0 is not a share"),
         (["--device_memory_gb=none"], "device_memory_gb"),
         (["--gpu=H1000"], "did you mean H100?"),
         (["--trainer.strategy=deepspeed"], "to shard the model, give --config configs/fsdp.yaml"),
@@ -652,12 +582,12 @@ def test_every_figure_of_the_recipe_has_a_source() -> None:
 
 
 @pytest.mark.parametrize(("devices", "micro_batches"), [(1, 32), (8, 4), (32, 1)])
-def test_the_recipe_is_the_same_update_on_any_devices(
+def test_the_recipe_has_the_same_global_batch_on_any_devices(
     command: Command, devices: int, micro_batches: int
 ) -> None:
     found = as_json(command, f"--config={PRETRAIN}", "--gpu=H100", f"--devices={devices}")
     assert found["parameters"] == 124_439_808
-    assert found["tokens_per_update"] == 524_288
+    assert found["tokens_per_step"] == 524_288
     assert found["settings"]["micro_batches"] == micro_batches
     assert found["fits"]
 
@@ -712,9 +642,7 @@ def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
 def test_a_nearest_batch_is_of_no_more_windows_than_there_are(command: Command) -> None:
     arguments = [QUICKSTART, *SMALL, "--data.stride=130", "--data.global_batch_size=5"]
     assert (
-        as_json(command, *arguments[:-1], "--trainer.max_epochs=1", "--data.batch_size=1")[
-            "updates"
-        ]
+        as_json(command, *arguments[:-1], "--trainer.max_epochs=1", "--data.batch_size=1")["steps"]
         == 5
     )
     assert command("fit", *arguments).err.rstrip().endswith("the nearest that can is 4")

@@ -1,4 +1,4 @@
-"""``plan``: what the run that ``fit`` would make of the same settings will take."""
+"""``plan``: the memory, disk and time that ``fit`` needs with the same settings."""
 
 import json
 import math
@@ -30,10 +30,10 @@ from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.module import reconcile_config
 
-# what fit imports and keeps when it begins: tokenizer, TensorBoard, matplotlib, threads
-LATER = 120_000_000
+# what fit's process needs beyond plan's: tokenizer, TensorBoard, matplotlib, threads
+IMPORTED_LATER = 120_000_000
 
-_OWN_NAMES = {
+_PRECISION_NAMES = {
     None: "32-true",
     "32": "32-true",
     "16": "16-mixed",
@@ -43,11 +43,11 @@ _OWN_NAMES = {
 
 
 def run(arguments: list[str]) -> None:
-    """Count what a run will take, from the settings that fit takes; it trains nothing and writes nothing.
+    """Estimate what a run takes, from the settings of fit. Nothing is trained and nothing is written.
 
-    Parameters, FLOPs a token, memory of one device at its peak part by part, KV cache, checkpoints on disk,
-    updates and hours; where it does not fit, the fewest settings to change so that it does. Memory is counted
-    by running a step on tensors without content, in the strategy, precision and kernels of the run.
+    The output has parameters, FLOPs per token, the peak memory of one device part by part, KV cache, checkpoints
+    on disk, optimizer steps and hours. If the run does not fit, it has the fewest settings to change so that it
+    does. Memory is computed by a formula from shapes, strategy, precision and kernels.
     """
     cli = PlanCLI(arguments)
     config = cli.config
@@ -55,32 +55,32 @@ def run(arguments: list[str]) -> None:
         if config[name] is not None and not 0 < config[name] < math.inf:
             raise ValueError(f"{name}: {config[name]} is out of range; give more than 0")
     if not 0.0 < config.mfu <= 1.0:
-        raise ValueError(f"mfu: {config.mfu} is no share of the peak; give e.g. 0.4")
-    setting = cli.setting()
-    peak, room = cli.peak(setting), cli.device_memory(setting)
-    epoch = cli.epoch(setting)
-    tokens, updates = cli.length(setting, epoch)
-    found = plan(
-        setting,
+        raise ValueError(f"mfu: {config.mfu} is not a share of the peak; give e.g. 0.4")
+    spec = cli.spec()
+    peak, device_memory = cli.peak(spec), cli.device_memory(spec)
+    epoch = cli.epoch(spec)
+    tokens, steps = cli.length(spec, epoch)
+    result = plan(
+        spec,
         tokens=tokens,
-        updates=updates,
+        steps=steps,
         epoch=epoch,
         peak_flops=peak,
         mfu=config.mfu,
-        device_memory=room,
+        device_memory=device_memory,
     )
-    cli.note_what_is_not_counted(setting)
+    cli.note_what_is_not_counted()
     if config.json:
-        print(json.dumps({**asdict(found), "settings": asdict(setting), "notes": cli.notes}))
+        print(json.dumps({**asdict(result), "settings": asdict(spec), "notes": cli.notes}))
     else:
-        print_plan(found, setting, cli.notes)
+        print_plan(result, spec, cli.notes)
 
 
 class PlanCLI(TrainingCLI):
-    """Settings as ``fit`` parses them, with module and data, but no trainer: its devices may be elsewhere.
+    """Settings as ``fit`` parses them, with module and data, but without a trainer: its devices may be elsewhere.
 
     Attributes:
-        notes: A line each on what the figures do not say, by what it is about.
+        notes: What the numbers leave out, one line per topic.
     """
 
     notes: dict[str, str]
@@ -95,18 +95,20 @@ class PlanCLI(TrainingCLI):
         add(
             "--devices",
             type=int | None,
-            help="Over all machines; none: trainer.devices × num_nodes.",
+            help="Devices on all machines. Default: trainer.devices × num_nodes.",
         )
         add(
             "--gpu",
             type=str | None,
-            help=f"A GPU, for its peak and its memory: {', '.join(MEMORY)}; none: the device that is here.",
+            help=f"GPU whose peak and memory are used: {', '.join(MEMORY)}. Default: this machine's device.",
         )
-        add("--device_memory_gb", type=float | None, help="GB that one device has.")
-        add("--peak_tflops", type=float | None, help="TFLOP/s of one device at most.")
-        add("--mfu", type=float, default=0.4, help="Share of the peak that the run reaches.")
+        add("--device_memory_gb", type=float | None, help="Memory of one device in GB (10⁹ bytes).")
+        add("--peak_tflops", type=float | None, help="Peak TFLOP/s of one device.")
+        add("--mfu", type=float, default=0.4, help="Share of the peak FLOP/s that the run reaches.")
         add(
-            "--train_tokens", type=int | None, help="To train on; none: as the trainer's steps say."
+            "--train_tokens",
+            type=int | None,
+            help="Tokens to train on. Default: those of trainer.max_steps, max_epochs and max_tokens.",
         )
         add("--json", action="store_true", help="Print one JSON object and nothing else.")
 
@@ -128,11 +130,11 @@ class PlanCLI(TrainingCLI):
         else:
             super()._adopt_architecture()
 
-    def setting(self) -> RunSpec:
+    def spec(self) -> RunSpec:
         config, trainer, data = self.config, self.config.trainer, self.config.data
         devices = self._devices()
         precision = str(trainer.precision) if trainer.precision is not None else None
-        precision = _OWN_NAMES.get(precision, precision)
+        precision = _PRECISION_NAMES.get(precision, precision)
         if precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision: plan does not know {precision}; {suggest(precision or '', PRECISIONS)}"
@@ -164,17 +166,14 @@ class PlanCLI(TrainingCLI):
             micro_batches=micro_batches,
             global_batch_is_given=is_given,
             bucket_view=bucket_view,
-            base=psutil.Process().memory_info().rss + LATER if step.device == "cpu" else 0,
+            keep_freed_memory=bool(config.keep_freed_memory),
+            base=psutil.Process().memory_info().rss + IMPORTED_LATER if step.device == "cpu" else 0,
             keep_best=saves and config.checkpoint.save_best,
             keep_previous=saves and config.checkpoint.keep_previous,
             async_save=saves and config.checkpoint.async_save,
         )
 
-    def note_what_is_not_counted(self, setting: RunSpec) -> None:
-        if setting.step.device == "cpu" and self.config.keep_freed_memory:
-            self.notes["freed memory"] = (
-                "stays with the process, for up to 40% more than this; not with --keep_freed_memory false"
-            )
+    def note_what_is_not_counted(self) -> None:
         if self.config.data.document_mask:
             self.notes["document_mask"] = (
                 "not counted: attention's masks, and its kernels that keep more than the fast ones"
@@ -200,7 +199,7 @@ class PlanCLI(TrainingCLI):
         return "cpu"
 
     def _runs_our_kernels(self) -> bool:
-        """Of the GPU that is named, else of the one that is here; one that is neither counts as one that does."""
+        """Whether the named GPU, else this machine's, runs our kernels; an unknown GPU counts as one that does."""
         if self.config.gpu is not None or not torch.cuda.is_available():
             return self.config.gpu not in OLDER_THAN_AMPERE
         return kernels_unsupported_reason(torch.device("cuda")) is None
@@ -209,22 +208,22 @@ class PlanCLI(TrainingCLI):
         if self.config.devices is not None:
             return int(self.config.devices)
         trainer = self.config.trainer
-        asked = trainer.devices
-        if isinstance(asked, list):
-            here = len(asked)
-        elif asked in (None, "auto", -1, "-1"):
-            here = max(1, torch.cuda.device_count()) if self._device() == "cuda" else 1
+        devices = trainer.devices
+        if isinstance(devices, list):
+            count = len(devices)
+        elif devices in (None, "auto", -1, "-1"):
+            count = max(1, torch.cuda.device_count()) if self._device() == "cuda" else 1
         else:
             try:
-                here = int(asked)
+                count = int(devices)
             except ValueError:
-                here = len(str(asked).strip(",").split(","))
-        return max(1, here) * int(trainer.num_nodes or 1)
+                count = len(str(devices).strip(",").split(","))
+        return max(1, count) * int(trainer.num_nodes or 1)
 
     def _strategy(self, devices: int, precision: str) -> tuple[Strategy, bool]:
-        """And whether DDP's gradients lie in its buckets."""
-        asked = self.config_init.trainer.strategy
-        if isinstance(asked, ModelParallelStrategy):
+        """The strategy, and whether DDP's gradients are views of its buckets."""
+        strategy = self.config_init.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
             if precision not in SHARDED_PRECISIONS:  # what fit's trainer says
                 raise ValueError(
                     "trainer: The `ModelParallelStrategy` does not support "
@@ -232,95 +231,87 @@ class PlanCLI(TrainingCLI):
                     f"{', '.join(SHARDED_PRECISIONS)}."
                 )
             return ("fsdp" if devices > 1 else "single"), False
-        if isinstance(asked, DDPStrategy):
-            return "ddp", bool(asked._ddp_kwargs.get("gradient_as_bucket_view"))
-        if asked in (None, "auto") or isinstance(asked, SingleDeviceStrategy):
+        if isinstance(strategy, DDPStrategy):
+            return "ddp", bool(strategy._ddp_kwargs.get("gradient_as_bucket_view"))
+        if strategy in (None, "auto") or isinstance(strategy, SingleDeviceStrategy):
             return ("ddp" if devices > 1 else "single"), False
-        if isinstance(asked, str) and asked.startswith("ddp"):
+        if isinstance(strategy, str) and strategy.startswith("ddp"):
             return "ddp", False
         raise ValueError(
-            f"trainer.strategy: plan does not know {asked}; it knows auto, ddp, and FSDP2 as a class "
+            f"trainer.strategy: plan does not know {strategy}; it knows auto, ddp, and FSDP2 as a class "
             "(--config configs/fsdp.yaml)"
         )
 
     def _micro_batches(self, batch_size: int, length: int, devices: int) -> tuple[int, bool]:
-        """Accumulated on each device, and whether that follows from a global batch."""
+        """Micro-batches of a step on each device, and whether they follow from a global batch."""
         data = self.config.data
         windows = data.get("global_batch_size")
+        windows_per_batch = batch_size * devices
         if tokens := data.get("global_batch_tokens"):
             if tokens % length:
                 raise ValueError(
-                    f"data.global_batch_tokens: {tokens} is no whole number of windows of {length}; give "
-                    f"{nearest_multiple(tokens, length * batch_size * devices)}"
+                    f"data.global_batch_tokens: {tokens} is not a multiple of the {length} tokens of a window; give "
+                    f"{nearest_multiple(tokens, length * windows_per_batch)}"
                 )
             windows = tokens // length
         if not windows:
             return int(self.config.trainer.accumulate_grad_batches or 1), False
-        if windows % (batch_size * devices):
-            at_once = batch_size * devices
+        if windows % windows_per_batch:
             raise ValueError(
                 f"data.batch_size: {batch_size} windows on {devices} device(s) do not divide the global batch "
                 f"of {windows}; give a data.batch_size that does, or a global batch of "
-                f"{nearest_multiple(windows, at_once)} windows"
+                f"{nearest_multiple(windows, windows_per_batch)} windows"
             )
-        return windows // (batch_size * devices), True
+        return windows // windows_per_batch, True
 
-    def length(self, setting: RunSpec, epoch: EpochShape | None) -> tuple[int | None, int | None]:
-        """Tokens and updates of the run, as ``fit`` would count them; None: not known."""
+    def length(self, spec: RunSpec, epoch: EpochShape | None) -> tuple[int | None, int | None]:
+        """Tokens and optimizer steps of the run, as ``fit`` counts them; None: not known."""
         config, trainer = self.config, self.config.trainer
         max_steps = -1 if trainer.max_steps is None else int(trainer.max_steps)
-        max_tokens = config.get("max_tokens")
+        max_epochs, max_tokens = trainer.max_epochs, config.get("max_tokens")
         if config.train_tokens is not None:
             max_steps, max_epochs, max_tokens = -1, None, int(config.train_tokens)
-        elif (
-            trainer.max_epochs is None and max_steps == -1 and not (max_tokens or trainer.max_time)
-        ):
+        elif max_epochs is None and max_steps == -1 and not (max_tokens or trainer.max_time):
             max_epochs = 1000  # Lightning's default
-        else:
-            max_epochs = trainer.max_epochs
-        per_update = setting.tokens_per_update
         if epoch is None:
-            limits = [max_steps] if max_steps >= 0 else []
-            limits += [-(-max_tokens // per_update)] if max_tokens else []
-        else:
-            by_trainer = epoch.steps_of_run(max_steps, max_epochs)
-            limits = [] if by_trainer is None else [by_trainer]
-            limits += [epoch.steps_for(max_tokens)] if max_tokens else []
-        if not limits:
+            epoch, max_epochs = spec.epoch(None), None
+        steps = epoch.steps_of_run(max_steps, max_epochs)
+        if max_tokens:
+            by_tokens = epoch.steps_for(max_tokens)
+            steps = by_tokens if steps is None else min(steps, by_tokens)
+        if steps is None:
             return None, None
-        updates = min(limits)
-        tokens = updates * per_update if epoch is None else epoch.tokens_after(updates)
         if config.train_tokens is not None:
-            tokens = int(config.train_tokens)
-        return tokens, updates
+            return int(config.train_tokens), steps
+        return epoch.tokens_after(steps), steps
 
-    def epoch(self, setting: RunSpec) -> EpochShape | None:
-        """Of the run; None: its text is not here."""
-        windows, trainer = self._windows(setting), self.config.trainer
+    def epoch(self, spec: RunSpec) -> EpochShape | None:
+        """An epoch of the run; None: its text is not here."""
+        windows, trainer = self._windows(spec), self.config.trainer
         if windows is None:
             return None
-        at_once = setting.step.batch_size * setting.devices
         batches = batches_of_epoch(
             windows,
-            at_once,
-            accumulate=setting.micro_batches,
-            whole_steps=setting.global_batch_is_given,
+            spec.windows_per_batch,
+            accumulate=spec.micro_batches,
+            whole_steps=spec.global_batch_is_given,
             limit=trainer.overfit_batches or trainer.limit_train_batches,
         )
         if not batches:
             self.notes["text"] = (
-                f"has {windows} training windows, not one batch of {at_once}; fit refuses it, and needs more text"
+                f"has {windows} training windows, fewer than a batch of {spec.windows_per_batch}; fit refuses it "
+                "and needs more text"
             )
             return None
-        return EpochShape(batches, setting.micro_batches, at_once * setting.step.length)
+        return spec.epoch(batches)
 
-    def _windows(self, setting: RunSpec) -> int | None:
-        """For training, where the text is here and can be read."""
+    def _windows(self, spec: RunSpec) -> int | None:
+        """Training windows; None: the text is not here, or cannot be read."""
         data = self.config.data
         texts = list(data.mixture) if data.mixture else [data.text]
         if "verdict" in texts and not (cache_folder() / VERDICT).exists():
             return None
-        length = setting.step.length
+        length = spec.step.length
         try:
             counts = [count_training_tokens(text, data.train_ratio) for text in texts]
         except (ValueError, OSError) as error:
@@ -328,28 +319,28 @@ class PlanCLI(TrainingCLI):
             return None
         return sum(window_count(tokens, length, data.stride or length) for tokens in counts)
 
-    def peak(self, setting: RunSpec) -> float | None:
-        """FLOP/s of one device: given, of the named GPU, or of what is here."""
+    def peak(self, spec: RunSpec) -> float | None:
+        """Peak FLOP/s of one device: the given one, the named GPU's or this machine's; None: not known."""
         if self.config.peak_tflops is not None:
             return float(self.config.peak_tflops) * 1e12
-        precision = setting.step.precision
+        precision = spec.step.precision
         if self.config.gpu is not None:
             return PEAKS[self.config.gpu] if "16" in precision else None
-        if setting.step.device == "cuda" and not torch.cuda.is_available():
+        if spec.step.device == "cuda" and not torch.cuda.is_available():
             return None
-        found = peak_flops(torch.device(setting.step.device), precision)
-        if found is not None and setting.step.device == "cpu":
-            return found / setting.devices  # its processes share the cores
-        return found
+        peak = peak_flops(torch.device(spec.step.device), precision)
+        if peak is not None and spec.step.device == "cpu":
+            return peak / spec.devices  # its processes share the cores
+        return peak
 
-    def device_memory(self, setting: RunSpec) -> int | None:
-        """Of one device: given, of the named GPU, or of what is here."""
+    def device_memory(self, spec: RunSpec) -> int | None:
+        """Bytes of one device: the given ones, the named GPU's or this machine's; None: not known."""
         if self.config.device_memory_gb is not None:
             return int(self.config.device_memory_gb * 1e9)
         if self.config.gpu is not None:
             return int(MEMORY[self.config.gpu])
-        if setting.step.device == "cpu":
-            return int(psutil.virtual_memory().total) // setting.devices
+        if spec.step.device == "cpu":
+            return int(psutil.virtual_memory().total) // spec.devices
         if torch.cuda.is_available():
             return int(torch.cuda.mem_get_info()[1])
         return None

@@ -1,90 +1,87 @@
-"""A plan for people: a table of the memory, lines for the rest."""
+"""The text of a plan: a table of the memory, and a line for each other number."""
 
 from gpt_lightning.cli.console import print_table
 from gpt_lightning.model.precision import SHARDED_PRECISIONS
 from gpt_lightning.planning.plan import Plan, RunSpec
 
 
-def print_plan(found: Plan, setting: RunSpec, notes: dict[str, str]) -> None:
-    """``notes``: further lines, by what they are about."""
-    step = setting.step
+def print_plan(plan: Plan, spec: RunSpec, notes: dict[str, str]) -> None:
+    """Print the plan; ``notes`` are further lines by their topic."""
+    step = spec.step
     print(
-        f"{found.parameters:,} parameters: {found.embedding_parameters:,} in embeddings, "
-        f"{step.config.n_layers} blocks of {found.block_parameters:,}; "
-        f"{found.flops_per_token / 1e6:,.1f} MFLOP a token, forward and backward"
+        f"{plan.parameters:,} parameters: {plan.embedding_parameters:,} in embeddings, "
+        f"{step.config.n_layers} blocks of {plan.block_parameters:,}; "
+        f"{plan.flops_per_token / 1e6:,.1f} MFLOP per token, forward and backward"
     )
-    where = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP2"}[setting.strategy]
+    strategy = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP2"}[spec.strategy]
     print_table(
-        f"\none device of {setting.devices} ({where}, {step.device}, {step.precision}, "
-        f"{step.batch_size} × {step.length} tokens) at its peak, {_WHEN[found.peak]}",
+        f"\none device of {spec.devices} ({strategy}, {step.device}, {step.precision}, "
+        f"{step.batch_size} × {step.length} tokens) at its peak, {_PHASES[plan.peak]}",
         [
             {"memory": name, "GB": f"{size / 1e9:,.3f}"}
-            for name, size in {**found.memory, "in all": found.total}.items()
+            for name, size in {**plan.memory, "total": plan.total}.items()
         ],
         texts=["memory"],
     )
     rows = {
-        "tokens an update": f"{found.tokens_per_update:,} ({step.batch_size} windows × "
-        f"{setting.devices} devices × {setting.micro_batches} micro-batches)",
-        "updates": "not known: give --train_tokens"
-        if found.updates is None
-        else f"{found.updates:,} for {found.tokens:,} tokens",
-        "epochs": _epochs(found),
-        "time": _time(found, setting),
-        "a checkpoint": f"{found.checkpoint / 1e9:,.2f} GB; on disk {found.disk / 1e9:,.2f} GB at most",
-        "KV cache": f"{found.kv_cache / 1e6:,.1f} MB in float32: one text of "
+        "tokens per step": f"{plan.tokens_per_step:,} ({step.batch_size} windows × "
+        f"{spec.devices} devices × {spec.micro_batches} micro-batches)",
+        "optimizer steps": "not known: give --train_tokens"
+        if plan.steps is None
+        else f"{plan.steps:,} for {plan.tokens:,} tokens",
+        "epochs": _epochs(plan),
+        "time": _time(plan, spec),
+        "a checkpoint": f"{plan.checkpoint / 1e9:,.2f} GB; on disk {plan.disk / 1e9:,.2f} GB at most",
+        "KV cache": f"{plan.kv_cache / 1e6:,.1f} MB in float32: one text of "
         f"{step.config.context_length:,} tokens",
     }
-    if step.device == "cuda" and found.main_memory:
+    if step.device == "cuda" and plan.main_memory:
         rows["main memory"] = (
-            f"{found.main_memory / 1e9:,.2f} GB on the first process for checkpoints"
+            f"{plan.main_memory / 1e9:,.2f} GB on the first process for checkpoints"
         )
     rows |= notes
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    print(f"{'verdict':<{width}}  {_verdict(found, step.precision)}")
+    print(f"{'verdict':<{width}}  {_verdict(plan, step.precision)}")
 
 
 MANY_EPOCHS = 40
 
-_WHEN = {
-    "forward": "in the forward pass",
+_PHASES = {
     "loss": "in the loss",
     "backward": "in the backward pass",
-    "optimizer's step": "in the optimizer's step",
+    "optimizer step": "in the optimizer step",
 }
 
 
-def _epochs(found: Plan) -> str:
-    if found.epochs is None:
+def _epochs(plan: Plan) -> str:
+    if plan.epochs is None:
         return "not known: the text is not here"
-    often = "; so many passes usually overfit" if found.epochs > MANY_EPOCHS else ""
-    return f"{found.epochs:,.4g} of {found.updates_per_epoch:,} updates each{often}"
+    warning = "; so many passes usually overfit" if plan.epochs > MANY_EPOCHS else ""
+    return f"{plan.epochs:,.4g} of {plan.steps_per_epoch:,} steps each{warning}"
 
 
-def _time(found: Plan, setting: RunSpec) -> str:
-    if found.tokens is None:
+def _time(plan: Plan, spec: RunSpec) -> str:
+    if plan.tokens is None:
         return "not known: give --train_tokens"
-    if found.hours is None or found.peak_flops is None:
+    if plan.hours is None or plan.peak_flops is None:
         return "not known: give --peak_tflops TFLOPS, or --gpu"
-    shown = f"{found.hours:,.1f} hours" if found.hours >= 1 else f"{60 * found.hours:,.1f} minutes"
-    return (
-        f"{shown} at {found.mfu:.0%} of {found.peak_flops / 1e12:,.3g} TFLOP/s × {setting.devices}"
-    )
+    time = f"{plan.hours:,.1f} hours" if plan.hours >= 1 else f"{60 * plan.hours:,.1f} minutes"
+    return f"{time} at {plan.mfu:.0%} of {plan.peak_flops / 1e12:,.3g} TFLOP/s × {spec.devices}"
 
 
-def _verdict(found: Plan, precision: str) -> str:
-    if found.device_memory is None:
-        return "what a device has is not known; give --gpu or --device_memory_gb"
-    room = f"{found.device_memory / 1e9:,.2f} GB"
-    if found.fits:
-        return f"fits {room}"
-    if found.nearest is None:
-        assert found.least is not None
+def _verdict(plan: Plan, precision: str) -> str:
+    if plan.device_memory is None:
+        return "the memory of a device is not known; give --gpu or --device_memory_gb"
+    limit = f"{plan.device_memory / 1e9:,.2f} GB"
+    if plan.fits:
+        return f"fits {limit}"
+    if plan.nearest is None:
+        assert plan.least is not None
         can_shard = precision in SHARDED_PRECISIONS
         return (
-            f"does not fit {room}, nor with all that plan knows ({found.least / 1e9:,.2f} GB); "
-            f"take a larger device{', or more of them with FSDP2' if can_shard else ''}"
+            f"does not fit {limit}, nor with all changes that plan knows ({plan.least / 1e9:,.2f} GB); "
+            f"use a larger device{', or more devices with FSDP2' if can_shard else ''}"
         )
-    return f"does not fit {room}; {found.nearest.total / 1e9:,.2f} GB with {' '.join(found.nearest.options)}"
+    return f"does not fit {limit}; {plan.nearest.total / 1e9:,.2f} GB with {' '.join(plan.nearest.options)}"

@@ -1,1 +1,1 @@
-"""What a run will take: memory, disk, time."""
+"""Memory, disk and time of a run, by formula."""

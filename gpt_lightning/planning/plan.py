@@ -1,20 +1,24 @@
-"""What a run will take: memory, disk, time; and what to change where it does not fit. Runs nothing."""
+"""What a run takes: memory, disk, time; and what to change where it does not fit. Runs nothing."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import combinations
-from math import ceil
 from typing import Literal
 
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model import flops as cost
 from gpt_lightning.model.precision import PRECISIONS, SHARDED_PRECISIONS
-from gpt_lightning.planning.memory import MemoryBreakdown, StepShape, held
+from gpt_lightning.planning.memory import StepShape, step_memory
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
-CHUNK = 1024  # tokens whose logits are held, where chunks are proposed
+CHUNK = 1024  # tokens per chunk of the loss, where chunks are proposed
 MOMENTS = 2  # of AdamW, for each weight
+
+# On a CPU, memory that glibc's malloc keeps beside what is in use, as a share of all that a step allocates and
+# frees: by keep_freed_memory. Fitted to runs of `fit`, see docs/plan.md
+KEPT_BY_MALLOC = {True: 0.75, False: 0.3}
+
+ENDLESS = 2**62  # steps
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,14 @@ class RunSpec:
         step: One micro-batch on one device.
         devices: Over all machines.
         strategy: 'single' device, 'ddp' (each device holds everything) or 'fsdp' (FSDP2: each a share).
-        micro_batches: Accumulated on a device for one update.
+        micro_batches: Accumulated on a device for one step.
         global_batch_is_given: Whether ``micro_batches`` follow from it, so that no option names them.
-        bucket_view: Whether DDP's gradients lie in its buckets, rather than be copied to them.
-        base: Bytes of the process itself, Python and its libraries; none on a GPU.
+        bucket_view: Whether DDP's gradients are views of its buckets, not copied to them.
+        base: Bytes of the process itself, Python and its libraries; 0 on a GPU.
+        keep_freed_memory: Whether a CPU's process keeps what a step has freed.
         keep_best: Whether best.ckpt is kept; until it is written it is a copy in main memory.
         keep_previous: Whether previous.ckpt is.
-        async_save: Whether a copy is written while training goes on.
+        async_save: Whether a copy is written while training continues.
     """
 
     step: StepShape
@@ -41,22 +46,30 @@ class RunSpec:
     global_batch_is_given: bool = False
     bucket_view: bool = False
     base: int = 0
+    keep_freed_memory: bool = True
     keep_best: bool = True
     keep_previous: bool = True
     async_save: bool = False
 
     @property
-    def tokens_per_update(self) -> int:
-        return self.step.batch_size * self.step.length * self.devices * self.micro_batches
+    def windows_per_batch(self) -> int:
+        """Windows of one micro-batch on all devices."""
+        return self.step.batch_size * self.devices
+
+    def epoch(self, batches: int | None) -> EpochShape:
+        """An epoch of so many micro-batches on each device; None: the text is not here, so it never ends."""
+        if batches is None:
+            batches = ENDLESS * self.micro_batches
+        return EpochShape(batches, self.micro_batches, self.windows_per_batch * self.step.length)
 
 
 @dataclass(frozen=True)
 class SuggestedChange:
-    """Another setting that fits.
+    """Options with which the run fits.
 
     Attributes:
         options: To add to the command.
-        total: Bytes a device then holds.
+        total: Bytes that a device then holds.
     """
 
     options: tuple[str, ...]
@@ -65,21 +78,21 @@ class SuggestedChange:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes, unless said otherwise.
+    """What a run takes, in bytes unless stated otherwise.
 
     Attributes:
-        memory: What one device holds at its peak, part by part; they are there at the same time.
-        peak: When that is: in the forward pass, the loss, the backward pass or the optimizer's step.
-        main_memory: Copies of checkpoints, which on a GPU lie beside it; on a CPU they are in ``memory``.
-        kv_cache: Of generating one text of the full context in float32.
+        memory: What one device holds at its peak, part by part, at the same time.
+        peak: When that is: "loss", "backward" or "optimizer step".
+        main_memory: Copies of checkpoints, which a GPU's machine holds; on a CPU they are in ``memory``.
+        kv_cache: For one text of the full context in float32.
         checkpoint: One file.
         disk: All files of a run, and the one being written.
-        updates: Of the optimizer, for ``tokens``.
-        updates_per_epoch, epochs: Of the run; None: the text is not here.
-        hours: For ``tokens``, at ``mfu`` of ``peak_flops`` a device.
-        device_memory: What a device has; none: not known.
-        nearest: What to change where it does not fit; none: it fits, or nothing that plan knows is enough.
-        least: What remains with all that plan knows, where that is not enough.
+        steps: Optimizer steps for ``tokens``.
+        steps_per_epoch, epochs: Of the run; None: the text is not here.
+        hours: For ``tokens``, at ``mfu`` of ``peak_flops`` per device.
+        device_memory: What a device has; None: not known.
+        nearest: What to change where it does not fit; None: it fits, or no change that plan knows is enough.
+        least: What remains with all changes that plan knows, where that is not enough.
     """
 
     parameters: int
@@ -93,10 +106,10 @@ class Plan:
     kv_cache: int
     checkpoint: int
     disk: int
-    tokens_per_update: int
+    tokens_per_step: int
     tokens: int | None
-    updates: int | None
-    updates_per_epoch: int | None
+    steps: int | None
+    steps_per_epoch: int | None
     epochs: float | None
     flops: float | None
     peak_flops: float | None
@@ -109,40 +122,41 @@ class Plan:
 
 
 def plan(
-    setting: RunSpec,
+    spec: RunSpec,
     *,
     tokens: int | None = None,
-    updates: int | None = None,
+    steps: int | None = None,
     epoch: EpochShape | None = None,
     peak_flops: float | None = None,
     mfu: float = 0.4,
     device_memory: int | None = None,
 ) -> Plan:
-    """Count it all.
+    """Memory, disk and time of a run.
 
     Args:
         tokens: To train on.
-        updates: Of the optimizer in that; None: as many as have all of ``tokens_per_update``.
+        steps: Optimizer steps for that; None: as many as see all ``tokens``.
         epoch: What an epoch has; None: the text is not here.
-        peak_flops: FLOP/s of one device at most; none: no time is told.
+        peak_flops: Highest FLOP/s of one device; None: the time is not known.
         mfu: Share of the peak that the run reaches.
-        device_memory: Bytes that one device has; none: it is not said what fits.
+        device_memory: Bytes that one device has; None: whether the run fits is not known.
     """
-    config, step = setting.step.config, setting.step
-    if updates is None and tokens is not None:
-        updates = ceil(tokens / setting.tokens_per_update)
-    lines, when = memory(setting)
+    config, step = spec.step.config, spec.step
+    endless = spec.epoch(None)
+    if steps is None and tokens is not None:
+        steps = (epoch or endless).steps_for(tokens)
+    lines, phase = memory(spec)
     total = sum(lines.values())
     per_token = cost.flops_per_token(config, step.length)
     flops = None if tokens is None else float(tokens) * per_token
     hours = None
     if flops is not None and peak_flops is not None:
-        hours = flops / (peak_flops * mfu * setting.devices) / 3600
+        hours = flops / (peak_flops * mfu * spec.devices) / 3600
     fits = None if device_memory is None else total <= device_memory
     nearest, least = None, None
     if device_memory is not None and not fits:
-        nearest, least = nearest_that_fits(setting, device_memory)
-    checkpoint = checkpoint_bytes(setting)
+        nearest, least = nearest_that_fits(spec, device_memory)
+    checkpoint = checkpoint_bytes(spec)
     return Plan(
         parameters=cost.parameters(config),
         embedding_parameters=cost.embedding_parameters(config),
@@ -150,15 +164,15 @@ def plan(
         flops_per_token=per_token,
         memory=lines,
         total=total,
-        peak=when,
-        main_memory=_copies(setting),
+        peak=phase,
+        main_memory=_checkpoint_copies(spec),
         kv_cache=cost.kv_cache_bytes(config, 1, config.context_length),
         checkpoint=checkpoint,
-        disk=(2 + setting.keep_best + setting.keep_previous) * checkpoint,
-        tokens_per_update=setting.tokens_per_update,
+        disk=(2 + spec.keep_best + spec.keep_previous) * checkpoint,
+        tokens_per_step=endless.tokens_after(1),
         tokens=tokens,
-        updates=updates,
-        updates_per_epoch=None if epoch is None else epoch.steps,
+        steps=steps,
+        steps_per_epoch=None if epoch is None else epoch.steps,
         epochs=None if epoch is None or tokens is None else tokens / epoch.tokens,
         flops=flops,
         peak_flops=peak_flops,
@@ -171,14 +185,14 @@ def plan(
     )
 
 
-def memory(setting: RunSpec) -> tuple[dict[str, int], str]:
+def memory(spec: RunSpec) -> tuple[dict[str, int], str]:
     """What one device holds at its peak, part by part, and when that is."""
     step = replace(
-        setting.step,
-        accumulate=setting.micro_batches > 1,
-        shards=setting.devices if setting.strategy == "fsdp" else 1,
+        spec.step,
+        accumulate=spec.micro_batches > 1,
+        shards=spec.devices if spec.strategy == "fsdp" else 1,
     )
-    counted = _held(step)
+    counted = step_memory(step)
     lines = {
         "weights": counted.weights,
         "gradients": counted.gradients,
@@ -188,105 +202,101 @@ def memory(setting: RunSpec) -> tuple[dict[str, int], str]:
         "activations": counted.activations,
         "logits and loss": counted.loss,
         "backward pass": counted.backward,
-        "kept by malloc": counted.kept,
+        "optimizer step": counted.optimizer_step,
     }
-    when = counted.phase
-    if step.precision == "16-mixed" and step.device == "cuda":
-        # its optimizer is not fused, and takes a value a weight more when all activations are gone
-        stepping = {"weights": counted.weights, "gradients": counted.weights,
-                    "optimizer": counted.moments, "optimizer's step": counted.weights}  # fmt: skip
-        if sum(stepping.values()) > counted.total:
-            lines, when = stepping, "optimizer's step"
-    if setting.strategy == "ddp" and not setting.bucket_view:
-        lines["DDP's buckets"] = counted.weights
+    if spec.strategy == "ddp" and not spec.bucket_view:
+        lines["DDP's buckets"] = counted.weights  # a copy of all gradients
     if step.device == "cpu":
-        lines = {"Python and libraries": setting.base, **lines}
-        lines["checkpoint copies"] = _copies(setting)
-    return {name: size for name, size in lines.items() if size}, when
+        gradients = counted.weights  # all of them, at another moment than the peak
+        freed = gradients + counted.copies + counted.activations + counted.loss + counted.backward
+        kept = round(KEPT_BY_MALLOC[spec.keep_freed_memory] * freed)
+        lines = {"Python and libraries": spec.base, **lines, "kept by malloc": kept}
+        lines["checkpoint copies"] = _checkpoint_copies(spec)
+    return {name: size for name, size in lines.items() if size}, counted.phase
 
 
-def checkpoint_bytes(setting: RunSpec) -> int:
-    """Weights and moments in the precision in which they are kept."""
-    itemsize = PRECISIONS[setting.step.precision][0].itemsize
-    return (1 + MOMENTS) * itemsize * cost.parameters(setting.step.config)
+def checkpoint_bytes(spec: RunSpec) -> int:
+    """Bytes of weights and moments, in the type of the weights."""
+    itemsize = PRECISIONS[spec.step.precision][0].itemsize
+    return (1 + MOMENTS) * itemsize * cost.parameters(spec.step.config)
 
 
-def _copies(setting: RunSpec) -> int:
-    """In main memory: the best one, the one being written, and with FSDP2 the whole one that is saved."""
-    copies = setting.keep_best + setting.async_save + (setting.strategy == "fsdp")
-    return copies * checkpoint_bytes(setting)
+def _checkpoint_copies(spec: RunSpec) -> int:
+    """Bytes in main memory: of the best one, the one being written, and FSDP2's complete one."""
+    copies = spec.keep_best + spec.async_save + (spec.strategy == "fsdp")
+    return copies * checkpoint_bytes(spec)
 
 
-def nearest_that_fits(setting: RunSpec, room: int) -> tuple[SuggestedChange | None, int | None]:
-    """The fewest changes after which a device holds no more than ``room``, at the same global batch.
+def nearest_that_fits(spec: RunSpec, limit: int) -> tuple[SuggestedChange | None, int | None]:
+    """The fewest changes after which a device holds at most ``limit`` bytes, at the same global batch.
 
-    Tried in this order, alone, then two together and so on: a smaller batch with more accumulation, the loss by
-    chunks, activations computed again, FSDP2, bf16-mixed, no copy of the best checkpoint. Where all of it is not
-    enough: none, and the least that remains.
+    The order is, one change alone, then two together and so on: a smaller batch with more accumulation, the loss
+    by chunks, activation checkpointing, FSDP2, bf16-mixed, no copy of the best checkpoint. Where all of them are
+    not enough: None, and the least that remains.
     """
-    levers = _levers(setting)
-    least = _least(setting, levers)
-    if least > room:
+    levers = _levers(spec)
+    least = _least(spec, levers)
+    if least > limit:
         return None, least
     for count in range(1, len(levers) + 1):
         for chosen in combinations(levers, count):
-            found = _with(setting, chosen, room)
-            if found is not None:
-                return found, None
+            change = _change_that_fits(spec, chosen, limit)
+            if change is not None:
+                return change, None
     return None, least
 
 
-def _least(setting: RunSpec, levers: list[str]) -> int:
-    """With one window at a time and all changes, but for those that cost memory where there is little to save."""
+def _least(spec: RunSpec, levers: list[str]) -> int:
+    """Bytes with one window per micro-batch and all changes that help; chunks and bf16 can cost a small model memory."""
     sure = tuple(lever for lever in levers if lever not in ("batch", "chunks", "bf16"))
     doubtful = [lever for lever in levers if lever in ("chunks", "bf16")]
     return min(
-        _total(_smaller(_changed(setting, (*sure, *some))[0], 1))
+        _total(_smaller(_changed(spec, (*sure, *some))[0], 1))
         for count in range(len(doubtful) + 1)
         for some in combinations(doubtful, count)
     )
 
 
-def _levers(setting: RunSpec) -> list[str]:
-    step = setting.step
-    there = {
+def _levers(spec: RunSpec) -> list[str]:
+    step = spec.step
+    possible = {
         "batch": step.batch_size > 1,
         "chunks": step.loss_chunk_size is None or step.loss_chunk_size > CHUNK,
         "checkpointing": not step.activation_checkpointing,
-        "fsdp": setting.devices > 1
-        and setting.strategy != "fsdp"
+        "fsdp": spec.devices > 1
+        and spec.strategy != "fsdp"
         and step.precision in SHARDED_PRECISIONS,
         "bf16": step.precision == "32-true",
-        "no copies": step.device == "cpu" and (setting.keep_best or setting.async_save),
+        "no copies": step.device == "cpu" and (spec.keep_best or spec.async_save),
     }
-    return [lever for lever, possible in there.items() if possible]
+    return [lever for lever, is_possible in possible.items() if is_possible]
 
 
-def _with(setting: RunSpec, levers: tuple[str, ...], room: int) -> SuggestedChange | None:
-    changed, options = _changed(setting, levers)
+def _change_that_fits(spec: RunSpec, levers: tuple[str, ...], limit: int) -> SuggestedChange | None:
+    changed, options = _changed(spec, levers)
     if "batch" not in levers:
         total = _total(changed)
-        return SuggestedChange(tuple(options), total) if total <= room else None
-    sizes = [b for b in range(1, setting.step.batch_size) if setting.step.batch_size % b == 0]
+        return SuggestedChange(tuple(options), total) if total <= limit else None
+    sizes = [b for b in range(1, spec.step.batch_size) if spec.step.batch_size % b == 0]
     best: RunSpec | None = None
     while sizes:  # the more windows, the more memory
         middle = len(sizes) // 2
         tried = _smaller(changed, sizes[middle])
-        if _total(tried) <= room:
+        if _total(tried) <= limit:
             best, sizes = tried, sizes[middle + 1 :]
         else:
             sizes = sizes[:middle]
     if best is None:
         return None
     options = [f"--data.batch_size {best.step.batch_size}", *options]
-    if not setting.global_batch_is_given:
+    if not spec.global_batch_is_given:
         options.insert(1, f"--trainer.accumulate_grad_batches {best.micro_batches}")
     return SuggestedChange(tuple(options), _total(best))
 
 
-def _changed(setting: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[str]]:
-    """With all but the batch's size changed."""
-    step, options = setting.step, []
+def _changed(spec: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[str]]:
+    """The spec with all changes but the batch size, and their options."""
+    step, options = spec.step, []
     for lever in levers:
         match lever:
             case "chunks":
@@ -296,7 +306,7 @@ def _changed(setting: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[s
                 step = replace(step, activation_checkpointing=True)
                 options.append("--model.activation_checkpointing true")
             case "fsdp":
-                setting = replace(setting, strategy="fsdp")
+                spec = replace(spec, strategy="fsdp")
                 step = replace(step, activation_checkpointing=True)  # as that file has it
                 options.append("--config configs/fsdp.yaml")
                 if "bf16" not in levers and step.precision != "bf16-mixed":  # which that file sets
@@ -305,24 +315,19 @@ def _changed(setting: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[s
                 step = replace(step, precision="bf16-mixed")
                 options.append("--trainer.precision bf16-mixed")
             case "no copies":
-                setting = replace(setting, keep_best=False, async_save=False)
+                spec = replace(spec, keep_best=False, async_save=False)
                 options += ["--checkpoint.save_best false", "--checkpoint.async_save false"]
-    return replace(setting, step=step), options
+    return replace(spec, step=step), options
 
 
-def _smaller(setting: RunSpec, batch_size: int) -> RunSpec:
-    before = setting.step.batch_size
+def _smaller(spec: RunSpec, batch_size: int) -> RunSpec:
+    before = spec.step.batch_size
     return replace(
-        setting,
-        step=replace(setting.step, batch_size=batch_size),
-        micro_batches=setting.micro_batches * before // batch_size,
+        spec,
+        step=replace(spec.step, batch_size=batch_size),
+        micro_batches=spec.micro_batches * before // batch_size,
     )
 
 
-def _total(setting: RunSpec) -> int:
-    return sum(memory(setting)[0].values())
-
-
-@lru_cache(maxsize=256)
-def _held(step: StepShape) -> MemoryBreakdown:
-    return held(step)
+def _total(spec: RunSpec) -> int:
+    return sum(memory(spec)[0].values())

@@ -158,8 +158,12 @@ def test_the_sweep_says_what_its_figures_mean(command: Command, run: str, tmp_pa
 
 
 def test_another_text_than_the_plain_loops_is_said() -> None:
-    assert str(sweep.PlainLoop("", 4, 4)).startswith("gives the same text as all 4 greedy settings")
-    assert str(sweep.PlainLoop("", 4, 3)).startswith("gives another text than 1 of 4 greedy")
+    assert str(sweep.PlainLoopComparison("", 4, 4)).startswith(
+        "gives the same text as all 4 greedy settings"
+    )
+    assert str(sweep.PlainLoopComparison("", 4, 3)).startswith(
+        "gives another text than 1 of 4 greedy"
+    )
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
@@ -338,7 +342,7 @@ def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
         measured("checkpoints/a/best.ckpt"),
         measured("checkpoints/b/best.ckpt", tokens_per_second=None),
     ]
-    figure = drawn(model_comparison.figure(models, "two"))
+    figure = drawn(model_comparison.comparison_figure(models, "two"))
     texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
     assert {"1,020", "13,523", "6.23", "0.164", "–"} <= set(texts)
     assert not any(re.search(r"e[+-]\d", text) for text in texts)
@@ -349,7 +353,9 @@ def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
             assert not any(box.overlaps(bar) for bar in boxes(figure, [*axes.patches, *axes.texts]))
         assert not any(a.overlaps(b) for a, b in combinations(boxes(figure, axes.texts), 2))
     drawn(
-        model_comparison.figure([measured("a", train_loss=None, val_loss=None)], "without a text")
+        model_comparison.comparison_figure(
+            [measured("a", train_loss=None, val_loss=None)], "without a text"
+        )
     )
 
 
@@ -359,7 +365,7 @@ def test_the_first_token_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         model_comparison, "_token_times", lambda model, task, new_tokens: next(times)
     )
-    monkeypatch.setattr(model_comparison, "_FIRST_TOKENS_SECONDS", 0.4 + 199.5 * 0.008)
+    monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.4 + 199.5 * 0.008)
     task = model_comparison.ComparisonTask("x", model_comparison.SamplingParams(), 1, 4, 1)
     first, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
     assert first == 0.008
@@ -373,7 +379,7 @@ def test_heat_maps_are_readable() -> None:
         for i, (t, k, share) in enumerate([(0.0, 1, 1.0), (0.0, None, 0.5), (1.5, 1, 0.25), (1.5, None, 0.25)])
     ]  # fmt: skip
     figure = drawn(sweep.heat_maps(cells, "caption"))
-    assert len(figure.axes) == 2 * len(sweep.FIGURES)
+    assert len(figure.axes) == 2 * len(sweep.HEAT_MAP_METRICS)
     maps = [axes for axes in figure.axes if axes.get_title() == "identical texts"]
     assert [text.get_text() for text in maps[0].texts] == ["all 4", "2 of 4", "none", "none"]
     for axes in figure.axes:
@@ -388,7 +394,7 @@ def test_a_long_caption_stays_in_the_figure() -> None:
     rows, _ = sampling.frequencies(torch.tensor([1.0, 2.0]), ["a", "b"], settings, 10)
     figures = [
         sampling.sampling_figure(rows, 10, caption),
-        model_comparison.figure([measured("a")], caption),
+        model_comparison.comparison_figure([measured("a")], caption),
     ]
     for figure in map(drawn, figures):
         (box,) = boxes(figure, [figure._supxlabel])

@@ -125,7 +125,7 @@ def _turned(rows: Sequence[Row]) -> "Table":
     return table
 
 
-def all_or(value: object) -> str:
+def value_or_all(value: object) -> str:
     """A filter's setting as it is shown: none leaves all tokens."""
     return "all" if value is None else f"{value}"
 

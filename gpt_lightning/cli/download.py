@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     size = gpt2_size(settings.name)
     if size is None:
         raise ValueError(
-            f"{settings.name}: is no size of GPT-2; {suggest(settings.name, GPT2_NAMES)}"
+            f"{settings.name}: is not a size of GPT-2; {suggest(settings.name, GPT2_NAMES)}"
         )
     from gpt_lightning.pretrained.download import download
 
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
             folder=Path(os.path.expanduser(settings.out)) if settings.out else None,
             mirror=settings.mirror,
             on_bytes=shown.advance,
-            on_damage=lambda path: logger.info(f"{path}: is damaged; fetching it anew"),
+            on_damage=lambda path: logger.info(f"{path}: is damaged; downloading it again"),
         )
     if settings.json:
         files = {

@@ -58,7 +58,7 @@ def run(arguments: list[str]) -> None:
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
     )
-    device = usable_device(settings.device)
+    device = resolve_device(settings.device)
     model = load(settings["from"], device, settings.dtype, settings.n_heads)
     _say_what_is_cropped(prompts, model, special=settings.allow_special_tokens)
     stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
@@ -124,7 +124,7 @@ def load(source: str, device: str, dtype: str | None, n_heads: int | None = None
     return model
 
 
-def usable_device(name: str | None) -> str:
+def resolve_device(name: str | None) -> str:
     """``name``, or without one the GPU if there is one; ``ValueError`` where it cannot be used."""
     import torch
 

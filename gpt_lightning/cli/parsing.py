@@ -14,9 +14,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from gpt_lightning.cli.errors import explain
 from gpt_lightning.cli.suggestions import nearest_config
 from gpt_lightning.cli.text_options import (
-    check_given,
+    check_argument_texts,
     configs_first,
-    take_texts,
+    normalize_texts,
     values_of,
 )
 from gpt_lightning.cli.yaml_input import MAX_CHARACTERS, use_checked_yaml
@@ -32,7 +32,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     The command line wins over ``--config``, and of several configurations the last. Every group of settings is
     there, every number is finite, and what may not be null is not.
     """
-    check_given(arguments)
+    check_argument_texts(arguments)
     # of the command line alone: a YAML file cannot allow what it names
     allowed = ALLOWED_IMPORTS + values_of("--allow_import", arguments)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
@@ -49,7 +49,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise ValueError(
             "config: is nested too deeply; give settings and groups of them"
         ) from error
-    take_texts(parser, config)
+    normalize_texts(parser, config)
     _check_nulls(parser, config)
     _check_values(config)
     _expand_home(config)

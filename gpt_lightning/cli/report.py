@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.cli.generate import DType, load, usable_device
+from gpt_lightning.cli.generate import DType, load, resolve_device
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.text_options import TextList
 
@@ -93,4 +93,4 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 def load_model_of(settings: Namespace) -> "GPTModel":
     """The model that a report's --from, --device, --dtype and --n_heads name."""
-    return load(settings["from"], usable_device(settings.device), settings.dtype, settings.n_heads)
+    return load(settings["from"], resolve_device(settings.device), settings.dtype, settings.n_heads)

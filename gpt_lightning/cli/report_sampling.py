@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.cli.console import all_or, print_table, writable_folder, write_csv
+from gpt_lightning.cli.console import print_table, value_or_all, writable_folder, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> None:
     )
     compared_at = max(s.temperature for s in combinations) or 1.0
     compared_draws = min(settings.num_samples, 1000)  # the loop is slow
-    methods = report.compare_methods(logits, compared_at, compared_draws, settings.seed)
+    methods = report.compare_estimators(logits, compared_at, compared_draws, settings.seed)
     answer: dict[str, Any] = report.as_dict(rows, distributions, methods)
     answer["token"] = [asdict(row) for row in rows if row.token == settings.token]
     answer["settings"] = {
@@ -59,8 +59,8 @@ def run(arguments: list[str]) -> None:
         [
             {
                 "temperature": f"{row.temperature:g}",
-                **({"top_k": all_or(row.top_k)} if settings.top_k else {}),
-                **({"top_p": all_or(row.top_p)} if settings.top_p else {}),
+                **({"top_k": value_or_all(row.top_k)} if settings.top_k else {}),
+                **({"top_p": value_or_all(row.top_p)} if settings.top_p else {}),
                 "token": row.token,
                 "probability": f"{row.probability:.4%}",
                 "expected": f"{row.expected:.1f}",
@@ -77,8 +77,8 @@ def run(arguments: list[str]) -> None:
         [
             {
                 "temperature": f"{d.temperature:g}",
-                "top_k": all_or(d.top_k),
-                "top_p": all_or(d.top_p),
+                "top_k": value_or_all(d.top_k),
+                "top_p": value_or_all(d.top_p),
                 "entropy (nats)": f"{d.entropy:.4f}",
                 "effective vocabulary": f"{d.effective_vocabulary:.2f}",
                 "tokens left": f"{d.tokens_left}",

@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> None:
     if not 0.0 < settings.train_ratio < 1.0:
         raise ValueError(f"train_ratio: {settings.train_ratio} leaves a split empty; give e.g. 0.9")
 
-    from gpt_lightning.cli.generate import usable_device
+    from gpt_lightning.cli.generate import resolve_device
     from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.reports import model_comparison as report
 
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> None:
         train_ratio=settings.train_ratio,
         context_length=settings.context_length,
         batch_size=settings.batch_size,
-        device=usable_device(settings.device),
+        device=resolve_device(settings.device),
         dtype=settings.dtype,
         n_heads=settings.n_heads,
         max_memory=None if settings.max_memory is None else int(settings.max_memory * 1e9),
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
         )
         (out / "sizes.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
         if any(model.skipped is None for model in measured):
-            report.figure(measured, caption).savefig(out / "sizes.png", dpi=150)
+            report.comparison_figure(measured, caption).savefig(out / "sizes.png", dpi=150)
     if settings.json:
         print(json.dumps(answer))
         return

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.cli.console import all_or, print_table, print_texts, writable_folder, write_csv
+from gpt_lightning.cli.console import (
+    print_table,
+    print_texts,
+    value_or_all,
+    writable_folder,
+    write_csv,
+)
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, progress, report_parser
 from gpt_lightning.data.unicode import printable
@@ -83,8 +89,8 @@ def run(arguments: list[str]) -> None:
         [
             {
                 "temperature": f"{cell.temperature:g}",
-                "top_k": all_or(cell.top_k),
-                **({"top_p": all_or(cell.top_p)} if settings.top_p else {}),
+                "top_k": value_or_all(cell.top_k),
+                **({"top_p": value_or_all(cell.top_p)} if settings.top_p else {}),
                 "distinct-1": f"{cell.distinct_1:.3f}",
                 "distinct-2": f"{cell.distinct_2:.3f}",
                 "repetition": f"{cell.repetition_rate:.3f}",
@@ -97,7 +103,7 @@ def run(arguments: list[str]) -> None:
     )
     print_texts(
         "\none text of each setting",
-        [(_names(group), group[0].texts[0]) for group in report.same_texts(cells)],
+        [(_names(group), group[0].texts[0]) for group in report.group_by_texts(cells)],
     )
     deterministic = [cell for cell in cells if cell.deterministic]
     print(f"deterministic: {len(deterministic)} of {len(cells)} settings (all texts identical)")
@@ -112,9 +118,9 @@ def _names(cells: Sequence["GridCell"]) -> str:
         for cell in of_temperature:
             top_ps.setdefault(cell.top_k, []).append(cell.top_p)
         for used, top_ks in groupby(top_ps, top_ps.__getitem__):
-            name = f"temperature {temperature:g}: top_k {', '.join(map(all_or, top_ks))}"
+            name = f"temperature {temperature:g}: top_k {', '.join(map(value_or_all, top_ks))}"
             if used != [None]:
-                name += f" with top_p {', '.join(map(all_or, used))}"
+                name += f" with top_p {', '.join(map(value_or_all, used))}"
             names.append(name)
     return "; ".join(names)
 

@@ -18,7 +18,7 @@ class TextList(Action):
     """An option with several texts: repeated on the command line, one text or a list in a YAML file.
 
     The texts of the command line replace those of the file; there each is taken as it is written.
-    ``nargs="+"`` allows several texts at a time. :func:`take_texts` checks what came from a file.
+    ``nargs="+"`` allows several texts at a time. :func:`normalize_texts` checks what came from a file.
     """
 
     _given: list[str] | None = None
@@ -38,7 +38,7 @@ class TextList(Action):
         setattr(namespace, self.dest, self._given)
 
 
-def take_texts(parser: ArgumentParser, settings: Namespace) -> None:
+def normalize_texts(parser: ArgumentParser, settings: Namespace) -> None:
     """Turn each :class:`TextList` into a list of texts or ``None``, and check all options that carry text.
 
     Raises:
@@ -86,7 +86,7 @@ def configs_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
     return configs + others
 
 
-def check_given(arguments: Sequence[str]) -> None:
+def check_argument_texts(arguments: Sequence[str]) -> None:
     """Check the texts of the command line before it is parsed, whose errors would not name the option.
 
     Raises:

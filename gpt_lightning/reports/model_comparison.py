@@ -30,7 +30,7 @@ from gpt_lightning.pretrained.load import (
     build_model,
     check_tokenizer,
     print_warnings,
-    read_source,
+    read_weights,
     weight_files,
 )
 from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # passes whose median is the time to the first token: so many at least, and more of them until a second is over
-_FIRST_TOKENS = 5
-_FIRST_TOKENS_SECONDS = 1.0
+_MIN_FIRST_TOKEN_PASSES = 5
+_MIN_FIRST_TOKEN_SECONDS = 1.0
 _ROOM = 1.15  # what loading needs at most, times the weights' own bytes
 
 
@@ -115,7 +115,7 @@ def measure_all(
             try:
                 measured.append(process.submit(measure, source, task).result())
             except BrokenProcessPool:
-                found = read_source(source, n_heads=task.n_heads)
+                found = read_weights(source, n_heads=task.n_heads)
                 cause = "its process was killed, most likely for want of memory"
                 measured.append(replace(_description(source, _parameters(found)), skipped=cause))
         on_model()
@@ -129,7 +129,7 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         ValueError, OSError: ``source`` or the text cannot be read, or the model not do the task.
     """
     dtype = getattr(torch, task.dtype) if task.dtype else None
-    found = read_source(source, n_heads=task.n_heads)
+    found = read_weights(source, n_heads=task.n_heads)
     check_tokenizer(found, source)
     print_warnings(found)
     dtype = dtype or stored_dtype(found)
@@ -211,7 +211,7 @@ def _speed(model: GPTModel, task: ComparisonTask) -> tuple[float, float | None]:
     """
     _token_times(model, task, 2)  # a warm-up
     first: list[float] = []
-    while len(first) < _FIRST_TOKENS or sum(first) < _FIRST_TOKENS_SECONDS:
+    while len(first) < _MIN_FIRST_TOKEN_PASSES or sum(first) < _MIN_FIRST_TOKEN_SECONDS:
         first += _token_times(model, task, 1)
     steps = _token_times(model, task, task.max_new_tokens)[1:]
     return median(first), 1 / median(steps) if steps else None
@@ -264,7 +264,7 @@ def as_dict(measured: Sequence[ModelMeasurement]) -> dict[str, list[dict[str, ob
     return {"models": [asdict(model) for model in measured]}
 
 
-def figure(measured: Sequence[ModelMeasurement], caption: str) -> "Figure":
+def comparison_figure(measured: Sequence[ModelMeasurement], caption: str) -> "Figure":
     """Loss, speed, time to the first token and memory of the models that were not skipped."""
     from matplotlib.figure import Figure
 

@@ -163,7 +163,7 @@ def frequencies(
     return rows, distributions
 
 
-def compare_methods(
+def compare_estimators(
     logits: Tensor, temperature: float, num_samples: int, seed: int
 ) -> list[EstimatorTiming]:
     """The exercise's second half: the book's loop, the same draws at once, and no draws at all."""

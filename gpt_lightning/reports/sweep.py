@@ -63,7 +63,7 @@ class GridCell:
 
 
 @dataclass(frozen=True)
-class PlainLoop:
+class PlainLoopComparison:
     """Exercise 5.3: the texts of the greedy settings beside that of :func:`generate_simple`.
 
     Attributes:
@@ -89,7 +89,7 @@ class PlainLoop:
         return f"gives the same text as {many} ({which})"
 
 
-FIGURES = {
+HEAT_MAP_METRICS = {
     "distinct_2": "distinct-2",
     "repetition_rate": "repetition",
     "mean_log_probability": "log-probability (nats)",
@@ -194,7 +194,7 @@ def _cell(
 @torch.inference_mode()
 def compare_with_plain_loop(
     model: GPTModel, prompt_ids: list[int], cells: Sequence[GridCell], max_new_tokens: int
-) -> PlainLoop:
+) -> PlainLoopComparison:
     """Exercise 5.3's equality: greedy settings against the plain loop, which has no cache and no sampling."""
     model.eval()
     idx = torch.tensor([prompt_ids], device=_device(model))
@@ -203,7 +203,7 @@ def compare_with_plain_loop(
         new = new[: new.index(END_OF_TEXT_ID)]
     text = decode(prompt_ids + new)
     greedy = [cell for cell in cells if cell.is_greedy]
-    return PlainLoop(text, len(greedy), sum(set(cell.texts) == {text} for cell in greedy))
+    return PlainLoopComparison(text, len(greedy), sum(set(cell.texts) == {text} for cell in greedy))
 
 
 def _share(part: int, whole: int) -> float:
@@ -243,7 +243,7 @@ def _device(model: GPTModel) -> torch.device:
     return model.tok_emb.weight.device
 
 
-def tables(
+def grid_axes(
     cells: Sequence[GridCell],
 ) -> Iterator[tuple[float | None, list[float], list[int | None]]]:
     """For each top_p of the grid: it, the temperatures (rows) and the top_k (columns)."""
@@ -256,7 +256,7 @@ def tables(
         )
 
 
-def same_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
+def group_by_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
     """The cells in their order, those with the very same texts together."""
     groups: dict[tuple[str, ...], list[GridCell]] = {}
     for cell in cells:
@@ -265,22 +265,22 @@ def same_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
 
 
 def heat_maps(cells: Sequence[GridCell], caption: str) -> "Figure":
-    """Each of ``FIGURES`` over temperature (down) × top_k (across), the values written in the cells.
+    """Each of ``HEAT_MAP_METRICS`` over temperature (down) × top_k (across), the values written in the cells.
 
     Two maps stand side by side, so that they can be read on a page; those of another top_p are below.
     """
     from matplotlib.figure import Figure
 
-    parts = list(tables(cells))
+    parts = list(grid_axes(cells))
     columns = max(len(top_ks) for _, _, top_ks in parts)
     lines = max(len(temperatures) for _, temperatures, _ in parts)
     width, height = max(5.0, 0.8 * columns + 1), max(2.8, 0.42 * lines + 1.2)
-    down = len(FIGURES) // 2 * len(parts)
+    down = len(HEAT_MAP_METRICS) // 2 * len(parts)
     figure = Figure(figsize=(2 * width, height * down + 0.4), layout="constrained")
     grid_of_axes = iter(figure.subplots(down, 2, squeeze=False).flat)
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
     for top_p, temperatures, top_ks in parts:
-        for field, title in FIGURES.items():
+        for field, title in HEAT_MAP_METRICS.items():
             table = [[by_setting[t, k, top_p] for k in top_ks] for t in temperatures]
             axes = next(grid_of_axes)
             _heat_map(axes, field, table, cells)
@@ -316,12 +316,14 @@ def _heat_map(
     axes.spines[:].set_visible(False)
 
 
-def html_page(cells: Sequence[GridCell], loop: PlainLoop, caption: str, figure_png: str) -> str:
+def html_page(
+    cells: Sequence[GridCell], loop: PlainLoopComparison, caption: str, figure_png: str
+) -> str:
     """A page that needs nothing but itself: the figure (base64 PNG), the measures, the grid, each text once."""
     parts = []
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
-    first = {id(cell): group[0] for group in same_texts(cells) for cell in group[1:]}
-    for top_p, temperatures, top_ks in tables(cells):
+    first = {id(cell): group[0] for group in group_by_texts(cells) for cell in group[1:]}
+    for top_p, temperatures, top_ks in grid_axes(cells):
         if top_p is not None:
             parts.append(f"<h2>top_p {top_p:g}</h2>")
         head = "".join(f"<th>top_k {'all' if k is None else k}</th>" for k in top_ks)

@@ -247,7 +247,7 @@ def test_a_books_gpt2_is_tied(tmp_path: Path) -> None:
 
 
 def test_our_files_contain_the_number_of_heads(
-    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
     """4 heads cannot be derived from emb_dim 128; the book's own code still loads the file."""
     theirs, cfg = book_model(emb_dim=128, n_heads=4, n_layers=1, vocab_size=300)
@@ -260,7 +260,7 @@ def test_our_files_contain_the_number_of_heads(
     dropout = "gpt_lightning: model.pth: does not contain its dropout rate; writes 0.1"
     assert done.err.splitlines() == [assumed, dropout, "guessed.ckpt: written"]
     load_model("model.pth")
-    assert capsys.readouterr().err.splitlines()[0] == assumed
+    assert assumed == f"gpt_lightning: {caplog.messages[0]}"
 
     done = command("convert", "model.pth", "again.pth", "--format=book", "--n_heads=4")
     assert done.err.splitlines() == [dropout, "again.pth: written"]
@@ -304,7 +304,7 @@ def test_nanogpt_gives_transformers_logits(tmp_path: Path, bias: bool) -> None:
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
 
-def test_nanogpts_separate_head_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nanogpts_separate_head_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = random_gpt2(tmp_path / "hf", tie_word_embeddings=False)
     state = {
         name: tensor.t().contiguous() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -315,7 +315,7 @@ def test_nanogpts_separate_head_is_kept(tmp_path: Path, capsys: pytest.CaptureFi
                  "vocab_size": 50257, "dropout": 0.0}  # fmt: skip
     torch.save({"model": state, "model_args": arguments}, tmp_path / "ckpt.pt")
     ours = load_model(str(tmp_path / "ckpt.pt"))
-    assert "lm_head.weight has other weights than the token embedding" in capsys.readouterr().err
+    assert "lm_head.weight has other weights than the token embedding" in caplog.text
     assert not ours.config.tied_embeddings
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
@@ -711,7 +711,7 @@ def other_tokenizers(with_tokenizer: Path, command: Command) -> list[str]:
 
 
 def test_another_tokenizer_is_refused_by_every_command_with_text(
-    other_tokenizers: list[str], command: Command, capsys: pytest.CaptureFixture[str]
+    other_tokenizers: list[str], command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpt2 = f"--config={ROOT}/configs/gpt2.yaml"
     for source in other_tokenizers:
@@ -735,7 +735,7 @@ def test_another_tokenizer_is_refused_by_every_command_with_text(
     with pytest.raises(ValueError, match="has another tokenizer than GPT-2's"):
         measure("ckpt.pt", task)  # what report sizes runs in a separate process
     load_model("ckpt.pt")  # its ids can be used
-    assert "ckpt.pt: has another tokenizer than GPT-2's" in capsys.readouterr().err
+    assert "ckpt.pt: has another tokenizer than GPT-2's" in caplog.text
     assert not Path("checkpoints").exists()
 
 

@@ -61,13 +61,13 @@ def fetch(
                 host_checksum = _fetch_once(url, part, expected, on_bytes)
                 verify(part, expected, host_checksum)
                 put(part, path)
-                _origin(part).unlink(missing_ok=True)
+                _origin_file(part).unlink(missing_ok=True)
                 return
             except requests.RequestException as error:
                 last = error
             size = part.stat().st_size if part.exists() else 0
             if not size:
-                _origin(part).unlink(missing_ok=True)
+                _origin_file(part).unlink(missing_ok=True)
             failures = 0 if size > max_size else failures + 1
             max_size = max(max_size, size)
             if isinstance(last, NotAvailableError):
@@ -78,7 +78,7 @@ def fetch(
     raise OSError(", ".join(causes)) from last
 
 
-def _origin(part: Path) -> Path:
+def _origin_file(part: Path) -> Path:
     """The file with the origin of ``part``: only the rest of the same file may be appended to it."""
     return part.with_suffix(".origin")
 
@@ -116,7 +116,7 @@ def _fetch_once(url: str, part: Path, expected: ExpectedFile, on_bytes: OnBytes)
                 "md5": response.headers.get("Content-MD5"),
             }
             part.unlink(missing_ok=True)
-            _origin(part).write_text(json.dumps(origin), encoding="utf-8")
+            _origin_file(part).write_text(json.dumps(origin), encoding="utf-8")
         length = response.headers.get("Content-Length", "")
         if not length.isdigit() and "chunked" not in response.headers.get("Transfer-Encoding", ""):
             raise NotAvailableError("does not give the file's size")
@@ -143,7 +143,7 @@ def _fetch_once(url: str, part: Path, expected: ExpectedFile, on_bytes: OnBytes)
 def _read_origin(url: str, part: Path) -> dict[str, Any]:
     """The recorded origin of ``part``; empty if there is none or it is another URL."""
     try:
-        origin = json.loads(_origin(part).read_text(encoding="utf-8"))
+        origin = json.loads(_origin_file(part).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(origin, dict) or origin.get("url") != url or not part.exists():

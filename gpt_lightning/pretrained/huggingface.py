@@ -199,7 +199,9 @@ def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
     for ours, theirs in _KEYS.items():
         value = _read_size(settings, theirs, path)
         if type(value) is not int:
-            raise ValueError(f"{path}: {theirs} is {value!r}, not a whole number")
+            raise ValueError(
+                f"{path}: {theirs} is {value!r}, not a whole number; give an intact copy"
+            )
         sizes[ours] = value
     if settings.get("n_inner") not in (None, 4 * sizes["emb_dim"]):
         raise ValueError(
@@ -207,12 +209,14 @@ def _config(settings: dict[str, Any], path: Path) -> GPTConfig:
         )
     tied = settings.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
-        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}, neither true nor false")
+        raise ValueError(
+            f"{path}: tie_word_embeddings is {tied!r}, not true or false; give an intact copy"
+        )
     rates: dict[str, Any] = {}
     for ours, theirs in _RATES.items():
         rate = settings.get(theirs, 0.1)
         if type(rate) not in (int, float):
-            raise ValueError(f"{path}: {theirs} is {rate!r}, not a number")
+            raise ValueError(f"{path}: {theirs} is {rate!r}, not a number; give an intact copy")
         if ours == "drop_rate" or rate != rates["drop_rate"]:
             rates[ours] = rate
     try:

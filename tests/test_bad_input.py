@@ -450,7 +450,7 @@ def test_no_checkpoint(refused_fit: Command, tmp_path: Path) -> None:
         "empty": "is not a torch.save file",
         "other": "is not a gpt_lightning checkpoint",
         "tensor": "is not a gpt_lightning checkpoint",
-        "objects": "may be code; it is not loaded",
+        "objects": "may be code, so it is not loaded",
         "foreign": "is not a gpt_lightning checkpoint",
     }.items():
         for option in ("--ckpt_path", "--init_from"):

@@ -1,8 +1,8 @@
-"""The book's chapters 4 and 5, written plainly: the oracle our digits are held against.
+"""The book's chapters 4 and 5 in plain torch: the reference for our digits.
 
-Separate query, key and value projections, attention by explicit softmax, hand-written LayerNorm and
+It has separate query, key and value projections, attention by explicit softmax, hand-written LayerNorm and
 GELU, a dataset that is a list of tensors, torch's own ``DataLoader``, and one global generator for
-initial weights, shuffling and dropout. Nothing here imports ``gpt_lightning``.
+initial weights, shuffling and dropout. This file does not import ``gpt_lightning``.
 """
 
 import math
@@ -163,7 +163,7 @@ def train(
     say: Any = None,
     sample: Any = None,
 ) -> BookRun:
-    """The book's loop: an update, then, every ``eval_freq`` steps, an evaluation on fresh passes.
+    """The book's loop: an optimizer step, then every ``eval_freq`` steps an evaluation on new passes.
 
     ``sample`` is called with the model after each epoch.
     """
@@ -212,7 +212,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
 ) -> Tensor:
-    """The book's ``generate``: the window is cropped and read again for every token."""
+    """The book's ``generate``: for each token it crops the window and reads all of it again."""
     model.eval()
     for _ in range(max_new_tokens):
         logits = model(idx[:, -context_size:])[:, -1, :]

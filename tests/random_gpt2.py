@@ -1,4 +1,4 @@
-"""GPT-2s of transformers' with random weights: what pretrained weights are in these tests."""
+"""Random GPT-2 models of transformers, which stand for pretrained weights in the tests."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 def random_gpt2(
     folder: Path, emb_dim: int = 24, n_heads: int = 12, n_layers: int = 2, **settings: Any
 ) -> Any:
-    """Every weight random, gains around 1, saved into ``folder``."""
+    """A model with random weights, gains around 1, saved into ``folder``."""
     config = transformers.GPT2Config(
         **{
             "vocab_size": 50257, "n_positions": 64, "n_embd": emb_dim, "n_head": n_heads,

@@ -446,12 +446,12 @@ def test_no_checkpoint(refused_fit: Command, tmp_path: Path) -> None:
     torch.save({"state_dict": Path("x"), "hyper_parameters": {}}, tmp_path / "objects.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1}}, tmp_path / "foreign.ckpt")
     for name, cause in {
-        "words": "is no file of torch.save",
-        "empty": "is no file of torch.save",
-        "other": "is no checkpoint",
-        "tensor": "is no checkpoint",
-        "objects": "may be code; it is not loaded",
-        "foreign": "is no checkpoint",
+        "words": "is not a torch.save file",
+        "empty": "is not a torch.save file",
+        "other": "is not a gpt_lightning checkpoint",
+        "tensor": "is not a gpt_lightning checkpoint",
+        "objects": "may be code, so it is not loaded",
+        "foreign": "is not a gpt_lightning checkpoint",
     }.items():
         for option in ("--ckpt_path", "--init_from"):
             refused(refused_fit(f"{option}={name}.ckpt"), f"{name}.ckpt: ", cause)
@@ -544,7 +544,7 @@ def test_generate(command: Command, trained: Path, arguments: list[str], parts: 
 
 def test_generate_from_what_is_no_model(command: Command, trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "config.yaml", tmp_path / "config.yaml")
-    refused(command("generate", "--from=config.yaml", "--prompt=x"), "is no file of torch.save")
+    refused(command("generate", "--from=config.yaml", "--prompt=x"), "is not a torch.save file")
     refused(command("generate", f"--from={tmp_path}", "--prompt=x"), "last.ckpt")
     refused(command("generate", "--prompt=x"), "--from SOURCE")
 

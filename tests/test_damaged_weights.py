@@ -1,4 +1,4 @@
-"""Weights that are damaged, contradict themselves or are none: exit code 2, one line, no DEST."""
+"""Weights that are damaged or contradict themselves: exit code 2, one line, no DEST."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from random_gpt2 import random_gpt2
 from safetensors.torch import load_file, save_file
 
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.name_map import gpt2_names
+from gpt_lightning.pretrained.name_map import gpt2_params
 from gpt_lightning.storage.checksum import MANIFEST
 
 needs_tensorflow = pytest.mark.skipif(
@@ -27,9 +27,9 @@ DATA, INDEX = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GPT-2 in each form that needs no TensorFlow to be written."""
-    folder = tmp_path_factory.mktemp("whole")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2 in each format that can be written without TensorFlow."""
+    folder = tmp_path_factory.mktemp("intact")
     random_gpt2(folder / "theirs", vocab_size=300, n_layer=1)
     convert(str(folder / "theirs"), folder / "hf", "hf")
     convert(str(folder / "theirs"), folder / "ours.ckpt", "lightning")
@@ -38,98 +38,104 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_openai(whole: Path) -> Path:
-    convert(str(whole / "theirs"), whole / "tf", "openai-tf")
-    return whole / "tf"
+def intact_openai(intact: Path) -> Path:
+    convert(str(intact / "theirs"), intact / "tf", "openai-tf")
+    return intact / "tf"
 
 
 @pytest.fixture
 def refuse(command: Command) -> Any:
-    """Convert ``source``, which must be refused in one line that has each of ``parts``, with no DEST."""
+    """A function that converts ``source``: it must fail with one line that has all ``parts``, without a DEST."""
 
-    def run(source: str, *parts: str, form: str = "hf", options: tuple[str, ...] = ()) -> Done:
-        before = set(os.listdir()) | {"cache"}  # where a readable part may have been kept
-        done = command("convert", source, "dest", "--format", form, "--n_heads=12", *options)
+    def run(
+        source: str, *parts: str, weight_format: str = "hf", options: tuple[str, ...] = ()
+    ) -> Done:
+        before = set(os.listdir()) | {"cache"}  # which may hold a part that could be read
+        done = command(
+            "convert", source, "dest", "--format", weight_format, "--n_heads=12", *options
+        )
         assert done.code == 2, (done.out, done.err)
         assert done.out == ""
         assert done.err.startswith("gpt_lightning: error: ")
         assert done.err.count("\n") == 1, done.err
         for part in parts:
             assert part in done.err
-        assert set(os.listdir()) | {"cache"} == before  # nothing written, nothing left over
+        assert set(os.listdir()) | {"cache"} == before  # nothing was written
         return done
 
     return run
 
 
-def flip(path: Path, at: int) -> None:
+def flip_bit(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
 
 
-def cut(path: Path, share: float) -> None:
+def truncate(path: Path, share: float) -> None:
     os.truncate(path, int(share * path.stat().st_size))
 
 
 @pytest.mark.parametrize("name", ["ours.ckpt", "model.pth"])
-def test_damaged_file(refuse: Any, whole: Path, tmp_path: Path, name: str) -> None:
-    size = (whole / name).stat().st_size
+def test_damaged_file_is_refused(refuse: Any, intact: Path, tmp_path: Path, name: str) -> None:
+    size = (intact / name).stat().st_size
     rng = random.Random(0)
     for at in [0, 30, size - 1, *(rng.randrange(size) for _ in range(12))]:
-        shutil.copy(whole / name, tmp_path / name)
-        flip(tmp_path / name, at)
-        done_or_same(refuse, name, whole, tmp_path)
+        shutil.copy(intact / name, tmp_path / name)
+        flip_bit(tmp_path / name, at)
+        assert_refused_or_same(refuse, name, intact, tmp_path)
     for share in (0.0, 0.3, 0.99):
-        shutil.copy(whole / name, tmp_path / name)
-        cut(tmp_path / name, share)
+        shutil.copy(intact / name, tmp_path / name)
+        truncate(tmp_path / name, share)
         refuse(name, name, "is damaged")
 
 
-def done_or_same(
-    refuse: Any, name: str, whole: Path, tmp_path: Path, original: str | None = None
+def assert_refused_or_same(
+    refuse: Any, name: str, intact: Path, tmp_path: Path, original: str | None = None
 ) -> None:
-    """Refused; but for a bit of the padding between the records, which carries nothing."""
-    from gpt_lightning.pretrained.load import read_source
+    """The file is refused, unless the damage is in the padding between the records, which has no content."""
+    from gpt_lightning.pretrained.load import read_weights
 
     try:
-        found = read_source(str(tmp_path / name), n_heads=12)
+        found = read_weights(str(tmp_path / name), n_heads=12)
     except ValueError:
         refuse(name, name)
         return
-    expected = read_source(str(whole / (original or name)), n_heads=12)
+    expected = read_weights(str(intact / (original or name)), n_heads=12)
     assert found.config == expected.config
     for key, tensor in expected.state_dict.items():
-        assert torch.equal(found.state_dict[key], tensor), f"silently another {key}"
+        assert torch.equal(found.state_dict[key], tensor), f"{key} differs without an error"
 
 
-def test_damaged_safetensors(refuse: Any, whole: Path, tmp_path: Path) -> None:
-    size = (whole / "hf" / "model.safetensors").stat().st_size
+def test_damaged_safetensors_are_refused(refuse: Any, intact: Path, tmp_path: Path) -> None:
+    size = (intact / "hf" / "model.safetensors").stat().st_size
     rng = random.Random(1)
     for at in [0, 8, 100, size - 1, *(rng.randrange(size) for _ in range(6))]:
-        shutil.copytree(whole / "hf", tmp_path / "hf", dirs_exist_ok=True)
-        flip(tmp_path / "hf" / "model.safetensors", at)
+        shutil.copytree(intact / "hf", tmp_path / "hf", dirs_exist_ok=True)
+        flip_bit(tmp_path / "hf" / "model.safetensors", at)
         refuse("hf", "model.safetensors", "is missing or damaged")
-    # also without a manifest what is cut off or no header is noticed
+    # without a manifest, a truncated file and a damaged header are still found
     (tmp_path / "hf" / MANIFEST).unlink()
     for share in (0.0, 0.0001, 0.5, 0.999):
-        shutil.copy(whole / "hf" / "model.safetensors", tmp_path / "hf")
-        cut(tmp_path / "hf" / "model.safetensors", share)
+        shutil.copy(intact / "hf" / "model.safetensors", tmp_path / "hf")
+        truncate(tmp_path / "hf" / "model.safetensors", share)
         refuse("hf", "model.safetensors", "is damaged")
 
 
 @pytest.mark.parametrize("length", [10 * 10**9, 2**63 + 5, 99_000_000])
-def test_safetensors_header_that_claims_too_much(
-    refuse: Any, whole: Path, tmp_path: Path, length: int
+def test_safetensors_header_with_a_wrong_length_is_refused(
+    refuse: Any, intact: Path, tmp_path: Path, length: int
 ) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     refuse("hf", "model.safetensors", "is damaged")
 
 
-def test_safetensors_tensors_that_claim_too_much(refuse: Any, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+def test_safetensors_tensors_that_exceed_the_file_are_refused(
+    refuse: Any, intact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     header = json.dumps(
         {
             "transformer.wte.weight": {
@@ -144,8 +150,8 @@ def test_safetensors_tensors_that_claim_too_much(refuse: Any, whole: Path, tmp_p
     refuse("hf", "model.safetensors", "is damaged")
 
 
-def test_damaged_manifest(refuse: Any, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "hf", tmp_path / "hf")
+def test_damaged_manifest_is_refused(refuse: Any, intact: Path, tmp_path: Path) -> None:
+    shutil.copytree(intact / "hf", tmp_path / "hf")
     for content in ("{", "[]", '{"files": 3}', '{"files": {"config.json": {}}}'):
         (tmp_path / "hf" / MANIFEST).write_text(content)
         refuse("hf", MANIFEST, "is damaged")
@@ -184,24 +190,26 @@ def test_damaged_manifest(refuse: Any, whole: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_config_that_contradicts_the_weights(
-    refuse: Any, whole: Path, tmp_path: Path, key: str, value: Any, cause: str
+def test_config_that_contradicts_the_weights_is_refused(
+    refuse: Any, intact: Path, tmp_path: Path, key: str, value: Any, cause: str
 ) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**settings, key: value}))
     refuse("hf", cause)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
-def test_config_that_is_none(refuse: Any, whole: Path, tmp_path: Path, content: bytes) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+def test_config_that_is_not_json_is_refused(
+    refuse: Any, intact: Path, tmp_path: Path, content: bytes
+) -> None:
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_bytes(content)
-    refuse("hf", "config.json: is no JSON")
+    refuse("hf", "config.json: is not ")
 
 
-def test_missing_and_foreign_tensors(refuse: Any, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+def test_missing_and_unknown_tensors_are_refused(refuse: Any, intact: Path, tmp_path: Path) -> None:
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(path)
     missing = {n: t for n, t in tensors.items() if n != "transformer.h.0.mlp.c_fc.bias"}
@@ -219,7 +227,7 @@ def test_missing_and_foreign_tensors(refuse: Any, whole: Path, tmp_path: Path) -
     )
     refuse("hf", "has both", "lm_head.weight")
 
-    saved = torch.load(whole / "model.pth", weights_only=True)
+    saved = torch.load(intact / "model.pth", weights_only=True)
     without = {n: t for n, t in saved.items() if n != "trf_blocks.0.att.W_key.weight"}
     torch.save(without, "part.pth")
     refuse("part.pth", "has no trf_blocks.0.att.qkv.weight")
@@ -227,11 +235,11 @@ def test_missing_and_foreign_tensors(refuse: Any, whole: Path, tmp_path: Path) -
     refuse("shape.pth", "norm1.weight is (5,), its architecture says (24,)")
 
 
-def test_a_form_of_which_more_is_there_than_it_says(
-    refuse: Any, whole: Path, tmp_path: Path
+def test_tensors_beyond_the_architecture_are_refused(
+    refuse: Any, intact: Path, tmp_path: Path
 ) -> None:
-    """A truncated model would be read in silence."""
-    saved = torch.load(whole / "model.pth", weights_only=True)
+    """Otherwise a truncated model would be read without an error."""
+    saved = torch.load(intact / "model.pth", weights_only=True)
     second = {
         n.replace("trf_blocks.0.", "trf_blocks.7."): t for n, t in saved.items() if ".0." in n
     }
@@ -240,29 +248,29 @@ def test_a_form_of_which_more_is_there_than_it_says(
     query, key = "trf_blocks.0.att.W_query.weight", "trf_blocks.0.att.W_key.weight"
     torch.save(saved | {query: saved[query][:12], key: torch.cat((saved[key], saved[key][:12]))},
                "thirds.pth")  # fmt: skip
-    refuse("thirds.pth", "is not of the shape and dtype")
+    refuse("thirds.pth", "differs in shape or dtype")
 
     state = {
         "transformer.wte.weight": torch.ones(300, 24),
         "transformer.h.1.ln_1.weight": torch.ones(24),
     }
-    for name in gpt2_names(1):
-        shape = {"wte": (300, 24), "wpe": (64, 24)}.get(name.module)
+    for param in gpt2_params(1):
+        shape = {"wte": (300, 24), "wpe": (64, 24)}.get(param.module)
         widths = {
             "attn.c_attn": (72, 24),
             "attn.c_proj": (24, 24),
             "mlp.c_fc": (96, 24),
             "mlp.c_proj": (24, 96),
         }
-        matrix = widths.get(name.module.removeprefix("h.0."), (24,))
-        state[f"transformer.{name.module}.{'bias' if name.part == 'bias' else 'weight'}"] = (
-            torch.ones(shape or (matrix if name.part == "matrix" else matrix[:1]))
+        matrix = widths.get(param.module.removeprefix("h.0."), (24,))
+        state[f"transformer.{param.module}.{'bias' if param.kind == 'bias' else 'weight'}"] = (
+            torch.ones(shape or (matrix if param.kind == "matrix" else matrix[:1]))
         )
     arguments = {"n_layer": 1, "n_head": 12, "n_embd": 24, "block_size": 64, "vocab_size": 300}
     torch.save({"model": state, "model_args": arguments}, "ckpt.pt")
     refuse("ckpt.pt", "has transformer.h.1.ln_1.weight")
 
-    checkpoint = torch.load(whole / "ours.ckpt", weights_only=True)
+    checkpoint = torch.load(intact / "ours.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["config"]["n_layers"] = 10**7
     torch.save(checkpoint, "many.ckpt")
     refuse("many.ckpt", "has 1 blocks, its architecture says 10000000")
@@ -280,32 +288,32 @@ def test_a_form_of_which_more_is_there_than_it_says(
         ("model.pth", lambda c: c.update({"tok_emb.weight": torch.ones(300, 24).to_sparse()})),
     ],
 )
-def test_content_of_another_kind(
-    refuse: Any, whole: Path, name: str, change: Callable[[Any], None]
+def test_content_of_unexpected_types_is_refused(
+    refuse: Any, intact: Path, name: str, change: Callable[[Any], None]
 ) -> None:
-    content = torch.load(whole / name, weights_only=True)
+    content = torch.load(intact / name, weights_only=True)
     change(content)
     torch.save(content, f"x{Path(name).suffix}")
     refuse(f"x{Path(name).suffix}")
 
 
-def test_zip_directory_that_is_damaged_names_the_file(
-    refuse: Any, whole: Path, tmp_path: Path
+def test_damaged_zip_directory_is_refused_with_the_file_name(
+    refuse: Any, intact: Path, tmp_path: Path
 ) -> None:
-    content = (whole / "ours.ckpt").read_bytes()
+    content = (intact / "ours.ckpt").read_bytes()
     directory = content.rindex(b"PK\x01\x02")
     for at in range(directory, directory + 46):
         (tmp_path / "x.ckpt").write_bytes(
             content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1 :]
         )
-        done_or_same(refuse, "x.ckpt", whole, tmp_path, "ours.ckpt")
-    torch.save(torch.load(whole / "model.pth", weights_only=True), "old.pth",
+        assert_refused_or_same(refuse, "x.ckpt", intact, tmp_path, "ours.ckpt")
+    torch.save(torch.load(intact / "model.pth", weights_only=True), "old.pth",
                _use_new_zipfile_serialization=False)  # fmt: skip
-    refuse("old.pth", "old.pth: is no file of torch.save since torch 1.6")
+    refuse("old.pth", "old.pth: is not a torch.save file of torch 1.6 or later")
 
 
-def test_shards_that_are_not_there(refuse: Any, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+def test_missing_shards_are_refused(refuse: Any, intact: Path, tmp_path: Path) -> None:
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "part.safetensors")
     index = tmp_path / "hf" / "model.safetensors.index.json"
     names = load_file(tmp_path / "hf" / "part.safetensors")
@@ -322,8 +330,8 @@ def test_shards_that_are_not_there(refuse: Any, whole: Path, tmp_path: Path) -> 
         refuse("hf", cause)
 
 
-def test_a_shard_that_the_index_does_not_name(refuse: Any, tmp_path: Path) -> None:
-    """It may hold the head, which would be taken for tied."""
+def test_a_shard_that_the_index_does_not_name_is_refused(refuse: Any, tmp_path: Path) -> None:
+    """It may hold the output head; without it the head would be tied."""
     model = random_gpt2(tmp_path / "one", vocab_size=300, n_layer=1, tie_word_embeddings=False)
     model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
     index = tmp_path / "hf" / "model.safetensors.index.json"
@@ -342,7 +350,9 @@ class Canary:
 
 
 @pytest.mark.parametrize("key", [None, "model_state_dict", "model_args", "state_dict"])
-def test_code_is_not_run(refuse: Any, whole: Path, tmp_path: Path, key: str | None) -> None:
+def test_code_in_a_file_is_not_run(
+    refuse: Any, intact: Path, tmp_path: Path, key: str | None
+) -> None:
     content: Any = Canary() if key is None else {key: Canary()}
     for modern in (True, False):
         torch.save(content, "evil.pth", _use_new_zipfile_serialization=modern)
@@ -351,14 +361,14 @@ def test_code_is_not_run(refuse: Any, whole: Path, tmp_path: Path, key: str | No
 
     Path("evil.pth").write_bytes(pickle.dumps(content))
     refuse("evil.pth", "evil.pth")
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     shutil.copy("evil.pth", tmp_path / "hf" / "pytorch_model.bin")
     (tmp_path / "hf" / "model.safetensors").unlink()
     refuse("hf", "holds none of")
     assert not Path("canary").exists()
 
 
-def test_folder_that_is_none(refuse: Any, tmp_path: Path) -> None:
+def test_folder_without_weights_names_the_expected_files(refuse: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refuse("empty", "last.ckpt", "config.json with model.safetensors",
            "hparams.json with model.ckpt.index")  # fmt: skip
@@ -382,7 +392,7 @@ def test_folder_that_is_none(refuse: Any, tmp_path: Path) -> None:
         ("models/weights.safetensor", "models/weights.safetensors"),
     ],
 )
-def test_a_path_that_is_not_there_gets_the_nearest(refuse: Any, source: str, meant: str) -> None:
+def test_missing_path_suggests_the_closest_one(refuse: Any, source: str, meant: str) -> None:
     Path("checkpoints/quickstart").mkdir(parents=True)
     Path("checkpoints/quickstart/last.ckpt").touch()
     Path("checkpoints/verdict").mkdir()
@@ -392,20 +402,22 @@ def test_a_path_that_is_not_there_gets_the_nearest(refuse: Any, source: str, mea
     refuse(source, f"{source}: does not exist", f"did you mean {meant}?")
 
 
-def test_a_path_that_is_like_none(refuse: Any) -> None:
+def test_missing_path_without_a_close_one_names_the_choices(refuse: Any) -> None:
     refuse("nowhere/at/all", "does not exist; give a file, a folder or one of gpt2-124M")
 
 
-def test_dest(command: Command, refuse: Any, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "hf")
+def test_dest_that_exists_or_does_not_fit_is_refused(
+    command: Command, refuse: Any, intact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(intact / "theirs", tmp_path / "hf")
     before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
-    for dest, form, cause in [
+    for dest, weight_format, cause in [
         ("hf", "hf", "dest: hf exists"),
-        ("no/such", "hf", "dest: no is no folder"),
+        ("no/such", "hf", "dest: no is not a folder"),
         ("x", "book", "call it x.pth"),
         ("x.pth", "lightning", "call it x.pth.ckpt"),
     ]:
-        done = command("convert", "hf", dest, "--format", form)
+        done = command("convert", "hf", dest, "--format", weight_format)
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert cause in done.err
     os.symlink("nowhere", "link")
@@ -415,10 +427,10 @@ def test_dest(command: Command, refuse: Any, whole: Path, tmp_path: Path) -> Non
     untied = book.BookGPT({"vocab_size": 300, "context_length": 8, "emb_dim": 24, "n_heads": 12,
                            "n_layers": 1, "drop_rate": 0.0, "qkv_bias": True})  # fmt: skip
     torch.save(untied.state_dict(), "untied.pth")
-    refuse("untied.pth", "no place for a head of its own", form="openai-tf")
+    refuse("untied.pth", "cannot hold a separate output head", weight_format="openai-tf")
 
 
-# like a disk that is full after some bytes; the signal would end the process, as no disk does
+# like a disk that is full after some bytes; the signal is ignored, since a full disk sends none
 _LIMITED = """
 import resource, signal, sys
 from gpt_lightning.cli.main import main
@@ -429,17 +441,19 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize(
-    ("form", "dest"),
+    ("weight_format", "dest"),
     [
         ("book", "d.pth"),
         pytest.param("hf", "d", marks=pytest.mark.slow),
         pytest.param("lightning", "d.ckpt", marks=pytest.mark.slow),
     ],
 )
-def test_full_disk(whole: Path, tmp_path: Path, form: str, dest: str) -> None:
+def test_full_disk_leaves_no_dest(
+    intact: Path, tmp_path: Path, weight_format: str, dest: str
+) -> None:
     random_gpt2(tmp_path / "theirs", vocab_size=30000, n_layer=1)
     for limit in (1, 500_000):
-        done = python("-c", _LIMITED, str(limit), "convert", "theirs", dest, "--format", form,
+        done = python("-c", _LIMITED, str(limit), "convert", "theirs", dest, "--format", weight_format,
                       cwd=tmp_path)  # fmt: skip
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
@@ -447,16 +461,18 @@ def test_full_disk(whole: Path, tmp_path: Path, form: str, dest: str) -> None:
         assert os.listdir(tmp_path) == ["theirs"]
 
 
-# --- OpenAI's form --------------------------------------------------------------------------------
+# --- OpenAI's format ------------------------------------------------------------------------------
 
 
 @needs_tensorflow
 @pytest.mark.parametrize("file", [DATA, INDEX])
-def test_damaged_openai(refuse: Any, whole_openai: Path, tmp_path: Path, file: str) -> None:
-    size = (whole_openai / file).stat().st_size
-    for manifest in (True, False):  # TensorFlow has sums of its own
-        for damage in (lambda p: flip(p, size // 3), lambda p: cut(p, 0.7)):
-            shutil.copytree(whole_openai, tmp_path / "tf", dirs_exist_ok=True)
+def test_damaged_openai_files_are_refused(
+    refuse: Any, intact_openai: Path, tmp_path: Path, file: str
+) -> None:
+    size = (intact_openai / file).stat().st_size
+    for manifest in (True, False):  # TensorFlow has its own checksums
+        for damage in (lambda p: flip_bit(p, size // 3), lambda p: truncate(p, 0.7)):
+            shutil.copytree(intact_openai, tmp_path / "tf", dirs_exist_ok=True)
             damage(tmp_path / "tf" / file)
             if not manifest:
                 (tmp_path / "tf" / MANIFEST).unlink()
@@ -466,8 +482,10 @@ def test_damaged_openai(refuse: Any, whole_openai: Path, tmp_path: Path, file: s
 
 
 @needs_tensorflow
-def test_openai_that_contradicts_itself(refuse: Any, whole_openai: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole_openai, tmp_path / "tf")
+def test_openai_files_that_contradict_each_other_are_refused(
+    refuse: Any, intact_openai: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(intact_openai, tmp_path / "tf")
     (tmp_path / "tf" / MANIFEST).unlink()
     hparams = tmp_path / "tf" / "hparams.json"
     settings = json.loads(hparams.read_text())
@@ -482,18 +500,18 @@ def test_openai_that_contradicts_itself(refuse: Any, whole_openai: Path, tmp_pat
 
 
 @needs_tensorflow
-def test_openai_of_which_more_is_there_than_it_says(refuse: Any, tmp_path: Path) -> None:
+def test_openai_variables_beyond_the_architecture_are_refused(refuse: Any, tmp_path: Path) -> None:
     random_gpt2(tmp_path / "theirs", vocab_size=300, n_layer=2)
     convert(str(tmp_path / "theirs"), tmp_path / "tf", "openai-tf")
     (tmp_path / "tf" / MANIFEST).unlink()
     hparams = tmp_path / "tf" / "hparams.json"
     hparams.write_text(json.dumps(json.loads(hparams.read_text()) | {"n_layer": 1}))
-    refuse("tf", "has model/h1/", "which no GPT-2 of its hparams.json has")
+    refuse("tf", "has model/h1/", "which a GPT-2 of its hparams.json does not have")
 
 
 @needs_tensorflow
-def test_full_disk_under_openai(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "theirs", tmp_path / "theirs")
+def test_full_disk_leaves_no_openai_dest(intact: Path, tmp_path: Path) -> None:
+    shutil.copytree(intact / "theirs", tmp_path / "theirs")
     done = python("-c", _LIMITED, "20000", "convert", "theirs", "d", "--format", "openai-tf",
                   cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -501,7 +519,7 @@ def test_full_disk_under_openai(whole: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["theirs"]
 
 
-def test_openai_without_tensorflow(
+def test_openai_without_tensorflow_names_the_package(
     refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpt_lightning.pretrained.openai.find_spec", lambda _: None)

@@ -1,4 +1,4 @@
-"""GPT-2's files from a host that breaks off, lies, answers something else, or is not there."""
+"""Downloads of GPT-2's files from hosts that break off, send wrong files, or cannot be reached."""
 
 import base64
 import hashlib
@@ -29,9 +29,9 @@ from gpt_lightning.pretrained.download import (
     OPENAI_FILES,
     ExpectedFile,
     download,
+    download_folder,
     fetch,
     find_downloaded,
-    folder_of,
 )
 
 DATA = "model.ckpt.data-00000-of-00001"
@@ -44,25 +44,27 @@ needs_hub = pytest.mark.skipif(
 
 
 @dataclass
-class DownloadHost:
-    """What a test server has, how it misbehaves, and what it was asked."""
+class FaultyHost:
+    """A test server: its files, its faults, and the requests that it got."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)  # by path
-    faults: dict[str, list[str]] = field(default_factory=dict)  # by path, one a GET, then none
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
-    watched: Path | None = None  # what must not be there while anything is sent
-    wrong: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # by path, one for each GET, then none
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
+    watched: Path | None = None  # must not exist while anything is sent
+    errors: list[str] = field(default_factory=list)
 
     def ranges(self, path: str) -> list[str | None]:
-        return [r for method, p, r in self.asked if (method, p) == ("GET", path)]
+        return [r for method, p, r in self.requests if (method, p) == ("GET", path)]
 
 
 def batched(content: bytes, size: int = 1000) -> list[bytes]:
     return [content[at : at + size] for at in range(0, len(content), size)]
 
 
-def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
+def handler(host: FaultyHost) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -76,7 +78,7 @@ def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
             self.answer(faults.pop(0) if faults else "", send=True)
 
         def answer(self, fault: str, send: bool) -> None:
-            host.asked.append((self.command, self.path, self.headers.get("Range")))
+            host.requests.append((self.command, self.path, self.headers.get("Range")))
             body = host.files.get(self.path)
             if body is None or fault in ("404", "503"):
                 self.send_response(503 if fault == "503" else 404)
@@ -86,8 +88,8 @@ def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
             if fault in ("html", "page"):
                 body = b"\n<!DOCTYPE html><title>Sign in to the network</title>"
             start = 0
-            if (asked := self.headers.get("Range")) and fault != "no range":
-                start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if (byte_range := self.headers.get("Range")) and fault != "no range":
+                start = int(byte_range.removeprefix("bytes=").removesuffix("-"))
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -102,11 +104,11 @@ def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
             rest = body[start:]
             length = len(rest)
             match fault:
-                case "cut":  # half of it, then the line is dead
+                case "cut":  # half of the file, then the connection ends
                     rest = rest[: length // 2]
-                case "long":  # claims more than there is
+                case "long":  # gives a size that is too large
                     length += 1000
-                case "short":  # and less
+                case "short":  # or too small
                     length -= 10
                 case "flip":
                     rest = rest[:9] + bytes([rest[9] ^ 1]) + rest[10:]
@@ -121,7 +123,7 @@ def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(rest[:length])
                 self.wfile.flush()
                 if host.watched and host.watched.exists():
-                    host.wrong.append(f"{host.watched} is there before it is whole")
+                    host.errors.append(f"{host.watched} exists before it is complete")
                 if fault in ("cut", "long", "no length"):
                     self.close_connection = True
                     with suppress(OSError):  # the client was faster
@@ -131,14 +133,14 @@ def handler(host: DownloadHost) -> type[BaseHTTPRequestHandler]:
 
 
 @pytest.fixture
-def host() -> Iterator[DownloadHost]:
-    host = DownloadHost()
+def host() -> Iterator[FaultyHost]:
+    host = FaultyHost()
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
             error = sys.exception()
             if not isinstance(error, ConnectionError):  # a client may hang up
-                host.wrong.append(repr(error))
+                host.errors.append(repr(error))
 
     server = Server(("127.0.0.1", 0), handler(host))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -148,7 +150,7 @@ def host() -> Iterator[DownloadHost]:
     server.shutdown()
     thread.join()
     server.server_close()
-    assert host.wrong == []
+    assert host.errors == []
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def nowhere() -> str:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: str) -> Path:
-    """No test here asks a host of the real world."""
+    """The cache of a test. No test asks a real host."""
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "_OPENAI", (nowhere,))
     if find_spec("huggingface_hub") is not None:
@@ -177,7 +179,7 @@ def noise(size: int) -> bytes:
 
 
 def openai_files(size: str) -> dict[str, bytes]:
-    """As small as can be, but with the two files whose sums are known."""
+    """Files that are as small as possible, except the two whose checksums are known."""
     files = {
         name: f"{size} {name} ".encode() * 20
         for name in ("hparams.json", DATA, "model.ckpt.index", "model.ckpt.meta")
@@ -189,15 +191,15 @@ def openai_files(size: str) -> dict[str, bytes]:
     return files
 
 
-def serve_openai(host: DownloadHost, name: str) -> dict[str, bytes]:
+def serve_openai(host: FaultyHost, name: str) -> dict[str, bytes]:
     size = name.removeprefix("gpt2-")
     files = openai_files(size)
     host.files |= {f"/{size}/{file}": body for file, body in files.items()}
     return files
 
 
-def serve_hub(host: DownloadHost, name: str, weights: bytes) -> tuple[str, str]:
-    """The paths of the two files."""
+def serve_hub(host: FaultyHost, name: str, weights: bytes) -> tuple[str, str]:
+    """Let ``host`` have the two files of the hub, and return their paths."""
     repository, revision, _ = module._HUB[name]
     config, model = (f"/{repository}/resolve/{revision}/{file}" for file in HUB_FILES)
     host.files |= {config: b'{"n_layer": 12}', model: weights}
@@ -224,25 +226,26 @@ def quietly(name: str, done: int, size: int | None) -> None: ...
 
 
 @pytest.fixture
-def one(
-    host: DownloadHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., bytes]:
-    """Fetch ``/a`` from the host, and then from the other ``urls``."""
-    monkeypatch.setattr(http_download, "_BLOCK_BYTES", 1000)
+def one(host: FaultyHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
+    """A function that downloads ``/a`` from the host, or else from the other ``urls``."""
+    monkeypatch.setattr(http_download, "_CHUNK_BYTES", 1000)
     host.files["/a"] = noise(200_000)
 
-    def run(*faults: str, known: ExpectedFile | None = None, urls: tuple[str, ...] = ()) -> bytes:
+    def run(
+        *faults: str, expected: ExpectedFile | None = None, urls: tuple[str, ...] = ()
+    ) -> bytes:
         host.faults["/a"] = list(faults)
         host.watched = tmp_path / "a"
         host.watched.unlink(missing_ok=True)
-        fetch([f"{host.url}/a", *urls], tmp_path / "a", known or ExpectedFile(), quietly, pause=0.0)
+        expected = expected or ExpectedFile()
+        fetch([f"{host.url}/a", *urls], tmp_path / "a", expected, quietly, pause=0.0)
         assert {path.name for path in tmp_path.iterdir()} == {"a"}
         return (tmp_path / "a").read_bytes()
 
     return run
 
 
-def test_goes_on_where_the_connection_broke(one: Callable[..., bytes], host: DownloadHost) -> None:
+def test_interrupted_download_resumes(one: Callable[..., bytes], host: FaultyHost) -> None:
     assert one("cut", "cut", "cut", "cut", "cut") == host.files["/a"]
     first, *rest = host.ranges("/a")
     assert first is None
@@ -252,36 +255,36 @@ def test_goes_on_where_the_connection_broke(one: Callable[..., bytes], host: Dow
     assert starts[0] >= 100_000
 
 
-def test_goes_on_in_a_later_run(
-    one: Callable[..., bytes], host: DownloadHost, tmp_path: Path
+def test_interrupted_download_resumes_in_a_later_run(
+    one: Callable[..., bytes], host: FaultyHost, tmp_path: Path
 ) -> None:
     with pytest.raises(OSError, match=r"127\.0\.0\.1:\d+: 503 Service Unavailable"):
         one("cut", "503", "503", "503")
     assert not visible(tmp_path)
     assert (tmp_path / ".a.part").stat().st_size > 0
-    host.asked.clear()
+    host.requests.clear()
     assert one() == host.files["/a"]
-    (asked,) = host.ranges("/a")
-    assert asked is not None
-    assert asked.startswith("bytes=")
+    (byte_range,) = host.ranges("/a")
+    assert byte_range is not None
+    assert byte_range.startswith("bytes=")
 
 
-def test_starts_again_where_the_host_cannot_go_on(
-    one: Callable[..., bytes], host: DownloadHost
+def test_download_restarts_if_the_host_cannot_resume(
+    one: Callable[..., bytes], host: FaultyHost
 ) -> None:
     assert one("cut", "no range") == host.files["/a"]
     assert len(host.ranges("/a")) == 2
 
 
-def test_another_file_is_not_put_behind_the_first_half(
-    one: Callable[..., bytes], host: DownloadHost
+def test_another_file_is_not_appended_to_the_first_half(
+    one: Callable[..., bytes], host: FaultyHost
 ) -> None:
     assert one("cut", "another") == host.files["/a"]
     assert host.ranges("/a")[2] is None
 
 
-def test_the_other_hosts_file_is_not_put_behind_the_first_half(
-    one: Callable[..., bytes], host: DownloadHost
+def test_another_hosts_file_is_not_appended_to_the_first_half(
+    one: Callable[..., bytes], host: FaultyHost
 ) -> None:
     host.files["/b"] = noise(100_000)[::-1]
     found = one("cut", "404", urls=(f"{host.url}/b",))
@@ -290,35 +293,38 @@ def test_the_other_hosts_file_is_not_put_behind_the_first_half(
 
 
 @pytest.mark.parametrize("fault", ["404", "503", "html", "page", "flip", "long", "no length"])
-def test_next_host(one: Callable[..., bytes], host: DownloadHost, fault: str) -> None:
+def test_the_next_host_is_tried(one: Callable[..., bytes], host: FaultyHost, fault: str) -> None:
     host.files["/b"] = host.files["/a"]
     assert one(*[fault] * 9, urls=(f"{host.url}/b",)) == host.files["/b"]
     assert len(host.ranges("/a")) <= 5
 
 
-def test_two_at_once(host: DownloadHost, tmp_path: Path) -> None:
+def test_two_processes_do_not_download_into_one_folder(host: FaultyHost, tmp_path: Path) -> None:
     serve_openai(host, "gpt2-774M")
-    with FileLock(tmp_path / ".lock"), pytest.raises(OSError, match="another process is fetching"):
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(OSError, match="another process is downloading"),
+    ):
         download("gpt2-774M", "openai", folder=tmp_path, mirror=host.url, pause=0.0)
     download("gpt2-774M", "openai", folder=tmp_path, mirror=host.url, pause=0.0)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".lock")]
 
 
-def test_an_answer_without_end(
+def test_a_response_that_is_too_long_is_refused(
     one: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OSError, match="goes on after 90 bytes"):
-        one("chunked", "chunked", known=ExpectedFile(90))
-    monkeypatch.setattr(http_download, "_MOST", 5_000)
-    with pytest.raises(OSError, match="goes on after 5,000 bytes"):
+    with pytest.raises(OSError, match="sends more than 90 bytes"):
+        one("chunked", "chunked", expected=ExpectedFile(90))
+    monkeypatch.setattr(http_download, "_MAX_BYTES", 5_000)
+    with pytest.raises(OSError, match="sends more than 5,000 bytes"):
         one("chunked")
     assert not visible(tmp_path)
 
 
-def test_a_file_put_there_by_hand_that_is_cut_off_is_fetched(host: DownloadHost) -> None:
+def test_a_truncated_file_from_the_user_is_downloaded(host: FaultyHost) -> None:
     weights = safetensors.torch.save({"a": torch.ones(100)})
     serve_hub(host, "gpt2-774M", weights)
-    folder = folder_of("gpt2-774M", "hub")
+    folder = download_folder("gpt2-774M", "hub")
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(weights[:-7])
     (folder / "config.json").write_bytes(b"{")
@@ -328,40 +334,42 @@ def test_a_file_put_there_by_hand_that_is_cut_off_is_fetched(host: DownloadHost)
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_a_503_goes_by(one: Callable[..., bytes], host: DownloadHost) -> None:
+def test_a_503_is_retried(one: Callable[..., bytes], host: FaultyHost) -> None:
     assert one("503", "503") == host.files["/a"]
 
 
-def test_a_sum_that_is_wrong_once(one: Callable[..., bytes], host: DownloadHost) -> None:
-    assert one("flip", "short") == host.files["/a"]  # Content-MD5 told
+def test_a_file_with_a_wrong_checksum_is_downloaded_again(
+    one: Callable[..., bytes], host: FaultyHost
+) -> None:
+    assert one("flip", "short") == host.files["/a"]  # found by Content-MD5
 
 
 @pytest.mark.parametrize(
-    ("faults", "known", "cause"),
+    ("faults", "expected", "cause"),
     [
         (["404"], ExpectedFile(), "404 Not Found"),
         (["503"] * 3, ExpectedFile(), "503 Service Unavailable"),
         (["html"], ExpectedFile(), "answers with a web page"),
         (["page"], ExpectedFile(), "answers with a web page"),
-        (["flip"] * 3, ExpectedFile(), "without the sum md5:"),
-        (["short"] * 9, ExpectedFile(), "without the sum md5:"),
+        (["flip"] * 3, ExpectedFile(), "does not match its checksum md5:"),
+        (["short"] * 9, ExpectedFile(), "does not match its checksum md5:"),
         (["long"] * 9, ExpectedFile(), "no more bytes|IncompleteRead|broke off"),
-        (["no length"], ExpectedFile(), "does not say how long"),
-        ([], ExpectedFile(199_999), "has 200,000 bytes of it, not 199,999"),
-        ([], ExpectedFile(None, "sha256:" + "0" * 64), "without the sum sha256:0000"),
+        (["no length"], ExpectedFile(), "does not give the file's size"),
+        ([], ExpectedFile(199_999), "has a file of 200,000 bytes, not 199,999"),
+        ([], ExpectedFile(None, "sha256:" + "0" * 64), "does not match its checksum sha256:0000"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value else "",
 )
-def test_refused(
-    one: Callable[..., bytes], tmp_path: Path, faults: list[str], known: ExpectedFile, cause: str
+def test_a_wrong_file_is_refused(
+    one: Callable[..., bytes], tmp_path: Path, faults: list[str], expected: ExpectedFile, cause: str
 ) -> None:
     with pytest.raises(OSError, match=cause):
-        one(*faults, known=known)
+        one(*faults, expected=expected)
     assert not visible(tmp_path)
 
 
-def test_no_room(
-    one: Callable[..., bytes], host: DownloadHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_the_disk_cannot_hold_is_refused(
+    one: Callable[..., bytes], host: FaultyHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = http_download.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(http_download.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
@@ -370,8 +378,8 @@ def test_no_room(
     assert len(host.ranges("/a")) == 1
 
 
-def test_disk_that_fills_up(
-    one: Callable[..., bytes], host: DownloadHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_fills_up_ends_the_download(
+    one: Callable[..., bytes], host: FaultyHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -380,18 +388,18 @@ def test_disk_that_fills_up(
     with pytest.raises(OSError, match="No space left"):
         one()
     assert not visible(tmp_path)
-    assert len(host.ranges("/a")) == 1  # a full disk is not asked for again over the network
+    assert len(host.ranges("/a")) == 1  # a full disk is not retried
 
 
 # --- a size's files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2-774M", "gpt2-1558M"])
-def test_openai(command: Command, host: DownloadHost, name: str) -> None:
+def test_openai_files(command: Command, host: FaultyHost, name: str) -> None:
     files = serve_openai(host, name)
     done = command("download", name, "--host=openai", f"--mirror={host.url}/", "--json")
     assert done.code == 0, done.err
-    folder = folder_of(name, "openai")
+    folder = download_folder(name, "openai")
     assert json.loads(done.out) == {
         "name": name,
         "folder": str(folder),
@@ -402,45 +410,52 @@ def test_openai(command: Command, host: DownloadHost, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2-124M", "gpt2-355M"])
-def test_openai_sizes_that_are_known(
-    command: Command, host: DownloadHost, name: str, monkeypatch: pytest.MonkeyPatch
+def test_openai_files_of_a_wrong_size_are_refused(
+    command: Command, host: FaultyHost, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a host has instead of the real files is refused by its size, before it is fetched."""
+    """The size is verified before the download."""
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     serve_openai(host, name)
     done = command("download", name, "--host=openai", f"--mirror={host.url}")
-    refused(done, "hparams.json of", "bytes of it, not 9", str(folder_of(name, "openai")))
-    assert "hparams.json" not in visible(folder_of(name, "openai"))
+    refused(
+        done,
+        "hparams.json of",
+        "has a file of ",
+        " bytes, not 9",
+        str(download_folder(name, "openai")),
+    )
+    assert "hparams.json" not in visible(download_folder(name, "openai"))
 
 
-def test_known_sum(host: DownloadHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_from_the_user_is_verified_against_the_known_checksum(
+    host: FaultyHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = serve_openai(host, "gpt2-124M")
-    monkeypatch.setattr(module, "_BY_SIZE", {})
-    sums = {DATA: ExpectedFile(len(files[DATA]), "md5:" + hashlib.md5(files[DATA]).hexdigest())}
-    monkeypatch.setattr(module, "_BY_SIZE", {"gpt2-124M": sums})
+    monkeypatch.setattr(module, "_EXPECTED_BY_SIZE", {})
+    md5 = hashlib.md5(files[DATA]).hexdigest()
+    expected = {DATA: ExpectedFile(len(files[DATA]), f"md5:{md5}")}
+    monkeypatch.setattr(module, "_EXPECTED_BY_SIZE", {"gpt2-124M": expected})
     download("gpt2-124M", "openai", mirror=host.url, pause=0.0)
-    host.asked.clear()
-    # a file put there by hand is held against what is known, without a manifest
-    folder = folder_of("gpt2-124M", "openai")
+    host.requests.clear()
+    # without a manifest, the known checksum counts
+    folder = download_folder("gpt2-124M", "openai")
     (folder / "manifest.json").unlink()
     (folder / DATA).write_bytes(files[DATA][:-1] + b"?")
     download("gpt2-124M", "openai", mirror=host.url, pause=0.0)
-    assert host.asked == [("GET", f"/124M/{DATA}", None)]
+    assert host.requests == [("GET", f"/124M/{DATA}", None)]
     assert (folder / DATA).read_bytes() == files[DATA]
 
 
-def test_second_run_checks_and_fetches_what_is_damaged(
-    command: Command, host: DownloadHost
-) -> None:
+def test_second_run_downloads_missing_and_damaged_files(command: Command, host: FaultyHost) -> None:
     files = serve_openai(host, "gpt2-774M")
     arguments = ("download", "gpt2-774M", "--host=openai", f"--mirror={host.url}")
     assert command(*arguments).code == 0
-    folder = folder_of("gpt2-774M", "openai")
+    folder = download_folder("gpt2-774M", "openai")
     manifest = (folder / "manifest.json").read_bytes()
-    host.asked.clear()
+    host.requests.clear()
     done = command(*arguments)
     assert (done.code, done.out, done.err) == (0, f"{folder}\n", "")
-    assert host.asked == []
+    assert host.requests == []
 
     flipped = bytearray(files["model.ckpt.meta"])
     flipped[5] ^= 1
@@ -448,29 +463,29 @@ def test_second_run_checks_and_fetches_what_is_damaged(
     (folder / "hparams.json").unlink()
     done = command(*arguments)
     assert done.code == 0, done.err
-    assert done.err == f"{folder / 'model.ckpt.meta'}: is damaged; fetching it anew\n"
-    assert [path for _, path, _ in host.asked] == ["/774M/hparams.json", "/774M/model.ckpt.meta"]
+    assert done.err == f"{folder / 'model.ckpt.meta'}: is damaged; downloading it again\n"
+    assert [path for _, path, _ in host.requests] == ["/774M/hparams.json", "/774M/model.ckpt.meta"]
     assert {n: (folder / n).read_bytes() for n in OPENAI_FILES} == files
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
-def test_a_damaged_file_stays_known_as_damaged(host: DownloadHost, nowhere: str) -> None:
+def test_manifest_keeps_the_checksum_of_a_damaged_file(host: FaultyHost, nowhere: str) -> None:
     serve_openai(host, "gpt2-774M")
     folder = download("gpt2-774M", "openai", mirror=host.url)
     manifest = (folder / "manifest.json").read_bytes()
     (folder / DATA).write_bytes(b"x")
     for _ in range(2):
-        with pytest.raises(OSError, match=f"{DATA} of gpt2-774M cannot be fetched"):
+        with pytest.raises(OSError, match=f"{DATA} of gpt2-774M cannot be downloaded"):
             download("gpt2-774M", "openai", mirror=nowhere, pause=0.0)
     assert (folder / "manifest.json").read_bytes() == manifest
 
 
-def test_files_before_the_one_that_fails_are_recorded(host: DownloadHost) -> None:
+def test_manifest_has_the_files_before_a_failure(host: FaultyHost) -> None:
     serve_openai(host, "gpt2-774M")
     del host.files[f"/774M/{DATA}"]
     with pytest.raises(OSError, match="404 Not Found"):
         download("gpt2-774M", "openai", mirror=host.url, pause=0.0)
-    folder = folder_of("gpt2-774M", "openai")
+    folder = download_folder("gpt2-774M", "openai")
     recorded = json.loads((folder / "manifest.json").read_text())["files"].keys()
     assert recorded == {"checkpoint", "encoder.json", "hparams.json"}
     with pytest.raises(FileNotFoundError, match="download gpt2-774M"):
@@ -478,11 +493,11 @@ def test_files_before_the_one_that_fails_are_recorded(host: DownloadHost) -> Non
 
 
 @needs_hub
-def test_hub(command: Command, host: DownloadHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_files(command: Command, host: FaultyHost, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = noise(100_000)
     config, model = serve_hub(host, "gpt2-355M", weights)
     host.faults[model] = ["cut"]
-    folder = folder_of("gpt2-355M", "hub")
+    folder = download_folder("gpt2-355M", "hub")
     host.watched = folder / "model.safetensors"
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     done = command("download", "gpt2-355M", f"--mirror={host.url}")
@@ -493,20 +508,20 @@ def test_hub(command: Command, host: DownloadHost, monkeypatch: pytest.MonkeyPat
     assert host.ranges(model) == [None, "bytes=50000-"]
     assert find_downloaded("gpt2-355M") == folder
 
-    host.asked.clear()
+    host.requests.clear()
     assert command("download", "gpt2-355M").code == 0
-    assert host.asked == []
+    assert host.requests == []
 
 
 @needs_hub
-def test_hub_tells_how_far_it_is(host: DownloadHost) -> None:
+def test_hub_download_reports_progress(host: FaultyHost) -> None:
     _, model = serve_hub(host, "gpt2-774M", noise(100_000))
-    host.faults[model] = ["503", "flip"]  # the sum is the ETag
-    told: list[tuple[str, int, int | None]] = []
+    host.faults[model] = ["503", "flip"]  # found by the ETag
+    progress: list[tuple[str, int, int | None]] = []
     folder = download(
-        "gpt2-774M", mirror=host.url, on_bytes=lambda *what: told.append(what), pause=0.0
+        "gpt2-774M", mirror=host.url, on_bytes=lambda *args: progress.append(args), pause=0.0
     )
-    assert told[-1] == ("model.safetensors", 100_000, 100_000)
+    assert progress[-1] == ("model.safetensors", 100_000, 100_000)
     assert (folder / "model.safetensors").read_bytes() == noise(100_000)
 
 
@@ -517,30 +532,32 @@ def test_hub_tells_how_far_it_is(host: DownloadHost) -> None:
         (["404"], "404"),
         (["503"] * 9, "503"),
         (["html"] * 9, "should be of size"),
-        (["flip"] * 9, "without the sum sha256:"),
+        (["flip"] * 9, "does not match its checksum sha256:"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_hub_refused(host: DownloadHost, faults: list[str], cause: str, nowhere: str) -> None:
+def test_hub_file_that_is_wrong_is_refused(
+    host: FaultyHost, faults: list[str], cause: str, nowhere: str
+) -> None:
     _, model = serve_hub(host, "gpt2-774M", noise(10_000))
     host.faults[model] = faults
     with pytest.raises(OSError, match=cause) as caught:
         download("gpt2-774M", mirror=host.url, pause=0.0)
     assert nowhere.removeprefix("http://") in str(caught.value)  # the hub itself was tried next
-    assert visible(folder_of("gpt2-774M", "hub")) == {"config.json", "manifest.json"}
+    assert visible(download_folder("gpt2-774M", "hub")) == {"config.json", "manifest.json"}
 
 
 @needs_hub
 @pytest.mark.parametrize("name", ["gpt2-124M", "gpt2-1558M"])
-def test_hub_sums_that_are_known(host: DownloadHost, name: str) -> None:
+def test_hub_files_are_verified_against_known_checksums(host: FaultyHost, name: str) -> None:
     serve_hub(host, name, noise(10_000))
-    with pytest.raises(OSError, match=r"548,105,171|without the sum sha256:0f8b28eb"):
+    with pytest.raises(OSError, match=r"548,105,171|does not match its checksum sha256:0f8b28eb"):
         download(name, mirror=host.url, pause=0.0)
-    assert "model.safetensors" not in visible(folder_of(name, "hub"))
+    assert "model.safetensors" not in visible(download_folder(name, "hub"))
 
 
 @needs_hub
-def test_a_web_page_is_no_config(host: DownloadHost) -> None:
+def test_a_web_page_is_refused_as_config(host: FaultyHost) -> None:
     config, _ = serve_hub(host, "gpt2-774M", noise(100))
     host.files[config] = b"<html>sign in</html>"
     with pytest.raises(OSError, match=r"config\.json of gpt2-774M .* a web page"):
@@ -552,15 +569,15 @@ def test_a_web_page_is_no_config(host: DownloadHost) -> None:
 
 @pytest.mark.parametrize("source", ["openai", pytest.param("hub", marks=needs_hub)])
 @pytest.mark.parametrize("name", GPT2_SIZES)
-def test_no_network(
+def test_without_network_the_error_names_files_and_folder(
     command: Command, name: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
     files = HUB_FILES if source == "hub" else OPENAI_FILES
     done = command("download", name, f"--host={source}")
-    folder = folder_of(name, "hub" if source == "hub" else "openai")
+    folder = download_folder(name, "hub" if source == "hub" else "openai")
     refused(
-        done, f"of {name} cannot be fetched", "refused", f"put {', '.join(files)} into {folder}"
+        done, f"of {name} cannot be downloaded", "refused", f"put {', '.join(files)} into {folder}"
     )
     assert not any(folder.iterdir())
 
@@ -579,16 +596,16 @@ def test_without_huggingface_hub(command: Command, monkeypatch: pytest.MonkeyPat
         ("llama", "give one of gpt2-124M, gpt2-355M, gpt2-774M, gpt2-1558M"),
     ],
 )
-def test_unknown_size(command: Command, tmp_path: Path, name: str, near: str) -> None:
-    refused(command("download", name), f"{name}: is no size of GPT-2", near)
+def test_unknown_size_is_refused(command: Command, tmp_path: Path, name: str, near: str) -> None:
+    refused(command("download", name), f"{name}: is not a size of GPT-2", near)
     assert os.listdir(tmp_path) == []
 
 
-def test_unknown_source(command: Command) -> None:
+def test_unknown_host_is_refused(command: Command) -> None:
     refused(command("download", "gpt2-124M", "--host=torrent"), "host", "torrent")
 
 
-def test_out(command: Command, host: DownloadHost, tmp_path: Path) -> None:
+def test_out_is_the_folder_of_the_files(command: Command, host: FaultyHost, tmp_path: Path) -> None:
     files = serve_openai(host, "gpt2-774M")
     done = command("download", "gpt2-774M", "--host=openai", f"--mirror={host.url}", "--out=x")
     assert (done.code, done.out) == (0, "x\n"), done.err
@@ -596,9 +613,9 @@ def test_out(command: Command, host: DownloadHost, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_size_that_is_not_there_as_source(command: Command) -> None:
+def test_source_that_is_not_downloaded_names_the_command(command: Command) -> None:
     done = command("generate", "--from=gpt2-355M", "--prompt=a")
-    refused(done, "gpt_lightning download gpt2-355M", str(folder_of("gpt2-355M", "hub")))
+    refused(done, "gpt_lightning download gpt2-355M", str(download_folder("gpt2-355M", "hub")))
     assert "config.json and model.safetensors" in done.err
 
 
@@ -613,11 +630,11 @@ def test_a_size_that_is_not_there_as_source(command: Command) -> None:
         ("gpt2-xl", "gpt2-1558M"),
     ],
 )
-def test_other_names_of_the_sizes(
+def test_alias_of_a_size_works_everywhere(
     command: Command, name: str, size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
-    refused(command("download", name, "--host=openai"), f"of {size} cannot be fetched")
+    refused(command("download", name, "--host=openai"), f"of {size} cannot be downloaded")
     for arguments in (
         ["generate", f"--from={name}", "--prompt=a"],
         ["validate", f"--init_from={name}"],
@@ -628,12 +645,15 @@ def test_other_names_of_the_sizes(
     width = GPT2_SIZES[size].emb_dim
     done = command("plan", f"--init_from={name}", "--data.text=sample", "--model.config.emb_dim=8")
     refused(done, f"model.config.emb_dim is {width} there and 8 here")
-    # a folder or file of that name comes first
+    # a folder or file with that name has priority
     (tmp_path / name).mkdir(parents=True)
     refused(command("generate", f"--from={name}", "--prompt=a"), f"or {size} for the downloaded")
     (tmp_path / name).rmdir()
     (tmp_path / f"{name}.ckpt").write_bytes(b"")
-    refused(command("generate", f"--from={name}", "--prompt=a"), f"{name}.ckpt: is no file of")
+    refused(
+        command("generate", f"--from={name}", "--prompt=a"),
+        f"{name}.ckpt: is not a torch.save file",
+    )
 
 
 def test_help_imports_neither_torch_nor_lightning() -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
 from gpt_lightning.data import token_cache, tokenizer
-from gpt_lightning.pretrained.load import read_source
+from gpt_lightning.pretrained.load import read_weights
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.storage.checksum import MANIFEST, write_manifest
 from gpt_lightning.training.checkpoint_io import (
@@ -605,7 +605,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
 
     def source(path: Path) -> Callable[[], Any]:
         def read() -> Any:
-            found = read_source(str(path))
+            found = read_weights(str(path))
             return found.config, {name: t.clone() for name, t in found.state_dict.items()}
 
         return read

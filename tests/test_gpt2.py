@@ -1,4 +1,4 @@
-"""configs/gpt2.yaml: losses of pretrained weights, training that goes on from them, sizes side by side."""
+"""configs/gpt2.yaml: losses of pretrained weights, training from them, and report sizes."""
 
 import csv
 import json
@@ -23,59 +23,59 @@ GPT2 = (f"--config={ROOT}/configs/gpt2.yaml", "--trainer.accelerator=cpu")
 def validated(command: Command, *arguments: str) -> dict[str, float]:
     done = command("validate", *GPT2, "--json", *arguments)
     assert done.code == 0, done.err
-    figures: dict[str, float] = json.loads(done.out)
-    return figures
+    metrics: dict[str, float] = json.loads(done.out)
+    return metrics
 
 
 @torch.inference_mode()
 def losses_by_transformers(model: Any, text: str, length: int) -> dict[str, float]:
-    """Token-weighted, and in bits a byte of the targets' text."""
+    """Losses of transformers' model, weighted by tokens, and bits per byte of the targets' text."""
     split = int(0.9 * len(text))
-    figures = {}
+    metrics = {}
     for name, part in (("train", text[:split]), ("val", text[split:])):
         ids = gpt2_encoding().encode(part)
         starts = range(0, len(ids) - length, length)
         total = 0.0
         for start in starts:
             window = torch.tensor([ids[start : start + length + 1]])
-            # its own labels would shift within the window; the book's targets go one beyond it
+            # transformers' labels stay within the window; the book's targets end one token after it
             log_p = model(window[:, :-1]).logits.log_softmax(dim=-1)
             total -= log_p.gather(2, window[:, 1:, None]).sum().item()
         tokens = len(starts) * length
         text_bytes = len(gpt2_encoding().decode_bytes(ids[1 : tokens + 1]))
-        figures |= {
+        metrics |= {
             f"{name}_loss": total / tokens,
             f"{name}_perplexity": math.exp(total / tokens),
             f"{name}_bits_per_byte": total / math.log(2) / text_bytes,
             f"{name}_tokens": tokens,
         }
-    return figures
+    return metrics
 
 
 @pytest.fixture
 def gpt2(command: Command, tmp_path: Path) -> Any:
-    """A random GPT-2 of 1,024 positions in the working directory's folder ``gpt2``."""
+    """A random GPT-2 with 1,024 positions in the folder ``gpt2`` of the working directory."""
     return random_gpt2(tmp_path / "gpt2", n_positions=1024)
 
 
 @pytest.mark.usefixtures("verdict_in_cache")
-def test_losses_are_transformers_in_any_batch_and_on_two_processes(
+def test_losses_equal_transformers_for_any_batch_size_and_two_processes(
     gpt2: Any, command: Command, verdict: Path
 ) -> None:
     expected = losses_by_transformers(gpt2, verdict.read_text(encoding="utf-8"), 256)
     for arguments in ([], ["--data.batch_size=5"]):
-        figures = validated(command, "--init_from=gpt2", *arguments)
-        found = {key: figures[key] for key in expected}
-        assert found == pytest.approx(expected, abs=1e-5, rel=1e-6)
-        assert figures["train_tokens"] == expected["train_tokens"]
+        metrics = validated(command, "--init_from=gpt2", *arguments)
+        ours = {key: metrics[key] for key in expected}
+        assert ours == pytest.approx(expected, abs=1e-5, rel=1e-6)
+        assert metrics["train_tokens"] == expected["train_tokens"]
     done = python("-m", "gpt_lightning", "validate", *GPT2, "--json", "--init_from=gpt2",
                   "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=3")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5, rel=1e-6)
+    metrics = json.loads(done.stdout)
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-5, rel=1e-6)
 
 
-def test_validation_reads_well(gpt2: Any, command: Command) -> None:
+def test_validate_prints_losses_of_both_splits(gpt2: Any, command: Command) -> None:
     done = command("validate", *GPT2, "--init_from=gpt2", "--data.text=sample")
     assert done.code == 0, done.err
     weights, text, train, val = done.out.splitlines()
@@ -93,13 +93,13 @@ def fit(command: Command, *arguments: str) -> Any:
                    "--evaluation.max_new_tokens=3", *arguments)  # fmt: skip
 
 
-def test_training_goes_on_from_gpt2(gpt2: Any, command: Command) -> None:
+def test_training_starts_from_gpt2_and_resumes(gpt2: Any, command: Command) -> None:
     assert (done := fit(command, "--init_from=gpt2")).code == 0, done.err
     model = load_model("checkpoints/gpt2")
     assert (model.config.context_length, model.config.qkv_bias) == (1024, True)
     assert model.config.tied_embeddings
     moved = (model.tok_emb.weight - gpt2.transformer.wte.weight).abs()
-    assert 0 < moved.max() < 1e-3  # two steps from where it was
+    assert 0 < moved.max() < 1e-3  # after two steps
 
     again = "--ckpt_path=last", "--trainer.max_steps=3"
     assert (done := fit(command, *again)).code == 0, done.err
@@ -111,7 +111,7 @@ def test_training_goes_on_from_gpt2(gpt2: Any, command: Command) -> None:
     assert not torch.equal(untied.out_head.weight, untied.tok_emb.weight)
 
 
-def test_contradictions_are_refused_each_with_both_values(gpt2: Any, command: Command) -> None:
+def test_contradicting_settings_are_refused_with_both_values(gpt2: Any, command: Command) -> None:
     done = fit(command, "--init_from=gpt2", "--model.config.emb_dim=32",
                "--model.config.qkv_bias=false", "--model.config.n_layers=2")  # fmt: skip
     assert done.code == 2
@@ -130,7 +130,7 @@ def sizes(command: Command, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-def test_sizes_side_by_side(gpt2: Any, command: Command, tmp_path: Path) -> None:
+def test_report_sizes_measures_each_model(gpt2: Any, command: Command, tmp_path: Path) -> None:
     random_gpt2(tmp_path / "wider", emb_dim=48, n_positions=512)
     small, wide = sizes(command, "--from", "gpt2", "wider", "--text=sample", "--out=out",
                         "--context_length=64", "--num_samples=2", "--max_new_tokens=6")["models"]  # fmt: skip
@@ -153,27 +153,27 @@ def test_sizes_side_by_side(gpt2: Any, command: Command, tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "sizes.json").read_text())["models"][0] == small
     assert (tmp_path / "out" / "sizes.png").read_bytes().startswith(b"\x89PNG")
 
-    # the samples are what generate gives with the same seed and settings
+    # generate gives the same samples with the same seed and settings
     done = command("generate", "--from=gpt2", "--prompt=Every effort moves you", "--json",
                    "--num_samples=2", "--max_new_tokens=6", "--temperature=1.5", "--top_k=50",
                    "--device=cpu")  # fmt: skip
     assert [sample["text"] for sample in json.loads(done.out)["samples"]] == small["samples"]
 
 
-def test_a_size_that_does_not_fit_is_left_out(gpt2: Any, command: Command, tmp_path: Path) -> None:
+def test_model_that_does_not_fit_is_skipped(gpt2: Any, command: Command, tmp_path: Path) -> None:
     random_gpt2(tmp_path / "wider", emb_dim=48)
     arguments = ("--from", "gpt2", "wider", "--max_new_tokens=2", "--num_samples=1")
     small, wide = sizes(command, *arguments, "--max_memory=0.013")["models"]
     assert small["skipped"] is None
-    assert wide["skipped"] == "needs about 0.021 GB, 0.013 GB may be taken"
+    assert wide["skipped"] == "needs about 0.021 GB, 0.013 GB are available"
     assert wide["samples"] == []
     done = command("report", "sizes", "--prompt=x", *arguments, "--max_memory=0", "--device=cpu")
     assert done.code == 0
     assert "gpt2: skipped: needs about" in done.out
 
 
-def test_nothing_imports_tensorflow(gpt2: Any, command: Command, tmp_path: Path) -> None:
-    """Where it is not installed a package stands in for it, which whoever looks for it finds."""
+def test_training_does_not_import_tensorflow(gpt2: Any, command: Command, tmp_path: Path) -> None:
+    """If it is not installed, an empty package with its name is there to be found."""
     environment = dict(os.environ)
     if find_spec("tensorflow") is None:
         (tmp_path / "stand-in/tensorflow").mkdir(parents=True)
@@ -195,8 +195,8 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow")
     assert list(Path("checkpoints/gpt2").glob("events.out.tfevents*"))
 
 
-# of a process that has loaded a model: what it took more than before, over the model's own bytes.
-# What torch imports to build a model on the meta device, some 80 MB, is there before.
+# prints how much the peak memory of loading exceeds the memory before, over the size of the model. The small
+# model before it lets torch import what it needs for the meta device, about 80 MB.
 _PEAK = """
 import resource, sys, torch
 from gpt_lightning import GPTConfig, GPTModel, load_model
@@ -209,8 +209,8 @@ with torch.device("meta"):
     GPTModel(GPTConfig(emb_dim=4, n_heads=2, n_layers=1, tied_embeddings=True))
 before = resident()["VmRSS:"]
 model = load_model(sys.argv[1], dtype=dtype)
-own = sum(p.numel() * p.element_size() for p in model.parameters())
-print((resident()["VmHWM:"] - before) / own)
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print((resident()["VmHWM:"] - before) / size)
 """
 
 
@@ -218,49 +218,47 @@ print((resident()["VmHWM:"] - before) / own)
 def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("124M")
     random_gpt2(folder / "gpt2", emb_dim=768, n_heads=12, n_layers=12, n_positions=1024)
-    forms: dict[WeightFormat, Path] = {
+    paths: dict[WeightFormat, Path] = {
         "lightning": folder / "gpt2.ckpt",
         "book": folder / "gpt2.pth",
     }
-    for form, path in forms.items():
-        convert(str(folder / "gpt2"), path, form)
-    return {"hf": folder / "gpt2", **forms}
+    for weight_format, path in paths.items():
+        convert(str(folder / "gpt2"), path, weight_format)
+    return {"hf": folder / "gpt2", **paths}
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc"
 )
 @pytest.mark.parametrize(
-    ("form", "dtype"),
+    ("weight_format", "dtype"),
     [
         ("hf", "bfloat16"),
-        (
-            "book",
-            "float32",
-        ),  # the book's query, key and value are put together before they are rounded
+        # the book's query, key and value are concatenated before they are converted
+        ("book", "float32"),
         pytest.param("hf", "float32", marks=pytest.mark.slow),
         pytest.param("lightning", "float32", marks=pytest.mark.slow),
         pytest.param("lightning", "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_loading_holds_the_model_once(
-    shape_of_124m: dict[str, Path], form: str, dtype: str
+def test_loading_needs_memory_for_one_copy(
+    shape_of_124m: dict[str, Path], weight_format: str, dtype: str
 ) -> None:
-    done = python("-c", _PEAK, str(shape_of_124m[form]), dtype)
+    done = python("-c", _PEAK, str(shape_of_124m[weight_format]), dtype)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 1.15
 
 
-# exercise 5.5 and 5.6 on OpenAI's own weights, from the book's repository
+# exercises 5.5 and 5.6 with OpenAI's weights: the losses in the book's repository
 REAL = {"gpt2-124M": (3.754757, 3.559627), "gpt2-1558M": (3.304631, 3.119515)}
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", REAL)
-def test_losses_of_the_real_weights(
+def test_losses_of_openais_weights_equal_the_books(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """In the user's own cache: run ``download`` first, or let this one do it."""
+    """The weights are in the user's cache, or this test downloads them."""
     cache = os.environ.get("GPT_LIGHTNING_CACHE", str(Path.home() / ".cache/gpt_lightning"))
     environment = os.environ | {"GPT_LIGHTNING_CACHE": cache}
     done = python("-m", "gpt_lightning", "download", name, env=environment)
@@ -268,5 +266,5 @@ def test_losses_of_the_real_weights(
     done = python("-m", "gpt_lightning", "validate", *GPT2, "--json", f"--init_from={name}",
                   env=environment, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert (figures["train_loss"], figures["val_loss"]) == pytest.approx(REAL[name], abs=2e-3)
+    metrics = json.loads(done.stdout)
+    assert (metrics["train_loss"], metrics["val_loss"]) == pytest.approx(REAL[name], abs=2e-3)

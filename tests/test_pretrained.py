@@ -1,4 +1,4 @@
-"""Weights in every public form: read, written, held against transformers and the book's code."""
+"""Weights in every public format: read, written, compared with transformers and the book's code."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ from gpt_lightning.data.tokenizer import gpt2_encoding, vocabulary_file
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.pretrained import openai
 from gpt_lightning.pretrained.convert import WeightFormat, convert
-from gpt_lightning.pretrained.load import read_source
-from gpt_lightning.pretrained.name_map import gpt2_names
-from gpt_lightning.pretrained.openai import _spelled as spelled
+from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.name_map import gpt2_params
+from gpt_lightning.pretrained.openai import _variable_name
 from gpt_lightning.pretrained.weights import ModelWeights, write_lightning
 from gpt_lightning.reports.model_comparison import ComparisonTask, measure
 
@@ -53,23 +53,25 @@ def test_hugging_face_gives_transformers_logits(tmp_path: Path, size: str) -> No
 
 
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("form", ["book", pytest.param("openai-tf", marks=needs_tensorflow)])
-def test_other_forms_give_transformers_logits(
-    tmp_path: Path, size: str, form: WeightFormat
+@pytest.mark.parametrize(
+    "weight_format", ["book", pytest.param("openai-tf", marks=needs_tensorflow)]
+)
+def test_other_formats_give_transformers_logits(
+    tmp_path: Path, size: str, weight_format: WeightFormat
 ) -> None:
-    """From transformers through the form and back, at every position of the context."""
+    """From transformers to the format and back, at every position of the context."""
     emb_dim, n_heads = SHAPES[size]
     theirs = random_gpt2(tmp_path / "hf", emb_dim, n_heads, n_positions=1024)
-    dest = tmp_path / ("model.pth" if form == "book" else "tf")
-    convert(str(tmp_path / "hf"), dest, form)
+    dest = tmp_path / ("model.pth" if weight_format == "book" else "tf")
+    convert(str(tmp_path / "hf"), dest, weight_format)
     ours = load_model(str(dest), n_heads=n_heads)
     assert_same_logits(ours, theirs, random_ids(2, 20))
     assert_same_logits(ours, theirs, random_ids(1, 1024))
 
 
 @torch.inference_mode()
-def test_beyond_one_window_it_is_transformers_on_the_last(tmp_path: Path) -> None:
-    """Past the context each token is read from the last window, as the book crops."""
+def test_text_beyond_the_context_continues_from_the_last_window(tmp_path: Path) -> None:
+    """Each token depends on the last window, as in the book; transformers reads the same window."""
     theirs = random_gpt2(tmp_path / "hf", n_positions=16)
     ours = load_model(str(tmp_path / "hf"))
     ids = random_ids(1, 12)
@@ -80,7 +82,7 @@ def test_beyond_one_window_it_is_transformers_on_the_last(tmp_path: Path) -> Non
     assert torch.equal(found, ids)
 
 
-def test_sharded_and_untied_hugging_face(tmp_path: Path) -> None:
+def test_sharded_and_untied_hugging_face_gives_transformers_logits(tmp_path: Path) -> None:
     theirs = random_gpt2(tmp_path / "whole", tie_word_embeddings=False)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
@@ -90,14 +92,14 @@ def test_sharded_and_untied_hugging_face(tmp_path: Path) -> None:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Set the keys of a JSON object; None takes a key out."""
+    """Set the keys of a JSON object; ``None`` removes a key."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in content.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
+    content = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.mark.parametrize(("tied", "shards"), [(True, False), (None, True)])
-def test_a_head_of_its_own_is_kept_where_the_config_ties_it(
+def test_separate_head_is_kept_although_the_config_ties_it(
     tmp_path: Path, command: Command, tied: bool | None, shards: bool
 ) -> None:
     model = random_gpt2(tmp_path / "hf", tie_word_embeddings=False)
@@ -110,7 +112,7 @@ def test_a_head_of_its_own_is_kept_where_the_config_ties_it(
     assert done.code == 0, done.err
     assert done.err.splitlines() == [
         "gpt_lightning: hf: its config.json ties the output head to the token embedding, but "
-        "lm_head.weight has other weights; they are kept",
+        "lm_head.weight has other weights; keeping them",
         "ours.ckpt: written",
     ]
     ours = load_model("ours.ckpt")
@@ -123,26 +125,28 @@ def test_a_head_of_its_own_is_kept_where_the_config_ties_it(
     done = command("validate", f"--config={ROOT}/configs/gpt2.yaml", "--init_from=hf",
                    "--model.config.tied_embeddings=true")  # fmt: skip
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "the source's head has weights of its own" in done.err
+    assert "the source's output head differs from its token embedding" in done.err
 
 
-@pytest.mark.parametrize("kept", ["transformer.wte.weight", "lm_head.weight", "both"])
-def test_a_tied_head_is_tied_under_whichever_name_it_was_saved(tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize("saved_name", ["transformer.wte.weight", "lm_head.weight", "both"])
+def test_tied_head_is_read_under_either_name(tmp_path: Path, saved_name: str) -> None:
     theirs = random_gpt2(tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(path)
     head = tensors.pop("transformer.wte.weight")
-    names = ("transformer.wte.weight", "lm_head.weight") if kept == "both" else (kept,)
+    names = ("transformer.wte.weight", "lm_head.weight") if saved_name == "both" else (saved_name,)
     save_file({**tensors, **{name: head.clone() for name in names}}, path)
-    found = read_source(str(tmp_path / "hf"))
-    assert found.warnings == ()
-    assert found.config.tied_embeddings
+    weights = read_weights(str(tmp_path / "hf"))
+    assert weights.warnings == ()
+    assert weights.config.tied_embeddings
     assert_same_logits(load_model(str(tmp_path / "hf")), theirs, random_ids(2, 20))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_exported_model_is_a_hugging_face_model(tmp_path: Path, tied: bool, qkv_bias: bool) -> None:
+def test_exported_model_gives_the_same_logits_in_transformers(
+    tmp_path: Path, tied: bool, qkv_bias: bool
+) -> None:
     torch.manual_seed(5)
     config = GPTConfig(context_length=32, emb_dim=32, n_heads=4, n_layers=2, qkv_bias=qkv_bias,
                        tied_embeddings=tied)  # fmt: skip
@@ -201,7 +205,9 @@ def book_model(**settings: Any) -> tuple[book.BookGPT, dict[str, Any]]:
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @torch.inference_mode()
-def test_books_model_pth(tmp_path: Path, qkv_bias: bool) -> None:
+def test_books_model_pth_gives_the_books_logits_and_returns_unchanged(
+    tmp_path: Path, qkv_bias: bool
+) -> None:
     theirs, _ = book_model(qkv_bias=qkv_bias)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     ours = load_model(str(tmp_path / "model.pth"))
@@ -218,9 +224,7 @@ def test_books_model_pth(tmp_path: Path, qkv_bias: bool) -> None:
         assert torch.equal(again[name], tensor), name
 
 
-def test_books_heads_are_asked_for_where_they_cannot_be_known(
-    tmp_path: Path, command: Command
-) -> None:
+def test_books_heads_must_be_given_if_no_rule_gives_them(tmp_path: Path, command: Command) -> None:
     theirs, _ = book_model(emb_dim=24, n_heads=4)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     done = command("generate", "--from=model.pth", "--prompt=a")
@@ -242,21 +246,21 @@ def test_a_books_gpt2_is_tied(tmp_path: Path) -> None:
     assert load_model(str(tmp_path / "model.pth")).config.tied_embeddings
 
 
-def test_books_heads_are_kept_in_files_of_ours(
-    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+def test_our_files_contain_the_number_of_heads(
+    tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """128 wide with 4 heads, which no shape tells; the book's own code still loads the file."""
+    """4 heads cannot be derived from emb_dim 128; the book's own code still loads the file."""
     theirs, cfg = book_model(emb_dim=128, n_heads=4, n_layers=1, vocab_size=300)
     torch.save(theirs.state_dict(), "model.pth")
     assumed = (
-        f"gpt_lightning: {tmp_path}/model.pth: does not hold its number of attention heads; assuming 2 (64 wide); if it has "
-        "another, give --n_heads (with fit and validate --model.config.n_heads)"
+        f"gpt_lightning: {tmp_path}/model.pth: does not contain its number of attention heads; assuming 2 (64 "
+        "dimensions each); if that is wrong, give --n_heads (--model.config.n_heads with fit and validate)"
     )
     done = command("convert", "model.pth", "guessed.ckpt", "--format=lightning")
-    dropout = "gpt_lightning: model.pth: does not hold its dropout; 0.1 is written"
+    dropout = "gpt_lightning: model.pth: does not contain its dropout rate; writes 0.1"
     assert done.err.splitlines() == [assumed, dropout, "guessed.ckpt: written"]
     load_model("model.pth")
-    assert capsys.readouterr().err.splitlines()[0] == assumed
+    assert assumed == f"gpt_lightning: {caplog.messages[0]}"
 
     done = command("convert", "model.pth", "again.pth", "--format=book", "--n_heads=4")
     assert done.err.splitlines() == [dropout, "again.pth: written"]
@@ -278,7 +282,7 @@ def test_books_heads_are_kept_in_files_of_ours(
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt(tmp_path: Path, bias: bool) -> None:
+def test_nanogpt_gives_transformers_logits(tmp_path: Path, bias: bool) -> None:
     theirs = random_gpt2(tmp_path / "hf", activation_function="gelu_new")
     state = {}
     for name, tensor in theirs.state_dict().items():
@@ -300,9 +304,7 @@ def test_nanogpt(tmp_path: Path, bias: bool) -> None:
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
 
-def test_nanogpts_head_that_is_its_own_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nanogpts_separate_head_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = random_gpt2(tmp_path / "hf", tie_word_embeddings=False)
     state = {
         name: tensor.t().contiguous() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -313,18 +315,20 @@ def test_nanogpts_head_that_is_its_own_is_kept(
                  "vocab_size": 50257, "dropout": 0.0}  # fmt: skip
     torch.save({"model": state, "model_args": arguments}, tmp_path / "ckpt.pt")
     ours = load_model(str(tmp_path / "ckpt.pt"))
-    assert "lm_head.weight has other weights than the token embedding" in capsys.readouterr().err
+    assert "lm_head.weight has other weights than the token embedding" in caplog.text
     assert not ours.config.tied_embeddings
     assert_same_logits(ours, theirs, random_ids(2, 20))
 
 
-def test_moments_go_to_the_book_and_back(fit_to_convert: Path) -> None:
-    """ours → the book's .pth → ours is the identity, optimizer included; and the book's AdamW takes it."""
+def test_moments_to_the_book_and_back_are_unchanged(fit_to_convert: Path) -> None:
+    """Ours → the book's .pth → ours is the identity, with the optimizer; the book's AdamW loads it too."""
     convert(str(fit_to_convert), Path("book.pth"), "book")
     convert("book.pth", Path("again.ckpt"), "lightning")
-    before, after = read_source(str(fit_to_convert)), read_source("again.ckpt")
-    assert before.config == after.config  # heads and dropout too, which no weight tells
-    assert read_source("book.pth").warnings == ()
+    before, after = read_weights(str(fit_to_convert)), read_weights("again.ckpt")
+    assert (
+        before.config == after.config
+    )  # with heads and dropout, which do not follow from the weights
+    assert read_weights("book.pth").warnings == ()
     assert before.state_dict.keys() == after.state_dict.keys()
     for name, tensor in before.state_dict.items():
         assert torch.equal(after.state_dict[name], tensor), name
@@ -364,19 +368,21 @@ def fit_to_convert(command: Command) -> Path:
     return Path("checkpoints/r/last.ckpt")
 
 
-def test_openais_files_with_a_head_or_another_tokenizer(
+def test_openai_files_with_another_head_or_tokenizer_are_refused(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorFlow stays out: its checkpoint is there as the safetensors file that is made of it."""
+    """Without TensorFlow: the test writes the safetensors file to which a checkpoint is converted."""
     theirs = random_gpt2(tmp_path / "hf", n_layers=1)
-    found = read_source("hf")
+    weights = read_weights("hf")
     tensors = {
-        spelled(name): t.t()[None].contiguous() if name.part == "matrix" else t.contiguous()
-        for name in gpt2_names(1)
-        for t in [found.state_dict[name.ours]]
+        _variable_name(param): t.t()[None].contiguous()
+        if param.kind == "matrix"
+        else t.contiguous()
+        for param in gpt2_params(1)
+        for t in [weights.state_dict[param.ours]]
     }
-    save_file(tensors, tmp_path / "turned.safetensors")
-    monkeypatch.setattr(openai, "_as_safetensors", lambda _: tmp_path / "turned.safetensors")
+    save_file(tensors, tmp_path / "converted.safetensors")
+    monkeypatch.setattr(openai, "_as_safetensors", lambda _: tmp_path / "converted.safetensors")
     Path("tf").mkdir()
     hparams = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 24, "n_head": 12, "n_layer": 1}
     Path("tf/hparams.json").write_text(json.dumps(hparams))
@@ -391,10 +397,10 @@ def test_openais_files_with_a_head_or_another_tokenizer(
     assert "tf: has another tokenizer than GPT-2's: tf/encoder.json has another" in done.err
     shutil.copy(vocabulary_file("encoder.json"), "tf")
     more = {"head/w": tensors["model/wte"] + 1, "beta1_power": torch.ones(())}
-    save_file(tensors | more, tmp_path / "turned.safetensors")
+    save_file(tensors | more, tmp_path / "converted.safetensors")
     done = command("generate", "--from=tf", "--prompt=a")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "tf: has head/w, which no GPT-2 of its hparams.json has" in done.err
+    assert "tf: has head/w, which a GPT-2 of its hparams.json does not have" in done.err
 
 
 # --- dropout, dtypes, names -----------------------------------------------------------------------
@@ -412,7 +418,7 @@ def test_each_dropout_rate_is_kept(tmp_path: Path) -> None:
     assert (ours.trf_blocks[0].drop_shortcut.p, ours.trf_blocks[0].att.drop_rate) == (0.1, 0.3)
 
 
-def test_sizes_under_the_names_that_all_models_have(tmp_path: Path) -> None:
+def test_sizes_are_read_under_their_common_names(tmp_path: Path) -> None:
     theirs = random_gpt2(tmp_path / "hf")
     edit_json(tmp_path / "hf" / "config.json", n_head=None, num_attention_heads=12, n_embd=None,
               hidden_size=24, n_layer=None, num_hidden_layers=2, n_positions=None,
@@ -437,12 +443,12 @@ def nanogpt_file(
 
 
 def halved(tensors: Any) -> Any:
-    """Matrices in half precision, the rest as it is."""
+    """Matrices in half precision, the rest unchanged."""
     return {n: t.half() if t.dim() > 1 else t for n, t in tensors.items()}
 
 
 def gpt2_for_halving(folder: Path, emb_dim: int = 64) -> Any:
-    """Its matrices are the same in half precision."""
+    """A GPT-2 whose matrices have the same values in half precision."""
     theirs = random_gpt2(folder, emb_dim=emb_dim, n_heads=1, n_layers=1, n_positions=16)
     for parameter in theirs.parameters():
         if parameter.dim() > 1:
@@ -453,23 +459,27 @@ def gpt2_for_halving(folder: Path, emb_dim: int = 64) -> Any:
 
 def two_dtypes(source: str) -> str:
     return (
-        f"gpt_lightning: {source}: has weights in float16 and float32; float32 is used for all, where no other "
-        "dtype is asked for"
+        f"gpt_lightning: {source}: has weights in float16 and float32; uses float32 for all, unless another "
+        "dtype is given"
     )
 
 
-@pytest.mark.parametrize("form", ["hf", "lightning", "book", "nanogpt"])
-def test_two_dtypes_in_one_file(tmp_path: Path, command: Command, form: str) -> None:
-    """As some trainers save; OpenAI's files are read as float32 whatever they hold."""
+@pytest.mark.parametrize("weight_format", ["hf", "lightning", "book", "nanogpt"])
+def test_two_dtypes_in_one_file_are_read_as_the_larger(
+    tmp_path: Path, command: Command, weight_format: str
+) -> None:
+    """Some trainers save such files. OpenAI's files are always read as float32."""
     theirs = gpt2_for_halving(tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
-    source = {"hf": "hf", "lightning": "ours.ckpt", "book": "model.pth", "nanogpt": "ckpt.pt"}[form]
-    if form == "hf":
+    source = {"hf": "hf", "lightning": "ours.ckpt", "book": "model.pth", "nanogpt": "ckpt.pt"}[
+        weight_format
+    ]
+    if weight_format == "hf":
         save_file(halved(load_file(path)), path)
-    elif form == "nanogpt":
+    elif weight_format == "nanogpt":
         content = nanogpt_file(theirs)
         torch.save({**content, "model": halved(content["model"])}, source)
-    elif form == "lightning":
+    elif weight_format == "lightning":
         convert("hf", Path(source), "lightning")
         content = torch.load(source, weights_only=True)
         torch.save({**content, "state_dict": halved(content["state_dict"])}, source)
@@ -478,7 +488,9 @@ def test_two_dtypes_in_one_file(tmp_path: Path, command: Command, form: str) -> 
         torch.save(halved(torch.load(source, weights_only=True)), source)
     done = command("generate", f"--from={source}", "--prompt=a", "--max_new_tokens=2")
     assert done.code == 0, done.err
-    assert done.err.splitlines()[-1] == two_dtypes(source)  # after the guess of the book's heads
+    assert done.err.splitlines()[-1] == two_dtypes(
+        source
+    )  # after the warning about the book's heads
     assert_same_logits(load_model(source), theirs, random_ids(2, 16))
     assert load_model(source, dtype=torch.bfloat16).tok_emb.weight.dtype == torch.bfloat16
     done = command("convert", source, "again", "--format=hf")
@@ -487,7 +499,7 @@ def test_two_dtypes_in_one_file(tmp_path: Path, command: Command, form: str) -> 
     assert {t.dtype for t in load_file("again/model.safetensors").values()} == {torch.float32}
 
 
-def test_two_dtypes_are_trained_and_measured(tmp_path: Path, command: Command) -> None:
+def test_two_dtypes_can_be_trained_and_measured(tmp_path: Path, command: Command) -> None:
     gpt2_for_halving(tmp_path / "hf", emb_dim=8)
     path = tmp_path / "hf" / "model.safetensors"
     save_file(halved(load_file(path)), path)
@@ -509,8 +521,8 @@ PREFIXES = ["module._orig_mod.", "model.",
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefixes_of_wrapped_models(tmp_path: Path, prefix: str) -> None:
-    """torch.compile, DDP, FSDP and a module around the model each put something before the names."""
+def test_names_of_wrapped_models_are_read(tmp_path: Path, prefix: str) -> None:
+    """torch.compile, DDP, FSDP and a module around the model each add a prefix to the names."""
     theirs = random_gpt2(tmp_path / "hf", emb_dim=64, n_heads=1, n_layers=1, vocab_size=300)
     idx = random_ids(2, 20) % 300
     torch.save(nanogpt_file(theirs, lambda name: prefix + name), tmp_path / "ckpt.pt")
@@ -535,7 +547,7 @@ def test_prefixes_of_wrapped_models(tmp_path: Path, prefix: str) -> None:
     blocks = {name.replace("s.0.", "s.0._orig_mod."): tensor for name, tensor in state.items()}
     torch.save(blocks, tmp_path / "blocks.pth")
     for name in ("blocks.pth", "model.pth", "both.pth"):
-        found = read_source(str(tmp_path / name))
+        found = read_weights(str(tmp_path / name))
         assert torch.equal(found.state_dict["tok_emb.weight"], state[prefix + "tok_emb.weight"])
         if name == "both.pth":
             assert found.optimizer_state is not None
@@ -545,7 +557,7 @@ def test_prefixes_of_wrapped_models(tmp_path: Path, prefix: str) -> None:
     content = torch.load(tmp_path / "ours.ckpt", weights_only=True)
     content["state_dict"] = {prefix + name: t for name, t in content["state_dict"].items()}
     torch.save(content, tmp_path / "wrapped.ckpt")
-    again = read_source(str(tmp_path / "wrapped.ckpt"))
+    again = read_weights(str(tmp_path / "wrapped.ckpt"))
     assert again.state_dict.keys() == found.state_dict.keys()
 
 
@@ -554,7 +566,7 @@ def test_prefixes_of_wrapped_models(tmp_path: Path, prefix: str) -> None:
 
 @pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 with the tokenizer that transformers saves beside it, in one file and in two."""
+    """A GPT-2 with its tokenizer as transformers saves it, in one file and in two."""
     folder = tmp_path_factory.mktemp("tokenizer") / "hf"
     random_gpt2(folder, emb_dim=8, n_heads=2, n_layers=1, n_positions=32)
     shutil.copy(vocabulary_file("encoder.json"), folder / "vocab.json")
@@ -564,7 +576,7 @@ def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spell_differently(folder: Path) -> None:
-    """The same content: keys in another order, indented, merges as strings, other line ends."""
+    """Rewrite the files with the same content: other key order, indents, merges as strings, line ends."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
@@ -585,7 +597,7 @@ def spell_differently(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda folder: None, spell_differently])
-def test_gpt2s_tokenizer_however_it_is_written(
+def test_gpt2s_tokenizer_is_recognized_in_any_layout(
     with_tokenizer: Path, tmp_path: Path, command: Command, change: Callable[[Path], None]
 ) -> None:
     shutil.copytree(with_tokenizer, "hf")
@@ -598,7 +610,7 @@ def test_gpt2s_tokenizer_however_it_is_written(
 
 
 def swap(path: Path, *keys: str) -> None:
-    """The first two entries of a list or dict in a JSON file trade places."""
+    """Swap the first two entries of a list or dict in a JSON file."""
     content = json.loads(path.read_text(encoding="utf-8"))
     inner = content
     for key in keys:
@@ -621,7 +633,7 @@ def add_token(folder: Path) -> None:
 
 
 def save_with(**settings: Any) -> Callable[[Path], None]:
-    """As transformers saves its tokenizer with other settings."""
+    """A function that saves transformers' tokenizer with other settings."""
 
     def change(folder: Path) -> None:
         transformers.GPT2Tokenizer.from_pretrained(folder, **settings).save_pretrained(folder)
@@ -642,7 +654,7 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
         "tokenizer.json has other merges",
     ),
     "added": (add_token, "adds the token '<|user|>'"),
-    "prefix space": (save_with(add_prefix_space=True), "splits a text otherwise"),
+    "prefix space": (save_with(add_prefix_space=True), "splits text differently"),
     "bos": (save_with(add_bos_token=True), "adds tokens to each text"),
     "normalizer": (
         lambda f: edit_json(f / "tokenizer.json", normalizer={"type": "NFC"}),
@@ -698,8 +710,8 @@ def other_tokenizers(with_tokenizer: Path, command: Command) -> list[str]:
     return ["hf", "ckpt.pt", "beside/ckpt.pt"]
 
 
-def test_another_tokenizer_is_refused_wherever_text_is_used(
-    other_tokenizers: list[str], command: Command, capsys: pytest.CaptureFixture[str]
+def test_another_tokenizer_is_refused_by_every_command_with_text(
+    other_tokenizers: list[str], command: Command, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpt2 = f"--config={ROOT}/configs/gpt2.yaml"
     for source in other_tokenizers:
@@ -721,22 +733,22 @@ def test_another_tokenizer_is_refused_wherever_text_is_used(
         prompt="A", sampling=SamplingParams(), num_samples=1, max_new_tokens=1, seed=1
     )
     with pytest.raises(ValueError, match="has another tokenizer than GPT-2's"):
-        measure("ckpt.pt", task)  # what report sizes does in a process of its own
+        measure("ckpt.pt", task)  # what report sizes runs in a separate process
     load_model("ckpt.pt")  # its ids can be used
-    assert "ckpt.pt: has another tokenizer than GPT-2's" in capsys.readouterr().err
+    assert "ckpt.pt: has another tokenizer than GPT-2's" in caplog.text
     assert not Path("checkpoints").exists()
 
 
-def test_another_tokenizer_does_not_become_gpt2s_by_a_conversion(
+def test_conversion_does_not_hide_another_tokenizer(
     other_tokenizers: list[str], command: Command
 ) -> None:
-    """Where the vocabulary is smaller each form shows it; where it is not, none does."""
-    for form, dest in (("hf", "dest"), ("book", "dest.pth"), ("lightning", "dest.ckpt")):
+    """Every format shows a smaller vocabulary, and no format shows another tokenizer."""
+    for weight_format, dest in (("hf", "dest"), ("book", "dest.pth"), ("lightning", "dest.ckpt")):
         for source in ("hf", "beside/ckpt.pt"):
-            done = command("convert", source, dest, f"--format={form}", "--n_heads=2")
+            done = command("convert", source, dest, f"--format={weight_format}", "--n_heads=2")
             assert (done.code, done.err.count("\n")) == (2, 1)
             assert f"{source}: has another tokenizer than GPT-2's: " in done.err
-        done = command("convert", "ckpt.pt", dest, f"--format={form}")
+        done = command("convert", "ckpt.pt", dest, f"--format={weight_format}")
         assert done.code == 0, done.err
         done = command("generate", f"--from={dest}", "--prompt=A")
         assert done.code == 2
@@ -744,7 +756,7 @@ def test_another_tokenizer_does_not_become_gpt2s_by_a_conversion(
     assert not Path("dest/vocab.json").exists()
 
 
-def test_a_checkpoint_with_other_names_is_no_run_to_resume(command: Command) -> None:
+def test_checkpoint_with_wrapped_names_cannot_be_resumed(command: Command) -> None:
     config = GPTConfig(context_length=16, emb_dim=8, n_heads=2, n_layers=1)
     write_lightning(ModelWeights(config, GPTModel(config).state_dict()), Path("ours.ckpt"))
     content = torch.load("ours.ckpt", weights_only=True)

@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from matplotlib.colors import to_hex
 from gpt_lightning import palette
 from gpt_lightning.cli.console import print_table
 from gpt_lightning.cli.main import main
-from gpt_lightning.reports import model_comparison, sampling, sweep
+from gpt_lightning.reports import model_comparison, plotting, sampling, sweep
 from gpt_lightning.training.run_files import loss_figure
 
 
@@ -44,25 +45,25 @@ BOOK_COUNTS = {
 }
 
 
-def test_exercise_5_1(command: Command) -> None:
+def test_exercise_5_1_gives_the_books_counts(command: Command) -> None:
     rows = answer(command("report", "sampling", "--json"))["rows"]
     for temperature, counts in BOOK_COUNTS.items():
-        own = [row for row in rows if row["temperature"] == temperature]
-        assert [row["count"] for row in own] == counts
-        assert sum(row["probability"] for row in own) == pytest.approx(1.0)
-        for row in own:
+        at_temperature = [row for row in rows if row["temperature"] == temperature]
+        assert [row["count"] for row in at_temperature] == counts
+        assert sum(row["probability"] for row in at_temperature) == pytest.approx(1.0)
+        for row in at_temperature:
             assert row["expected"] == pytest.approx(1000 * row["probability"])
             assert row["low"] <= row["high"]
     recorded = reference("verdict_run.json")["exercise_5_1"]
     assert {f"{t:g}": counts for t, counts in BOOK_COUNTS.items()} == recorded["counts"]
 
 
-def test_pizza(command: Command) -> None:
+def test_pizza_has_the_books_probability(command: Command) -> None:
     done = command("report", "sampling", "--token=pizza", "--json")
     pizza = {row["temperature"]: row for row in answer(done)["token"]}
     assert pizza[5.0]["probability"] == pytest.approx(0.043, abs=5e-5)
     done = command("report", "sampling", "--token=pizza")
-    assert "pizza at temperature 5: 4.30% exactly, 32 of 1000 drawn" in done.out
+    assert "pizza at temperature 5: 4.30% exactly, 32 of 1000 samples" in done.out
     methods = {m["name"]: m for m in answer(command("report", "sampling", "--json"))["methods"]}
     assert methods["exact"]["largest_error"] == 0.0
     assert methods["the book's loop"]["largest_error"] == pytest.approx(
@@ -70,7 +71,7 @@ def test_pizza(command: Command) -> None:
     )
 
 
-def test_own_distribution(command: Command) -> None:
+def test_given_tokens_and_logits_are_sampled(command: Command) -> None:
     done = command(
         "report", "sampling", "--tokens=[a,b,c]", "--logits=[1,2,-1]", "--temperatures=[2,0]",
         "--num_samples=50", "--seed=7", "--top_k=[2]", "--json",
@@ -82,7 +83,7 @@ def test_own_distribution(command: Command) -> None:
     assert rows[4]["z"] == 0.0
 
 
-def test_distribution_of_a_model(command: Command, run: str, tmp_path: Path) -> None:
+def test_next_tokens_of_a_model_are_sampled(command: Command, run: str, tmp_path: Path) -> None:
     done = command(
         "report", "sampling", f"--from={run}", "--prompt=The clock", "--show=6",
         "--temperatures=[0.5,1]", "--top_p=[0.9]", "--out=figures", "--json",
@@ -99,7 +100,9 @@ def test_distribution_of_a_model(command: Command, run: str, tmp_path: Path) -> 
         ]
 
 
-def test_sweep(command: Command, run: str, tmp_path: Path) -> None:
+def test_sweep_writes_metrics_and_an_offline_page(
+    command: Command, run: str, tmp_path: Path
+) -> None:
     done = command(
         "report", "sweep", f"--from={run}", "--prompt=The clock", "--temperatures=[0,1]",
         "--top_k=[1,5,0]", "--num_samples=3", "--max_new_tokens=20", "--out=grid", "--json",
@@ -127,19 +130,21 @@ def test_sweep(command: Command, run: str, tmp_path: Path) -> None:
     ).out  # fmt: skip
 
 
-def test_the_sweep_says_what_its_figures_mean(command: Command, run: str, tmp_path: Path) -> None:
-    """The greedy text is there once, 'identical' counts texts, and exercise 5.3's equality is in the report."""
+def test_sweep_page_explains_its_metrics_and_shows_each_text_once(
+    command: Command, run: str, tmp_path: Path
+) -> None:
+    """The greedy text occurs once, 'identical' counts texts, and the report has the result of exercise 5.3."""
     base = ("report", "sweep", f"--from={run}", "--prompt=The clock", "--temperatures=[0,1]",
             "--top_k=[1,0]", "--num_samples=4", "--max_new_tokens=12")  # fmt: skip
-    found = answer(command(*base, "--out=grid", "--json"))
-    loop = found["generate_simple"]
+    result = answer(command(*base, "--out=grid", "--json"))
+    loop = result["generate_simple"]
     assert (loop["settings"], loop["equal"]) == (3, 3)
-    assert found["cells"][0]["texts"] == [loop["text"]] * 4
-    greedy, drawn = found["cells"][0]["texts"][0], found["cells"][3]["texts"]
+    assert result["cells"][0]["texts"] == [loop["text"]] * 4
+    greedy, sampled = result["cells"][0]["texts"][0], result["cells"][3]["texts"]
     page = (tmp_path / "grid" / "sweep.html").read_text(encoding="utf-8")
     assert page.count(html.escape(greedy)) == 1
     assert page.count("the same text as with temperature 0, top_k 1") == 2
-    assert all(html.escape(text) in page for text in drawn)
+    assert all(html.escape(text) in page for text in sampled)
     assert page.count("<dd>all 4</dd>") == 3
     assert page.count("<dd>none</dd>") == 1
     for measure in (
@@ -149,26 +154,32 @@ def test_the_sweep_says_what_its_figures_mean(command: Command, run: str, tmp_pa
         "log-probability",
         "next-token entropy",
     ):
-        assert page.count(f"<dt>{measure}</dt>") == 5  # of each cell, and in the legend
-    said = "generate_simple, the plain greedy loop, gives the same text as all 3 greedy settings"
-    assert said in page
-    assert said in command(*base).out
+        assert page.count(f"<dt>{measure}</dt>") == 5  # in each cell, and in the legend
+    comparison = (
+        "generate_simple, the plain greedy loop, gives the same text as all 3 greedy settings"
+    )
+    assert comparison in page
+    assert comparison in command(*base).out
     none = command(*base, "--temperatures=[1]", "--top_k=[5]")
     assert "no setting is greedy" in none.out
 
 
-def test_another_text_than_the_plain_loops_is_said() -> None:
-    assert str(sweep.PlainLoop("", 4, 4)).startswith("gives the same text as all 4 greedy settings")
-    assert str(sweep.PlainLoop("", 4, 3)).startswith("gives another text than 1 of 4 greedy")
+def test_a_text_that_differs_from_the_plain_loop_is_reported() -> None:
+    assert str(sweep.PlainLoopComparison("", 4, 4)).startswith(
+        "gives the same text as all 4 greedy settings"
+    )
+    assert str(sweep.PlainLoopComparison("", 4, 3)).startswith(
+        "gives another text than 1 of 4 greedy"
+    )
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich treat the output as a terminal
     monkeypatch.setenv("COLUMNS", str(width))
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_texts_are_under_the_table_at_any_width(
+def test_sweep_texts_are_below_the_table_at_any_width(
     command: Command, run: str, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     on_terminal(monkeypatch, width)
@@ -177,7 +188,7 @@ def test_texts_are_under_the_table_at_any_width(
     assert done.code == 0, done.err
     out = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
     table, _, texts = out.partition("\none text of each setting")
-    if width > 60:  # there it is narrower than the shortest words
+    if width > 60:  # 60 is narrower than the shortest words
         for name in ("temperature", "top_k", "top_p", "repetition", "entropy", "identical"):
             assert name in table
         assert max(map(len, table.splitlines()[1:])) <= width
@@ -202,10 +213,10 @@ def test_tables_are_never_cut_off(
     assert "…" not in out
 
 
-def test_control_characters_reach_no_terminal(
+def test_control_characters_are_escaped_on_a_terminal(
     command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In texts, tables and messages; a pipe gets the text as it is, and newlines and tabs stay."""
+    """In texts, tables and messages. A pipe gets the text unchanged, and newlines and tabs stay."""
     prompt = "The\tclock\n\x1b]0;owned\x07\x1b[31m\x9b1m"
     base = ("generate", f"--from={run}", f"--prompt={prompt}", "--max_new_tokens=1")
     assert command(*base).out.startswith(prompt)
@@ -214,14 +225,14 @@ def test_control_characters_reach_no_terminal(
     (folder / ".hidden.txt").write_text("x")
     (folder / "b.txt").write_text("y" * 9)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    shown = "The\tclock\n\\x1b]0;owned\\x07\\x1b[31m\\x9b1m"
+    escaped = "The\tclock\n\\x1b]0;owned\\x07\\x1b[31m\\x9b1m"
     for more in (["--stream=true"], ["--stream=false"], ["--num_samples=2"]):
         out = command(*base, *more).out
-        assert shown in out
+        assert escaped in out
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
-    figures = ("report", "sweep", f"--from={run}", "--temperatures=[1]", "--top_k=[5]", "--num_samples=2",
+    sweep_arguments = ("report", "sweep", f"--from={run}", "--temperatures=[1]", "--top_k=[5]", "--num_samples=2",
                "--max_new_tokens=3")  # fmt: skip
-    done = command(*figures, f"--prompt={prompt}")
+    done = command(*sweep_arguments, f"--prompt={prompt}")
     assert "\\x1b[31m" in done.out
     assert "\x1b]" not in done.out
     done = command("prepare", str(folder), "--val_ratio=0", "--out=c\x1b[31m")
@@ -230,7 +241,33 @@ def test_control_characters_reach_no_terminal(
     assert "left out: 1 hidden" in done.err
 
 
-def test_samples_of_training_are_escaped_too(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+_PROGRESS = """
+import logging
+from gpt_lightning.cli.console import progress
+from gpt_lightning.cli.logs import log_to_stderr
+from gpt_lightning.cli.streams import standard_streams
+with standard_streams(run_goes_on=False), log_to_stderr(logging.INFO):
+    with progress("cells", 1) as advance:
+        advance()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_bar_of_a_report_is_drawn_on_a_terminal() -> None:
+    """Its control characters move the cursor, although those of messages are escaped."""
+    terminal, end = os.openpty()
+    subprocess.run([sys.executable, "-c", _PROGRESS], stderr=end, check=True)
+    os.close(end)
+    drawn_bytes = os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert b"cells" in drawn_bytes
+    assert b"\x1b[" in drawn_bytes
+    assert b"\\x1b" not in drawn_bytes
+
+
+def test_samples_during_training_are_escaped_on_a_terminal(
+    fit: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = "--evaluation.prompt=The \x1b[31mclock"
     arguments = (prompt, "--trainer.max_steps=1", "--trainer.limit_train_batches=1")
     assert "The \x1b[31mclock" in fit(*arguments, "--run=pipe").out
@@ -292,20 +329,20 @@ def test_labels_of_the_loss_figure_do_not_overlap(epochs: Any, tokens: float) ->
     assert colors == list(palette.SERIES[:2])
 
 
-def grey(color: str) -> float:
+def gray(color: str) -> float:
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def test_the_palette_is_told_apart_in_grey_and_on_paper() -> None:
+def test_palette_colors_differ_in_gray_and_on_paper() -> None:
     first, second, *_ = palette.SERIES
-    assert abs(grey(first) - grey(second)) > 0.25
-    assert all(grey("#ffffff") - grey(color) > 0.25 for color in palette.SERIES)
+    assert abs(gray(first) - gray(second)) > 0.25
+    assert all(gray("#ffffff") - gray(color) > 0.25 for color in palette.SERIES)
     assert palette.ink_on(0, 0, 0) == palette.ink_on(0.2, 0.2, 0.3) == palette.PAPER
     assert palette.ink_on(1, 1, 1) == palette.ink_on(0.9, 0.8, 0.1) == palette.INK
 
 
-def test_every_setting_of_the_sampling_figure_has_a_panel_that_can_be_read() -> None:
+def test_sampling_figure_has_a_readable_panel_for_each_setting() -> None:
     settings = sweep.grid([1.0, 0.1, 5.0], [None], [None])
     rows, _ = sampling.frequencies(
         torch.tensor(sampling.BOOK_LOGITS), sampling.BOOK_TOKENS, settings, 1000
@@ -320,7 +357,7 @@ def test_every_setting_of_the_sampling_figure_has_a_panel_that_can_be_read() -> 
         bars = [patch for patch in axes.patches if patch.get_height() >= 0]
         assert [bar.get_height() for bar in bars] == [row.probability for row in per_setting]
         assert {to_hex(bar.get_facecolor()) for bar in bars} == {palette.SERIES[0]}
-        names = boxes(figure, axes.texts)  # a small number beside a 0 is told by its label
+        names = boxes(figure, axes.texts)  # labels distinguish a small number from 0
         assert not any(a.overlaps(b) for a, b in combinations(names, 2))
     assert "4.3 %" in [text.get_text() for text in figure.axes[2].texts]
 
@@ -333,12 +370,12 @@ def measured(source: str, **figures: Any) -> model_comparison.ModelMeasurement:
     )
 
 
-def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
+def test_sizes_figure_has_plain_numbers_and_nothing_covers_its_bars() -> None:
     models = [
         measured("checkpoints/a/best.ckpt"),
         measured("checkpoints/b/best.ckpt", tokens_per_second=None),
     ]
-    figure = drawn(model_comparison.figure(models, "two"))
+    figure = drawn(model_comparison.comparison_figure(models, "two"))
     texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
     assert {"1,020", "13,523", "6.23", "0.164", "–"} <= set(texts)
     assert not any(re.search(r"e[+-]\d", text) for text in texts)
@@ -349,20 +386,22 @@ def test_sizes_figure_has_plain_numbers_and_free_bars() -> None:
             assert not any(box.overlaps(bar) for bar in boxes(figure, [*axes.patches, *axes.texts]))
         assert not any(a.overlaps(b) for a, b in combinations(boxes(figure, axes.texts), 2))
     drawn(
-        model_comparison.figure([measured("a", train_loss=None, val_loss=None)], "without a text")
+        model_comparison.comparison_figure(
+            [measured("a", train_loss=None, val_loss=None)], "without a text"
+        )
     )
 
 
-def test_the_first_token_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process's first pass takes a second, of which neither model is to have more than the other."""
+def test_time_to_first_token_excludes_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process's first pass takes a second, which must not be added to the first model only."""
     times = iter([[1.02, 0.5], [0.4], *[[0.008]] * 200, [0.008, 0.01, 0.3, 0.01]])
     monkeypatch.setattr(
         model_comparison, "_token_times", lambda model, task, new_tokens: next(times)
     )
-    monkeypatch.setattr(model_comparison, "_FIRST_TOKENS_SECONDS", 0.4 + 199.5 * 0.008)
+    monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.4 + 199.5 * 0.008)
     task = model_comparison.ComparisonTask("x", model_comparison.SamplingParams(), 1, 4, 1)
-    first, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
-    assert first == 0.008
+    first_token, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
+    assert first_token == 0.008
     assert rate == pytest.approx(100)
 
 
@@ -373,7 +412,7 @@ def test_heat_maps_are_readable() -> None:
         for i, (t, k, share) in enumerate([(0.0, 1, 1.0), (0.0, None, 0.5), (1.5, 1, 0.25), (1.5, None, 0.25)])
     ]  # fmt: skip
     figure = drawn(sweep.heat_maps(cells, "caption"))
-    assert len(figure.axes) == 2 * len(sweep.FIGURES)
+    assert len(figure.axes) == 2 * len(sweep.HEAT_MAP_METRICS)
     maps = [axes for axes in figure.axes if axes.get_title() == "identical texts"]
     assert [text.get_text() for text in maps[0].texts] == ["all 4", "2 of 4", "none", "none"]
     for axes in figure.axes:
@@ -388,18 +427,18 @@ def test_a_long_caption_stays_in_the_figure() -> None:
     rows, _ = sampling.frequencies(torch.tensor([1.0, 2.0]), ["a", "b"], settings, 10)
     figures = [
         sampling.sampling_figure(rows, 10, caption),
-        model_comparison.figure([measured("a")], caption),
+        model_comparison.comparison_figure([measured("a")], caption),
     ]
     for figure in map(drawn, figures):
         (box,) = boxes(figure, [figure._supxlabel])
         assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
-def test_figures_keep_what_their_font_can_draw() -> None:
-    assert sampling.in_any_font("tök 'α'\n🦜") == "tök 'α'\\n\\U0001f99c"
+def test_figures_escape_what_their_font_cannot_draw() -> None:
+    assert plotting.escape_undrawable("tök 'α'\n🦜") == "tök 'α'\\n\\U0001f99c"
 
 
-def test_prompts_are_no_markup(command: Command, run: str) -> None:
+def test_prompts_are_not_parsed_as_markup(command: Command, run: str) -> None:
     prompt = "[/b] costs $x^^$ :smile:"
     base = ("report", "sweep", f"--from={run}", f"--prompt={prompt}", "--temperatures=[1]",
             "--top_k=[5]", "--num_samples=2", "--max_new_tokens=3", "--out=grid")  # fmt: skip
@@ -408,7 +447,7 @@ def test_prompts_are_no_markup(command: Command, run: str) -> None:
     assert (done.code, prompt in done.out) == (0, True)
 
 
-def test_one_token_of_the_models(command: Command, run: str) -> None:
+def test_token_option_adds_a_row_of_the_model(command: Command, run: str) -> None:
     done = command(
         "report", "sampling", f"--from={run}", "--prompt=The clock", "--token= pizza",
         "--show=2", "--temperatures=[1]", "--json",
@@ -418,8 +457,8 @@ def test_one_token_of_the_models(command: Command, run: str) -> None:
     assert len(result["rows"]) == 3
 
 
-def test_page_in_a_browser(command: Command, run: str, tmp_path: Path) -> None:
-    """The grid is there, and the page itself asked for nothing (the browser does, of its makers)."""
+def test_sweep_page_loads_nothing_in_a_browser(command: Command, run: str, tmp_path: Path) -> None:
+    """The page shows the grid and requests no resource. (The browser itself may call its maker.)"""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium here")
@@ -428,11 +467,11 @@ def test_page_in_a_browser(command: Command, run: str, tmp_path: Path) -> None:
         "--top_k=[1,0]", "--num_samples=2", "--max_new_tokens=5", "--out=grid",
     )  # fmt: skip
     page = tmp_path / "grid" / "sweep.html"
-    asks = (
-        "<script>addEventListener('load', () => { document.title = 'asked for ' + performance"
+    count_requests = (
+        "<script>addEventListener('load', () => { document.title = 'requested ' + performance"
         ".getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length })</script>"
     )
-    page.write_text(page.read_text(encoding="utf-8") + asks, encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8") + count_requests, encoding="utf-8")
     done = subprocess.run(
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
@@ -441,11 +480,11 @@ def test_page_in_a_browser(command: Command, run: str, tmp_path: Path) -> None:
         ],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    assert "<title>asked for 0</title>" in done.stdout
+    assert "<title>requested 0</title>" in done.stdout
     assert done.stdout.count("<td>") == 4
 
 
-def test_prompts_from_everywhere(
+def test_prompts_come_from_options_file_and_standard_input(
     command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ("generate", f"--from={run}", "--max_new_tokens=6", "--json")
@@ -477,7 +516,7 @@ def test_prompts_from_everywhere(
         ("\ufeffprompt: x", ["CONFIG"], ["x"]),
     ],
 )
-def test_texts_of_a_config_and_of_the_command_line(
+def test_texts_of_the_command_line_have_priority_over_a_config(
     command: Command,
     run: str,
     tmp_path: Path,
@@ -485,7 +524,7 @@ def test_texts_of_a_config_and_of_the_command_line(
     arguments: list[str],
     prompts: list[str],
 ) -> None:
-    """Text and list are both taken, and the command line wins wherever --config stands."""
+    """A config may hold a text or a list; the command line has priority wherever --config is."""
     (tmp_path / "mine.yaml").write_text(config, encoding="utf-8")
     (tmp_path / "p.txt").write_text("from a file", encoding="utf-8")
     options = ["--config=mine.yaml" if each == "CONFIG" else each for each in arguments]
@@ -495,7 +534,9 @@ def test_texts_of_a_config_and_of_the_command_line(
     assert done["settings"]["stop"] == stop
 
 
-def test_sources_of_a_config(command: Command, tmp_path: Path) -> None:
+def test_sources_of_the_command_line_have_priority_over_a_config(
+    command: Command, tmp_path: Path
+) -> None:
     (tmp_path / "mine.yaml").write_text("from: nowhere\nprompt: x\n", encoding="utf-8")
     done = command("report", "sizes", "--config=mine.yaml")
     assert done.err.startswith("gpt_lightning: error: nowhere: ")
@@ -504,7 +545,7 @@ def test_sources_of_a_config(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "how"),
+    ("content", "label"),
     [
         (b"\xef\xbb\xbfThe clock\n", "BOM"),
         (b"The clock\r\n", "CRLF"),
@@ -513,13 +554,13 @@ def test_sources_of_a_config(command: Command, tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_prompt_is_the_same_from_everywhere(
+def test_prompt_is_the_same_from_every_origin(
     command: Command,
     run: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     content: bytes,
-    how: str,
+    label: str,
 ) -> None:
     base = ("generate", f"--from={run}", "--max_new_tokens=0", "--json")
     (tmp_path / "p.txt").write_bytes(content)
@@ -532,7 +573,7 @@ def test_a_prompt_is_the_same_from_everywhere(
     assert answer(command(*base, f"--prompt={given}"))["prompt"] == "The clock"
 
 
-def test_a_byte_order_mark_before_a_models_config(
+def test_byte_order_mark_in_a_models_config_is_ignored(
     command: Command, run: str, tmp_path: Path
 ) -> None:
     assert command("convert", run, "model", "--format=hf").code == 0
@@ -546,7 +587,7 @@ def test_a_byte_order_mark_before_a_models_config(
     )
 
 
-def test_home_in_paths(
+def test_tilde_in_paths_is_the_home_folder(
     command: Command, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -561,21 +602,21 @@ def test_home_in_paths(
     assert not (tmp_path / "~").exists()
 
 
-def test_num_samples_and_streaming(command: Command, run: str) -> None:
+def test_num_samples_differ_and_streaming_prints_the_same_text(command: Command, run: str) -> None:
     base = ("generate", f"--from={run}", "--prompt=The clock", "--max_new_tokens=8")
     many = answer(command(*base, "--temperature=1", "--num_samples=3", "--json"))
     assert len({s["text"] for s in many["samples"]}) == 3
-    whole, streamed = command(*base), command(*base, "--stream=true")
-    assert streamed.out == whole.out
+    at_once, streamed = command(*base), command(*base, "--stream=true")
+    assert streamed.out == at_once.out
     assert command(*base, "--num_samples=2").out.count("---") == 2
 
 
-def test_stop_strings(command: Command, run: str) -> None:
+def test_stop_string_ends_the_text(command: Command, run: str) -> None:
     base = ("generate", f"--from={run}", "--prompt=The clock", "--max_new_tokens=30",
             "--temperature=1", "--eos_id=null")  # fmt: skip
-    free = command(*base).out.rstrip("\n")
-    stop = free[len("The clock") + 12 : len("The clock") + 20]
-    expected = free[: free.index(stop, len("The clock"))]
+    text = command(*base).out.rstrip("\n")
+    stop = text[len("The clock") + 12 : len("The clock") + 20]
+    expected = text[: text.index(stop, len("The clock"))]
     for stream in ("false", "true"):
         assert command(*base, f"--stop={stop}", f"--stream={stream}").out.rstrip("\n") == expected
 
@@ -592,7 +633,7 @@ def test_stop_strings(command: Command, run: str) -> None:
         (["report", "sampling", "--top_k=[10]"], ["top_k: 10 is outside the vocabulary"]),
         (["report", "sampling", "--num_samples=0"], ["num_samples: 0"]),
         (["report", "sampling", "--token=pasta"], ["token: pasta", "pizza"]),
-        (["report", "sampling", "--prompt=x"], ["prompt: is for a model"]),
+        (["report", "sampling", "--prompt=x"], ["prompt: needs a model"]),
         (["report", "sampling", "--temperatures=[]"], ["temperatures: is an empty list"]),
         (["report", "sampling", "--tokens=[]"], ["logits: 9 for 0 tokens"]),
         (["report", "sampling", "--from=RUN", "--prompt=x", "--show=0"], ["show: 0"]),
@@ -655,7 +696,7 @@ def test_stop_strings(command: Command, run: str) -> None:
     ],
     ids=lambda value: " ".join(value[:4]),
 )
-def test_bad_input(
+def test_bad_input_is_refused_in_one_line(
     command: Command, run: str, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     (tmp_path / "latin").write_bytes("Übermut".encode("latin-1"))

@@ -1,9 +1,13 @@
-"""Tables for the terminal, and files for what a report found."""
+"""Tables and progress bars on the terminal, and the files that a command writes for its report."""
 
 import csv
+import logging
 import os
+import sys
 import textwrap
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,39 +15,46 @@ from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, str]
-_WIDTH = 160  # characters of a line that is not for a terminal
-_TEXT_WIDTH = 16  # characters that a column of texts has at least
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+_WIDTH = 160  # characters of a table that is not on a terminal
+_MIN_TEXT_WIDTH = 16  # characters of a text column
 
 
 def print_table(
     title: str, rows: Sequence[Row], *, texts: Collection[str] = (), lines: bool = False
 ) -> None:
-    """``texts``: the columns that are read rather than compared, and fold; ``lines``: between the rows.
+    """Print a table that fits the terminal. Nothing is cut off, and control characters are escaped.
 
-    Where the table is too wide for the terminal its names are broken and its gaps are narrow; where that is not
-    enough and it has fewer rows than columns, a row becomes a column. Nothing is cut off. Control characters are
-    escaped.
+    If the table is too wide, its headers are wrapped and its gaps get narrower. If that is not enough and it has
+    fewer rows than columns, rows and columns are swapped.
+
+    Args:
+        texts: The columns with text, which may wrap.
+        lines: Draw lines between the rows.
     """
     console = _console()
     rows = [{printable(name): printable(value) for name, value in row.items()} for row in rows]
     columns = list(rows[0])
     print(printable(title))
     for gap in (3, 2, 1):
-        headers = columns if gap == 3 else [_broken(name, rows) for name in columns]
+        headers = columns if gap == 3 else [_wrapped_header(name, rows) for name in columns]
         needed = sum(_widths(rows, headers, texts)) + gap * len(columns) + gap - 2
         fits = needed <= console.width
         if fits or (gap == 1 and len(rows) >= len(columns)):
             console.print(_table(rows, headers, texts if fits else columns, lines, gap))
             break
     else:
-        console.print(_turned(rows))
+        console.print(_transposed(rows))
 
 
 def print_texts(title: str, texts: Sequence[tuple[str, str]]) -> None:
-    """Texts with their names, each folded to the width of the terminal."""
+    """Print texts with their names, wrapped to the width of the terminal."""
     width = min(_console().width, 100)
     print(title)
     for name, text in texts:
@@ -65,18 +76,18 @@ def _console() -> "Console":
 
 
 def _widths(rows: Sequence[Row], headers: Sequence[str], texts: Collection[str]) -> list[int]:
-    """What each column needs; of a column of texts only the least that can be read."""
+    """The width that each column needs. A column of texts can be as narrow as ``_MIN_TEXT_WIDTH``."""
     from rich.cells import cell_len
 
     widths = []
     for name, header in zip(rows[0], headers, strict=True):
         width = max(cell_len(line) for line in (*header.split("\n"), *(row[name] for row in rows)))
-        widths.append(min(width, _TEXT_WIDTH) if name in texts else width)
+        widths.append(min(width, _MIN_TEXT_WIDTH) if name in texts else width)
     return widths
 
 
-def _broken(name: str, rows: Sequence[Row]) -> str:
-    """A column's name over several lines: as wide as its values, or as the longest part that is not broken."""
+def _wrapped_header(name: str, rows: Sequence[Row]) -> str:
+    """A column's name in several lines: as wide as the values, or as the longest word of the name."""
     longest = max(map(len, name.replace("-", "- ").split()))
     return textwrap.fill(name, max(longest, *(len(row[name]) for row in rows)))
 
@@ -105,12 +116,12 @@ def _table(
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(Text(value) for value in row.values()))  # a user's text is not markup
+        table.add_row(*(Text(value) for value in row.values()))  # Text: not parsed as markup
     return table
 
 
-def _turned(rows: Sequence[Row]) -> "Table":
-    """The first column's values are the names of the columns, the other columns' names those of the rows."""
+def _transposed(rows: Sequence[Row]) -> "Table":
+    """The table with one column for each row. The first value of a row is the name of its column."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -125,13 +136,73 @@ def _turned(rows: Sequence[Row]) -> "Table":
     return table
 
 
-def all_or(value: object) -> str:
-    """A filter's setting as it is shown: none leaves all tokens."""
+def byte_progress() -> "Progress":
+    """A progress bar in bytes on standard error. It is disabled if that is not a terminal, or with ``--quiet``."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=_stderr_console(),
+        disable=not _draws_progress(),
+    )
+
+
+@contextmanager
+def progress(unit: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show the progress of ``total`` units: a bar on a terminal, otherwise a line now and then.
+
+    Yields:
+        A function to call after each unit.
+    """
+    from rich.progress import Progress
+
+    done, last_line = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, last_line
+        done += 1
+        bar.advance(task)
+        if bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            logger.info(f"{done} of {total} {unit}")
+
+    with Progress(console=_stderr_console(), disable=not _draws_progress()) as bar:
+        task = bar.add_task(unit, total=total)
+        yield advance
+
+
+def _stderr_console() -> "Console":
+    """Standard error without the escapes of ``cli/streams.py``, which would show a bar's control characters."""
+    from rich.console import Console
+
+    return Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
+
+
+def _draws_progress() -> bool:
+    return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
+
+
+def value_or_all(value: object) -> str:
+    """A filter's setting for a table: ``None`` keeps all tokens."""
     return "all" if value is None else f"{value}"
 
 
 def writable_folder(name: str) -> Path:
-    """``--out``, made if need be; ``OSError`` where nothing can be written there."""
+    """The folder of ``--out``, created if necessary; ``OSError`` if no file can be written there."""
     folder = Path(os.path.expanduser(name))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +215,8 @@ def writable_folder(name: str) -> Path:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    # a path that is not UTF-8 may be among the values
+    """Write the rows as CSV, with their keys as header."""
+    # a value may be a path that is not UTF-8
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""``convert``: weights from one form to another."""
+"""``convert``: weights from one format to another."""
 
 import logging
 import os
@@ -7,19 +7,20 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from gpt_lightning.cli.generate import N_HEADS_HELP, SOURCE_HELP
 from gpt_lightning.cli.parsing import parse
 
 logger = logging.getLogger(__name__)
 
-# as in pretrained/convert.py, which imports torch: --help does not wait for it
+# a copy of the type in pretrained/convert.py, which imports torch: --help should be fast
 WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
 
 
 def run(arguments: list[str]) -> None:
-    """Write SOURCE's weights to DEST in another form.
+    """Write the weights of SOURCE to DEST in another format.
 
-    'hf' is a folder for Hugging Face's from_pretrained, 'openai-tf' a folder with a TensorFlow checkpoint,
-    'lightning' a .ckpt file of ours, 'book' a .pth file as the book's notebooks save and load it.
+    Formats: 'hf', a folder for Hugging Face's from_pretrained; 'openai-tf', a folder with a TensorFlow
+    checkpoint; 'lightning', a .ckpt file for --init_from; 'book', a .pth file that the book's notebooks load.
     """
     settings = parse(_parser(), arguments)
     from gpt_lightning.pretrained.convert import convert
@@ -34,11 +35,9 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning convert", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="These settings from a YAML file.")
-    add(
-        "source", type=str, help="A run, a checkpoint, a .pth, a folder with GPT-2's files, a name."
-    )
-    add("dest", type=str, help="What to write; it must not exist.")
-    add("--format", type=WeightFormat, required=True, help="The form to write.")
-    add("--n_heads", type=int | None, help="Attention heads, which the book's .pth does not tell.")
+    add("--config", action="config", help="A YAML file with these options.")
+    add("source", type=str, help=SOURCE_HELP)
+    add("dest", type=str, help="The file or folder to write. It must not exist.")
+    add("--format", type=WeightFormat, required=True, help="The format of DEST.")
+    add("--n_heads", type=int | None, help=N_HEADS_HELP)
     return parser

@@ -1,45 +1,46 @@
-"""``download``: GPT-2's public weights into the cache."""
+"""``download``: download GPT-2's public weights into the cache."""
 
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser
-from rich.progress import TaskID
 
-from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, byte_progress
+from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
-    """Fetch the weights of a GPT-2, to be named in --from and --init_from: gpt2-124M, gpt2-355M,
-    gpt2-774M or gpt2-1558M; gpt2, gpt2-medium, gpt2-large and gpt2-xl are the same.
+    """Download the weights of a GPT-2. Afterwards --from NAME and --init_from NAME find them.
 
-    What is there is checked, what is missing or damaged is fetched; a broken download is gone on with.
+    Existing files are verified; only missing and damaged files are downloaded. Interrupted downloads resume.
     """
     settings = parse(_parser(), arguments)
     size = gpt2_size(settings.name)
     if size is None:
         raise ValueError(
-            f"{settings.name}: is no size of GPT-2; {suggest(settings.name, GPT2_NAMES)}"
+            f"{settings.name}: is not a size of GPT-2; {suggest(settings.name, GPT2_NAMES)}"
         )
     from gpt_lightning.pretrained.download import download
 
-    with _Shown() as shown:
+    with _DownloadProgress() as progress:
         folder = download(
             size,
             settings.host,
             folder=Path(os.path.expanduser(settings.out)) if settings.out else None,
             mirror=settings.mirror,
-            on_bytes=shown.advance,
-            on_damage=lambda path: logger.info(f"{path}: is damaged; fetching it anew"),
+            on_bytes=progress.advance,
+            on_damage=lambda path: logger.info(f"{path}: is damaged; downloading it again"),
         )
     if settings.json:
         files = {
@@ -52,15 +53,15 @@ def run(arguments: list[str]) -> None:
         print(folder)
 
 
-class _Shown:
-    """A bar for each file on a terminal, else a plain line at intervals, on stderr."""
+class _DownloadProgress:
+    """Progress on stderr: a bar for each file on a terminal, otherwise a line now and then."""
 
     def __init__(self) -> None:
         self._bars = byte_progress()
         self._tasks: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
 
-    def __enter__(self) -> "_Shown":
+    def __enter__(self) -> "_DownloadProgress":
         self._bars.start()
         return self
 
@@ -74,8 +75,8 @@ class _Shown:
             self._bars.update(self._tasks[name], completed=done, total=size)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            of = f" of {size / 1e6:,.0f}" if size else ""
-            logger.info(f"{name}: {done / 1e6:,.0f}{of} MB")
+            total = f" of {size / 1e6:,.0f}" if size else ""
+            logger.info(f"{name}: {done / 1e6:,.0f}{total} MB")
 
 
 def _parser() -> ArgumentParser:
@@ -83,19 +84,25 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning download", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="These settings from a YAML file.")
-    add("name", type=str, help="gpt2-124M, gpt2-355M, gpt2-774M or gpt2-1558M.")
+    add("--config", action="config", help="A YAML file with these options.")
+    add(
+        "name",
+        type=str,
+        help="gpt2-124M, gpt2-355M, gpt2-774M or gpt2-1558M; or Hugging Face's names of them: gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl.",
+    )
     add(
         "--host",
         type=Literal["hub", "openai"],
         default="hub",
-        help="'hub': safetensors from Hugging Face; 'openai': the original TensorFlow files.",
+        help="hub = safetensors from Hugging Face; openai = the original TensorFlow files.",
     )
     add(
         "--out",
         type=str | None,
-        help="The folder for the files; none: the cache, where --from NAME finds them.",
+        metavar="FOLDER",
+        help="The folder for the files; null = the cache, where --from NAME finds them.",
     )
-    add("--mirror", type=str | None, help="Another address to try first.")
+    add("--mirror", type=str | None, metavar="URL", help="A host to try before the others.")
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser

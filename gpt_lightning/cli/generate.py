@@ -1,4 +1,4 @@
-"""``generate``: prompts go in, continuations come out."""
+"""``generate``: continue prompts with a trained model."""
 
 import json
 import logging
@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16", "float16"]
-# what --json says that was used
-_SETTINGS = (
+# help texts that reports share
+SOURCE_HELP = (
+    "SOURCE is a run's folder, a checkpoint, a .pth file, a folder with GPT-2's files, or a downloaded "
+    "model's name such as gpt2-124M."
+)
+N_HEADS_HELP = "Number of attention heads, only for a .pth of the book, which does not contain it."
+SEED_HELP = "Seed for sampling: the same seed gives the same samples."
+DEVICE_HELP = "cpu, cuda, cuda:1, …; null = the GPU if there is one, else the CPU."
+DTYPE_HELP = "Of the weights: float32, bfloat16 or float16; null = as stored."
+
+# the settings in the output of --json
+_JSON_SETTINGS = (
     "from",
     "max_new_tokens",
     "temperature",
@@ -39,7 +49,7 @@ _SETTINGS = (
 
 
 def run(arguments: list[str]) -> None:
-    """Continue prompts with a trained model. Texts go to stdout, remarks to stderr.
+    """Continue prompts with a trained model. Texts go to stdout, messages to stderr.
 
     Prompts come from --prompt (repeatable), --prompt_file, or standard input.
     """
@@ -58,14 +68,14 @@ def run(arguments: list[str]) -> None:
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
     )
-    device = usable_device(settings.device)
-    model = load(settings["from"], device, settings.dtype, settings.n_heads)
-    _say_what_is_cropped(prompts, model, special=settings.allow_special_tokens)
+    device = resolve_device(settings.device)
+    model = load_for_inference(settings["from"], device, settings.dtype, settings.n_heads)
+    _warn_if_cropped(prompts, model, special=settings.allow_special_tokens)
     stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
-    alone = len(prompts) == settings.num_samples == 1 and not settings.json
-    if settings.stream and not alone:
-        raise ValueError("stream: is for one text on its own; leave out --json or the other texts")
-    shown = _GrowingLine(prompts[0]) if stream and alone else None
+    is_single = len(prompts) == settings.num_samples == 1 and not settings.json
+    if settings.stream and not is_single:
+        raise ValueError("stream: is for a single text; leave out --json or the other texts")
+    streamed = _StreamedText(prompts[0]) if stream and is_single else None
     samples = generate_texts(
         model,
         prompts,
@@ -76,38 +86,40 @@ def run(arguments: list[str]) -> None:
         stop=settings.stop or (),
         special_tokens=settings.allow_special_tokens,
         generator=make_generator(settings.seed, device),
-        on_text=shown.add if shown is not None else None,
+        on_text=streamed.add if streamed is not None else None,
     )
     if settings.json:
-        used = {key: settings[key] for key in _SETTINGS} | {"device": device}
+        used_settings = {key: settings[key] for key in _JSON_SETTINGS} | {"device": device}
         entries = [asdict(sample) for sample in samples]
-        # the first sample's fields stand at the top too, for the common case of one
-        print(json.dumps({**entries[0], "samples": entries, "settings": used}))
-    elif shown is not None:
-        shown.end()
+        # the first sample's fields are also at the top level, for the common case of one sample
+        print(json.dumps({**entries[0], "samples": entries, "settings": used_settings}))
+    elif streamed is not None:
+        streamed.end()
     else:
         for i, sample in enumerate(samples):
-            if not alone:
+            if not is_single:
                 print(f"--- {i + 1} of {len(samples)}")
             print(for_stream(sample.text, sys.stdout))
 
 
-class _GrowingLine:
-    """One text on stdout as it grows. Nothing is shown before the first token: until then it may fail."""
+class _StreamedText:
+    """One text that is printed token by token. The prompt waits for the first token: until then it may fail."""
 
     def __init__(self, prompt: str) -> None:
-        self._next = prompt
+        self._pending = prompt
 
     def add(self, row: int, text: str) -> None:
-        print(for_stream(self._next + text, sys.stdout), end="", flush=True)
-        self._next = ""
+        print(for_stream(self._pending + text, sys.stdout), end="", flush=True)
+        self._pending = ""
 
     def end(self) -> None:
-        print(for_stream(self._next, sys.stdout))
+        print(for_stream(self._pending, sys.stdout))
 
 
-def load(source: str, device: str, dtype: str | None, n_heads: int | None = None) -> "GPTModel":
-    """The model of SOURCE on a device, its weights in ``dtype`` ('float32', 'bfloat16', …), to infer."""
+def load_for_inference(
+    source: str, device: str, dtype: str | None, n_heads: int | None = None
+) -> "GPTModel":
+    """The model of ``source`` on a device, with packed weights in ``dtype`` ('float32', 'bfloat16', …)."""
     import torch
 
     from gpt_lightning.model.packed_linear import pack_weights
@@ -124,8 +136,8 @@ def load(source: str, device: str, dtype: str | None, n_heads: int | None = None
     return model
 
 
-def usable_device(name: str | None) -> str:
-    """``name``, or without one the GPU if there is one; ``ValueError`` where it cannot be used."""
+def resolve_device(name: str | None) -> str:
+    """``name``; if it is ``None``, the GPU if there is one. ``ValueError`` if the device cannot be used."""
     import torch
 
     if name is None:
@@ -140,8 +152,9 @@ def usable_device(name: str | None) -> str:
 
 
 def _prompts(settings: Namespace, arguments: list[str]) -> list[str]:
+    """The prompts of --prompt, --prompt_file or standard input."""
     given = [name for name in ("prompt", "prompt_file") if settings[name]]
-    if len(given) == 2:  # one on the command line wins over the other in a configuration
+    if len(given) == 2:  # the command line has priority over a configuration
         given = [name for name in given if values_of(f"--{name}", arguments)]
         if len(given) != 1:
             raise ValueError("prompt: both --prompt and --prompt_file are given; give one of them")
@@ -162,32 +175,32 @@ def _prompts(settings: Namespace, arguments: list[str]) -> list[str]:
 
 
 def _standard_input() -> str:
-    what = "prompt: standard input"
+    name = "prompt: standard input"
     raw = getattr(sys.stdin, "buffer", None)
     if raw is not None:
-        return _decoded(raw.read(), what)
-    try:  # it is text already
+        return _decoded(raw.read(), name)
+    try:  # a stream of text, in a test or a notebook
         return clean_text(utf8_text(sys.stdin.read()))
     except ValueError as error:
-        raise ValueError(f"{what} {error}; convert it to UTF-8") from error
+        raise ValueError(f"{name} {error}; convert it to UTF-8") from error
 
 
-def _decoded(content: bytes, what: str) -> str:
+def _decoded(content: bytes, name: str) -> str:
     try:
         return decode_text(content)
     except ValueError as error:
-        raise ValueError(f"{what} {error}; convert it to UTF-8") from error
+        raise ValueError(f"{name} {error}; convert it to UTF-8") from error
 
 
-def _say_what_is_cropped(prompts: list[str], model: "GPTModel", *, special: bool) -> None:
+def _warn_if_cropped(prompts: list[str], model: "GPTModel", *, special: bool) -> None:
     from gpt_lightning.data.tokenizer import encode_prompt
 
-    read = model.config.context_length
+    max_tokens = model.config.context_length
     for prompt in prompts:
-        if (tokens := len(encode_prompt(prompt, special=special))) > read:
+        if (tokens := len(encode_prompt(prompt, special=special))) > max_tokens:
             logger.warning(
-                f"prompt: {tokens} tokens, the model reads {read}; "
-                f"the first {tokens - read} are not read"
+                f"prompt: has {tokens} tokens, the model reads {max_tokens}; "
+                f"the first {tokens - max_tokens} are not read"
             )
 
 
@@ -196,38 +209,57 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning generate", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="These settings from a YAML file.")
-    add("--from", type=str | None, help="SOURCE: a run, a checkpoint, GPT-2's files or name.")
-    add("--n_heads", type=int | None, help="Attention heads, which the book's .pth does not tell.")
-    add("--prompt", action=TextList, metavar="TEXT", help="The text to continue; repeatable.")
-    add("--prompt_file", type=str | None, help="A UTF-8 file that is the prompt.")
-    add("--max_new_tokens", type=int, default=50, help="Tokens to add at most.")
+    add("--config", action="config", help="A YAML file with these options.")
+    add("--from", type=str | None, metavar="SOURCE", help=f"The model. {SOURCE_HELP}")
+    add("--n_heads", type=int | None, help=N_HEADS_HELP)
+    add("--prompt", action=TextList, metavar="TEXT", help="A text to continue; repeatable.")
+    add("--prompt_file", type=str | None, metavar="FILE", help="A UTF-8 file with the prompt.")
+    add("--max_new_tokens", type=int, default=50, help="Maximum number of new tokens.")
     add(
         "--temperature",
         type=float,
         default=0.0,
-        help="0 takes the likeliest token; 1 draws as the model says, more is more adventurous.",
+        help="0 = greedy; 1 = the model's distribution; > 1 flattens it.",
     )
-    add("--top_k", type=int | None, help="Draw among the k likeliest tokens only.")
-    add("--top_p", type=float | None, help="Draw among the likeliest that reach this probability.")
+    add("--top_k", type=int | None, help="Sample from the k most likely tokens; null = all.")
+    add(
+        "--top_p",
+        type=float | None,
+        help="Sample from the fewest likely tokens with a total probability of p, 0 < p <= 1; null = all.",
+    )
     add(
         "--min_p",
         type=float | None,
-        help="Draw among tokens this times as likely as the likeliest.",
+        help="Sample from the tokens with at least p times the probability of the most likely one, "
+        "0 < p <= 1; null = all.",
     )
-    add("--repetition_penalty", type=float, default=1.0, help="Above 1: fewer repetitions.")
-    add("--num_samples", type=int, default=1, help="Continuations of each prompt.")
-    add("--eos_id", type=int | None, default=50256, help="Stop at this token; null: at none.")
-    add("--stop", action=TextList, metavar="TEXT", help="Stop before this string; repeatable.")
-    add("--seed", type=int, default=123, help="What the draws depend on.")
+    add(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="1 = off; > 1 makes tokens that the text already contains less likely.",
+    )
+    add("--num_samples", type=int, default=1, help="Number of continuations of each prompt.")
+    add(
+        "--eos_id",
+        type=int | None,
+        default=50256,
+        help="Stop at this token id; 50256 = <|endoftext|>; null = never.",
+    )
+    add("--stop", action=TextList, metavar="TEXT", help="Stop before this text; repeatable.")
+    add("--seed", type=int, default=123, help=SEED_HELP)
     add(
         "--allow_special_tokens",
         type=bool,
         default=False,
-        help="Whether <|endoftext|> in the prompt is the token, not those characters.",
+        help="true = <|endoftext|> in the prompt is one special token; false = it is plain text.",
     )
-    add("--stream", type=bool | None, help="Show text as it grows; default: on a terminal.")
-    add("--device", type=str | None, help="cpu, cuda, cuda:1, …; none: the GPU if there is one.")
-    add("--dtype", type=DType | None, help="Of the weights; none: as they are stored.")
+    add(
+        "--stream",
+        type=bool | None,
+        help="Print each token immediately; null = only on a terminal.",
+    )
+    add("--device", type=str | None, help=DEVICE_HELP)
+    add("--dtype", type=DType | None, help=DTYPE_HELP)
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser

@@ -15,9 +15,9 @@ from gpt_lightning.cli.errors import explain
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
 from gpt_lightning.cli.suggestions import nearest_config
 from gpt_lightning.cli.text_options import (
-    check_given,
+    check_argument_texts,
     configs_first,
-    take_texts,
+    normalize_texts,
     values_of,
 )
 from gpt_lightning.cli.yaml_input import MAX_CHARACTERS, use_checked_yaml
@@ -36,7 +36,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     Raises:
         ValueError, OSError: The user made a mistake; the message is one line.
     """
-    check_given(arguments)
+    check_argument_texts(arguments)
     # only from the command line: a YAML file must not allow its own imports
     allowed = ALLOWED_IMPORTS + values_of("--allow_import", arguments)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
@@ -54,7 +54,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         raise ValueError(
             "config: is nested too deeply; give settings in groups, as --print_config shows them"
         ) from error
-    take_texts(parser, config)
+    normalize_texts(parser, config)
     _check_null_settings(parser, config)
     _check_values(config)
     _expand_home(config)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.cli.bars import SECONDS_BETWEEN_LINES, byte_progress
+from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.data.unicode import for_stream, printable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.cli.console import all_or, print_table, writable_folder, write_csv
+from gpt_lightning.cli.console import print_table, value_or_all, writable_folder, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> None:
-    """Exercise 5.1: how often each next token comes, exactly and in draws.
+    """Exercise 5.1: exact and sampled frequencies of next tokens.
 
-    Without --from it is the book's vocabulary of nine tokens; with --from SOURCE and --prompt the model's
-    next-token distribution, its likeliest tokens by name.
+    By default, the tokens are the book's vocabulary of nine tokens. With --from SOURCE and --prompt, they are
+    the most likely next tokens of a model.
     """
     settings = parse(_parser(), arguments)
 
-    from gpt_lightning.reports import sampling as report
+    from gpt_lightning.reports import sampling
 
     out = writable_folder(settings.out) if settings.out else None
-    tokens, logits, shown = _distribution(settings)
-    combinations = _combinations(settings, report.BOOK_TEMPERATURES)
-    rows, distributions = report.frequencies(
-        logits, tokens, combinations, settings.num_samples, settings.seed, shown
+    tokens, logits, row_ids = _distribution(settings)
+    combinations = _combinations(settings, sampling.BOOK_TEMPERATURES)
+    rows, distributions = sampling.frequencies(
+        logits, tokens, combinations, settings.num_samples, settings.seed, row_ids
     )
-    compared_at = max(s.temperature for s in combinations) or 1.0
-    compared_draws = min(settings.num_samples, 1000)  # the loop is slow
-    methods = report.compare_methods(logits, compared_at, compared_draws, settings.seed)
-    answer: dict[str, Any] = report.as_dict(rows, distributions, methods)
+    timing_temperature = max(s.temperature for s in combinations) or 1.0
+    timing_samples = min(settings.num_samples, 1000)  # the loop is slow
+    timings = sampling.compare_estimators(logits, timing_temperature, timing_samples, settings.seed)
+    answer: dict[str, Any] = sampling.as_dict(rows, distributions, timings)
     answer["token"] = [asdict(row) for row in rows if row.token == settings.token]
     answer["settings"] = {
         key: settings[key] for key in ("from", "prompt", "num_samples", "seed")
-    } | {"methods_num_samples": compared_draws, "methods_temperature": compared_at}
-    caption = f"{settings.num_samples:,} draws a setting, seed {settings.seed}"
+    } | {"methods_num_samples": timing_samples, "methods_temperature": timing_temperature}
+    caption = f"{settings.num_samples:,} samples per setting, seed {settings.seed}"
     if settings["from"]:
         caption += printable(f", {settings['from']} after {shorten(repr(settings.prompt), 80)}")
     if out is not None:
         write_csv(out / "sampling.csv", answer["rows"])
         (out / "sampling.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
-        figure = report.sampling_figure(rows, settings.num_samples, caption)
+        figure = sampling.sampling_figure(rows, settings.num_samples, caption)
         figure.savefig(out / "sampling.png", dpi=150)
     if settings.json:
         print(json.dumps(answer))
@@ -59,8 +59,8 @@ def run(arguments: list[str]) -> None:
         [
             {
                 "temperature": f"{row.temperature:g}",
-                **({"top_k": all_or(row.top_k)} if settings.top_k else {}),
-                **({"top_p": all_or(row.top_p)} if settings.top_p else {}),
+                **({"top_k": value_or_all(row.top_k)} if settings.top_k else {}),
+                **({"top_p": value_or_all(row.top_p)} if settings.top_p else {}),
                 "token": row.token,
                 "probability": f"{row.probability:.4%}",
                 "expected": f"{row.expected:.1f}",
@@ -77,8 +77,8 @@ def run(arguments: list[str]) -> None:
         [
             {
                 "temperature": f"{d.temperature:g}",
-                "top_k": all_or(d.top_k),
-                "top_p": all_or(d.top_p),
+                "top_k": value_or_all(d.top_k),
+                "top_p": value_or_all(d.top_p),
                 "entropy (nats)": f"{d.entropy:.4f}",
                 "effective vocabulary": f"{d.effective_vocabulary:.2f}",
                 "tokens left": f"{d.tokens_left}",
@@ -87,14 +87,14 @@ def run(arguments: list[str]) -> None:
         ],
     )
     print_table(
-        f"three ways to know it, {compared_draws} draws at temperature {compared_at:g}",
+        f"three methods, {timing_samples} samples at temperature {timing_temperature:g}",
         [
             {
-                "method": m.name,
-                "time": f"{m.seconds * 1e3:.3f} ms",
-                "largest error of a probability": f"{m.largest_error:.4f}",
+                "method": timing.name,
+                "time": f"{timing.seconds * 1e3:.3f} ms",
+                "largest error of a probability": f"{timing.largest_error:.4f}",
             }
-            for m in methods
+            for timing in timings
         ],
         texts=["method"],
     )
@@ -102,19 +102,21 @@ def run(arguments: list[str]) -> None:
         if row.token == settings.token:
             print(
                 f"{printable(row.token)} at temperature {row.temperature:g}: {row.probability:.2%} "
-                f"exactly, {row.count} of {settings.num_samples} drawn"
+                f"exactly, {row.count} of {settings.num_samples} samples"
             )
 
 
 def _distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int] | None]:
-    """Tokens' names, logits ``(V,)``, and which of them get a row (none: all)."""
+    """The tokens' names, their logits ``(V,)``, and the ids that get a row (``None``: all)."""
     import torch
 
     from gpt_lightning.reports.sampling import BOOK_LOGITS, BOOK_TOKENS
 
     if settings["from"]:
         if settings.tokens or settings.logits:
-            raise ValueError("from: --tokens and --logits are the model's; leave them out")
+            raise ValueError(
+                "from: the model gives the tokens and logits; leave out --tokens and --logits"
+            )
         if not settings.prompt:
             raise ValueError("prompt: is empty; give some text with --prompt")
         if settings.show < 1:
@@ -122,14 +124,14 @@ def _distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int] |
         return _model_distribution(settings)
     for name in ("prompt", "device", "dtype"):
         if settings[name] is not None:
-            raise ValueError(f"{name}: is for a model; give one with --from SOURCE")
+            raise ValueError(f"{name}: needs a model; give one with --from SOURCE")
     logits = list(BOOK_LOGITS) if settings.logits is None else settings.logits
     tokens = settings.tokens
     if tokens is None:
-        own = settings.logits is not None
-        tokens = [str(i) for i in range(len(logits))] if own else list(BOOK_TOKENS)
+        is_book = settings.logits is None
+        tokens = list(BOOK_TOKENS) if is_book else [str(i) for i in range(len(logits))]
     if settings.token is not None and settings.token not in tokens:
-        raise ValueError(f"token: {settings.token} is none of {', '.join(tokens)}")
+        raise ValueError(f"token: {settings.token} is not a token; give one of {', '.join(tokens)}")
     return tokens, torch.tensor(logits), None
 
 
@@ -145,14 +147,14 @@ def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[
         logits = model(idx)[0, -1].float().cpu().clone()
     if not torch.isfinite(logits).all():
         raise ValueError(f"from: {settings['from']} gives NaN or inf; its weights are damaged")
-    shown = logits.topk(min(settings.show, len(logits))).indices.tolist()
+    row_ids = logits.topk(min(settings.show, len(logits))).indices.tolist()
     if settings.token is not None:
         token_ids = encode_prompt(settings.token)
         if len(token_ids) != 1:
             raise ValueError(f"token: {settings.token!r} is {len(token_ids)} tokens; give one")
-        shown = list(dict.fromkeys([*shown, *token_ids]))
+        row_ids = list(dict.fromkeys([*row_ids, *token_ids]))
         settings.token = repr(settings.token)
-    return [repr(decode([i])) for i in range(len(logits))], logits, shown
+    return [repr(decode([i])) for i in range(len(logits))], logits, row_ids
 
 
 def _combinations(settings: Namespace, default: Sequence[float]) -> list["SamplingParams"]:
@@ -168,16 +170,24 @@ def _combinations(settings: Namespace, default: Sequence[float]) -> list["Sampli
 def _parser() -> ArgumentParser:
     parser = report_parser("sampling", run.__doc__)
     add = parser.add_argument
-    add("--tokens", type=list[str] | None, help="Names of the tokens; default: the book's nine.")
-    add("--logits", type=list[float] | None, help="Their logits; default: the book's.")
-    add("--temperatures", type=list[float] | None, help="Default: [1, 0.1, 5], the book's.")
+    add("--tokens", type=list[str] | None, help="Names of the tokens; null = the book's nine.")
+    add("--logits", type=list[float] | None, help="Logits of the tokens; null = the book's.")
+    add(
+        "--temperatures",
+        type=list[float] | None,
+        help="List of temperatures; 0 = greedy; null = [1, 0.1, 5], the book's.",
+    )
     add(
         "--top_k",
         type=list[int] | None,
-        help="A list of top-k settings, combined with the others; 0: all tokens.",
+        help="List of top-k values, such as [1, 5]; 0 or null = all tokens.",
     )
-    add("--top_p", type=list[float] | None, help="A list of top-p settings, combined too.")
-    add("--num_samples", type=int, default=1000, help="Draws a setting.")
-    add("--token", type=str, help="A token to single out, such as pizza.")
-    add("--show", type=int, default=10, help="With --from: how many of the likeliest tokens.")
+    add(
+        "--top_p",
+        type=list[float] | None,
+        help="List of top-p values; null = all tokens. Every temperature is combined with every top-k and top-p.",
+    )
+    add("--num_samples", type=int, default=1000, help="Samples for each setting.")
+    add("--token", type=str, help="A token to print separately, such as pizza.")
+    add("--show", type=int, default=10, help="With --from: number of most likely tokens.")
     return parser

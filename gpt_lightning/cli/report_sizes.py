@@ -1,4 +1,4 @@
-"""``report sizes``: exercise 5.6, models of different sizes side by side."""
+"""``report sizes``: exercise 5.6, a comparison of models of different sizes."""
 
 import json
 from dataclasses import asdict
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.cli.console import print_table, writable_folder, write_csv
+from gpt_lightning.cli.console import print_table, progress, writable_folder, write_csv
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.report import progress, report_parser
+from gpt_lightning.cli.report import report_parser
 from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> None:
-    """Exercise 5.6: GPT-2's sizes, or any models, on the same prompt, seed and text.
+    """Exercise 5.6: compare GPT-2's sizes, or any models, on the same prompt, seed and text.
 
-    Each is measured in a process of its own: parameters, file, losses on both splits of --text, speed,
-    memory, and --num_samples continuations side by side. One that does not fit in memory is left out,
-    with the reason. With --out also a figure (PNG), CSV and JSON.
+    The report shows parameters, file size, losses on both splits of --text, speed, peak memory, and
+    --num_samples continuations side by side. A model that does not fit into memory is skipped, with the reason.
+    With --out, the command also writes a figure (PNG), CSV and JSON.
     """
     settings = parse(_parser(), arguments)
     if not settings["from"]:
@@ -32,9 +32,11 @@ def run(arguments: list[str]) -> None:
         if settings[name] < 1:
             raise ValueError(f"{name}: {settings[name]} is too small; give 1 or more")
     if not 0.0 < settings.train_ratio < 1.0:
-        raise ValueError(f"train_ratio: {settings.train_ratio} leaves a split empty; give e.g. 0.9")
+        raise ValueError(
+            f"train_ratio: {settings.train_ratio} leaves a split empty; give 0.9, for example"
+        )
 
-    from gpt_lightning.cli.generate import usable_device
+    from gpt_lightning.cli.generate import resolve_device
     from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.reports import model_comparison as report
 
@@ -49,13 +51,13 @@ def run(arguments: list[str]) -> None:
         train_ratio=settings.train_ratio,
         context_length=settings.context_length,
         batch_size=settings.batch_size,
-        device=usable_device(settings.device),
+        device=resolve_device(settings.device),
         dtype=settings.dtype,
         n_heads=settings.n_heads,
         max_memory=None if settings.max_memory is None else int(settings.max_memory * 1e9),
     )
     with progress("models", len(settings["from"])) as advance:
-        measured = report.measure_all(settings["from"], task, advance)
+        measurements = report.measure_all(settings["from"], task, advance)
     caption = (
         f"{shorten(repr(task.prompt), 80)}, temperature {task.sampling.temperature:g}, top_k {task.sampling.top_k or 'all'}, "
         f"seed {task.seed}, {task.device}, {task.dtype or 'weights as stored'}"
@@ -63,55 +65,55 @@ def run(arguments: list[str]) -> None:
     if task.text:
         caption += f"; losses on {task.text}, windows of {task.context_length}"
     caption = printable(caption)
-    answer = {**report.as_dict(measured), "settings": asdict(task)}
+    answer = {**report.as_dict(measurements), "settings": asdict(task)}
     if out is not None:
         write_csv(
             out / "sizes.csv",
-            [{**asdict(model), "samples": " | ".join(model.samples)} for model in measured],
+            [{**asdict(model), "samples": " | ".join(model.samples)} for model in measurements],
         )
         (out / "sizes.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
-        if any(model.skipped is None for model in measured):
-            report.figure(measured, caption).savefig(out / "sizes.png", dpi=150)
+        if any(model.skipped is None for model in measurements):
+            report.comparison_figure(measurements, caption).savefig(out / "sizes.png", dpi=150)
     if settings.json:
         print(json.dumps(answer))
         return
-    print_table(caption, [_row(model) for model in measured])
-    for model in measured:
+    print_table(caption, [_row(model) for model in measurements])
+    for model in measurements:
         if model.skipped:
             print(printable(f"{model.source}: skipped: {model.skipped}"))
-    whole = [model for model in measured if model.skipped is None]
-    if whole:
-        trials = zip(*(model.samples for model in whole), strict=True)
+    measured = [model for model in measurements if model.skipped is None]
+    if measured:
+        samples = zip(*(model.samples for model in measured), strict=True)
         print_table(
             "the same prompt, seed and settings",
             [
                 {
                     model.source: " ".join(text.split())
-                    for model, text in zip(whole, trial, strict=True)
+                    for model, text in zip(measured, texts, strict=True)
                 }
-                for trial in trials
+                for texts in samples
             ],
-            texts=[model.source for model in whole],
+            texts=[model.source for model in measured],
             lines=True,
         )
 
 
 def _row(model: "ModelMeasurement") -> dict[str, str]:
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def formatted(value: float | None, spec: str) -> str:
+        return "" if value is None else format(value, spec)
 
     milliseconds = model.seconds_to_first_token and 1e3 * model.seconds_to_first_token
     return {
         "model": model.source,
         "parameters": f"{model.parameters / 1e6:,.1f} M",
         "file": f"{model.file_bytes / 1e6:,.0f} MB",
-        "train loss": shown(model.train_loss, ".6f"),
-        "val loss": shown(model.val_loss, ".6f"),
-        "train perpl.": shown(model.train_perplexity, ",.2f"),
-        "val perpl.": shown(model.val_perplexity, ",.2f"),
-        "tokens/s": shown(model.tokens_per_second, ",.1f"),
+        "train loss": formatted(model.train_loss, ".6f"),
+        "val loss": formatted(model.val_loss, ".6f"),
+        "train perpl.": formatted(model.train_perplexity, ",.2f"),
+        "val perpl.": formatted(model.val_perplexity, ",.2f"),
+        "tokens/s": formatted(model.tokens_per_second, ",.1f"),
         "first token": "" if milliseconds is None else f"{milliseconds:,.1f} ms",
-        "peak memory": shown(
+        "peak memory": formatted(
             model.peak_memory_bytes and model.peak_memory_bytes / 1e9, ",.2f"
         ) + (" GB" if model.peak_memory_bytes else ""),
     }  # fmt: skip
@@ -120,19 +122,37 @@ def _row(model: "ModelMeasurement") -> dict[str, str]:
 def _parser() -> ArgumentParser:
     parser = report_parser("sizes", run.__doc__, sources="+")
     add = parser.add_argument
-    add("--text", type=str | None, help="verdict, sample, a file or a folder; none: no losses.")
-    add("--train_ratio", type=float, default=0.9, help="Share of the text that is for training.")
+    add(
+        "--text",
+        type=str | None,
+        help="Text for the losses: verdict, sample, a file or a folder; null = no losses.",
+    )
+    add("--train_ratio", type=float, default=0.9, help="Share of the text in the training split.")
     add("--context_length", type=int, default=256, help="Tokens in a window of the text.")
     add(
         "--batch_size",
         type=int,
         default=2,
-        help="Windows at a time; the losses do not depend on it.",
+        help="Windows per forward pass; the losses do not depend on it.",
     )
-    add("--temperature", type=float, default=1.5, help="0 takes the likeliest token.")
-    add("--top_k", type=int | None, default=50, help="Draw among the k likeliest; null: among all.")
-    add("--top_p", type=float | None, help="Draw among the likeliest that reach this probability.")
-    add("--num_samples", type=int, default=3, help="Texts of each model.")
-    add("--max_new_tokens", type=int, default=50, help="Tokens a text.")
-    add("--max_memory", type=float | None, help="GB that a model may take; none: what is free.")
+    add(
+        "--temperature",
+        type=float,
+        default=1.5,
+        help="0 = greedy; 1 = the model's distribution; > 1 flattens it.",
+    )
+    add(
+        "--top_k",
+        type=int | None,
+        default=50,
+        help="Sample from the k most likely tokens; null = all.",
+    )
+    add(
+        "--top_p",
+        type=float | None,
+        help="Sample from the fewest likely tokens with a total probability of p, 0 < p <= 1; null = all.",
+    )
+    add("--num_samples", type=int, default=3, help="Continuations of each model.")
+    add("--max_new_tokens", type=int, default=50, help="Maximum number of new tokens of a text.")
+    add("--max_memory", type=float | None, help="GB that a model may need; null = the free memory.")
     return parser

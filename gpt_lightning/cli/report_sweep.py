@@ -1,4 +1,4 @@
-"""``report sweep``: exercises 5.2 and 5.3 as a table, heat maps and a page with all texts."""
+"""``report sweep``: exercises 5.2 and 5.3 as a table, heat maps and an HTML page with all texts."""
 
 import base64
 import io
@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.cli.console import all_or, print_table, print_texts, writable_folder, write_csv
+from gpt_lightning.cli.console import (
+    print_table,
+    print_texts,
+    progress,
+    value_or_all,
+    writable_folder,
+    write_csv,
+)
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.report import load_model_of, progress, report_parser
+from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
 
 if TYPE_CHECKING:
@@ -23,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> None:
-    """Exercises 5.2 and 5.3: texts under each temperature × top_k, measured, and one to read of each.
+    """Exercises 5.2 and 5.3: metrics of generated texts for each temperature × top_k, and one text of each.
 
-    Which settings are deterministic is seen from the texts. With --out also heat maps (PNG), one page
-    with all texts (HTML, needs no network), CSV and JSON.
+    A setting whose texts are all identical is deterministic. With --out, the command also writes heat maps (PNG),
+    a page with all texts (HTML, readable offline), CSV and JSON.
     """
     settings = parse(_parser(), arguments)
     if not settings["from"]:
@@ -37,18 +44,18 @@ def run(arguments: list[str]) -> None:
     from gpt_lightning.data.tokenizer import encode_prompt
     from gpt_lightning.reports import sweep as report
 
-    cells_to_do = report.grid(
+    combinations = report.grid(
         settings.temperatures,
         [k or None for k in settings.top_k],
         [None] if settings.top_p is None else settings.top_p,
     )
     out = writable_folder(settings.out) if settings.out else None
     model = load_model_of(settings)
-    with progress("cells", len(cells_to_do)) as advance:
+    with progress("cells", len(combinations)) as advance:
         cells = report.sweep(
             model,
             encode_prompt(settings.prompt),
-            cells_to_do,
+            combinations,
             num_samples=settings.num_samples,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
@@ -57,13 +64,13 @@ def run(arguments: list[str]) -> None:
     loop = report.compare_with_plain_loop(
         model, encode_prompt(settings.prompt), cells, settings.max_new_tokens
     )
-    used = {
+    used_settings = {
         key: settings[key] for key in ("from", "prompt", "num_samples", "max_new_tokens", "seed")
     }
-    answer = {**report.as_dict(cells), "generate_simple": asdict(loop), "settings": used}
-    # the prompt last, and no more of it than leaves room for the settings
-    told = {key: value for key, value in used.items() if key != "prompt"}
-    caption = ", ".join(f"{key} {value}" for key, value in told.items())
+    answer = {**report.as_dict(cells), "generate_simple": asdict(loop), "settings": used_settings}
+    # the prompt is last and shortened, so that all settings are visible
+    others = (f"{key} {value}" for key, value in used_settings.items() if key != "prompt")
+    caption = ", ".join(others)
     caption = printable(f"{caption}, prompt {shorten(repr(settings.prompt), 100)}")
     if out is not None:
         figure = report.heat_maps(cells, caption)
@@ -83,8 +90,8 @@ def run(arguments: list[str]) -> None:
         [
             {
                 "temperature": f"{cell.temperature:g}",
-                "top_k": all_or(cell.top_k),
-                **({"top_p": all_or(cell.top_p)} if settings.top_p else {}),
+                "top_k": value_or_all(cell.top_k),
+                **({"top_p": value_or_all(cell.top_p)} if settings.top_p else {}),
                 "distinct-1": f"{cell.distinct_1:.3f}",
                 "distinct-2": f"{cell.distinct_2:.3f}",
                 "repetition": f"{cell.repetition_rate:.3f}",
@@ -97,24 +104,24 @@ def run(arguments: list[str]) -> None:
     )
     print_texts(
         "\none text of each setting",
-        [(_names(group), group[0].texts[0]) for group in report.same_texts(cells)],
+        [(_setting_names(group), group[0].texts[0]) for group in report.group_by_texts(cells)],
     )
     deterministic = [cell for cell in cells if cell.deterministic]
     print(f"deterministic: {len(deterministic)} of {len(cells)} settings (all texts identical)")
     print(f"generate_simple, the plain greedy loop, {loop}")
 
 
-def _names(cells: Sequence["GridCell"]) -> str:
-    """The settings of cells with the same texts: ``temperature 0: top_k 1, 5; temperature 1: top_k 1``."""
+def _setting_names(cells: Sequence["GridCell"]) -> str:
+    """One name for several settings: ``temperature 0: top_k 1, 5; temperature 1: top_k 1``."""
     names = []
-    for temperature, of_temperature in groupby(cells, lambda cell: cell.temperature):
+    for temperature, same_temperature in groupby(cells, lambda cell: cell.temperature):
         top_ps: dict[int | None, list[float | None]] = {}
-        for cell in of_temperature:
+        for cell in same_temperature:
             top_ps.setdefault(cell.top_k, []).append(cell.top_p)
-        for used, top_ks in groupby(top_ps, top_ps.__getitem__):
-            name = f"temperature {temperature:g}: top_k {', '.join(map(all_or, top_ks))}"
-            if used != [None]:
-                name += f" with top_p {', '.join(map(all_or, used))}"
+        for same_top_ps, top_ks in groupby(top_ps, top_ps.__getitem__):
+            name = f"temperature {temperature:g}: top_k {', '.join(map(value_or_all, top_ks))}"
+            if same_top_ps != [None]:
+                name += f" with top_p {', '.join(map(value_or_all, same_top_ps))}"
             names.append(name)
     return "; ".join(names)
 
@@ -128,9 +135,23 @@ def _base64_png(figure: "Figure") -> str:
 def _parser() -> ArgumentParser:
     parser = report_parser("sweep", run.__doc__)
     add = parser.add_argument
-    add("--temperatures", type=list[float], default=[0.0, 0.5, 1.0, 1.5], help="Rows of the grid.")
-    add("--top_k", type=list[int], default=[1, 5, 25, 0], help="Its columns; 0: all tokens.")
-    add("--top_p", type=list[float] | None, help="A grid for each of these.")
-    add("--num_samples", type=int, default=8, help="Texts a cell.")
-    add("--max_new_tokens", type=int, default=40, help="Tokens a text.")
+    add(
+        "--temperatures",
+        type=list[float],
+        default=[0.0, 0.5, 1.0, 1.5],
+        help="Rows of the grid; 0 = greedy.",
+    )
+    add(
+        "--top_k",
+        type=list[int],
+        default=[1, 5, 25, 0],
+        help="Columns of the grid; 0 = all tokens.",
+    )
+    add(
+        "--top_p",
+        type=list[float] | None,
+        help="List of top-p values, with one grid for each; null = one grid of all tokens.",
+    )
+    add("--num_samples", type=int, default=8, help="Texts of each cell, 2 or more.")
+    add("--max_new_tokens", type=int, default=40, help="Maximum number of new tokens of a text.")
     return parser

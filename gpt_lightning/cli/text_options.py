@@ -1,4 +1,4 @@
-"""Options that carry text, or lists of texts, in the same way from the command line and from a YAML file."""
+"""Options whose values are texts or lists of texts, on the command line and in YAML files."""
 
 from argparse import Action
 from collections.abc import Iterator, Sequence
@@ -9,19 +9,19 @@ from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.data.unicode import clean_text, utf8_text
 
-# options that the model or the tokenizer reads; a path may hold any bytes
+# options whose text goes to the tokenizer and must be UTF-8; paths are not here, since they may be any bytes
 _TEXTS = ("prompt", "evaluation.prompt", "stop", "token", "tokens")
 _PROMPTS = ("prompt", "evaluation.prompt")
 
 
 class TextList(Action):
-    """An option with several texts: repeated on the command line, one text or a list in a YAML file.
+    """An option with several texts: repeated on the command line, a text or a list in a YAML file.
 
-    The texts of the command line replace those of the file; there each is taken as it is written.
-    ``nargs="+"`` allows several texts at a time. :func:`take_texts` checks what came from a file.
+    The texts of the command line replace those of the file and are not parsed as YAML. ``nargs="+"`` allows
+    several texts after one option. :func:`normalize_texts` checks the texts of a file.
     """
 
-    _given: list[str] | None = None
+    _texts: list[str] | None = None
 
     def __call__(
         self,
@@ -31,18 +31,18 @@ class TextList(Action):
         option_string: str | None = None,
     ) -> None:
         new = [values] if isinstance(values, str) else list(values or ())
-        before: list[str] | None = getattr(namespace, self.dest, None)
-        if before is not None and before is self._given:
-            new = before + new  # any other list is from a file, or of another parse
-        self._given = new
-        setattr(namespace, self.dest, self._given)
+        previous: list[str] | None = getattr(namespace, self.dest, None)
+        if previous is not None and previous is self._texts:
+            new = previous + new  # any other list comes from a file or an earlier parse
+        self._texts = new
+        setattr(namespace, self.dest, self._texts)
 
 
-def take_texts(parser: ArgumentParser, settings: Namespace) -> None:
-    """Turn each :class:`TextList` into a list of texts or ``None``, and check all options that carry text.
+def normalize_texts(parser: ArgumentParser, settings: Namespace) -> None:
+    """Make each :class:`TextList` a list of texts or ``None``, and check all options with text.
 
     Raises:
-        ValueError: One is not text, or not valid UTF-8.
+        ValueError: A value is not text, or not valid UTF-8.
     """
     for action in parser._actions:
         if isinstance(action, TextList):
@@ -52,7 +52,7 @@ def take_texts(parser: ArgumentParser, settings: Namespace) -> None:
         if isinstance(value, str):
             settings[name] = _checked(name, value)
         elif isinstance(value, list):
-            settings[name] = [_checked(name, each) for each in value]
+            settings[name] = [_checked(name, text) for text in value]
 
 
 def _as_list(name: str, value: object) -> list[str] | None:
@@ -78,7 +78,7 @@ def _checked(name: str, text: str) -> str:
 
 
 def configs_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
-    """The arguments with each ``--config FILE`` first, so that the command line wins whatever its order."""
+    """The arguments with each ``--config FILE`` first, so that other arguments always have priority."""
     configs: list[str] = []
     others: list[str] = []
     for group, is_config in _split(parser, arguments):
@@ -86,11 +86,11 @@ def configs_first(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]
     return configs + others
 
 
-def check_given(arguments: Sequence[str]) -> None:
-    """Check the texts of the command line before it is parsed, whose errors would not name the option.
+def check_argument_texts(arguments: Sequence[str]) -> None:
+    """Check the texts of the command line before it is parsed: the parser's errors do not name the option.
 
     Raises:
-        ValueError: One is not valid UTF-8.
+        ValueError: A text is not valid UTF-8.
     """
     for name in _TEXTS:
         for text in values_of(f"--{name}", arguments):
@@ -98,13 +98,13 @@ def check_given(arguments: Sequence[str]) -> None:
 
 
 def values_of(option: str, arguments: Sequence[str]) -> list[str]:
-    """The values that the command line itself gives an option."""
+    """The values of an option on the command line, without those of a YAML file."""
     following = [value for name, value in pairwise(arguments) if name == option]
     return following + [a.partition("=")[2] for a in arguments if a.startswith(f"{option}=")]
 
 
 def _split(parser: ArgumentParser, arguments: Sequence[str]) -> Iterator[tuple[list[str], bool]]:
-    """The arguments in their order, ``--config FILE`` together, and which those are."""
+    """Groups of arguments in their order, and whether a group is ``--config FILE``."""
     action = parser._option_string_actions.get("--config")
     flags = () if action is None else tuple(action.option_strings)
     rest = iter(arguments)

@@ -22,7 +22,7 @@ from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.cli.trainer_values import check_trainer, explain_trainer
 from gpt_lightning.cli.yaml_input import load_checked
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_source
+from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, read_checkpoint, with_head
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback, checkpointing
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
@@ -168,7 +168,7 @@ class TrainingCLI(LightningCLI):
         if self.verb == "fit" and config.ckpt_path:
             self.ckpt_path, adopted = checkpoint_to_resume(self.folder, config.ckpt_path, named)
         elif source := self.source_name():
-            self.source = read_source(source, n_heads=named.get("n_heads"))
+            self.source = read_weights(source, n_heads=named.get("n_heads"))
             check_tokenizer(self.source, source)
             if "tied_embeddings" in named:
                 self.source = with_head(self.source, tied=named["tied_embeddings"])

@@ -1,1 +1,1 @@
-"""Weights from files, whatever their form."""
+"""Model weights: read from files, written to files, downloaded."""

@@ -1,4 +1,4 @@
-"""The book's ``model.pth`` and ``model_and_optimizer.pth``, as its notebooks save them."""
+"""Reader and writer of the book's ``model.pth`` and ``model_and_optimizer.pth``."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,23 +11,24 @@ from torch import Tensor
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.weights import (
-    POSITIONS,
+    POSITION_EMBEDDING,
     ModelWeights,
-    plain_names,
+    config_from_dict,
     same_values,
-    stored_config,
+    unwrap_names,
 )
 
-_HEAD_DIM = 64  # of every GPT-2 and of the book's models
-# our entry in a state dict's _metadata, which load_state_dict passes over: the architecture
+_HEAD_DIM = 64  # in every GPT-2 and in the book's models
+# our entry in a state dict's _metadata, which load_state_dict ignores: the architecture
 _METADATA = "gpt_lightning"
-_THIRDS = ("W_query", "W_key", "W_value")
+_QKV = ("W_query", "W_key", "W_value")
 _NORM_PARTS = {"weight": "scale", "bias": "shift"}
-# in an optimizer's state of a parameter, what has the parameter's shape
+# the entries of AdamW's state that have their parameter's shape
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def is_book(content: Any) -> bool:
+    """Whether the content of a ``torch.save`` file is the book's."""
     return isinstance(content, dict) and (
         "model_state_dict" in content
         or any(isinstance(n, str) and n.endswith(".W_query.weight") for n in content)
@@ -35,42 +36,43 @@ def is_book(content: Any) -> bool:
 
 
 def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -> ModelWeights:
-    """The moments of ``model_and_optimizer.pth`` come with its weights, under our names.
+    """Read the weights and, from ``model_and_optimizer.pth``, AdamW's moments, both under our names.
 
-    A file that :func:`write_book` wrote holds its architecture. The book's own code writes shapes alone: of
-    such a file the heads are ``n_heads``, or as many as are 64 wide, with a warning.
+    A file of :func:`write_book` holds its architecture. A file of the book's own code holds shapes only: the
+    number of heads is then ``n_heads``, or follows from 64 dimensions per head, with a warning.
 
     Args:
         content: What the file holds.
 
     Raises:
-        ValueError: The file lacks a tensor, or the heads are to be given.
+        ValueError: The file lacks a tensor, or ``n_heads`` must be given.
     """
     saved = content.get("model_state_dict", content)
     if not isinstance(saved, dict) or not all(isinstance(t, Tensor) for t in saved.values()):
-        raise ValueError(f"{path}: its model_state_dict is not one of tensors; give another")
-    names = plain_names(saved, POSITIONS, path)
-    theirs = {plain: saved[name] for plain, name in names.items()}
-    config = _shapes(theirs, path)
+        raise ValueError(f"{path}: its model_state_dict does not hold tensors only; give another")
+    names = unwrap_names(saved, POSITION_EMBEDDING, path)
+    theirs = {unwrapped: saved[name] for unwrapped, name in names.items()}
+    config = _config_from_shapes(theirs, path)
     warnings: tuple[str, ...] = ()
     assumed = frozenset({"drop_rate"})
     recorded = (getattr(saved, "_metadata", None) or {}).get(_METADATA)
     if recorded is not None:
-        config, assumed = stored_config(recorded, path), frozenset()
+        config, assumed = config_from_dict(recorded, path), frozenset()
     elif n_heads is not None:
         config = replace(config, n_heads=n_heads)
     else:
         config = replace(config, n_heads=_assumed_heads(config.emb_dim, path))
         assumed |= {"n_heads"}
         warnings = (
-            f"{path}: does not hold its number of attention heads; assuming {config.n_heads} "
-            f"({_HEAD_DIM} wide); if it has another, give --n_heads (with fit and validate --model.config.n_heads)",
+            f"{path}: does not contain its number of attention heads; assuming {config.n_heads} "
+            f"({_HEAD_DIM} dimensions each); if that is wrong, give --n_heads (--model.config.n_heads with fit and "
+            "validate)",
         )
     weights = {name: t for name, t in theirs.items() if not name.endswith(".mask")}
     optimizer_state = content.get("optimizer_state_dict")
-    # the book puts GPT-2's embedding into its head too; an optimizer counts them as two
-    shared = same_values(weights["out_head.weight"], weights["tok_emb.weight"])
-    if shared and optimizer_state is None and (config.tied_embeddings or not recorded):
+    # the book copies GPT-2's embedding into the head; with an optimizer state the two are separate parameters
+    is_copy = same_values(weights["out_head.weight"], weights["tok_emb.weight"])
+    if is_copy and optimizer_state is None and (config.tied_embeddings or not recorded):
         config = replace(config, tied_embeddings=True)
         del weights["out_head.weight"]
     else:
@@ -81,36 +83,33 @@ def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -
     return ModelWeights(config, state_dict, optimizer_state, assumed, warnings)
 
 
-def write_book(source: ModelWeights, path: Path) -> None:
-    """``model.pth``'s form, or ``model_and_optimizer.pth``'s where there are moments to write.
+def write_book(weights: ModelWeights, path: Path) -> None:
+    """Write the format of ``model.pth``, or of ``model_and_optimizer.pth`` if there are moments to write.
 
     The architecture goes into the state dict's ``_metadata``, which ``torch.save`` keeps and the book's
-    ``load_state_dict`` does not look at.
+    ``load_state_dict`` ignores.
 
-    A tied head becomes the book's own head with the same weights; its moments are those of one matrix
-    that is two in the book, and so are left out.
+    A tied head becomes a copy of the embedding, since the book's head is a separate matrix. The moments are then
+    left out: they belong to one matrix, and the book has two.
     """
-    config = source.config
-    weights = OrderedDict(_to_book(source.state_dict, config))
+    config = weights.config
+    theirs = OrderedDict(_to_book(weights.state_dict, config))
     if config.tied_embeddings:
-        weights["out_head.weight"] = _own(source.state_dict["tok_emb.weight"])
-    names = list(weights)
+        theirs["out_head.weight"] = _copy(weights.state_dict["tok_emb.weight"])
+    names = list(theirs)
     length = config.context_length
     for i in range(config.n_layers):
-        weights[f"trf_blocks.{i}.att.mask"] = torch.triu(torch.ones(length, length), diagonal=1)
-    weights.__dict__["_metadata"] = {_METADATA: asdict(config)}
-    if source.optimizer_state is None or config.tied_embeddings:
-        torch.save(weights, path)
+        theirs[f"trf_blocks.{i}.att.mask"] = torch.triu(torch.ones(length, length), diagonal=1)
+    theirs.__dict__["_metadata"] = {_METADATA: asdict(config)}
+    if weights.optimizer_state is None or config.tied_embeddings:
+        torch.save(theirs, path)
         return
-    optimizer_state = _book_optimizer(source.optimizer_state, names, config)
-    torch.save({"model_state_dict": weights, "optimizer_state_dict": optimizer_state}, path)
+    optimizer_state = _book_optimizer(weights.optimizer_state, names, config)
+    torch.save({"model_state_dict": theirs, "optimizer_state_dict": optimizer_state}, path)
 
 
 def _names(config: GPTConfig) -> dict[str, tuple[str, ...]]:
-    """Our name of each tensor → the book's, three where ours is query, key and value in one.
-
-    In the order of the book's ``model.parameters()``, by which its optimizer counts.
-    """
+    """Map our name of each tensor to the book's: three names if ours is query, key and value in one."""
     names: dict[str, tuple[str, ...]] = {
         "tok_emb.weight": ("tok_emb.weight",),
         "pos_emb.weight": ("pos_emb.weight",),
@@ -118,7 +117,7 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, ...]]:
     for i in range(config.n_layers):
         block = f"trf_blocks.{i}"
         for part in ("weight", "bias") if config.qkv_bias else ("weight",):
-            names[f"{block}.att.qkv.{part}"] = tuple(f"{block}.att.{w}.{part}" for w in _THIRDS)
+            names[f"{block}.att.qkv.{part}"] = tuple(f"{block}.att.{w}.{part}" for w in _QKV)
         for module in ("att.out_proj", "ff.layers.0", "ff.layers.2"):
             for part in ("weight", "bias"):
                 names[f"{block}.{module}.{part}"] = (f"{block}.{module}.{part}",)
@@ -133,21 +132,21 @@ def _names(config: GPTConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _to_ours(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Names that are not the book's are kept, for whoever checks them against the model."""
+    """Rename and concatenate. Unknown names stay: the caller compares all names with the model's."""
     names = _names(config)
     theirs = {name for group in names.values() for name in group}
     ours = {name: tensor for name, tensor in tensors.items() if name not in theirs}
     for name, group in names.items():
-        if all(third in tensors for third in group):
-            parts = [tensors[third] for third in group]
-            ours[name] = parts[0] if len(parts) == 1 else _put_together(parts, group[0])
+        if all(part in tensors for part in group):
+            parts = [tensors[part] for part in group]
+            ours[name] = parts[0] if len(parts) == 1 else _concatenate(parts, group[0])
     return ours
 
 
-def _put_together(parts: list[Tensor], name: str) -> Tensor:
+def _concatenate(parts: list[Tensor], name: str) -> Tensor:
     first = parts[0]
     if any(part.shape != first.shape or not part.is_floating_point() for part in parts):
-        raise ValueError(f"{name}: is not of the shape and dtype of its key and value")
+        raise ValueError(f"{name}: differs in shape or dtype from its key and value; give another")
     return torch.cat(parts)
 
 
@@ -155,34 +154,37 @@ def _to_book(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tens
     book: dict[str, Tensor] = {}
     for name, group in _names(config).items():
         parts = (tensors[name],) if len(group) == 1 else tensors[name].chunk(3)
-        book.update(zip(group, map(_own, parts), strict=True))
-    # the order of the book's modules: query, key and value each with weight and bias
+        book.update(zip(group, map(_copy, parts), strict=True))
     return {name: book[name] for name in _book_order(config)}
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy in a storage of its own: ``torch.save`` writes the whole storage of a view."""
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in a new storage: ``torch.save`` would write the whole storage of a view."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _book_order(config: GPTConfig) -> list[str]:
-    """The names in the order of ``model.parameters()`` of the book's model, by which AdamW counts."""
-    order = [name for group in _names(config).values() for name in group]
-    place = {name: i for i, name in enumerate(order)}
+    """The names in the order of the book's ``model.parameters()``, which numbers AdamW's state.
+
+    Each module's weight and bias are neighbors there; :func:`_names` has the weights of query, key and value
+    before their biases.
+    """
+    names = [name for group in _names(config).values() for name in group]
+    position = {name: i for i, name in enumerate(names)}
 
     def key(name: str) -> tuple[int, int]:
         module = name.rpartition(".")[0]
-        first = min(place[n] for n in order if n.rpartition(".")[0] == module)
-        return first, place[name]
+        first = min(position[n] for n in names if n.rpartition(".")[0] == module)
+        return first, position[name]
 
-    return sorted(order, key=key)
+    return sorted(names, key=key)
 
 
-def _shapes(theirs: dict[str, Tensor], path: Path) -> GPTConfig:
-    """The architecture as far as the shapes tell, with one head."""
+def _config_from_shapes(theirs: dict[str, Tensor], path: Path) -> GPTConfig:
+    """The architecture that follows from the shapes, with one head."""
     for name in ("tok_emb.weight", "pos_emb.weight", "out_head.weight"):
         if name not in theirs or theirs[name].dim() != 2:
-            raise ValueError(f"{path}: has no {name}, as the book's model has; give another")
+            raise ValueError(f"{path}: has no {name}, unlike the book's model; give another")
     vocab_size, emb_dim = theirs["tok_emb.weight"].shape
     blocks = [name.split(".")[1] for name in theirs if name.startswith("trf_blocks.")]
     return GPTConfig(
@@ -198,8 +200,8 @@ def _shapes(theirs: dict[str, Tensor], path: Path) -> GPTConfig:
 def _assumed_heads(emb_dim: int, path: Path) -> int:
     if emb_dim % _HEAD_DIM:
         raise ValueError(
-            f"n_heads: {path} does not hold it, and its width of {emb_dim} is not a multiple of "
-            f"{_HEAD_DIM}; give --n_heads (with fit and validate --model.config.n_heads)"
+            f"n_heads: {path} does not contain it, and its emb_dim of {emb_dim} is not a multiple of "
+            f"{_HEAD_DIM}; give --n_heads (--model.config.n_heads with fit and validate)"
         )
     return emb_dim // _HEAD_DIM
 
@@ -207,12 +209,18 @@ def _assumed_heads(emb_dim: int, path: Path) -> int:
 def _our_optimizer(
     saved: dict[str, Any], names: list[str], config: GPTConfig, path: Path
 ) -> dict[str, Any]:
-    """AdamW's state by the book's parameter numbers → by ours. ``names``: the file's, in its order."""
+    """AdamW's state with our parameter numbers instead of the book's.
+
+    Args:
+        names: The book's, in the order of the file.
+    """
     try:
         state = {names[index]: entry for index, entry in saved["state"].items()}
         group = {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its optimizer_state_dict is not AdamW's of its model") from error
+        raise ValueError(
+            f"{path}: its optimizer_state_dict is not that of AdamW for its model; give another"
+        ) from error
     ours: dict[int, dict[str, Any]] = {}
     our_names = list(_names(config))
     for index, name in enumerate(our_names):
@@ -227,6 +235,7 @@ def _our_optimizer(
 
 
 def _book_optimizer(saved: dict[str, Any], names: list[str], config: GPTConfig) -> dict[str, Any]:
+    """AdamW's state with the book's parameter numbers, which are positions in ``names``."""
     ours = {
         name: saved["state"][index]
         for group in saved["param_groups"]
@@ -237,9 +246,9 @@ def _book_optimizer(saved: dict[str, Any], names: list[str], config: GPTConfig) 
     for name, group in _names(config).items():
         if name not in ours:
             continue
-        for third, theirs in enumerate(group):
+        for i, theirs in enumerate(group):
             state[names.index(theirs)] = {
-                key: _own(value.chunk(len(group))[third]) if key in _MOMENTS else value
+                key: _copy(value.chunk(len(group))[i]) if key in _MOMENTS else value
                 for key, value in ours[name].items()
             }
     first = {k: v for k, v in saved["param_groups"][0].items() if k != "param_names"}

@@ -1,4 +1,4 @@
-"""SOURCE in one form to DEST in another."""
+"""Conversion of weights from one format to another."""
 
 import glob
 import logging
@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.huggingface import write_huggingface
-from gpt_lightning.pretrained.load import check_heads, print_warnings, read_source
+from gpt_lightning.pretrained.load import check_heads, print_warnings, read_weights
 from gpt_lightning.pretrained.openai import write_openai
-from gpt_lightning.pretrained.weights import in_one_dtype, write_lightning
+from gpt_lightning.pretrained.weights import to_one_dtype, write_lightning
 from gpt_lightning.storage.checksum import write_manifest
 
 logger = logging.getLogger(__name__)
@@ -29,45 +29,53 @@ _WRITERS = {
     "lightning": write_lightning,
     "book": write_book,
 }
-_SUFFIXES = {"lightning": ".ckpt", "book": ".pth"}  # the forms that are one file
+_SUFFIXES = {"lightning": ".ckpt", "book": ".pth"}  # the formats that are one file
 
 
-def convert(source: str, dest: Path, form: WeightFormat, *, n_heads: int | None = None) -> None:
-    """Write ``dest``, a folder for 'hf' and 'openai-tf' and a file for 'lightning' and 'book'.
+def convert(
+    source: str, dest: Path, weight_format: WeightFormat, *, n_heads: int | None = None
+) -> None:
+    """Write ``dest``: a folder for 'hf' and 'openai-tf', a file for 'lightning' and 'book'.
 
-    It is written under a hidden name beside it and renamed when it is whole. Optimizer moments go along
-    where both forms have them. A model with another tokenizer than GPT-2's is converted where its vocabulary
-    is smaller, since that is seen in each form; the tokenizer stays behind.
+    Either all of ``dest`` is written or nothing. It contains the optimizer's moments if both formats can hold
+    them. A model whose tokenizer is not GPT-2's is converted only if its vocabulary is smaller, because every
+    format shows that; the tokenizer itself is not converted.
+
+    Args:
+        weight_format: The format of ``dest``.
+        n_heads: For a ``source`` written by the book's own code, which does not contain it.
 
     Raises:
-        ValueError: ``source`` cannot be read, or not be written in that form.
+        ValueError: ``source`` cannot be read, or cannot be written in this format.
         OSError: ``dest`` exists, or cannot be written.
     """
     if os.path.lexists(dest):
         raise FileExistsError(f"dest: {dest} exists; give a new name")
     if not dest.parent.is_dir():
-        raise FileNotFoundError(f"dest: {dest.parent} is no folder; make it first")
-    suffix = _SUFFIXES.get(form)
+        raise FileNotFoundError(f"dest: {dest.parent} is not a folder; create it first")
+    suffix = _SUFFIXES.get(weight_format)
     if suffix is not None and dest.suffix != suffix:
-        raise ValueError(f"dest: {dest} is one file in the form {form}; call it {dest}{suffix}")
-    found = read_source(source, n_heads=n_heads)
-    check_heads(found, source, n_heads)
-    if found.other_tokenizer is not None and found.config.vocab_size >= VOCAB_SIZE:
         raise ValueError(
-            f"{source}: has another tokenizer than GPT-2's: {found.other_tokenizer}; no form that is written here "
-            "holds it, so text would be read with GPT-2's; give a model with GPT-2's tokenizer"
+            f"dest: {dest} is one file in the format {weight_format}; call it {dest}{suffix}"
         )
-    found = in_one_dtype(found)
+    weights = read_weights(source, n_heads=n_heads)
+    check_heads(weights, source, n_heads)
+    if weights.other_tokenizer is not None and weights.config.vocab_size >= VOCAB_SIZE:
+        raise ValueError(
+            f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; convert does not write "
+            "it, so text would be encoded with GPT-2's; give a model with GPT-2's tokenizer"
+        )
+    weights = to_one_dtype(weights)
     with atomic_output(dest) as hidden:
         if suffix is None:
             hidden.mkdir()
-        _WRITERS[form](found, hidden)
+        _WRITERS[weight_format](weights, hidden)
         if suffix is None:
             write_manifest(hidden, [path.name for path in hidden.iterdir()])
-    print_warnings(found)
-    if "drop_rate" in found.assumed and form != "openai-tf":
-        rate = found.config.drop_rate
-        logger.warning(f"{source}: does not hold its dropout; {rate} is written")
+    print_warnings(weights)
+    if "drop_rate" in weights.assumed and weight_format != "openai-tf":
+        rate = weights.config.drop_rate
+        logger.warning(f"{source}: does not contain its dropout rate; writes {rate}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""GPT-2's public files, from Hugging Face's hub or OpenAI's hosts, into the cache."""
+"""Download of GPT-2's public weights from Hugging Face's hub or OpenAI's hosts into the cache."""
 
 import json
 import re
@@ -16,21 +16,21 @@ from safetensors import SafetensorError, safe_open
 
 from gpt_lightning.pretrained.http_download import (
     ATTEMPTS,
-    NOT_HERE,
+    NOT_AVAILABLE_STATUS,
     ExpectedFile,
     NotAvailableError,
     OnBytes,
-    brief,
-    check,
     fetch,
-    has_digest,
+    matches_checksum,
     put,
+    root_cause,
+    verify,
 )
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
 DownloadHost = Literal["hub", "openai"]
-_HUB = {  # repository, revision, what is known of model.safetensors
+_HUB = {  # repository, revision, size and checksum of model.safetensors
     "gpt2-124M": (
         "openai-community/gpt2",
         "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -63,7 +63,7 @@ _OPENAI = (
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
 )
 _DATA, _INDEX, _META = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta"
-_SMALL = {
+_EXPECTED = {  # the same for each size of model
     "encoder.json": ExpectedFile(
         1042301, "sha256:196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
     ),
@@ -73,7 +73,7 @@ _SMALL = {
     "checkpoint": ExpectedFile(77),
 }
 OPENAI_FILES = ("checkpoint", "encoder.json", "hparams.json", _DATA, _INDEX, _META, "vocab.bpe")
-_BY_SIZE = {
+_EXPECTED_BY_SIZE = {
     "gpt2-124M": {
         "hparams.json": ExpectedFile(90),
         _DATA: ExpectedFile(497759232, "md5:f48b9cf1a525a603be52258f69bf9162"),
@@ -89,28 +89,28 @@ _BY_SIZE = {
 }
 
 
-def folder_of(name: str, host: DownloadHost) -> Path:
-    """Where the files of a size are, or are to be put by hand."""
+def download_folder(name: str, host: DownloadHost) -> Path:
+    """The cache folder for the files of a size. A user may also put the files there."""
     return cache_folder() / name / host
 
 
 def find_downloaded(name: str) -> Path:
-    """The folder with the files of a size, from whichever host.
+    """The folder with the complete files of a size, from either host.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: There is no such folder.
     """
-    needed: dict[DownloadHost, tuple[str, ...]] = {
+    required: dict[DownloadHost, tuple[str, ...]] = {
         "hub": HUB_FILES,
         "openai": ("hparams.json", _DATA, _INDEX),
     }
-    for host, files in needed.items():
-        folder = folder_of(name, host)
+    for host, files in required.items():
+        folder = download_folder(name, host)
         if all((folder / file).is_file() for file in files):
             return folder
     raise FileNotFoundError(
-        f"{name}: is not there yet; run python -m gpt_lightning download {name}, or put "
-        f"{' and '.join(HUB_FILES)} into {folder_of(name, 'hub')}"
+        f"{name}: is not downloaded; run python -m gpt_lightning download {name}, or put "
+        f"{' and '.join(HUB_FILES)} into {download_folder(name, 'hub')}"
     )
 
 
@@ -124,31 +124,32 @@ def download(
     on_damage: Callable[[Path], None] = lambda path: None,
     pause: float = 1.0,
 ) -> Path:
-    """Fetch what is missing or damaged of a size's files, and return their folder.
+    """Download the missing and damaged files of a size, and return their folder.
 
-    A file appears under its name only when it is whole: its size and sum are checked where they are
-    known or the host tells them, else recorded and checked from then on. OpenAI's files go on where the
-    connection broke, in a later run too; the hub's do so within one run.
+    A file gets its name only when it is complete. Its size and checksum are verified if they are known here or
+    the host gives them. All files are recorded in a manifest and verified against it in later runs. Interrupted
+    downloads resume: OpenAI's files also in a later run, the hub's within one run.
 
     Args:
-        folder: For the files; none: :func:`folder_of`, where a SOURCE's name finds them.
-        mirror: Tried first: for OpenAI's files an address that ``/124M/hparams.json`` and the like
-            complete; for the hub another endpoint.
-        on_damage: Called with a file that is there but not what it should be, before it is fetched.
-        pause: Seconds before a second attempt; twice as long before a third.
+        name: One of ``GPT2_SIZES``.
+        folder: For the files. ``None``: :func:`download_folder`, where the name as a SOURCE finds them.
+        mirror: Tried first. For OpenAI's files a URL to which ``/124M/hparams.json`` is appended, for the hub
+            another endpoint.
+        on_damage: Called with a damaged file before it is downloaded again.
+        pause: Seconds before the second attempt; twice as long before the third.
 
     Raises:
-        OSError: A file cannot be fetched; the message names the files and where to put them.
+        OSError: A file cannot be downloaded. The message names the files and their folder.
     """
     files = HUB_FILES if host == "hub" else OPENAI_FILES
-    folder = folder or folder_of(name, host)
+    folder = folder or download_folder(name, host)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise OSError(
-            f"download: another process is fetching into {folder}; wait for it"
+            f"download: another process is downloading into {folder}; wait for it"
         ) from error
     try:
         _download(name, host, files, folder, mirror, on_bytes, on_damage, pause)
@@ -169,59 +170,60 @@ def _download(
     pause: float,
 ) -> None:
     damaged = set(damaged_files(folder))
-    recorded = _recorded(folder)
-    whole = set(files) & recorded - damaged
+    recorded = _recorded_files(folder)
+    valid = set(files) & recorded - damaged
     for file in files:
-        if file not in whole and (folder / file).is_file():
-            if file not in damaged and _fits(folder / file, _known(name, host, file)):
-                whole.add(file)  # put there by hand
+        if file not in valid and (folder / file).is_file():
+            if file not in damaged and _is_valid(folder / file, _expected(name, host, file)):
+                valid.add(file)  # a user has put it there
             else:
                 damaged.add(file)
                 on_damage(folder / file)
-    if host == "hub" and len(whole) < len(files) and find_spec("huggingface_hub") is None:
+    if host == "hub" and len(valid) < len(files) and find_spec("huggingface_hub") is None:
         raise OSError(
             "download: the hub needs huggingface_hub; pip install 'gpt-lightning[hub]', or give "
             "--host openai"
         )
     try:
         for file in files:
-            if file not in whole:
-                known = _known(name, host, file)
+            if file not in valid:
+                expected = _expected(name, host, file)
                 if host == "hub":
-                    _fetch_from_hub(name, folder / file, known, mirror, on_bytes, pause)
+                    _fetch_from_hub(name, folder / file, expected, mirror, on_bytes, pause)
                 else:
-                    hosts = [mirror.rstrip("/"), *_OPENAI] if mirror else _OPENAI
-                    urls = [f"{at}/{name.removeprefix('gpt2-')}/{file}" for at in hosts]
-                    fetch(urls, folder / file, known, on_bytes, pause)
-                whole.add(file)
+                    bases = [mirror.rstrip("/"), *_OPENAI] if mirror else _OPENAI
+                    urls = [f"{base}/{name.removeprefix('gpt2-')}/{file}" for base in bases]
+                    fetch(urls, folder / file, expected, on_bytes, pause)
+                valid.add(file)
                 damaged.discard(file)
                 recorded.discard(file)
     except OSError as error:
         raise OSError(
-            f"download: {file} of {name} cannot be fetched ({error}); try again, or put "
+            f"download: {file} of {name} cannot be downloaded ({error}); try again, or put "
             f"{', '.join(files)} into {folder}"
         ) from error
     finally:
-        # a file that is still damaged stays recorded as what it was, so that nobody loads it
-        if whole != recorded and not damaged:
-            write_manifest(folder, whole)
+        # while a file is damaged, the manifest keeps its old checksum, so that no command loads the file
+        if valid != recorded and not damaged:
+            write_manifest(folder, valid)
 
 
-def _recorded(folder: Path) -> set[str]:
+def _recorded_files(folder: Path) -> set[str]:
     path = folder / MANIFEST
     return set(json.loads(path.read_text(encoding="utf-8"))["files"]) if path.exists() else set()
 
 
-def _fits(path: Path, known: ExpectedFile) -> bool:
-    if known.size not in (None, path.stat().st_size):
+def _is_valid(path: Path, expected: ExpectedFile) -> bool:
+    """Whether a file has the expected size and checksum; without a checksum, whether it can be read."""
+    if expected.size not in (None, path.stat().st_size):
         return False
-    if known.digest is None and not _opens(path):
-        return False
-    return known.digest is None or has_digest(path, known.digest)
+    if expected.checksum is None:
+        return _is_readable(path)
+    return matches_checksum(path, expected.checksum)
 
 
-def _opens(path: Path) -> bool:
-    """Whether a file of which no sum is known is at least not cut off, where its form tells."""
+def _is_readable(path: Path) -> bool:
+    """Whether a safetensors or JSON file is complete; ``True`` for other files."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="np"):
@@ -233,59 +235,62 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def _known(name: str, host: DownloadHost, file: str) -> ExpectedFile:
+def _expected(name: str, host: DownloadHost, file: str) -> ExpectedFile:
     if host == "hub":
         return _HUB[name][2] if file == "model.safetensors" else ExpectedFile()
-    return _SMALL.get(file) or _BY_SIZE.get(name, {}).get(file, ExpectedFile())
+    return _EXPECTED.get(file) or _EXPECTED_BY_SIZE.get(name, {}).get(file, ExpectedFile())
 
 
 def _fetch_from_hub(
-    name: str, path: Path, known: ExpectedFile, mirror: str | None, on_bytes: OnBytes, pause: float
+    name: str,
+    path: Path,
+    expected: ExpectedFile,
+    mirror: str | None,
+    on_bytes: OnBytes,
+    pause: float,
 ) -> None:
-    """With huggingface_hub, which goes on itself where a connection breaks.
-
-    Raises:
-        OSError: As :func:`fetch`.
-    """
+    """Like :func:`fetch`, with huggingface_hub, which resumes an interrupted download itself."""
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it reports every attempt
+    logging.set_verbosity_error()  # otherwise it logs every attempt
     causes = []
     for endpoint in [mirror.rstrip("/"), ENDPOINT] if mirror else [ENDPOINT]:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(pause * 2 ** (attempt - 1))
             try:
-                _fetch_from_endpoint(name, path, known, endpoint, on_bytes)
+                _fetch_from_endpoint(name, path, expected, endpoint, on_bytes)
                 return
-            except Exception as error:  # those of httpx, httpx2 or requests, by version
+            except (
+                Exception
+            ) as error:  # of httpx or requests, depending on the version of huggingface_hub
                 last = error
-                answer = getattr(error, "response", None)
+                response = getattr(error, "response", None)
                 if (
                     isinstance(error, NotAvailableError)
-                    or getattr(answer, "status_code", 0) in NOT_HERE
+                    or getattr(response, "status_code", 0) in NOT_AVAILABLE_STATUS
                 ):
                     break
-        causes.append(f"{urlsplit(endpoint).netloc}: {brief(last)}")
+        causes.append(f"{urlsplit(endpoint).netloc}: {root_cause(last)}")
     raise OSError(", ".join(causes)) from last
 
 
 def _fetch_from_endpoint(
-    name: str, path: Path, known: ExpectedFile, endpoint: str, on_bytes: OnBytes
+    name: str, path: Path, expected: ExpectedFile, endpoint: str, on_bytes: OnBytes
 ) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     repository, revision, _ = _HUB[name]
-    # asked first since, without a network, hf_hub_download takes its time to say so
+    # first, because hf_hub_download takes long to fail without a network
     url = hf_hub_url(repository, path.name, revision=revision, endpoint=endpoint)
-    asked = get_hf_file_metadata(url, token=False)
-    # of a large file the hub's ETag is its SHA-256
-    etag = asked.etag or ""
-    told = f"sha256:{etag}" if re.fullmatch("[0-9a-f]{64}", etag) else None
-    bar: dict[str, Any] = {}
-    if "tqdm_class" in signature(hf_hub_download).parameters:
-        bar["tqdm_class"] = _bar(path.name, asked.size, on_bytes)
+    metadata = get_hf_file_metadata(url, token=False)
+    # the hub's ETag of a large file is its SHA-256
+    etag = metadata.etag or ""
+    host_checksum = f"sha256:{etag}" if re.fullmatch("[0-9a-f]{64}", etag) else None
+    options: dict[str, Any] = {}
+    if "tqdm_class" in signature(hf_hub_download).parameters:  # not in old versions
+        options["tqdm_class"] = _progress_class(path.name, metadata.size, on_bytes)
     unfinished = path.with_name(".unfinished")
     fetched = Path(
         hf_hub_download(
@@ -295,16 +300,16 @@ def _fetch_from_endpoint(
             local_dir=unfinished,
             endpoint=endpoint,
             token=False,
-            **bar,
+            **options,
         )
     )
-    check(fetched, known, told)
+    verify(fetched, expected, host_checksum)
     put(fetched, path)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _bar(name: str, size: int | None, on_bytes: OnBytes) -> type:
-    """huggingface_hub's progress bar, which shows nothing and calls ``on_bytes``."""
+def _progress_class(name: str, size: int | None, on_bytes: OnBytes) -> type:
+    """A progress bar for huggingface_hub that shows nothing and calls ``on_bytes``."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):

@@ -1,6 +1,6 @@
-"""One file from the first of several addresses that gives it: whole under its name, or not at all.
+"""Download of one file from the first of several URLs that has it. The file is complete or absent.
 
-What was fetched before a connection broke is gone on with, in a later run too.
+Interrupted downloads resume, also in a later run.
 """
 
 import base64
@@ -17,162 +17,166 @@ from urllib.parse import urlsplit
 
 import requests
 
-# called with a file's name, its bytes so far and its bytes in all, where they are known
+# called with a file's name, its bytes so far, and its total bytes or None
 OnBytes = Callable[[str, int, int | None], None]
 
-ATTEMPTS = 3  # at each host, without a byte more than before
-_TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
-_BLOCK_BYTES = 1 << 18  # bytes; of a piece that breaks off nothing is kept
-NOT_HERE = (401, 403, 404, 410)
-_MOST = 10_000_000_000  # bytes of a file whose size nobody tells; the largest has 6.4 GB
-_PAGE = (b"<!doctype", b"<html", b"<?xml")
+ATTEMPTS = 3  # at each host, in a row without progress
+_TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
+_CHUNK_BYTES = 1 << 18  # a chunk that is cut off is discarded
+NOT_AVAILABLE_STATUS = (401, 403, 404, 410)
+_MAX_BYTES = 10_000_000_000  # of a file of unknown size; the largest has 6.4 GB
+_WEB_PAGE = (b"<!doctype", b"<html", b"<?xml")
 
 
 class ExpectedFile(NamedTuple):
-    """What is known of a file beforehand; sums as 'md5:…' or 'sha256:…'."""
+    """What is known about a file before its download. The checksum is 'md5:…' or 'sha256:…'."""
 
     size: int | None = None
-    digest: str | None = None
+    checksum: str | None = None
 
 
 class NotAvailableError(requests.RequestException):
-    """This host does not have the file; asking it again changes nothing."""
+    """The host does not have the file; another attempt is useless."""
 
 
 def fetch(
-    urls: Sequence[str], path: Path, known: ExpectedFile, on_bytes: OnBytes, pause: float = 1.0
+    urls: Sequence[str], path: Path, expected: ExpectedFile, on_bytes: OnBytes, pause: float = 1.0
 ) -> None:
-    """The first of ``urls`` that gives the file whole. Each is given up after three attempts that brought
-    nothing, with what it gave until then kept for another run.
+    """Download the file from the first of ``urls`` that delivers it completely.
+
+    A URL gets :data:`ATTEMPTS` attempts without progress. An incomplete file stays for a later run.
+
+    Args:
+        pause: Seconds before the second attempt; twice as long before the third.
 
     Raises:
-        OSError: None does, with the cause for each; or the file cannot be written.
+        OSError: No URL delivers the file, with the cause for each; or the file cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
     causes = []
     for url in urls:
-        furthest, failures = 0, 0
+        max_size, failures = 0, 0
         while failures < ATTEMPTS:
             try:
-                told = _fetch_once(url, part, known, on_bytes)
-                check(part, known, told)
+                host_checksum = _fetch_once(url, part, expected, on_bytes)
+                verify(part, expected, host_checksum)
                 put(part, path)
-                _origin(part).unlink(missing_ok=True)
+                _origin_file(part).unlink(missing_ok=True)
                 return
             except requests.RequestException as error:
                 last = error
-            reached = part.stat().st_size if part.exists() else 0
-            if not reached:
-                _origin(part).unlink(missing_ok=True)
-            failures = 0 if reached > furthest else failures + 1
-            furthest = max(furthest, reached)
+            size = part.stat().st_size if part.exists() else 0
+            if not size:
+                _origin_file(part).unlink(missing_ok=True)
+            failures = 0 if size > max_size else failures + 1
+            max_size = max(max_size, size)
             if isinstance(last, NotAvailableError):
                 break
             if failures < ATTEMPTS:
                 time.sleep(pause * 2 ** max(failures - 1, 0))
-        causes.append(f"{urlsplit(url).netloc}: {brief(last)}")
+        causes.append(f"{urlsplit(url).netloc}: {root_cause(last)}")
     raise OSError(", ".join(causes)) from last
 
 
-def _origin(part: Path) -> Path:
-    """What says where ``part`` is from: only the rest of the same file may go behind it."""
+def _origin_file(part: Path) -> Path:
+    """The file with the origin of ``part``: only the rest of the same file may be appended to it."""
     return part.with_suffix(".origin")
 
 
-def _fetch_once(url: str, part: Path, known: ExpectedFile, on_bytes: OnBytes) -> str | None:
-    """Go on with ``part``, or begin it; returns the sum that the host says the file has."""
-    begun = _begun(url, part)
-    have = part.stat().st_size if begun else 0
+def _fetch_once(url: str, part: Path, expected: ExpectedFile, on_bytes: OnBytes) -> str | None:
+    """Resume ``part``, or start it. Returns the checksum that the host gives for the file, or ``None``."""
+    origin = _read_origin(url, part)
+    received = part.stat().st_size if origin else 0
     headers = {"Accept-Encoding": "identity"}
-    if begun and have:
-        headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as answer:
-        if answer.status_code in NOT_HERE:
-            raise NotAvailableError(f"{answer.status_code} {answer.reason}")
-        if answer.status_code == 416:  # nothing after what is here, which may be too much
+    if origin and received:
+        headers["Range"] = f"bytes={received}-"
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        if response.status_code in NOT_AVAILABLE_STATUS:
+            raise NotAvailableError(f"{response.status_code} {response.reason}")
+        if response.status_code == 416:  # ``part`` is as long as the file, or longer
             part.unlink()
-            raise requests.ConnectionError(f"has no more bytes than {have:,}")
-        if not answer.ok:
-            raise requests.HTTPError(f"{answer.status_code} {answer.reason}")
-        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise requests.ConnectionError(f"has no more bytes than {received:,}")
+        if not response.ok:
+            raise requests.HTTPError(f"{response.status_code} {response.reason}")
+        if "text/html" in response.headers.get("Content-Type", ""):
             raise NotAvailableError("answers with a web page, not with the file")
-        goes_on = answer.status_code == 206
-        if goes_on and (
-            not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            or answer.headers.get("ETag") != begun.get("etag")
+        is_resumed = response.status_code == 206
+        if is_resumed and (
+            not response.headers.get("Content-Range", "").startswith(f"bytes {received}-")
+            or response.headers.get("ETag") != origin.get("etag")
         ):
             part.unlink()
-            raise requests.ConnectionError("does not go on with the same file")
-        if not goes_on:
-            have = 0
-            # the sum of the whole file, which an answer with a part of it does not tell
-            begun = {
+            raise requests.ConnectionError("does not continue the same file")
+        if not is_resumed:
+            received = 0
+            # the checksum of the complete file; a response with a range of it does not contain it
+            origin = {
                 "url": url,
-                "etag": answer.headers.get("ETag"),
-                "md5": answer.headers.get("Content-MD5"),
+                "etag": response.headers.get("ETag"),
+                "md5": response.headers.get("Content-MD5"),
             }
             part.unlink(missing_ok=True)
-            _origin(part).write_text(json.dumps(begun), encoding="utf-8")
-        rest = answer.headers.get("Content-Length", "")
-        if not rest.isdigit() and "chunked" not in answer.headers.get("Transfer-Encoding", ""):
-            raise NotAvailableError("does not say how long the file is")
-        size = have + int(rest) if rest.isdigit() else known.size
-        if known.size not in (None, size):
-            raise NotAvailableError(f"has {size:,} bytes of it, not {known.size:,}")
-        if size and size - have > (free := shutil.disk_usage(part.parent).free):
-            raise OSError(f"needs {size - have:,} bytes, the disk has {free:,} left")
+            _origin_file(part).write_text(json.dumps(origin), encoding="utf-8")
+        length = response.headers.get("Content-Length", "")
+        if not length.isdigit() and "chunked" not in response.headers.get("Transfer-Encoding", ""):
+            raise NotAvailableError("does not give the file's size")
+        size = received + int(length) if length.isdigit() else expected.size
+        if expected.size not in (None, size):
+            raise NotAvailableError(f"has a file of {size:,} bytes, not {expected.size:,}")
+        if size and size - received > (free := shutil.disk_usage(part.parent).free):
+            raise OSError(f"needs {size - received:,} bytes, the disk has {free:,} left")
         with part.open("ab") as file:
-            for piece in answer.iter_content(_BLOCK_BYTES):
-                have += len(piece)
-                if have > (size or _MOST):
+            for chunk in response.iter_content(_CHUNK_BYTES):
+                received += len(chunk)
+                if received > (size or _MAX_BYTES):
                     break
-                file.write(piece)
-                on_bytes(part.name[1 : -len(".part")], have, size)
-    if have > (size or _MOST):
+                file.write(chunk)
+                on_bytes(part.name[1 : -len(".part")], received, size)
+    if received > (size or _MAX_BYTES):
         part.unlink()
-        raise NotAvailableError(f"goes on after {size or _MOST:,} bytes, which should be all")
-    if size is not None and have < size:
-        raise requests.ConnectionError(f"broke off after {have:,} of {size:,} bytes")
-    return f"md5:{_hex(begun['md5'])}" if begun.get("md5") else None
+        raise NotAvailableError(f"sends more than {size or _MAX_BYTES:,} bytes")
+    if size is not None and received < size:
+        raise requests.ConnectionError(f"broke off after {received:,} of {size:,} bytes")
+    return f"md5:{_hex(origin['md5'])}" if origin.get("md5") else None
 
 
-def _begun(url: str, part: Path) -> dict[str, Any]:
-    """What is known of the file that ``part`` is the beginning of, where it is from ``url``."""
+def _read_origin(url: str, part: Path) -> dict[str, Any]:
+    """The recorded origin of ``part``; empty if there is none or it is another URL."""
     try:
-        begun = json.loads(_origin(part).read_text(encoding="utf-8"))
+        origin = json.loads(_origin_file(part).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(begun, dict) or begun.get("url") != url or not part.exists():
+    if not isinstance(origin, dict) or origin.get("url") != url or not part.exists():
         return {}
-    return begun
+    return origin
 
 
 def _hex(md5: str) -> str:
-    """Of a Content-MD5 header, which is in base64; one that is not equals no sum."""
+    """A Content-MD5 header, which is base64, as hex. An invalid header stays, and matches no file."""
     try:
         return base64.b64decode(md5).hex()
     except ValueError:
         return md5
 
 
-def check(part: Path, known: ExpectedFile, told: str | None = None) -> None:
-    """Remove a file that is not what it should be, and say so by a ``RequestException``.
+def verify(part: Path, expected: ExpectedFile, host_checksum: str | None = None) -> None:
+    """Verify a file. One that is wrong is removed, and a ``RequestException`` has the cause.
 
     Args:
-        told: The sum that the host says it has, as ``ExpectedFile.digest``.
+        host_checksum: The checksum that the host gives, in the format of ``ExpectedFile.checksum``.
     """
     with part.open("rb") as file:
-        page = file.read(64).lstrip().lower().startswith(_PAGE)
-    if page:
+        is_web_page = file.read(64).lstrip().lower().startswith(_WEB_PAGE)
+    if is_web_page:
         part.unlink()
         raise NotAvailableError("answers with a web page, not with the file")
     size = part.stat().st_size
     cause = None
-    if known.size not in (None, size):
-        cause = f"gave {size:,} bytes, not {known.size:,}"
-    for digest in (known.digest, told):
-        if cause is None and digest and not has_digest(part, digest):
-            cause = f"gave a file without the sum {digest}"
+    if expected.size not in (None, size):
+        cause = f"gave {size:,} bytes, not {expected.size:,}"
+    for checksum in (expected.checksum, host_checksum):
+        if cause is None and checksum and not matches_checksum(part, checksum):
+            cause = f"gave a file that does not match its checksum {checksum}"
     if cause:
         part.unlink()
         raise requests.ConnectionError(cause)
@@ -185,14 +189,15 @@ def put(part: Path, path: Path) -> None:
     os.replace(part, path)
 
 
-def has_digest(path: Path, digest: str) -> bool:
-    algorithm, _, expected = digest.partition(":")
+def matches_checksum(path: Path, checksum: str) -> bool:
+    """Whether the file has this checksum, 'md5:…' or 'sha256:…'."""
+    algorithm, _, expected = checksum.partition(":")
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest() == expected
 
 
-def brief(error: BaseException) -> str:
-    """The innermost cause, which says what happened and not who noticed."""
+def root_cause(error: BaseException) -> str:
+    """The message of the innermost exception, in one short line."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return re.sub(" for url.*", "", " ".join(str(error).split()))[:160] or type(error).__name__

@@ -1,8 +1,8 @@
-"""OpenAI's form of GPT-2: a folder with ``hparams.json`` and a TensorFlow checkpoint.
+"""Reader and writer of OpenAI's GPT-2 format: ``hparams.json`` and a TensorFlow checkpoint.
 
-TensorFlow costs 1.3 GB on disk and 6 s to import, so it runs in a process of its own (``openai_tf.py``)
-that turns the checkpoint into a safetensors file under OpenAI's names and back. That file is kept in the
-cache under the checkpoint's sum, with a sum of its own: the same checkpoint is turned once.
+TensorFlow needs 1.3 GB on disk and 6 s to import, so it runs in a separate process (``openai_tf.py``), which
+converts the checkpoint to a safetensors file with OpenAI's names, and back. The safetensors file stays in the
+cache under the checkpoint's checksum, with a manifest: each checkpoint is converted once.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from gpt_lightning.pretrained.huggingface import (
     tensor_names,
     write_json,
 )
-from gpt_lightning.pretrained.name_map import ParamMapping, gpt2_names
+from gpt_lightning.pretrained.name_map import ParamMapping, gpt2_params
 from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
 from gpt_lightning.pretrained.weights import ModelWeights
 from gpt_lightning.storage.cache import cache_folder
@@ -46,59 +46,62 @@ _SUFFIX = {"embedding": "", "gain": "/g", "matrix": "/w", "bias": "/b"}
 
 
 def is_openai(folder: Path) -> bool:
+    """Whether the folder has the files of the format."""
     return (folder / "hparams.json").is_file() and (folder / INDEX).is_file()
 
 
 def read_openai(folder: Path) -> ModelWeights:
-    """The tensors are memory-mapped, the matrices transposed views.
+    """Read a folder. The tensors are memory-mapped, the matrices are transposed views.
 
     Raises:
-        ValueError: A file is damaged or TensorFlow not installed.
+        ValueError: A file is damaged, or TensorFlow is not installed.
         OSError: A file is missing or cannot be read.
     """
     config = _config(folder / "hparams.json")
     converted = _as_safetensors(folder)
-    there = set(tensor_names(converted))
+    unread = set(tensor_names(converted))
     state_dict = {}
-    for name in gpt2_names(config.n_layers):
-        theirs = _spelled(name)
-        if theirs not in there:
+    for param in gpt2_params(config.n_layers):
+        theirs = _variable_name(param)
+        if theirs not in unread:
             raise ValueError(
-                f"{folder}: has no variable {theirs}, which its hparams.json calls for"
+                f"{folder}: has no variable {theirs}, which its hparams.json needs; give an intact copy"
             )
         tensor = read_tensor(converted, theirs)
-        if name.part == "matrix":  # (1, in, out)
+        if param.kind == "matrix":  # (1, in, out)
             tensor = tensor[0].t()
-        state_dict[name.ours] = tensor
-        there.discard(theirs)
-    # what an optimizer counts are scalars; a matrix, such as a head, is not to be lost
-    more = [n for n in there if n.startswith("model/") or read_tensor(converted, n).dim() > 1]
-    if more:
-        raise ValueError(f"{folder}: has {min(more)}, which no GPT-2 of its hparams.json has")
+        state_dict[param.ours] = tensor
+        unread.discard(theirs)
+    # an optimizer's scalars are ignored, but a matrix, such as a separate head, belongs to the model
+    unknown = [n for n in unread if n.startswith("model/") or read_tensor(converted, n).dim() > 1]
+    if unknown:
+        raise ValueError(
+            f"{folder}: has {min(unknown)}, which a GPT-2 of its hparams.json does not have; give another"
+        )
     return ModelWeights(
         config, state_dict, other_tokenizer=tokenizer_difference(folder, config.vocab_size)
     )
 
 
-def write_openai(source: ModelWeights, folder: Path) -> None:
-    """Into an existing folder, with the vocabulary beside the weights as OpenAI has it.
+def write_openai(weights: ModelWeights, folder: Path) -> None:
+    """Write into an existing folder, with OpenAI's vocabulary files beside the weights.
 
     Raises:
-        ValueError: The head is not the token embedding: the form has no place for another.
+        ValueError: The output head is not the token embedding: the format cannot hold a separate one.
     """
-    config, weights = source.config, source.state_dict
+    config, state_dict = weights.config, weights.state_dict
     if not config.tied_embeddings:
         raise ValueError(
-            "format: openai-tf has no place for a head of its own, which this model has; give hf"
+            "format: openai-tf cannot hold a separate output head, which this model has; give hf"
         )
     tensors = {}
-    for name in gpt2_names(config.n_layers):
-        if name.ours in weights:
-            tensor = weights[name.ours].to(torch.float32)
+    for param in gpt2_params(config.n_layers):
+        if param.ours in state_dict:
+            tensor = state_dict[param.ours].to(torch.float32)
         else:  # without qkv_bias
             tensor = torch.zeros(3 * config.emb_dim)
-        tensors[_spelled(name)] = (
-            tensor.t()[None].contiguous() if name.part == "matrix" else tensor.contiguous()
+        tensors[_variable_name(param)] = (
+            tensor.t()[None].contiguous() if param.kind == "matrix" else tensor.contiguous()
         )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         file = Path(scratch) / "weights.safetensors"
@@ -111,13 +114,14 @@ def write_openai(source: ModelWeights, folder: Path) -> None:
     write_json(
         folder / "hparams.json", {theirs: getattr(config, ours) for ours, theirs in _KEYS.items()}
     )
-    if config.vocab_size >= VOCAB_SIZE:  # else its tokens are not GPT-2's
+    if config.vocab_size >= VOCAB_SIZE:  # otherwise its tokens are not GPT-2's
         for vocabulary in ("encoder.json", "vocab.bpe"):
             (folder / vocabulary).write_bytes(vocabulary_bytes(vocabulary))
 
 
-def _spelled(name: ParamMapping) -> str:
-    return f"model/{name.module.replace('h.', 'h').replace('.', '/')}{_SUFFIX[name.part]}"
+def _variable_name(param: ParamMapping) -> str:
+    """The tensor's name in OpenAI's checkpoint: ``model/h0/attn/c_attn/w``."""
+    return f"model/{param.module.replace('h.', 'h').replace('.', '/')}{_SUFFIX[param.kind]}"
 
 
 def _config(path: Path) -> GPTConfig:
@@ -125,7 +129,9 @@ def _config(path: Path) -> GPTConfig:
     sizes = {ours: settings.get(theirs) for ours, theirs in _KEYS.items()}
     for ours, value in sizes.items():
         if type(value) is not int:
-            raise ValueError(f"{path}: {_KEYS[ours]} is {value!r}, not a whole number")
+            raise ValueError(
+                f"{path}: {_KEYS[ours]} is {value!r}, not a whole number; give an intact copy"
+            )
     try:
         return GPTConfig(**sizes, qkv_bias=True, tied_embeddings=True)  # type: ignore[arg-type]
     except ValueError as error:
@@ -153,22 +159,23 @@ def _as_safetensors(folder: Path) -> Path:
     return kept / WEIGHTS
 
 
-def _run_tensorflow(act: str, source: Path, target: Path) -> None:
+def _run_tensorflow(action: str, source: Path, target: Path) -> None:
+    """Run ``openai_tf.py`` with ``read`` or ``write``."""
     if find_spec("tensorflow") is None:
         raise ValueError(
-            f"{source}: OpenAI's form needs TensorFlow, which is not installed; "
-            "python -m pip install 'gpt-lightning[openai]', or take Hugging Face's form"
+            f"{source}: OpenAI's format needs TensorFlow, which is not installed; "
+            "python -m pip install 'gpt-lightning[openai]', or use Hugging Face's format"
         )
     module = f"{__package__}.openai_tf"
     done = subprocess.run(
-        [sys.executable, "-m", module, act, str(source), str(target)],
+        [sys.executable, "-m", module, action, str(source), str(target)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""},
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(
-            f"{source}: TensorFlow cannot {act} it: {last[:200]}; give a whole copy, or make room"
+            f"{source}: TensorFlow cannot {action} it: {last[:200]}; give an intact copy, or free disk space"
         )

@@ -1,6 +1,6 @@
-"""A TensorFlow checkpoint to a safetensors file and back, one variable at a time.
+"""Converter between a TensorFlow checkpoint and a safetensors file.
 
-The only file that imports TensorFlow. ``openai.py`` runs it as a process:
+This is the only file that imports TensorFlow. ``openai.py`` runs it as a process:
 ``python -m gpt_lightning.pretrained.openai_tf read|write SOURCE TARGET``.
 """
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 
 def read(checkpoint: str, target: Path) -> None:
-    """All float variables of a checkpoint, under their names, as float32."""
+    """Write all float variables of a checkpoint as float32, one at a time, to keep memory small."""
     reader = tf.train.load_checkpoint(checkpoint)
     shapes = {
         name: [int(size) for size in shape]
@@ -25,9 +25,9 @@ def read(checkpoint: str, target: Path) -> None:
     header: dict[str, object] = {}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    # the format: the header's length in 8 bytes, the header, the tensors one after the other
+        start, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    # the safetensors format: the length of the header in 8 bytes, the header, the tensors in order
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with target.open("wb") as file:
@@ -39,7 +39,7 @@ def read(checkpoint: str, target: Path) -> None:
 
 
 def write(source: Path, checkpoint: str) -> None:
-    """The files ``.index`` and ``.data-00000-of-00001`` of a checkpoint with the file's tensors."""
+    """Write a checkpoint's ``.index`` and ``.data-00000-of-00001`` with the tensors of ``source``."""
     with safe_open(source, framework="np") as file:
         names = sorted(file.keys())
         tf.raw_ops.SaveV2(
@@ -50,9 +50,9 @@ def write(source: Path, checkpoint: str) -> None:
         )
 
 
-def main(act: str, source: str, target: str) -> int:
+def main(action: str, source: str, target: str) -> int:
     try:
-        if act == "read":
+        if action == "read":
             read(source, Path(target))
         else:
             write(Path(source), target)

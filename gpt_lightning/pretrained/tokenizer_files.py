@@ -1,4 +1,4 @@
-"""Whether the tokenizer files beside weights hold GPT-2's tokenizer, compared by content."""
+"""Check whether the tokenizer files beside weights hold GPT-2's tokenizer."""
 
 import json
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, merges, me
 _VOCABULARIES = ("vocab.json", "encoder.json")
 _MERGES = ("merges.txt", "vocab.bpe")
 _FILES = (*_VOCABULARIES, *_MERGES, "tokenizer.json")
-_MAX_PADDED = 51200  # GPT-2's 50257 as a multiple of 1,024, more than anybody pads it to
-# files of other kinds of tokenizers; the last is nanoGPT's, a pickle, which is never opened
-_OTHERS = (
+_MAX_PADDED = 51200  # GPT-2's 50257 tokens padded to a multiple of 1,024, the most that is usual
+# files of other tokenizers; the last is nanoGPT's, a pickle: it may hold code, so it is never opened
+_OTHER_TOKENIZERS = (
     "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "meta.pkl",
 )  # fmt: skip
-# GPT-2's own classes, and those that take whatever tokenizer.json holds
+# GPT-2's own classes, and those that load any tokenizer.json
 _CLASSES = (
     "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer",
 )  # fmt: skip
@@ -24,27 +24,27 @@ _SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
     "additional_special_tokens", "extra_special_tokens",
 )  # fmt: skip
-# settings under which a text has other tokens
+# settings that change the token ids of a text
 _SETTINGS = ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case", "auto_map")
 
 
 def tokenizer_difference(folder: Path, vocab_size: int) -> str | None:
-    """How the tokenizer in ``folder`` differs from GPT-2's; None where it does not.
+    """How the tokenizer in ``folder`` differs from GPT-2's; ``None`` if it does not.
 
-    The layout of the files does not matter. A token beside GPT-2's own is a difference too: where a text
-    contains it, the text has other token ids. Without a tokenizer the size of the vocabulary decides.
+    The content is compared, not the layout of the files. An additional token is a difference too: a text that
+    contains it has other token ids. Without tokenizer files, the size of the vocabulary decides.
     """
     try:
         if not any(lexists(folder / name) for name in _FILES) and vocab_size > _MAX_PADDED:
             return f"its vocabulary has {vocab_size} tokens"
         return next(_differences(folder), None)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        brief = " ".join(str(error).split())[:80]
-        return f"the tokenizer files in {folder} cannot be read ({brief})"
+        cause = " ".join(str(error).split())[:80]
+        return f"the tokenizer files in {folder} cannot be read ({cause})"
 
 
 def _differences(folder: Path) -> Iterator[str]:
-    for name in _OTHERS:
+    for name in _OTHER_TOKENIZERS:
         if lexists(folder / name):
             yield f"{folder / name} belongs to another tokenizer"
     for name in _VOCABULARIES:
@@ -55,49 +55,49 @@ def _differences(folder: Path) -> Iterator[str]:
         if lexists(path) and merges_of(path.read_text(encoding="utf-8")) != merges():
             yield f"{path} has other merges"
     if lexists(path := folder / "added_tokens.json"):
-        yield from _added(_json(path).items(), path)
+        yield from _added_tokens(_json(path).items(), path)
     if lexists(path := folder / "tokenizer.json"):
-        yield from _of_tokenizer_json(_json(path), path)
+        yield from _tokenizer_json_differences(_json(path), path)
     for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if lexists(path := folder / name):
-            yield from _of_settings(_json(path), path)
+            yield from _settings_differences(_json(path), path)
 
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
-def _added(tokens: Any, path: Path) -> Iterator[str]:
-    """``tokens``: pairs of a token and its id."""
+def _added_tokens(tokens: Any, path: Path) -> Iterator[str]:
+    """Differences by additional tokens. ``tokens`` are pairs of a token and its id."""
     for token, i in tokens:
         if (token, i) != (END_OF_TEXT, END_OF_TEXT_ID):
             yield f"{path} adds the token {token!r}"
 
 
-def _of_tokenizer_json(content: Any, path: Path) -> Iterator[str]:
+def _tokenizer_json_differences(content: Any, path: Path) -> Iterator[str]:
     model = content["model"]
     if model.get("type", "BPE") != "BPE":
         yield f"{path} holds a {model['type']} tokenizer"
     added = [(token["content"], token["id"]) for token in content.get("added_tokens") or []]
-    yield from _added(added, path)
-    # the end of text may be in either list
+    yield from _added_tokens(added, path)
+    # <|endoftext|> may be in either list
     if {**model["vocab"], **dict(added)} != token_ids():
         yield f"{path} has another vocabulary"
     pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     if pairs != merges():
         yield f"{path} has other merges"
-    switches = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    for key in (*switches, "byte_fallback"):
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges",
+                "byte_fallback"):  # fmt: skip
         if model.get(key):
             yield f"{path} has {key} {model[key]!r}"
     if content.get("normalizer") is not None:
         yield f"{path} has a normalizer"
     if not _splits_as_gpt2(content.get("pre_tokenizer")):
-        yield f"{path} splits a text otherwise"
+        yield f"{path} splits text differently"
     if _adds_tokens(content.get("post_processor")):
         yield f"{path} adds tokens to each text"
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
-        yield f"{path} decodes tokens otherwise"
+        yield f"{path} decodes tokens differently"
 
 
 def _splits_as_gpt2(pre_tokenizer: Any) -> bool:
@@ -119,17 +119,17 @@ def _adds_tokens(post_processor: Any) -> bool:
     return True
 
 
-def _of_settings(settings: Any, path: Path) -> Iterator[str]:
-    named = settings.get("tokenizer_class")
-    if named is not None and named not in _CLASSES:
-        yield f"{path} names {named}"
+def _settings_differences(settings: Any, path: Path) -> Iterator[str]:
+    class_name = settings.get("tokenizer_class")
+    if class_name is not None and class_name not in _CLASSES:
+        yield f"{path} names {class_name}"
     if path.name == "config.json":
         return
     for key in _SETTINGS:
         if settings.get(key):
             yield f"{path} has {key} {settings[key]!r}"
     added = settings.get("added_tokens_decoder") or {}
-    yield from _added(((token["content"], int(i)) for i, token in added.items()), path)
+    yield from _added_tokens(((token["content"], int(i)) for i, token in added.items()), path)
     for key in _SPECIAL_TOKENS:
         tokens = settings.get(key) or []
         if isinstance(tokens, dict):

@@ -1,4 +1,4 @@
-"""The forms in which weights lie on disk, each read into the same thing: a :class:`ModelWeights`."""
+"""The type that all weight formats are read into, :class:`ModelWeights`, and our own checkpoints."""
 
 import ctypes
 import mmap
@@ -20,21 +20,21 @@ from torch.utils._pytree import tree_leaves
 from gpt_lightning.model.config import GPTConfig
 
 _MODULE_PREFIX = "model."  # GPTLightningModule holds the GPTModel as ``model``
-POSITIONS = "pos_emb.weight"  # which every GPTModel has
+POSITION_EMBEDDING = "pos_emb.weight"  # a tensor that every GPTModel has
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """Weights under :class:`GPTModel`'s names and, where the file has it, the optimizer's state.
+    """Weights under :class:`GPTModel`'s names and, if the file has it, the optimizer's state.
 
     Attributes:
-        state_dict: Its tensors may be memory-mapped or transposed views, so that nothing is read before
-            :func:`take_weights` does.
+        state_dict: The tensors. They may be memory-mapped or transposed views: most of the file is read only
+            in :func:`pop_weights`.
         optimizer_state: What ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
-        assumed: Keys of ``config`` that the file does not tell, so that another value is no contradiction.
+        assumed: Keys of ``config`` that the file does not contain. Another value is no contradiction.
         warnings: What a user should know about how the files were read, one line each.
-        other_tokenizer: Why text cannot be encoded for this model with GPT-2's tokenizer; None: it can.
-        let_go: Drops from memory what was read of the mapped file so far, see :func:`release_tensors`.
+        other_tokenizer: Why GPT-2's tokenizer does not fit this model. ``None``: it fits.
+        release_pages: Frees the memory of the file's pages that were read so far, see :func:`page_releaser`.
     """
 
     config: GPTConfig
@@ -43,148 +43,159 @@ class ModelWeights:
     assumed: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     other_tokenizer: str | None = None
-    let_go: Callable[[], object] = lambda: None
+    release_pages: Callable[[], object] = lambda: None
 
 
-def take_weights(source: ModelWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights as they are computed with, contiguous and in ``dtype`` (None: :func:`stored_dtype`).
+def pop_weights(weights: ModelWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Remove the tensors from ``weights`` and return them contiguous, in ``dtype``.
 
-    ``source`` is left without weights: each tensor is read, transposed and converted on its own and its
-    file's pages let go, so that memory never holds more than the result and one tensor.
+    Each tensor is read, transposed and converted alone, then the file's pages are released. So memory holds
+    the result and one more tensor at most.
+
+    Args:
+        dtype: ``None``: :func:`stored_dtype`.
     """
-    dtype = dtype or stored_dtype(source)
-    weights = {}
-    for name in list(source.state_dict):
-        weights[name] = _contiguous(source.state_dict.pop(name), dtype)
-        source.let_go()
-    return weights
+    dtype = dtype or stored_dtype(weights)
+    tensors = {}
+    for name in list(weights.state_dict):
+        tensors[name] = _contiguous(weights.state_dict.pop(name), dtype)
+        weights.release_pages()
+    return tensors
 
 
 def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In one step, without a copy between a transposed tensor and a converted one."""
+    """Transpose and convert with one copy at most."""
     if tensor.is_contiguous() and tensor.dtype == dtype:
         return tensor
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
-def stored_dtype(source: ModelWeights) -> torch.dtype:
-    """The dtype of the weights; where there are several, the smallest that holds all of them exactly."""
-    return reduce(torch.promote_types, {tensor.dtype for tensor in source.state_dict.values()})
+def stored_dtype(weights: ModelWeights) -> torch.dtype:
+    """The dtype of the weights; if there are several, the smallest that holds all of them exactly."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in weights.state_dict.values()})
 
 
-def in_one_dtype(source: ModelWeights) -> ModelWeights:
-    """``source`` with all weights in :func:`stored_dtype`."""
-    dtype = stored_dtype(source)
-    weights = {name: tensor.to(dtype) for name, tensor in source.state_dict.items()}
-    return replace(source, state_dict=weights)
+def to_one_dtype(weights: ModelWeights) -> ModelWeights:
+    """``weights`` with all tensors in :func:`stored_dtype`."""
+    dtype = stored_dtype(weights)
+    tensors = {name: tensor.to(dtype) for name, tensor in weights.state_dict.items()}
+    return replace(weights, state_dict=tensors)
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same shape and, whatever their dtypes, the same values."""
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return torch.equal(one.to(dtype), other.to(dtype))
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape and the same values; the dtypes may differ."""
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return torch.equal(first.to(dtype), second.to(dtype))
 
 
-# parts of names that torch.compile, DataParallel, FSDP and activation checkpointing put in
+# what torch.compile, DataParallel, FSDP and activation checkpointing insert into names
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def plain_names(names: Iterable[str], known: str, path: Path) -> dict[str, str]:
-    """Each name as a bare model has it → the name as it is in the file.
+def unwrap_names(names: Iterable[str], known_name: str, path: Path) -> dict[str, str]:
+    """Map each name without wrappers to the name in the file.
 
-    The parts that wrappers put in are left out, and so is the prefix that stands before ``known``, the name
-    of a tensor that every model of the kind has, in this file.
+    The names of wrapper modules are removed, and so is a common prefix such as ``model.``.
+
+    Args:
+        known_name: A tensor that every model of this kind has. What precedes it in the file is the prefix.
 
     Raises:
-        ValueError: Two names are the same then.
+        ValueError: Two tensors have the same name without wrappers.
     """
-    short = {
+    stripped = {
         name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
     }
-    prefixes = {s.removesuffix(known) for s in short.values() if f".{s}".endswith(f".{known}")}
+    prefixes = {
+        short.removesuffix(known_name)
+        for short in stripped.values()
+        if f".{short}".endswith(f".{known_name}")
+    }
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    plain: dict[str, str] = {}
-    for name, bare in short.items():
-        bare = bare.removeprefix(prefix)
-        if bare in plain:
-            raise ValueError(f"{path}: has both {plain[bare]} and {name}; give a file with one")
-        plain[bare] = name
-    return plain
+    unwrapped: dict[str, str] = {}
+    for name, short in stripped.items():
+        short = short.removeprefix(prefix)
+        if short in unwrapped:
+            raise ValueError(
+                f"{path}: has both {unwrapped[short]} and {name}; give a file with one"
+            )
+        unwrapped[short] = name
+    return unwrapped
 
 
-def with_head(source: ModelWeights, *, tied: bool) -> ModelWeights:
-    """The same function of the tokens with a head that is the embedding, or one of its own.
+def with_head(weights: ModelWeights, *, tied: bool) -> ModelWeights:
+    """The same model with an output head that is the token embedding, or a separate tensor.
 
     Raises:
-        ValueError: It cannot be tied: its head holds other weights than its embedding.
+        ValueError: The head cannot be tied, since its weights differ from the embedding's.
     """
-    if source.config.tied_embeddings == tied:
-        return source
-    weights = dict(source.state_dict)
+    if weights.config.tied_embeddings == tied:
+        return weights
+    tensors = dict(weights.state_dict)
     if tied:
-        if not same_values(weights.pop("out_head.weight"), weights["tok_emb.weight"]):
+        if not same_values(tensors.pop("out_head.weight"), tensors["tok_emb.weight"]):
             raise ValueError(
-                "model.config.tied_embeddings: true, but the source's head has weights of its own; "
-                "give false"
+                "model.config.tied_embeddings: is true, but the source's output head differs from its token "
+                "embedding; give false"
             )
     else:
-        weights["out_head.weight"] = weights["tok_emb.weight"]
-    config = replace(source.config, tied_embeddings=tied)
-    # an optimizer counts one matrix where there are two, or two where there is one
-    return replace(source, config=config, state_dict=weights, optimizer_state=None)
+        tensors["out_head.weight"] = tensors["tok_emb.weight"]
+    config = replace(weights.config, tied_embeddings=tied)
+    # the optimizer state does not fit: it has one entry where there are now two matrices, or the reverse
+    return replace(weights, config=config, state_dict=tensors, optimizer_state=None)
 
 
-def check_records(path: Path) -> None:
-    """Hold a file of ``torch.save`` against the sums in its zip, which torch itself does not look at.
+def verify_zip_checksums(path: Path) -> None:
+    """Verify a ``torch.save`` file against the checksums in its zip archive, which torch does not read.
 
     Raises:
-        ValueError: It is no such file, or damaged.
+        ValueError: It is not such a file, or is damaged.
         OSError: It cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    # what zipfile raises of damaged bytes; a RuntimeError also where they name a compression that it does not know
+    # what zipfile raises for damaged bytes; RuntimeError also for an unknown compression method
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError,
             UnicodeDecodeError, OSError) as error:  # fmt: skip
         raise ValueError(
-            f"{path}: is no file of torch.save since torch 1.6, or is damaged; give another"
+            f"{path}: is not a torch.save file of torch 1.6 or later, or is damaged; give another"
         ) from error
     if damaged:
         raise ValueError(
-            f"{path}: is damaged: {damaged} does not have its checksum; give a whole copy"
+            f"{path}: is damaged: {damaged} does not match its checksum; give an intact copy"
         )
 
 
 def read_torch(path: Path) -> Any:
-    """What ``torch.save`` wrote, tensors and primitives only; the tensors are memory-mapped.
+    """Read what ``torch.save`` wrote: tensors and primitives only. The tensors are memory-mapped.
 
     Raises:
-        ValueError: It is no such file, is damaged, or holds code.
+        ValueError: It is not such a file, is damaged, or holds code.
         OSError: It cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: holds more than tensors and numbers, which may be code; it is not loaded"
+            f"{path}: holds more than tensors and numbers, which may be code, so it is not loaded; give another"
         ) from error
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
-            f"{path}: is no file of torch.save, or is damaged; give another"
+            f"{path}: is not a torch.save file, or is damaged; give another"
         ) from error
 
 
-def release_tensors(content: Any) -> Callable[[], object]:
-    """What drops the pages of the file from memory that :func:`read_torch` has mapped for ``content``.
+def page_releaser(content: Any) -> Callable[[], object]:
+    """Return a function that frees the memory of the pages that :func:`read_torch` has mapped for ``content``.
 
-    All its tensors are in one mapping, whose pages stay in memory once they were read, also when their
-    tensor was copied and is gone. A dropped page is read anew when it is needed; none was written to.
-    On Linux only: elsewhere the system alone decides, when memory becomes scarce.
+    All tensors of a file share one mapping. Its pages stay in memory once they are read, even after their
+    tensor was copied and deleted. A released page is read again when it is needed; none was written to.
+    This works on Linux. Elsewhere the function does nothing, and the system frees pages when memory runs low.
     """
     tensor = next((leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)), None)
     maps = Path("/proc/self/maps")
@@ -192,72 +203,75 @@ def release_tensors(content: Any) -> Callable[[], object]:
         return lambda: None
     address = tensor.untyped_storage().data_ptr()
     for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        where, access, _, _, inode = line.split()[:5]
-        begin, end = (int(part, 16) for part in where.split("-"))
-        if begin <= address < end and access.endswith("p") and inode != "0":
+        span, access, _, _, inode = line.split()[:5]
+        start, end = (int(bound, 16) for bound in span.split("-"))
+        if start <= address < end and access.endswith("p") and inode != "0":
             madvise = ctypes.CDLL(None).madvise
-            arguments = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
+            arguments = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
             return lambda: madvise(*arguments, mmap.MADV_DONTNEED)
     return lambda: None
 
 
 def is_lightning(content: Any) -> bool:
+    """Whether the content of a ``torch.save`` file is a checkpoint of ours."""
     settings = content.get("hyper_parameters") if isinstance(content, dict) else None
     return isinstance(settings, dict) and isinstance(settings.get("config"), dict)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours, as a dict of tensors and primitives; the tensors are memory-mapped.
+    """A checkpoint of ours as a dict of tensors and primitives. The tensors are memory-mapped.
 
     Raises:
-        ValueError: It is no checkpoint of ours, or a damaged one.
+        ValueError: It is not a checkpoint of ours, or is damaged.
         OSError: It cannot be read.
     """
     checkpoint: dict[str, Any] = read_torch(path)
     if not is_lightning(checkpoint):
         raise ValueError(
-            f"{path}: is no checkpoint of gpt_lightning: it names no model; give another"
+            f"{path}: is not a gpt_lightning checkpoint: it holds no model configuration; give another"
         )
     return checkpoint
 
 
 def checkpoint_config(checkpoint: dict[str, Any], path: Path) -> GPTConfig:
-    """The architecture a checkpoint of ours was trained with; ``ValueError`` where it is none."""
-    return stored_config(checkpoint["hyper_parameters"]["config"], path)
+    """The architecture of a checkpoint of ours; ``ValueError`` if it is not valid."""
+    return config_from_dict(checkpoint["hyper_parameters"]["config"], path)
 
 
-def stored_config(stored: Any, path: Path) -> GPTConfig:
-    """An architecture that was written as a dict; ``ValueError`` where it is none."""
+def config_from_dict(settings: Any, path: Path) -> GPTConfig:
+    """The architecture that a file holds as a dict; ``ValueError`` if it is not valid."""
     try:
-        return GPTConfig(**stored)
+        return GPTConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its architecture is no GPTConfig ({error})") from error
+        raise ValueError(
+            f"{path}: its model configuration is not valid ({error}); give another"
+        ) from error
 
 
 def read_lightning(checkpoint: dict[str, Any], path: Path) -> ModelWeights:
-    """A checkpoint of ours as a :class:`ModelWeights`; ``ValueError`` where it has no weights."""
-    weights = checkpoint.get("state_dict")
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise ValueError(f"{path}: its state_dict is not one of tensors; give another")
+    """A checkpoint of ours as :class:`ModelWeights`; ``ValueError`` if it has no weights."""
+    tensors = checkpoint.get("state_dict")
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path}: its state_dict does not hold tensors only; give another")
     optimizers = checkpoint.get("optimizer_states") or [None]
-    names = plain_names(weights, POSITIONS, path)
+    names = unwrap_names(tensors, POSITION_EMBEDDING, path)
     return ModelWeights(
         config=checkpoint_config(checkpoint, path),
-        state_dict={plain: weights[name] for plain, name in names.items()},
+        state_dict={ours: tensors[name] for ours, name in names.items()},
         optimizer_state=optimizers[0],
     )
 
 
-def write_lightning(source: ModelWeights, path: Path) -> None:
-    """A checkpoint to begin with (``--init_from``), not one to go on from: it has no position."""
+def write_lightning(weights: ModelWeights, path: Path) -> None:
+    """Write a checkpoint for ``--init_from``. ``--ckpt_path`` cannot resume from it: it has no step."""
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": version("lightning"),
-        "hyper_parameters": {"config": asdict(source.config)},
+        "hyper_parameters": {"config": asdict(weights.config)},
         "state_dict": {
             _MODULE_PREFIX + name: t.clone(memory_format=torch.contiguous_format)
-            for name, t in source.state_dict.items()
+            for name, t in weights.state_dict.items()
         },
     }
-    if source.optimizer_state is not None:
-        checkpoint["optimizer_states"] = [source.optimizer_state]
+    if weights.optimizer_state is not None:
+        checkpoint["optimizer_states"] = [weights.optimizer_state]
     torch.save(checkpoint, path)

@@ -1,1 +1,1 @@
-"""What a trained model does, in tables and figures."""
+"""Measurements of trained models: the chapter's exercises as data, figures and pages."""

@@ -1,14 +1,12 @@
-"""Exercise 5.1: token frequencies under temperature, drawn and exact.
+"""Exercise 5.1: frequencies of next tokens under temperature, sampled and exact.
 
-V is the number of tokens, S the number of draws.
+V is the size of the vocabulary, S the number of samples.
 """
 
 import math
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +14,13 @@ from torch import Tensor
 
 from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.palette import INK, SERIES
+from gpt_lightning.reports.plotting import add_caption, escape_undrawable, format_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# the book's small vocabulary with the logits that follow "every effort moves you"
+# the book's small vocabulary, with its logits after "every effort moves you"
 BOOK_TOKENS = (
     "closer", "every", "effort", "forward", "inches", "moves", "pizza", "toward", "you",
 )  # fmt: skip
@@ -29,12 +28,19 @@ BOOK_LOGITS = (4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79)
 BOOK_TEMPERATURES = (1.0, 0.1, 5.0)
 
 INTERVAL = 0.99
-_MAX_CELLS = 1 << 23  # random numbers at a time: 32 MB
+_MAX_RANDOM_NUMBERS = 1 << 23  # in one call: 32 MB
 
 
 @dataclass(frozen=True)
 class TokenFrequency:
-    """One token under one setting. ``low`` to ``high`` is where 99 % of all runs would count."""
+    """One token under one setting.
+
+    Attributes:
+        expected: The expected count in S samples.
+        count: How often the token was sampled.
+        low, high: 99 % of all runs count from ``low`` to ``high``.
+        z: The difference of ``count`` and ``expected`` in standard deviations.
+    """
 
     temperature: float
     top_k: int | None
@@ -50,7 +56,13 @@ class TokenFrequency:
 
 @dataclass(frozen=True)
 class DistributionStats:
-    """One setting: the entropy in nats, and exp(entropy), as how many equal tokens it is to choose from."""
+    """The distribution under one setting.
+
+    Attributes:
+        entropy: In nats.
+        effective_vocabulary: exp(entropy): so many equally likely tokens have the same entropy.
+        tokens_left: Tokens with a probability above 0.
+    """
 
     temperature: float
     top_k: int | None
@@ -62,7 +74,7 @@ class DistributionStats:
 
 @dataclass(frozen=True)
 class EstimatorTiming:
-    """How long it took to know the frequencies, and the largest error of one of them."""
+    """The time of one method to estimate the probabilities, and its largest error."""
 
     name: str
     seconds: float
@@ -70,30 +82,30 @@ class EstimatorTiming:
 
 
 def draw_counts(p: Tensor, num_samples: int, seed: int) -> Tensor:
-    """How often each token of ``p`` ``(V,)`` comes in S draws, ``(V,)``.
+    """The counts ``(V,)`` of each token in S samples from the probabilities ``p`` ``(V,)``.
 
-    All draws at once, with the very results of S successive ``torch.multinomial(p, 1)`` after
-    ``torch.manual_seed(seed)``: each of them takes V exponential random numbers.
+    One call draws many samples. The result equals that of S single ``torch.multinomial(p, 1)`` calls after
+    ``torch.manual_seed(seed)``, because each sample uses V exponential random numbers in both cases.
     """
     generator = make_generator(seed)
     counts = torch.zeros(len(p), dtype=torch.int64)
-    rows = max(1, _MAX_CELLS // len(p))
+    rows = max(1, _MAX_RANDOM_NUMBERS // len(p))
     for start in range(0, num_samples, rows):
-        part = p.expand(min(rows, num_samples - start), -1)
-        drawn = torch.multinomial(part, 1, generator=generator).squeeze(1)
-        counts += torch.bincount(drawn, minlength=len(p))
+        batch = p.expand(min(rows, num_samples - start), -1)
+        samples = torch.multinomial(batch, 1, generator=generator).squeeze(1)
+        counts += torch.bincount(samples, minlength=len(p))
     return counts
 
 
 def draw_counts_one_by_one(p: Tensor, num_samples: int, seed: int) -> Tensor:
-    """The book's way: a loop of single draws. For comparison."""
+    """The same counts by the book's loop of single samples, for comparison."""
     generator = make_generator(seed)
-    drawn = [torch.multinomial(p, 1, generator=generator).item() for _ in range(num_samples)]
-    return torch.bincount(torch.tensor(drawn), minlength=len(p))
+    samples = [torch.multinomial(p, 1, generator=generator).item() for _ in range(num_samples)]
+    return torch.bincount(torch.tensor(samples), minlength=len(p))
 
 
 def binomial_interval(num_samples: int, p: float, share: float = INTERVAL) -> tuple[int, int]:
-    """The exact central interval of a count in S draws: each tail beyond it has at most (1 - share) / 2."""
+    """The exact central interval of a count in S samples: each tail has a probability of (1 - share) / 2 at most."""
     if p <= 0.0 or p >= 1.0:
         return (0, 0) if p <= 0.0 else (num_samples, num_samples)
     mean, width = num_samples * p, 40 + 12 * math.sqrt(num_samples * p * (1 - p))
@@ -123,24 +135,25 @@ def frequencies(
     settings: Sequence[SamplingParams],
     num_samples: int = 1000,
     seed: int = 123,
-    shown: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
 ) -> tuple[list[TokenFrequency], list[DistributionStats]]:
-    """Exact and drawn frequencies of next tokens under each setting, the draws reseeded for each.
+    """Exact and sampled frequencies of next tokens under each setting, each with the same seed.
 
     Args:
         logits: ``(V,)``.
-        tokens: The V tokens' names.
-        shown: Which token ids get a row; none: all.
+        tokens: The names of the V tokens.
+        row_ids: The token ids that get a row. ``None``: all.
 
     Raises:
-        ValueError: Logits that are no distribution, or not as many as tokens; too few draws.
+        ValueError: The logits do not give a distribution, their number differs from that of the tokens, or
+            ``num_samples`` is below 1.
     """
     if len(logits) != len(tokens):
         raise ValueError(f"logits: {len(logits)} for {len(tokens)} tokens; give one for each")
     if not len(logits):
-        raise ValueError("logits: are none; give one for each token")
+        raise ValueError("logits: is an empty list; give one for each token")
     if not torch.isfinite(logits.max()):
-        raise ValueError("logits: hold NaN or +inf, or are all -inf; give finite ones")
+        raise ValueError("logits: contain NaN or +inf, or are all -inf; give finite ones")
     if num_samples < 1:
         raise ValueError(f"num_samples: {num_samples} is too small; give 1 or more")
     rows, distributions = [], []
@@ -151,7 +164,7 @@ def frequencies(
         setting = (sampling.temperature, sampling.top_k, sampling.top_p)
         nats = float(entropy(p))
         distributions.append(DistributionStats(*setting, nats, math.exp(nats), int((p > 0).sum())))
-        for i in range(len(tokens)) if shown is None else shown:
+        for i in range(len(tokens)) if row_ids is None else row_ids:
             probability, count = float(p[i]), int(counts[i])
             expected = num_samples * probability
             deviation = math.sqrt(num_samples * probability * max(0.0, 1 - probability))
@@ -163,34 +176,34 @@ def frequencies(
     return rows, distributions
 
 
-def compare_methods(
+def compare_estimators(
     logits: Tensor, temperature: float, num_samples: int, seed: int
 ) -> list[EstimatorTiming]:
-    """The exercise's second half: the book's loop, the same draws at once, and no draws at all."""
+    """The exercise's second half: the book's loop, the same samples in one call, and the exact probabilities."""
 
     def exact() -> Tensor:
         return probabilities(logits[None], SamplingParams(temperature))[0]
 
     p = exact()
-    ways = [
+    estimators = [
         ("the book's loop", lambda draws: draw_counts_one_by_one(p, draws, seed) / draws),
         ("all draws at once", lambda draws: draw_counts(p, draws, seed) / draws),
         ("exact", lambda draws: exact()),
     ]
-    methods = []
-    for name, estimate in ways:
-        estimate(10)  # warm
-        began = time.perf_counter()
-        found = estimate(num_samples)
-        seconds = time.perf_counter() - began
-        methods.append(EstimatorTiming(name, seconds, float((found - p).abs().max())))
-    return methods
+    timings = []
+    for name, estimate in estimators:
+        estimate(10)  # warm-up
+        start = time.perf_counter()
+        estimated = estimate(num_samples)
+        seconds = time.perf_counter() - start
+        timings.append(EstimatorTiming(name, seconds, float((estimated - p).abs().max())))
+    return timings
 
 
 def sampling_figure(rows: Sequence[TokenFrequency], num_samples: int, caption: str) -> "Figure":
-    """A panel for each setting: each token's exact probability as a bar, its share of the draws as a cross.
+    """A panel for each setting: each token's exact probability as a bar, its share of the samples as a cross.
 
-    The line through a cross's place is where 99 % of all runs have theirs.
+    The vertical line shows where 99 % of all runs have their cross.
     """
     from matplotlib.figure import Figure
 
@@ -198,17 +211,17 @@ def sampling_figure(rows: Sequence[TokenFrequency], num_samples: int, caption: s
     for row in rows:
         by_setting.setdefault((row.temperature, row.top_k, row.top_p), []).append(row)
     tokens = len(rows) // len(by_setting)
-    across = 2 if tokens <= 12 and len(by_setting) > 4 else 1
-    down = math.ceil(len(by_setting) / across)
-    width = max(7.0, across * (0.55 * tokens + 1.2))
-    figure = Figure(figsize=(width, 2.1 * down + 1.6), layout="constrained")
-    panels = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
-    for axes, (setting, own) in zip(panels, by_setting.items(), strict=False):
-        _panel(axes, own, num_samples)
-        axes.set_title(_name(*setting), fontsize=11)
+    n_columns = 2 if tokens <= 12 and len(by_setting) > 4 else 1
+    n_rows = math.ceil(len(by_setting) / n_columns)
+    width = max(7.0, n_columns * (0.55 * tokens + 1.2))
+    figure = Figure(figsize=(width, 2.1 * n_rows + 1.6), layout="constrained")
+    panels = list(figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (setting, setting_rows) in zip(panels, by_setting.items(), strict=False):
+        _panel(axes, setting_rows, num_samples)
+        axes.set_title(_setting_name(*setting), fontsize=11)
     for i in range(len(by_setting), len(panels)):
         panels[i].set_visible(False)
-        panels[i - across].tick_params(labelbottom=True)
+        panels[i - n_columns].tick_params(labelbottom=True)
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside upper center", ncols=3, fontsize=10, frameon=False,
@@ -219,80 +232,51 @@ def sampling_figure(rows: Sequence[TokenFrequency], num_samples: int, caption: s
 
 
 def _panel(axes: "Axes", rows: Sequence[TokenFrequency], num_samples: int) -> None:
-    places = range(len(rows))
+    positions = range(len(rows))
     exact = [row.probability for row in rows]
-    axes.bar(places, exact, 0.7, color=SERIES[0], label="exact")
+    axes.bar(positions, exact, 0.7, color=SERIES[0], label="exact")
     shares = [row.count / num_samples for row in rows]
     label = f"share of {num_samples:,} draws"
-    axes.plot(places, shares, "X", color=SERIES[1], markeredgecolor=INK, markersize=8, label=label)
+    axes.plot(
+        positions, shares, "X", color=SERIES[1], markeredgecolor=INK, markersize=8, label=label
+    )
     low = [max(0.0, row.probability - row.low / num_samples) for row in rows]
     high = [max(0.0, row.high / num_samples - row.probability) for row in rows]
     axes.errorbar(
-        places, exact, [low, high],
+        positions, exact, [low, high],
         fmt="none", ecolor=INK, elinewidth=1, capsize=4, label="where 99 % of runs lie",
     )  # fmt: skip
-    # above bar, line and cross; a zero and a small number look the same without it
+    # a number above bar, line and cross: without it, 0 and a small probability look the same
     heights = [max(p, p + up, share) for p, up, share in zip(exact, high, shares, strict=True)]
-    for place, (p, height) in enumerate(zip(exact, heights, strict=True)):
+    for position, (p, height) in enumerate(zip(exact, heights, strict=True)):
         axes.annotate(
-            _percent(p), (place, height), (0, 6), textcoords="offset points",
+            format_percent(p), (position, height), (0, 6), textcoords="offset points",
             ha="center", fontsize=8, color=INK,
         )  # fmt: skip
     axes.set_ylim(0, 1.18)
     axes.set_yticks([0, 0.5, 1])
     axes.set_xticks(
-        places, [in_any_font(row.token) for row in rows], rotation=45, ha="right",
+        positions, [escape_undrawable(row.token) for row in rows], rotation=45, ha="right",
         rotation_mode="anchor", parse_math=False,
     )  # fmt: skip
     axes.grid(axis="y", color=INK, alpha=0.15)
     axes.set_axisbelow(True)
 
 
-def _percent(share: float) -> str:
-    """``57 %``, ``4.3 %``, ``0.01 %``; below that it says so, and a token that is left out is 0."""
-    if share == 0.0:
-        return "0"
-    if share < 0.0001:
-        return "<0.01 %"
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
-
-
-def add_caption(figure: "Figure", caption: str) -> None:
-    """The settings of a report under its figure, in as many lines as its width needs."""
-    characters = int(13 * figure.get_figwidth())  # of 9 points
-    text = textwrap.fill(in_any_font(caption), characters)
-    figure.supxlabel(text, fontsize=9, parse_math=False)
-
-
-def in_any_font(text: str) -> str:
-    """The text with what matplotlib's font cannot draw as escapes; it would draw boxes, with a warning."""
-    drawn = _drawn_by_font()
-    return "".join(
-        c if ord(c) in drawn and c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
-@cache
-def _drawn_by_font() -> frozenset[int]:
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
-
-
 def as_dict(
     rows: Sequence[TokenFrequency],
     distributions: Sequence[DistributionStats],
-    methods: Sequence[EstimatorTiming],
+    timings: Sequence[EstimatorTiming],
 ) -> dict[str, list[dict[str, object]]]:
+    """The report as JSON."""
     return {
         "rows": [asdict(row) for row in rows],
         "distributions": [asdict(distribution) for distribution in distributions],
-        "methods": [asdict(method) for method in methods],
+        "methods": [asdict(timing) for timing in timings],
     }
 
 
-def _name(temperature: float, top_k: int | None, top_p: float | None) -> str:
+def _setting_name(temperature: float, top_k: int | None, top_p: float | None) -> str:
     parts = [f"temperature {temperature:g}"]
     parts += [f"top_k {top_k}"] if top_k is not None else []
     parts += [f"top_p {top_p:g}"] if top_p is not None else []

@@ -1,7 +1,4 @@
-"""Exercises 5.2 and 5.3: a grid of temperature × top-k (or top-p), several texts a cell, measured.
-
-R is the number of texts of a cell, T the tokens of one.
-"""
+"""Exercises 5.2 and 5.3: metrics of texts on a grid of temperature × top-k (or top-p)."""
 
 import html
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +13,7 @@ from gpt_lightning.generation.engine import NO_TOKEN, generate_simple, stream_id
 from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.palette import INK, SEQUENTIAL, ink_on
-from gpt_lightning.reports.sampling import add_caption
+from gpt_lightning.reports.plotting import add_caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GridCell:
-    """One setting and what its texts are like.
+    """One setting and the metrics of its texts.
 
     Attributes:
-        distinct_1: Share of the new tokens that are different ones, over all texts of the cell.
-        distinct_2: The same of pairs of tokens.
-        repetition_rate: Share of the tokens that stood among the 16 before them in their text.
-        mean_log_probability: Of the new tokens under the model itself, at temperature 1, nats a token.
+        distinct_1: Number of different tokens over the number of new tokens, in all texts of the cell.
+        distinct_2: The same for pairs of neighboring tokens.
+        repetition_rate: Share of the new tokens that also occur among the 16 tokens before them.
+        mean_log_probability: Of the new tokens under the model at temperature 1, in nats per token.
         next_token_entropy: Of the prompt's next token under this setting, in nats.
-        identical_share: Of the texts, how many are the most frequent one; 1 is deterministic.
+        identical_share: Share of the most frequent text; 1 means that the setting is deterministic.
     """
 
     temperature: float
@@ -50,12 +47,12 @@ class GridCell:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the setting leaves one choice for each token."""
+        """Whether the setting leaves only one token to choose from."""
         return self.temperature == 0.0 or self.top_k == 1
 
     @property
     def identical(self) -> str:
-        """How many texts are the same: ``all 8``, ``3 of 8``, ``none``."""
+        """The number of identical texts: ``all 8``, ``3 of 8``, ``none``."""
         same = round(self.identical_share * len(self.texts))
         if same == len(self.texts):
             return f"all {same}"
@@ -63,13 +60,13 @@ class GridCell:
 
 
 @dataclass(frozen=True)
-class PlainLoop:
-    """Exercise 5.3: the texts of the greedy settings beside that of :func:`generate_simple`.
+class PlainLoopComparison:
+    """Exercise 5.3: the texts of the greedy settings compared with :func:`generate_simple`.
 
     Attributes:
-        text: The plain loop's, up to ``<|endoftext|>``.
-        settings: Greedy settings, which are temperature 0 and top_k 1.
-        equal: Of these, how many have this text alone.
+        text: Of the plain loop, up to ``<|endoftext|>``.
+        settings: Number of greedy settings: temperature 0 or top_k 1.
+        equal: Number of greedy settings that only have this text.
     """
 
     text: str
@@ -78,40 +75,40 @@ class PlainLoop:
 
     def __str__(self) -> str:
         if not self.settings:
-            return "no setting is greedy (temperature 0 or top_k 1), so none is compared with it"
-        which = "temperature 0 or top_k 1"
+            return "is not compared: no setting is greedy (temperature 0 or top_k 1)"
+        condition = "temperature 0 or top_k 1"
         if self.equal < self.settings:
             differing = self.settings - self.equal
-            return (
-                f"gives another text than {differing} of {self.settings} greedy settings ({which})"
-            )
-        many = f"all {self.settings} greedy settings" if self.settings > 1 else "the greedy setting"
-        return f"gives the same text as {many} ({which})"
+            return f"gives another text than {differing} of {self.settings} greedy settings ({condition})"
+        greedy = (
+            f"all {self.settings} greedy settings" if self.settings > 1 else "the greedy setting"
+        )
+        return f"gives the same text as {greedy} ({condition})"
 
 
-FIGURES = {
+HEAT_MAP_METRICS = {
     "distinct_2": "distinct-2",
     "repetition_rate": "repetition",
     "mean_log_probability": "log-probability (nats)",
     "identical_share": "identical texts",
 }
 
-# what the page says about each of its measures; {n} is the number of texts in a cell
+# the page's explanation of each metric; {n} is the number of texts in a cell
 LEGEND = {
-    "distinct-1": "share of the tokens of all {n} texts that are different ones; higher is more varied",
-    "distinct-2": "the same for pairs of neighbouring tokens",
-    "repetition": "share of the tokens that are also among the 16 tokens before them; lower is better",
+    "distinct-1": "number of different tokens over the number of tokens, in all {n} texts; higher is more varied",
+    "distinct-2": "the same for pairs of neighboring tokens",
+    "repetition": "share of the tokens that also occur among the 16 tokens before them; lower is better",
     "log-probability": "mean log-probability of the tokens under the model at temperature 1, in nats per token; "
-    "nearer to 0 is likelier text",
-    "next-token entropy": "entropy of the prompt's next token under the setting, in nats; 0 leaves one choice",
-    "identical texts": "how many of the {n} texts are the same; all {n}: the setting is deterministic",
+    "closer to 0 is more likely text",
+    "next-token entropy": "entropy of the prompt's next token under the setting, in nats; 0 leaves one token to choose from",
+    "identical texts": "how many of the {n} texts are identical; all {n}: the setting is deterministic",
 }
 
 
 def grid(
     temperatures: Sequence[float], top_ks: Sequence[int | None], top_ps: Sequence[float | None]
 ) -> list[SamplingParams]:
-    """All combinations, temperature outermost; ``ValueError`` where a list is empty."""
+    """All combinations, in the order of temperature, top_k, top_p; ``ValueError`` if a list is empty."""
     for name, values in [("temperatures", temperatures), ("top_k", top_ks), ("top_p", top_ps)]:
         if not values:
             raise ValueError(f"{name}: is an empty list; give at least one")
@@ -133,12 +130,17 @@ def sweep(
     seed: int,
     on_cell: Callable[[], None] | None = None,
 ) -> list[GridCell]:
-    """Continue the prompt ``num_samples`` times under each setting; the seed is the same in each cell.
+    """Continue the prompt ``num_samples`` times under each setting, with the same seed in each cell.
 
-    ``on_cell`` is called after each. The model is put into eval mode.
+    The model is put into eval mode.
+
+    Args:
+        on_cell: Called after each cell.
     """
     if num_samples < 2:
-        raise ValueError(f"num_samples: {num_samples} cannot be compared; give 2 or more")
+        raise ValueError(
+            f"num_samples: {num_samples} is too small to compare texts; give 2 or more"
+        )
     for sampling in settings:
         sampling.check_vocabulary(model.config.vocab_size)
     model.eval()
@@ -170,23 +172,23 @@ def _cell(
             generator=make_generator(seed, device),
         )
     )
-    table = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(num_samples)]
-    rows = [[token for token in row if token != NO_TOKEN] for row in table]
+    padded = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(num_samples)]
+    rows = [[token for token in row if token != NO_TOKEN] for row in padded]
     unigrams = [token for row in rows for token in row]
     bigrams = [pair for row in rows for pair in pairwise(row)]
-    repeated = [row[i] in row[max(0, i - 16) : i] for row in rows for i in range(len(row))]
-    frequent = max(rows.count(row) for row in rows)
+    is_repeated = [row[i] in row[max(0, i - 16) : i] for row in rows for i in range(len(row))]
+    max_count = max(rows.count(row) for row in rows)
     return GridCell(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         distinct_1=_share(len(set(unigrams)), len(unigrams)),
         distinct_2=_share(len(set(bigrams)), len(bigrams)),
-        repetition_rate=_share(sum(repeated), len(repeated)),
+        repetition_rate=_share(sum(is_repeated), len(is_repeated)),
         mean_log_probability=mean_log_probability(model, prompt_ids, rows),
         next_token_entropy=_next_token_entropy(model, prompt_ids, sampling),
-        identical_share=frequent / len(rows),
-        deterministic=frequent == len(rows),
+        identical_share=max_count / len(rows),
+        deterministic=max_count == len(rows),
         texts=[decode(prompt_ids + row) for row in rows],
     )
 
@@ -194,8 +196,8 @@ def _cell(
 @torch.inference_mode()
 def compare_with_plain_loop(
     model: GPTModel, prompt_ids: list[int], cells: Sequence[GridCell], max_new_tokens: int
-) -> PlainLoop:
-    """Exercise 5.3's equality: greedy settings against the plain loop, which has no cache and no sampling."""
+) -> PlainLoopComparison:
+    """Exercise 5.3: compare the greedy settings with the plain loop, which has no cache and no sampling."""
     model.eval()
     idx = torch.tensor([prompt_ids], device=_device(model))
     new = generate_simple(model, idx, max_new_tokens)[0, len(prompt_ids) :].tolist()
@@ -203,11 +205,11 @@ def compare_with_plain_loop(
         new = new[: new.index(END_OF_TEXT_ID)]
     text = decode(prompt_ids + new)
     greedy = [cell for cell in cells if cell.is_greedy]
-    return PlainLoop(text, len(greedy), sum(set(cell.texts) == {text} for cell in greedy))
+    return PlainLoopComparison(text, len(greedy), sum(set(cell.texts) == {text} for cell in greedy))
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _share(count: int, total: int) -> float:
+    return count / total if total else 0.0
 
 
 @torch.inference_mode()
@@ -220,22 +222,22 @@ def _next_token_entropy(model: GPTModel, prompt_ids: list[int], sampling: Sampli
 def mean_log_probability(
     model: GPTModel, prompt_ids: list[int], rows: Sequence[Sequence[int]]
 ) -> float:
-    """Mean log-probability of the rows' tokens after the prompt, nats a token, under the model itself.
+    """Mean log-probability in nats of the new tokens, which are ``rows``, under the model at temperature 1.
 
-    Each text is read in one pass where it fits the context, else its last window; only new tokens count.
+    Each text is read in one forward pass: all of it, or the last window if it is longer than the context.
     """
     total, count = 0.0, 0
     for row in {tuple(row): None for row in rows}:
-        times = sum(tuple(other) == row for other in rows)
+        copies = sum(tuple(other) == row for other in rows)
         ids = (prompt_ids + list(row))[-(model.config.context_length + 1) :]
-        new = min(len(row), len(ids) - 1)
-        if not new:
+        n_new = min(len(row), len(ids) - 1)
+        if not n_new:
             continue
         idx = torch.tensor([ids], device=_device(model))
         log_p = model(idx[:, :-1]).float().log_softmax(dim=-1)
-        taken = log_p.gather(2, idx[:, 1:, None])[0, -new:, 0]
-        total += times * float(taken.sum())
-        count += times * new
+        token_log_p = log_p.gather(2, idx[:, 1:, None])[0, -n_new:, 0]
+        total += copies * float(token_log_p.sum())
+        count += copies * n_new
     return total / count if count else 0.0
 
 
@@ -243,21 +245,21 @@ def _device(model: GPTModel) -> torch.device:
     return model.tok_emb.weight.device
 
 
-def tables(
+def grid_axes(
     cells: Sequence[GridCell],
 ) -> Iterator[tuple[float | None, list[float], list[int | None]]]:
-    """For each top_p of the grid: it, the temperatures (rows) and the top_k (columns)."""
+    """One table for each top_p of the grid: the top_p, the temperatures (rows) and the top_k (columns)."""
     for top_p in dict.fromkeys(cell.top_p for cell in cells):
-        own = [cell for cell in cells if cell.top_p == top_p]
+        table = [cell for cell in cells if cell.top_p == top_p]
         yield (
             top_p,
-            list(dict.fromkeys(cell.temperature for cell in own)),
-            list(dict.fromkeys(cell.top_k for cell in own)),
+            list(dict.fromkeys(cell.temperature for cell in table)),
+            list(dict.fromkeys(cell.top_k for cell in table)),
         )
 
 
-def same_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
-    """The cells in their order, those with the very same texts together."""
+def group_by_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
+    """Groups of cells with exactly the same texts, in the order of their first cell."""
     groups: dict[tuple[str, ...], list[GridCell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell.texts), []).append(cell)
@@ -265,24 +267,24 @@ def same_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
 
 
 def heat_maps(cells: Sequence[GridCell], caption: str) -> "Figure":
-    """Each of ``FIGURES`` over temperature (down) × top_k (across), the values written in the cells.
+    """A heat map of each of ``HEAT_MAP_METRICS`` over temperature (rows) × top_k (columns), with numbers.
 
-    Two maps stand side by side, so that they can be read on a page; those of another top_p are below.
+    There are two maps in a row, so that they can be read on a page. The maps of the next top_p are below.
     """
     from matplotlib.figure import Figure
 
-    parts = list(tables(cells))
-    columns = max(len(top_ks) for _, _, top_ks in parts)
-    lines = max(len(temperatures) for _, temperatures, _ in parts)
-    width, height = max(5.0, 0.8 * columns + 1), max(2.8, 0.42 * lines + 1.2)
-    down = len(FIGURES) // 2 * len(parts)
-    figure = Figure(figsize=(2 * width, height * down + 0.4), layout="constrained")
-    grid_of_axes = iter(figure.subplots(down, 2, squeeze=False).flat)
+    tables = list(grid_axes(cells))
+    max_columns = max(len(top_ks) for _, _, top_ks in tables)
+    max_rows = max(len(temperatures) for _, temperatures, _ in tables)
+    width, height = max(5.0, 0.8 * max_columns + 1), max(2.8, 0.42 * max_rows + 1.2)
+    map_rows = len(HEAT_MAP_METRICS) // 2 * len(tables)
+    figure = Figure(figsize=(2 * width, height * map_rows + 0.4), layout="constrained")
+    panels = iter(figure.subplots(map_rows, 2, squeeze=False).flat)
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
-    for top_p, temperatures, top_ks in parts:
-        for field, title in FIGURES.items():
+    for top_p, temperatures, top_ks in tables:
+        for field, title in HEAT_MAP_METRICS.items():
             table = [[by_setting[t, k, top_p] for k in top_ks] for t in temperatures]
-            axes = next(grid_of_axes)
+            axes = next(panels)
             _heat_map(axes, field, table, cells)
             axes.set_title(title if top_p is None else f"{title}, top_p {top_p:g}", fontsize=13)
             axes.set_xticks(range(len(top_ks)), ["all" if k is None else str(k) for k in top_ks])
@@ -296,14 +298,14 @@ def heat_maps(cells: Sequence[GridCell], caption: str) -> "Figure":
 def _heat_map(
     axes: "Axes", field: str, table: Sequence[Sequence[GridCell]], cells: Sequence[GridCell]
 ) -> None:
-    """One map of part of the cells; its colours are those of all, so that maps can be compared."""
-    every = [float(getattr(cell, field)) for cell in cells]
-    values = [[float(getattr(cell, field)) for cell in line] for line in table]
+    """Draw one map. Its color scale covers all cells, so that the maps of a metric can be compared."""
+    all_values = [float(getattr(cell, field)) for cell in cells]
+    values = [[float(getattr(cell, field)) for cell in row] for row in table]
     image = axes.imshow(values, cmap=SEQUENTIAL, aspect="auto")
-    image.set_clim(*((0, 1) if field == "identical_share" else (min(every), max(every))))
+    image.set_clim(*((0, 1) if field == "identical_share" else (min(all_values), max(all_values))))
     colors = image.to_rgba(torch.tensor(values).numpy())
-    for i, line in enumerate(table):
-        for j, cell in enumerate(line):
+    for i, row in enumerate(table):
+        for j, cell in enumerate(row):
             text = cell.identical if field == "identical_share" else f"{values[i][j]:.2f}"
             axes.text(
                 j, i, text, ha="center", va="center", fontsize=10,
@@ -316,26 +318,30 @@ def _heat_map(
     axes.spines[:].set_visible(False)
 
 
-def html_page(cells: Sequence[GridCell], loop: PlainLoop, caption: str, figure_png: str) -> str:
-    """A page that needs nothing but itself: the figure (base64 PNG), the measures, the grid, each text once."""
+def html_page(
+    cells: Sequence[GridCell], loop: PlainLoopComparison, caption: str, figure_png: str
+) -> str:
+    """A page without links to other files: the heat maps (base64 PNG), the metrics, the grid, each text once."""
     parts = []
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
-    first = {id(cell): group[0] for group in same_texts(cells) for cell in group[1:]}
-    for top_p, temperatures, top_ks in tables(cells):
+    first_with_same_texts = {
+        id(cell): group[0] for group in group_by_texts(cells) for cell in group[1:]
+    }
+    for top_p, temperatures, top_ks in grid_axes(cells):
         if top_p is not None:
             parts.append(f"<h2>top_p {top_p:g}</h2>")
         head = "".join(f"<th>top_k {'all' if k is None else k}</th>" for k in top_ks)
         parts.append(f"<table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>")
         for temperature in temperatures:
             row = "".join(
-                _html_cell(cell, first.get(id(cell)))
+                _html_cell(cell, first_with_same_texts.get(id(cell)))
                 for cell in (by_setting[temperature, k, top_p] for k in top_ks)
             )
             parts.append(f"<tr><th>temperature {temperature:g}</th>{row}</tr>")
         parts.append("</tbody></table>")
     legend = "".join(
-        f"<dt>{name}</dt><dd>{what.format(n=len(cells[0].texts))}</dd>"
-        for name, what in LEGEND.items()
+        f"<dt>{name}</dt><dd>{meaning.format(n=len(cells[0].texts))}</dd>"
+        for name, meaning in LEGEND.items()
     )
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -344,8 +350,8 @@ def html_page(cells: Sequence[GridCell], loop: PlainLoop, caption: str, figure_p
         f"<h1>temperature × top_k</h1><p>{html.escape(caption)}</p>"
         f"<p>Exercise 5.3: generate_simple, the plain greedy loop, {html.escape(str(loop))}.</p>"
         f"<img alt='heat maps' src='data:image/png;base64,{figure_png}'>"
-        f"<h2>The measures</h2><dl class='legend'>{legend}</dl>"
-        f"<h2>The texts</h2>{''.join(parts)}</body></html>"
+        f"<h2>Metrics</h2><dl class='legend'>{legend}</dl>"
+        f"<h2>Texts</h2>{''.join(parts)}</body></html>"
     )
 
 
@@ -364,8 +370,12 @@ _STYLE = (
 
 
 def _html_cell(cell: GridCell, same_as: GridCell | None) -> str:
-    """``same_as``: an earlier cell with the same texts, to which it refers instead of repeating them."""
-    figures = {
+    """One cell of the grid.
+
+    Args:
+        same_as: An earlier cell with the same texts. The page refers to it instead of repeating them.
+    """
+    metrics = {
         "distinct-1": f"{cell.distinct_1:.3f}",
         "distinct-2": f"{cell.distinct_2:.3f}",
         "repetition": f"{cell.repetition_rate:.3f}",
@@ -373,7 +383,7 @@ def _html_cell(cell: GridCell, same_as: GridCell | None) -> str:
         "next-token entropy": f"{cell.next_token_entropy:.3f}",
         "identical texts": cell.identical,
     }
-    entries = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in figures.items())
+    entries = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in metrics.items())
     if same_as is not None:
         texts = "text" if cell.deterministic else "texts"
         return f"<td><dl>{entries}</dl><p class='same'>the same {texts} as with {setting_name(same_as)}</p></td>"
@@ -388,4 +398,5 @@ def setting_name(cell: GridCell) -> str:
 
 
 def as_dict(cells: Sequence[GridCell]) -> dict[str, list[dict[str, object]]]:
+    """The report as JSON."""
     return {"cells": [asdict(cell) for cell in cells]}

@@ -23,7 +23,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt_lightning.pretrained.weights import check_records, read_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksums
 from gpt_lightning.storage.checksum import MANIFEST, sha256_of
 
 logger = logging.getLogger(__name__)
@@ -335,7 +335,7 @@ def corruption_reason(path: Path, entries: list[dict[str, Any]] | None) -> str:
             return f"its SHA-256 is not what {MANIFEST} recorded"
         return ""
     try:
-        check_records(path)
+        verify_zip_checksums(path)
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ").removeprefix("is damaged: ")
     return ""

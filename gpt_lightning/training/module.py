@@ -15,7 +15,7 @@ from gpt_lightning.data.tokenizer import byte_lengths
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.weights import ModelWeights, take_weights
+from gpt_lightning.pretrained.weights import ModelWeights, pop_weights
 from gpt_lightning.training.distributed import check_strategy, shard_model
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.optimizer import (
@@ -145,7 +145,7 @@ class GPTLightningModule(LightningModule):
             with torch.device("meta"):
                 self.model = GPTModel(self.config)
             precise = torch.float64 if self.trainer.precision == "64-true" else torch.float32
-            weights = take_weights(self._start, precise)
+            weights = pop_weights(self._start, precise)
             if self.trainer.training:  # training changes the weights in place
                 self.model.to_empty(device="cpu")
             self.model.load_state_dict(weights, assign=not self.trainer.training)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.load import find_checkpoint, read_source
+from gpt_lightning.pretrained.load import find_checkpoint, read_weights
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_io import (
     BEST,
@@ -74,7 +74,7 @@ def checkpoint_to_resume(
                 f"ckpt_path: {path} is of another run than {folder}; name its run with --run NAME, "
                 "or start a new one with --init_from"
             )
-    found = read_source(str(path))  # checks names, shapes and sizes
+    found = read_weights(str(path))  # checks names, shapes and sizes
     checkpoint = read_checkpoint(path)
     if not checkpoint.get("optimizer_states") or "loops" not in checkpoint:
         raise ValueError(

@@ -466,6 +466,19 @@ def test_what_was_there_before_a_damaged_manifest_is_known_after(fit: Command) -
     assert latest_valid_checkpoint(RUN).name == "previous.ckpt"
 
 
+def test_manifest_of_an_earlier_version_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It had no kind and no checksum over itself."""
+    AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
+    entries = read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"checkpoints": entries}, indent=1) + "\n")
+    assert read_manifest(tmp_path) == entries
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-1])
+    assert "manifest.json recorded" in corruption_reason(tmp_path / "last.ckpt", entries)
+    assert not caplog.records
+
+
 def test_the_manifest_does_not_grow(tmp_path: Path) -> None:
     for name in ("best.ckpt", "last.ckpt", "last.ckpt"):
         AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / name)

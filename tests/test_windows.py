@@ -21,8 +21,7 @@ from gpt_lightning import GPTConfig, GPTModel, TextDataModule, load_model
 from gpt_lightning.data import dataloader as loader_module
 from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
-from gpt_lightning.data.mixture_sampler import MixtureSampler
-from gpt_lightning.data.sampler import FeistelPermutation, shuffled
+from gpt_lightning.data.sampler import FeistelPermutation, MixtureSampler, shuffled
 from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.metrics import TokenWeightedLoss

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
-from gpt_lightning.data.mixture_sampler import MixtureSampler
 from gpt_lightning.data.sampler import (
     MAX_IN_MEMORY,
     FeistelPermutation,
     Indices,
+    MixtureSampler,
     Permutation,
     seed_from,
     sequential,

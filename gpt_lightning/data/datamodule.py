@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from gpt_lightning.data.dataloader import ResumableDataLoader, Rng
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
-from gpt_lightning.data.mixture_sampler import MixtureSampler
 from gpt_lightning.data.same_windows import check_same_windows
+from gpt_lightning.data.sampler import MixtureSampler
 from gpt_lightning.data.token_cache import read_splits
 from gpt_lightning.data.token_store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gpt_lightning.data.sampler import Indices
-from gpt_lightning.storage.checksum_cache import cached_sha256
+from gpt_lightning.storage.checksum import cached_sha256
 
 _MAX_RESIDENT_BYTES = 32 << 20  # bytes of mapped files, before their pages are let go
 _FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -23,9 +22,9 @@ from gpt_lightning.data.token_store import (
     read_manifest,
 )
 from gpt_lightning.data.tokenizer import encode_corpus
+from gpt_lightning.storage.atomic import atomic_output, remove
 from gpt_lightning.storage.cache import cache_folder
-from gpt_lightning.storage.checksum import sha256_of
-from gpt_lightning.storage.checksum_cache import cached_sha256
+from gpt_lightning.storage.checksum import cached_sha256, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,8 @@ def read_splits(text: str, train_ratio: float) -> Splits:
             return Splits(*open_store(folder).values())
         except (ValueError, OSError):
             logger.warning(f"{folder}: is damaged; tokenising anew")
-            _remove(folder)
+            with suppress(OSError):
+                remove(folder)
     _say_if_long(path)
     splits = _in_memory(text, train_ratio)
     with suppress(OSError, ValueError):
@@ -160,18 +160,9 @@ def _kept(
 
 def _keep(splits: Splits, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
-        written = Path(scratch) / folder.name
-        written.mkdir()
-        writer = StoreWriter(written, _SHARD_TOKENS, {"settings": {}, "sources": []})
+    with atomic_output(folder, concurrent=True, overwrite=False) as temporary:
+        temporary.mkdir()
+        writer = StoreWriter(temporary, _SHARD_TOKENS, {"settings": {}, "sources": []})
         for name, (tokens,) in zip(SPLITS, splits, strict=True):
             writer.append(name, tokens)
         writer.finish()
-        written.rename(folder)
-
-
-def _remove(folder: Path) -> None:
-    with suppress(OSError):
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()

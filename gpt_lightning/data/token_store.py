@@ -5,7 +5,6 @@ each split was when a shard was last completed, and where the sources go on from
 """
 
 import hashlib
-import json
 import os
 import re
 from contextlib import suppress
@@ -17,36 +16,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCABULARY_SHA256
-from gpt_lightning.storage.checksum import MANIFEST
-from gpt_lightning.storage.checksum_cache import (
+from gpt_lightning.storage.atomic import temporary_path
+from gpt_lightning.storage.checksum import (
+    MANIFEST,
     cache_sha256,
     cached_sha256,
-    state_of,
-    wait_for_a_tick,
+    file_state,
+    read_self_checksummed,
+    wait_for_tick,
+    write_self_checksummed,
 )
 
-FORMAT = "gpt_lightning token store 1"
+KIND = "gpt_lightning token store 1"
 PROGRESS = "progress.json"
 SPLITS = ("train", "val")
 TOKENIZER = {"name": "gpt2", **VOCABULARY_SHA256}
 _SUFFIX = ".bin"
-_SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}\{_SUFFIX}")
+# stores of earlier versions have shards that end in .u16; readers take the names from the manifest
+_SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}(?:\{_SUFFIX}|\.u16)")
+_REMEDY = "copy it again, or remove {folder} and prepare it again"
 
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a token store, be it damaged or unfinished."""
     if not folder.is_dir():
         return False
-    if (folder / PROGRESS).exists() or any(folder.glob(f"*{_SUFFIX}")):
+    if (folder / PROGRESS).exists() or _shards_in(folder):
         return True
-    manifest = folder / MANIFEST
-    return manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+    return _mentions_kind(folder / MANIFEST)
 
 
 def was_written_here(folder: Path) -> bool:
     """Whether a manifest or progress says that this wrote the folder; shards alone may be anyone's."""
-    records = (folder / MANIFEST, folder / PROGRESS)
-    return any(path.is_file() and FORMAT.encode() in path.read_bytes() for path in records)
+    return _mentions_kind(folder / MANIFEST) or _mentions_kind(folder / PROGRESS)
+
+
+def _mentions_kind(path: Path) -> bool:
+    return path.is_file() and KIND.encode() in path.read_bytes()
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
 
 
 def open_store(folder: Path) -> dict[str, list[NDArray[np.uint16]]]:
@@ -81,7 +91,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: is an unfinished token store; go on with the prepare command that began it"
         )
-    manifest = read_self_checksummed(path)
+    manifest = _read(path)
     names = [shard["name"] for split in SPLITS for shard in manifest["shards"][split]]
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{path}: names a shard outside of {folder}; prepare the text anew")
@@ -95,7 +105,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """Of an unfinished store."""
-    return read_self_checksummed(folder / PROGRESS)
+    return _read(folder / PROGRESS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_self_checksummed(path, KIND, _REMEDY.format(folder=path.parent))
 
 
 def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
@@ -105,7 +119,7 @@ def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _check_shard(path: Path, shard: dict[str, Any]) -> None:
-    remedy = f"copy it anew, or remove {path.parent} and prepare it again"
+    remedy = _REMEDY.format(folder=path.parent)
     if not path.is_file():
         raise ValueError(f"{path}: is missing; {remedy}")
     size, expected = path.stat().st_size, 2 * shard["tokens"]
@@ -117,49 +131,6 @@ def _check_shard(path: Path, shard: dict[str, Any]) -> None:
 
 def _name(tokenizer: object) -> str:
     return str(tokenizer.get("name")) if isinstance(tokenizer, dict) else "unknown"
-
-
-def read_self_checksummed(path: Path) -> dict[str, Any]:
-    """A JSON object with a sum over itself.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recorded = content.pop("sha256")
-        whole = recorded == _own_sum(content) and content["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise ValueError(
-            f"{path}: is damaged; remove {path.parent} and prepare it again, or copy it anew"
-        )
-    return content
-
-
-def _own_sum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def write_self_checksummed(path: Path, content: dict[str, Any]) -> None:
-    """A JSON object with a sum over itself, whole or not at all."""
-    text = json.dumps({**content, "sha256": _own_sum(content)}, indent=1)
-    with temporary_path(path).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_path(path), path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -204,7 +175,7 @@ class StoreWriter:
     def __init__(self, folder: Path, shard_tokens: int, about: dict[str, Any]) -> None:
         self.folder = folder
         self.shard_tokens = shard_tokens
-        self.about = {"format": FORMAT, "tokenizer": TOKENIZER, **about}
+        self.about = {"tokenizer": TOKENIZER, **about}
         self.splits = {name: _ShardWriter(name) for name in SPLITS}
         self._recorded_shards = 0
 
@@ -254,7 +225,7 @@ class StoreWriter:
         name, sha256 = growing.shard_name, growing.sum.hexdigest()
         growing.shards.append({"name": name, "tokens": growing.filled, "sha256": sha256})
         growing.filled, growing.sum = 0, hashlib.sha256()
-        cache_sha256(self.folder / name, sha256, state_of(self.folder / name))
+        cache_sha256(self.folder / name, sha256, file_state(self.folder / name))
 
     def record(self, position: dict[str, Any]) -> None:
         """What was appended so far is what a resumed writer has; its caller goes on at ``position``."""
@@ -264,7 +235,7 @@ class StoreWriter:
                 os.fsync(growing.file.fileno())
         states = {name: growing.state() for name, growing in self.splits.items()}
         write_self_checksummed(
-            self.folder / PROGRESS, {**self.about, "position": position, "splits": states}
+            self.folder / PROGRESS, KIND, {**self.about, "position": position, "splits": states}
         )
         self._recorded_shards = self.shards
 
@@ -274,7 +245,7 @@ class StoreWriter:
         Raises:
             ValueError: The progress or a shard is damaged.
         """
-        progress = read_self_checksummed(self.folder / PROGRESS)
+        progress = read_progress(self.folder)
         for name, growing in self.splits.items():
             state = progress["splits"][name]
             growing.shards, growing.documents = state["shards"], state["documents"]
@@ -285,7 +256,7 @@ class StoreWriter:
                 self._reopen(growing, state["sha256"])
         known = {shard["name"] for split in self.splits.values() for shard in split.shards}
         known |= {split.shard_name for split in self.splits.values() if split.filled}
-        for path in self._written():
+        for path in _shards_in(self.folder):
             if path.name not in known:
                 path.unlink()
         self._recorded_shards = self.shards
@@ -293,6 +264,8 @@ class StoreWriter:
 
     def _reopen(self, growing: _ShardWriter, sha256: str) -> None:
         path = self.folder / growing.shard_name
+        if not path.is_file():  # lost, or of a version that wrote .u16
+            raise ValueError(f"{path}: is missing; remove {path.parent} and prepare it again")
         file = path.open("r+b")
         file.truncate(2 * growing.filled)
         growing.sum = hashlib.sha256()
@@ -308,7 +281,7 @@ class StoreWriter:
         for growing in self.splits.values():
             self._complete(growing)
             if growing.shards:
-                wait_for_a_tick(state_of(self.folder / growing.shards[-1]["name"]))
+                wait_for_tick(file_state(self.folder / growing.shards[-1]["name"]))
         manifest = {
             **self.about,
             **more,
@@ -316,7 +289,7 @@ class StoreWriter:
             "documents": {name: growing.documents for name, growing in self.splits.items()},
             "shards": {name: growing.shards for name, growing in self.splits.items()},
         }
-        write_self_checksummed(self.folder / MANIFEST, manifest)
+        write_self_checksummed(self.folder / MANIFEST, KIND, manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
 
@@ -328,15 +301,11 @@ class StoreWriter:
                     growing.file.close()
                 growing.file = None
 
-    def _written(self) -> list[Path]:
-        """Shards by their names; another's file stays."""
-        return [path for path in self.folder.iterdir() if _SHARD.fullmatch(path.name)]
-
     def remove(self) -> None:
         """Leave nothing of its own."""
         self.close()
         for path in [
-            *self._written(),
+            *_shards_in(self.folder),
             self.folder / PROGRESS,
             temporary_path(self.folder / PROGRESS),
         ]:

@@ -24,8 +24,8 @@ from gpt_lightning.pretrained.http_download import (
     check,
     fetch,
     has_digest,
-    put,
 )
+from gpt_lightning.storage.atomic import move_into_place
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
@@ -299,7 +299,7 @@ def _fetch_from_endpoint(
         )
     )
     check(fetched, known, told)
-    put(fetched, path)
+    move_into_place(fetched, path)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 

@@ -6,7 +6,6 @@ What was fetched before a connection broke is gone on with, in a later run too.
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
+
+from gpt_lightning.storage.atomic import move_into_place
 
 # called with a file's name, its bytes so far and its bytes in all, where they are known
 OnBytes = Callable[[str, int, int | None], None]
@@ -56,7 +57,7 @@ def fetch(
             try:
                 told = _fetch_once(url, part, known, on_bytes)
                 check(part, known, told)
-                put(part, path)
+                move_into_place(part, path)
                 _origin(part).unlink(missing_ok=True)
                 return
             except requests.RequestException as error:
@@ -176,13 +177,6 @@ def check(part: Path, known: ExpectedFile, told: str | None = None) -> None:
     if cause:
         part.unlink()
         raise requests.ConnectionError(cause)
-
-
-def put(part: Path, path: Path) -> None:
-    """Give a whole file its name, after its bytes are on the disk."""
-    with part.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def has_digest(path: Path, digest: str) -> bool:

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, cast
 
 from gpt_lightning.data.corpus import TEXT_SUFFIXES
 from gpt_lightning.data.folders import files_in, without_duplicates
-from gpt_lightning.storage.checksum_cache import cached_sha256
+from gpt_lightning.storage.checksum import cached_sha256
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
 SUFFIXES: dict[str, Kind] = {

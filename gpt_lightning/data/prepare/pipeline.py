@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from gpt_lightning.data.prepare.chunk import ReadPosition, TextChunk
 from gpt_lightning.data.prepare.encode import EncodedChunk, encode_chunk
 from gpt_lightning.data.prepare.inputs import InputFile, find_sources, with_checksums
 from gpt_lightning.data.prepare.readers import read_chunks
-from gpt_lightning.data.prepare.resume import check_same, check_unfinished, read_for
+from gpt_lightning.data.prepare.resume import check_same, check_unfinished
 from gpt_lightning.data.prepare.splits import SplitBy, check_texts, nothing_in, with_cuts
 from gpt_lightning.data.token_store import (
     PROGRESS,
@@ -28,10 +27,10 @@ from gpt_lightning.data.token_store import (
     check_shards,
     read_manifest,
     read_progress,
-    temporary_path,
     was_written_here,
 )
 from gpt_lightning.data.tokenizer import token_ranks
+from gpt_lightning.storage.atomic import temporary_path
 from gpt_lightning.storage.checksum import MANIFEST
 
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
@@ -144,7 +143,7 @@ def prepare(
             on_progress,
         )
         if (out / PROGRESS).exists():
-            check_unfinished(out, read_progress(out), about, work.sources)
+            check_unfinished(out, read_progress(out), about)
             work.continue_from(writer.resume())
         try:
             return work.run()
@@ -174,13 +173,10 @@ class _PreparePipeline:
         self.position = ReadPosition()
         self.skipped = self.empty = 0
         self.problems: list[str] = []
-        self._sums: list[tuple[int, str]] = []  # of the source at the position: see has_same_prefix
-        self._sum = sha256()
 
     def continue_from(self, recorded: dict[str, Any]) -> None:
         self.position = ReadPosition(*recorded["at"])
         self.skipped, self.empty = recorded["skipped"], recorded["empty"]
-        self._sums = [(end, found) for end, found in recorded.get("sums", [])]
 
     def run(self) -> PrepareResult:
         token_ranks()  # read once, and not by all threads at once
@@ -233,7 +229,7 @@ class _PreparePipeline:
             raise mistake
 
     def _write(self, piece: TextChunk, encoded: EncodedChunk) -> None:
-        self._note(piece)
+        self.position = piece.after
         with self._writing():
             for split, ids, documents, begins in encoded.tokens:
                 self.writer.append(split, ids, documents, begins=begins)
@@ -244,14 +240,6 @@ class _PreparePipeline:
                 self._record()
         tokens = sum(split.tokens for split in self.writer.splits.values())
         self.on_progress(piece.done, self._bytes, tokens)
-
-    def _note(self, piece: TextChunk) -> None:
-        if piece.after.source != self.position.source:
-            self._sums, self._sum = [], sha256()
-        if piece.after.source == piece.at.source:
-            for block in read_for(piece):
-                self._sum.update(block)
-        self.position = piece.after
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -264,17 +252,9 @@ class _PreparePipeline:
             ) from error
 
     def _record(self) -> None:
-        if self.position.offset > (self._sums[-1][0] if self._sums else 0):
-            self._sums.append((self.position.offset, self._sum.hexdigest()))
-            self._sum = sha256()
-        state = {
-            "at": list(self.position),
-            "sums": self._sums,
-            "cuts": [source.train_until for source in self.sources[: self.position.source + 1]],
-            "skipped": self.skipped,
-            "empty": self.empty,
-        }
-        self.writer.record(state)
+        self.writer.record(
+            {"at": list(self.position), "skipped": self.skipped, "empty": self.empty}
+        )
 
     def _check_splits(self) -> None:
         splits = self.writer.splits

@@ -33,7 +33,7 @@ def test_windows_are_the_books(n: int, length: int, stride: int) -> None:
     theirs = book.BookDataset(tokens.tolist(), length, stride)
     ours = WindowDataset([tokens], length, stride)
     assert ours.shape == (len(theirs), length + 1)
-    drawn = ours.draw(np.arange(len(ours)))
+    drawn = ours.read(np.arange(len(ours)))
     for i, (inputs, targets) in enumerate(theirs[i] for i in range(len(theirs))):
         assert drawn[i, :-1].tolist() == inputs.tolist()
         assert drawn[i, 1:].tolist() == targets.tolist()
@@ -120,7 +120,7 @@ def test_a_pass_sees_every_window_once() -> None:
     seen = [tuple(row) for x, _ in one for row in x.tolist()]
     assert len(seen) == 43
     assert sorted(seen) == sorted(
-        tuple(row) for row in one.windows.draw(np.arange(43))[:, :-1].tolist()
+        tuple(row) for row in one.windows.read(np.arange(43))[:, :-1].tolist()
     )
 
 

@@ -444,9 +444,9 @@ sys.exit(main(sys.argv[1:]))
     done = python("-c", interrupted, "prepare", *megabytes, f"--out={out}", "--workers=1")
     assert done.returncode == 130
     assert done.stderr.count("\n") == 1
-    assert "the same command goes on" in done.stderr
+    assert "the same command resumes" in done.stderr
     assert len(list(out.glob("*.bin"))) < 10
-    with pytest.raises(ValueError, match="is an unfinished token store; go on with the prepare"):
+    with pytest.raises(ValueError, match="is an unfinished token store; run the prepare"):
         token_cache.read_splits(str(out), 0.9)
     done = python(*command_line(*megabytes, f"--out={out}", "--json")[1:])
     assert done.returncode == 0
@@ -461,7 +461,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, megabytes: list[str]) -> None:
     done = python("-c", limited, "prepare", *megabytes, f"--out={tmp_path}/full")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert "full: cannot be written (File too large); make room, and the same" in done.stderr
+    assert "full: cannot be written (File too large); make room, and run the same" in done.stderr
     assert not (tmp_path / "full").exists()
 
 
@@ -686,14 +686,14 @@ BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("a.jsonl", GOOD + b"{broken\n", "a.jsonl, line 2: is no JSON; "),
-        ("a.jsonl", GOOD + b'{"text": "cut', "a.jsonl, line 2: is no JSON; "),
-        ("a.jsonl", GOOD + b"\n" + b'"text"\n', "a.jsonl, line 3: is no JSON object; "),
+        ("a.jsonl", GOOD + b"{broken\n", "a.jsonl, line 2: is not JSON; "),
+        ("a.jsonl", GOOD + b'{"text": "cut', "a.jsonl, line 2: is not JSON; "),
+        ("a.jsonl", GOOD + b"\n" + b'"text"\n', "a.jsonl, line 3: is not a JSON object; "),
         ("a.jsonl", GOOD + b'{"content": "x"}\n', "line 2: lacks the field text; name the text's with --field"),
-        ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: text is null and no text"),
-        ("a.jsonl", GOOD + b'{"text": 3}\n', "line 2: text is a int and no text"),
+        ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: text is null, not text"),
+        ("a.jsonl", GOOD + b'{"text": 3}\n', "line 2: text is a int, not text"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2: text holds half a surrogate pair"),
-        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: is no JSON"),
+        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: is not JSON"),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "line 2: is not UTF-8 (byte 27: invalid start byte)"),
         ("a.txt", b"good<|endoftext|>bad \xff", "a.txt: is not UTF-8 (byte 21: invalid start byte); convert it"),
         ("a.txt", b"long " * 1000 + b"\xe2\x82", "a.txt: is not UTF-8 (byte 5000: unexpected end of data)"),
@@ -711,7 +711,7 @@ BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
         ("a.jsonl", b"", "a.jsonl: holds no document with text"),
         ("a.jsonl", GOOD + BLANKS, "a.jsonl, line 2: has more blanks in a row than the tokenizer"),
         ("a.txt", b"a" + b" " * 1_500_000 + b"b", "a.txt, from byte 1: has more blanks in a row"),
-        ("a.csv", b"a,b", "a.csv: is of no known kind; give .txt, .md, .jsonl"),
+        ("a.csv", b"a,b", "a.csv: is of an unknown kind; give .txt, .md, .jsonl"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read(
@@ -772,7 +772,7 @@ def test_skipped_are_counted(
     said = json.loads(done.out)
     assert (said["documents"]["train"], said["skipped"], said["empty"]) == (3, 4, 1)
     assert done.err.splitlines()[:2] == [
-        "skipped: a.jsonl, line 2: is no JSON",
+        "skipped: a.jsonl, line 2: is not JSON",
         "skipped: a.jsonl, line 5: lacks the field text",
     ]
     assert documents_of(joined(Path("store"))[0]) == ["good"] * 3
@@ -926,7 +926,7 @@ def test_unfinished_store_split_by_ratio_refuses_any_changed_input(
         file.write("{\n")
     write_lines(tmp_path / "b.jsonl", PARAGRAPHS)
     arguments = ["prepare", "a.jsonl", "b.jsonl", "--split=ratio", "--shard_tokens=3000"]
-    refused(command(*arguments, "--out=store"), "is no JSON")
+    refused(command(*arguments, "--out=store"), "is not JSON")
     write_lines(tmp_path / "b.jsonl", PARAGRAPHS[1:])
     done = command(*arguments, "--out=store", "--on_error=skip")
     refused(done, "store: is unfinished, and its input b.jsonl has changed")
@@ -953,7 +953,7 @@ def test_store_of_an_earlier_version_is_read(command: Command, prepared: Path) -
     assert joined(prepared) == expected
     done = command("prepare", "rows.jsonl", f"--out={prepared}", "--shard_tokens=3000")
     assert done.code == 0, done.err
-    assert "is prepared already" in done.err
+    assert "is already prepared" in done.err
     (prepared / "manifest.json").unlink()
     with pytest.raises(ValueError, match="is an unfinished token store"):
         token_cache.read_splits(str(prepared), 0.9)
@@ -974,7 +974,7 @@ def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepare
     before = everything(prepared)
     done = command("prepare", "rows.jsonl", f"--out={prepared}", "--shard_tokens=3000")
     assert done.code == 0
-    assert "is prepared already, from the same sources" in done.err
+    assert "is already prepared, from the same inputs" in done.err
     write_lines(tmp_path / "other.jsonl", PARAGRAPHS)
     same = (f"--out={prepared}", "--shard_tokens=3000")
     refused(
@@ -993,7 +993,7 @@ def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepare
     refused(
         command("prepare", "rows.jsonl", "--out=photos"), "photos: holds something else (cat.jpg)"
     )
-    refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is no folder")
+    refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is not a folder")
 
 
 @pytest.mark.parametrize("name", ["mine.bin", "train-00000.bin", "progress.json"])
@@ -1014,7 +1014,7 @@ def test_what_lies_beside_an_unfinished_store_stays(
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(b"{\n")
     arguments = ("prepare", "rows.jsonl", "--out=out", "--shard_tokens=1000", "--val_ratio=0")
-    refused(command(*arguments), "is no JSON")
+    refused(command(*arguments), "is not JSON")
     (tmp_path / "out" / "mine.bin").write_text("precious")
     assert command(*arguments, "--on_error=skip").code == 0
     assert (tmp_path / "out" / "mine.bin").read_text() == "precious"

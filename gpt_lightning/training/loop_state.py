@@ -39,7 +39,7 @@ class LoopState(Callback):
         loaders = loop["state_dict"].get("combined_loader", [])
         data = trainer.datamodule  # type: ignore[attr-defined]
         if loaders and isinstance(data, TextDataModule):
-            _agree_with(loaders[0], loop, data.windows_at_a_time)
+            _agree_with(loaders[0], loop, data.windows_per_batch)
         _normalise(loop)
         current = loop["epoch_loop.batch_progress"]["current"]
         at_batch_end = current["completed"] < current["ready"]

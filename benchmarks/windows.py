@@ -18,7 +18,7 @@ from machine import at_least, at_most, description
 CHILD = """
 import sys, time
 import numpy as np
-from gpt_lightning.data.mixture_sampler import MixtureSampler
+from gpt_lightning.data.sampler import MixtureSampler
 from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 

@@ -1,17 +1,17 @@
-"""One palette for all figures: colour-blind readers can tell its colours apart, and so can print in grey.
+"""Palette of all figures. Its colors differ for color-blind readers and in gray print.
 
-It stands in this room because training and reports both draw, and neither imports the other.
+It is at the top of the package because training and reports both draw, and neither imports the other.
 """
 
-# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/). The first two differ most in grey.
+# Okabe and Ito's colors (https://jfly.uni-koeln.de/color/). The first two differ most in gray.
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 INK = "#222222"
 PAPER = "#ffffff"
-SEQUENTIAL = "cividis"  # matplotlib's map from dark blue to yellow, whose grey rises evenly
+SEQUENTIAL = "cividis"  # matplotlib's map from dark blue to yellow, whose gray rises evenly
 
 
 def ink_on(red: float, green: float, blue: float) -> str:
-    """The ink that is easier to read on a colour (sRGB from 0 to 1): dark or white, by WCAG's contrast."""
+    """The text color that is easier to read on a color (sRGB from 0 to 1): dark or white, by WCAG's contrast."""
     linear = [
         value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
         for value in (red, green, blue)

@@ -33,7 +33,7 @@ def test_windows_are_the_books(n: int, length: int, stride: int) -> None:
     theirs = book.BookDataset(tokens.tolist(), length, stride)
     ours = WindowDataset([tokens], length, stride)
     assert ours.shape == (len(theirs), length + 1)
-    drawn = ours.draw(np.arange(len(ours)))
+    drawn = ours.read(np.arange(len(ours)))
     for i, (inputs, targets) in enumerate(theirs[i] for i in range(len(theirs))):
         assert drawn[i, :-1].tolist() == inputs.tolist()
         assert drawn[i, 1:].tolist() == targets.tolist()
@@ -120,7 +120,7 @@ def test_a_pass_sees_every_window_once() -> None:
     seen = [tuple(row) for x, _ in one for row in x.tolist()]
     assert len(seen) == 43
     assert sorted(seen) == sorted(
-        tuple(row) for row in one.windows.draw(np.arange(43))[:, :-1].tolist()
+        tuple(row) for row in one.windows.read(np.arange(43))[:, :-1].tolist()
     )
 
 
@@ -208,7 +208,7 @@ def test_a_byte_order_mark_alone_is_an_empty_text(tmp_path: Path) -> None:
 
 
 def test_hidden_files_and_second_links_are_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "texts"
     for name in (".ipynb_checkpoints", ".git", "more"):
@@ -222,16 +222,15 @@ def test_hidden_files_and_second_links_are_left_out(
     (folder / "e").symlink_to("more")
     assert read_corpus(str(folder)) == "first<|endoftext|>in more"
     assert read_corpus(str(folder)) == "first<|endoftext|>in more"
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
+    (warning,) = caplog.messages
     hidden = "3 hidden files or folders (._a.txt, .git, .ipynb_checkpoints)"
-    assert f"texts: left out: {hidden}, 2 links to files already read (c.txt, d.md)\n" in err
+    assert f"texts: left out: {hidden}, 2 links to files already read (c.txt, d.md)" in warning
     (tmp_path / ".texts").mkdir()  # what is named is read
     (tmp_path / ".texts" / "a.txt").write_text("named")
     (tmp_path / ".b.txt").write_text("named too")
     assert read_corpus(str(tmp_path / ".texts")) == "named"
     assert read_corpus(str(tmp_path / ".b.txt")) == "named too"
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == [warning]
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_one(

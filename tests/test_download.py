@@ -384,7 +384,7 @@ def test_a_disk_that_fills_up_ends_the_download(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(http_download.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         one()
     assert not visible(tmp_path)

@@ -466,6 +466,19 @@ def test_what_was_there_before_a_damaged_manifest_is_known_after(fit: Command) -
     assert latest_valid_checkpoint(RUN).name == "previous.ckpt"
 
 
+def test_manifest_of_an_earlier_version_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It had no kind and no checksum over itself."""
+    AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
+    entries = read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"checkpoints": entries}, indent=1) + "\n")
+    assert read_manifest(tmp_path) == entries
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-1])
+    assert "manifest.json recorded" in corruption_reason(tmp_path / "last.ckpt", entries)
+    assert not caplog.records
+
+
 def test_the_manifest_does_not_grow(tmp_path: Path) -> None:
     for name in ("best.ckpt", "last.ckpt", "last.ckpt"):
         AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / name)
@@ -626,7 +639,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
 def test_no_mutation_goes_unnoticed(
     targets: dict[str, tuple[Path, Callable[[], Any]]],
     what: str,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path, read = targets[what]
     original = path.read_bytes()
@@ -637,14 +650,14 @@ def test_no_mutation_goes_unnoticed(
     for _ in range(MUTATIONS // 5):
         mutated = mutate(original, rng)
         path.write_bytes(mutated)
-        capsys.readouterr()
+        caplog.clear()
         try:
             found = read()
         except (ValueError, OSError):
             refused += 1
             continue
         if same_bits(found[0], before[0]):
-            assert "is damaged" in capsys.readouterr().err
+            assert "is damaged" in caplog.text
             fallen_back += 1
         else:  # nothing that was read has changed
             assert same_bits(list(found), list(expected)), mutated
@@ -666,7 +679,7 @@ def test_no_mutation_goes_unnoticed(
 )
 @pytest.mark.usefixtures("messages")
 def test_no_mutation_of_stored_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     """A store in the cache that is damaged is made again: the tokens are always the text's."""
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
@@ -690,7 +703,8 @@ def test_no_mutation_of_stored_tokens(
     for _ in range(200):
         (folder / what).write_bytes(mutate(original, rng))
         assert are_right(token_cache.read_splits(str(text), 0.8))
-        made_again += "is damaged; tokenising anew" in capsys.readouterr().err
+        made_again += "is damaged; tokenizing again" in caplog.text
+        caplog.clear()
     assert made_again > 150
     assert isinstance(token_cache.read_splits(str(text), 0.8).training[0], np.memmap)
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == [folder.name]

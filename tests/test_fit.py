@@ -332,7 +332,11 @@ LINES = [f"Line {i} of a text of its own.\n" for i in range(300)]
         ([], ["--data.document_mask=true"], "data.document_mask: the run has False"),
         ([], ["--seed_everything=7"], "seed_everything: the run has 123, here is 7"),
         ([], ["--rng=global"], "rng: the run has step, here is global"),
-        ([], ["--trainer.overfit_batches=2"], "trainer.overfit_batches: the run was begun without"),
+        (
+            [],
+            ["--trainer.overfit_batches=2"],
+            "trainer.overfit_batches: the run was started without",
+        ),
         ([], ["--data.train_ratio=0.11"], "data.text: the training text is not the one"),
         ([], ["--data.text=middle.txt"], "data.text: the training text is not the one"),
         ([], ["--data.text=end.txt"], "data.text: the validation text is not the one"),
@@ -380,7 +384,10 @@ def test_a_batch_size_that_does_not_meet_the_position_is_refused(
     fit("--trainer.max_steps=5")
     again = ("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last")
     done = command(*again, "--data.batch_size=4")
-    assert "cut after 10 windows of an epoch, which batches of 4 do not meet" in done.err
+    assert (
+        "cut after 10 windows of an epoch, which is not a multiple of 4 windows per batch"
+        in done.err
+    )
     fit("--ckpt_path=last", "--data.batch_size=5", "--trainer.max_steps=7")
 
 

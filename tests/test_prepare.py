@@ -3,6 +3,7 @@
 import codecs
 import errno
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 from gpt_lightning.data.prepare.plain_text import safe_cut
 from gpt_lightning.data.token_store import open_store
 from gpt_lightning.data.tokenizer import decode, encode_corpus, encode_documents, encode_prompt
-from gpt_lightning.storage import checksum_cache
+from gpt_lightning.storage import checksum
 
 SAMPLE = read_corpus("sample")
 PARAGRAPHS = SAMPLE.split("\n\n")
@@ -215,9 +216,9 @@ def test_a_store_of_an_earlier_reader_is_not_continued(command: Command, tmp_pat
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
     arguments = ("prepare", "a.txt", "--out=store", "--val_ratio=0")
     assert command(*arguments).code == 0
-    manifest = token_store.read_self_checksummed(Path("store/manifest.json"))
+    manifest = token_store.read_manifest(Path("store"))
     del manifest["reader"]
-    token_store.write_self_checksummed(Path("store/manifest.json"), manifest)
+    checksum.write_self_checksummed(Path("store/manifest.json"), token_store.KIND, manifest)
     refused(command(*arguments), "store: was prepared by a version that reads byte order marks")
     assert joined(Path("store"))[0] == encode_prompt("one")
 
@@ -443,9 +444,9 @@ sys.exit(main(sys.argv[1:]))
     done = python("-c", interrupted, "prepare", *megabytes, f"--out={out}", "--workers=1")
     assert done.returncode == 130
     assert done.stderr.count("\n") == 1
-    assert "the same command goes on" in done.stderr
+    assert "the same command resumes" in done.stderr
     assert len(list(out.glob("*.bin"))) < 10
-    with pytest.raises(ValueError, match="is an unfinished token store; go on with the prepare"):
+    with pytest.raises(ValueError, match="is an unfinished token store; run the prepare"):
         token_cache.read_splits(str(out), 0.9)
     done = python(*command_line(*megabytes, f"--out={out}", "--json")[1:])
     assert done.returncode == 0
@@ -460,7 +461,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, megabytes: list[str]) -> None:
     done = python("-c", limited, "prepare", *megabytes, f"--out={tmp_path}/full")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
-    assert "full: cannot be written (File too large); make room, and the same" in done.stderr
+    assert "full: cannot be written (File too large); make room, and run the same" in done.stderr
     assert not (tmp_path / "full").exists()
 
 
@@ -470,12 +471,12 @@ def test_a_disk_that_fills_up_is_gone_on_from(
     left = 8
     real = token_store.write_self_checksummed
 
-    def write(path: Path, content: dict[str, Any]) -> None:
+    def write(path: Path, kind: str, content: dict[str, Any]) -> None:
         nonlocal left
         left -= 1
         if left == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, content)
+        real(path, kind, content)
 
     monkeypatch.setattr(token_store, "write_self_checksummed", write)
     arguments = ("prepare", *corpus, "--out=store", "--val_ratio=0.2", "--shard_tokens=5000")
@@ -610,13 +611,13 @@ def test_no_mutation_is_silent(prepared: Path, what: str) -> None:
 
 def test_a_whole_shard_is_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not by the process that opens what prepare has written here; again when it has changed."""
-    monkeypatch.setattr(checksum_cache, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(checksum, "MIN_CACHED_BYTES", 0)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
     prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", PrepareConfig())
     summed: list[str] = []
-    real = checksum_cache.sha256_of
+    real = checksum.sha256_of
     monkeypatch.setattr(
-        checksum_cache, "sha256_of", lambda path: (summed.append(path.name), real(path))[1]
+        checksum, "sha256_of", lambda path: (summed.append(path.name), real(path))[1]
     )
     open_store(tmp_path / "store")
     assert summed == []
@@ -635,10 +636,9 @@ def test_a_whole_shard_is_summed_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_store_of_another_tokenizer(
     command: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = json.loads((prepared / "manifest.json").read_text())
-    del manifest["sha256"]
+    manifest = token_store.read_manifest(prepared)
     manifest["tokenizer"] = {"name": "cl100k_base"}
-    token_store.write_self_checksummed(prepared / "manifest.json", manifest)
+    checksum.write_self_checksummed(prepared / "manifest.json", token_store.KIND, manifest)
     done = command(
         "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--data.text={prepared}"
     )
@@ -686,14 +686,14 @@ BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("a.jsonl", GOOD + b"{broken\n", "a.jsonl, line 2: is no JSON; "),
-        ("a.jsonl", GOOD + b'{"text": "cut', "a.jsonl, line 2: is no JSON; "),
-        ("a.jsonl", GOOD + b"\n" + b'"text"\n', "a.jsonl, line 3: is no JSON object; "),
+        ("a.jsonl", GOOD + b"{broken\n", "a.jsonl, line 2: is not JSON; "),
+        ("a.jsonl", GOOD + b'{"text": "cut', "a.jsonl, line 2: is not JSON; "),
+        ("a.jsonl", GOOD + b"\n" + b'"text"\n', "a.jsonl, line 3: is not a JSON object; "),
         ("a.jsonl", GOOD + b'{"content": "x"}\n', "line 2: lacks the field text; name the text's with --field"),
-        ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: text is null and no text"),
-        ("a.jsonl", GOOD + b'{"text": 3}\n', "line 2: text is a int and no text"),
+        ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: text is null, not text"),
+        ("a.jsonl", GOOD + b'{"text": 3}\n', "line 2: text is a int, not text"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2: text holds half a surrogate pair"),
-        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: is no JSON"),
+        ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2: is not JSON"),
         ("a.jsonl", GOOD + b'{"text": "\xff"}\n', "line 2: is not UTF-8 (byte 27: invalid start byte)"),
         ("a.txt", b"good<|endoftext|>bad \xff", "a.txt: is not UTF-8 (byte 21: invalid start byte); convert it"),
         ("a.txt", b"long " * 1000 + b"\xe2\x82", "a.txt: is not UTF-8 (byte 5000: unexpected end of data)"),
@@ -711,7 +711,7 @@ BLANKS = json.dumps({"text": "a" + " " * 1_500_000 + "b"}).encode() + b"\n"
         ("a.jsonl", b"", "a.jsonl: holds no document with text"),
         ("a.jsonl", GOOD + BLANKS, "a.jsonl, line 2: has more blanks in a row than the tokenizer"),
         ("a.txt", b"a" + b" " * 1_500_000 + b"b", "a.txt, from byte 1: has more blanks in a row"),
-        ("a.csv", b"a,b", "a.csv: is of no known kind; give .txt, .md, .jsonl"),
+        ("a.csv", b"a,b", "a.csv: is of an unknown kind; give .txt, .md, .jsonl"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read(
@@ -772,7 +772,7 @@ def test_skipped_are_counted(
     said = json.loads(done.out)
     assert (said["documents"]["train"], said["skipped"], said["empty"]) == (3, 4, 1)
     assert done.err.splitlines()[:2] == [
-        "skipped: a.jsonl, line 2: is no JSON",
+        "skipped: a.jsonl, line 2: is not JSON",
         "skipped: a.jsonl, line 5: lacks the field text",
     ]
     assert documents_of(joined(Path("store"))[0]) == ["good"] * 3
@@ -872,59 +872,43 @@ def test_stopped_at_a_bad_line_it_goes_on_from_the_last_shard(
     assert command(*arguments, "--on_error=skip", "--shard_tokens=5000").code == 0
 
 
-def with_a_bad_row(folder: Path, kind: str, texts: Sequence[str], bad: int) -> tuple[Path, bytes]:
-    """A file with a row that cannot be read, and its bytes once that is corrected."""
-    if kind == ".txt":
-        path = folder / "b.txt"
-        good = b"".join(text.encode() + b"<|endoftext|>" for text in texts)
-        path.write_bytes(good.replace(texts[bad].encode(), b"\xff"))
-        return path, good
-    good_path = written_as(folder, kind, texts)
-    path, good = good_path.with_name(f"b{kind}"), good_path.read_bytes()
-    good_path.unlink()
-    if kind == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        rows = [None if i == bad else text for i, text in enumerate(texts)]
-        parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=300)
-    else:
-        lines = [json.dumps({"text": text}) for text in texts]
-        lines[bad] = "{"
-        content = "".join(f"{line}\n" for line in lines).encode()
-        path.write_bytes(gzip.compress(content) if kind == ".jsonl.gz" else content)
-    return path, good
-
-
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
-def test_a_bad_line_that_is_corrected_is_gone_on_from(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """What comes later may be another file too; what was read already may not."""
+@pytest.fixture
+def stopped(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], dict[str, bytes]]:
+    """A command that stopped at a bad row in the second of three inputs, and the files of its store."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
-    texts = [f"{i} {p}" for i in range(4) for p in PARAGRAPHS]
-    first = write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
-    path, good = with_a_bad_row(tmp_path, kind, texts, len(texts) - 9)
+    write_lines(tmp_path / "a.jsonl", PARAGRAPHS)
+    path = write_lines(tmp_path / "b.jsonl", [f"{i} {p}" for i in range(4) for p in PARAGRAPHS])
+    with path.open("a") as file:
+        file.write("{\n")
     write_lines(tmp_path / "c.jsonl", PARAGRAPHS[:3])
-    arguments = ["prepare", "a.jsonl", path.name, "c.jsonl", "--shard_tokens=3000"]
-    refused(command(*arguments, "--out=store"), path.name)
+    arguments = ["prepare", "a.jsonl", "b.jsonl", "c.jsonl", "--shard_tokens=3000"]
+    refused(command(*arguments, "--out=store"), "b.jsonl")
     begun = everything(Path("store"))
     assert json.loads(begun["progress.json"])["position"]["at"][:2] > [1, 0]
-    for changed, content in [(first, b"{}\n" + first.read_bytes()), (path, None)]:
-        before = changed.read_bytes()
-        if content is None:
-            write_again, _ = with_a_bad_row(tmp_path, kind, ["other", *texts[1:]], len(texts) - 9)
-            assert write_again == path
-        else:
-            changed.write_bytes(content)
-        refused(
-            command(*arguments, "--out=store"),
-            f"store: is unfinished, and {changed.name} was", "remove store to begin anew",
-        )  # fmt: skip
-        assert everything(Path("store")) == begun
-        changed.write_bytes(before)
-    path.write_bytes(good)
-    write_lines(tmp_path / "c.jsonl", PARAGRAPHS[3:9])
+    return arguments, begun
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl"])
+def test_unfinished_store_refuses_a_changed_input_that_was_read(
+    command: Command, stopped: tuple[list[str], dict[str, bytes]], name: str
+) -> None:
+    arguments, begun = stopped
+    Path(name).write_bytes(Path(name).read_bytes().replace(b"{\n", b"") + GOOD)
+    refused(
+        command(*arguments, "--out=store", "--on_error=skip"),
+        f"store: is unfinished, and its input {name} has changed; remove store to start again, or give",
+    )  # fmt: skip
+    assert everything(Path("store")) == begun
+
+
+def test_unfinished_store_takes_a_changed_input_that_was_not_read(
+    command: Command, stopped: tuple[list[str], dict[str, bytes]]
+) -> None:
+    arguments, _ = stopped
+    write_lines(Path("c.jsonl"), PARAGRAPHS[3:9])
+    arguments.append("--on_error=skip")
     times = {p.name: p.stat().st_mtime_ns for p in Path("store").glob("train*")}
     done = command(*arguments, "--out=store")
     assert done.code == 0, done.err
@@ -933,39 +917,73 @@ def test_a_bad_line_that_is_corrected_is_gone_on_from(
     assert everything(Path("store")) == everything(Path("straight"))
 
 
-def test_corrected_with_split_ratio_only_before_the_cut(command: Command, tmp_path: Path) -> None:
-    for val_ratio, goes_on in [(0.01, True), (0.6, False)]:
-        texts = [f"{i} {p}" for i in range(60) for p in PARAGRAPHS]
-        path = write_lines(tmp_path / "a.jsonl", texts)
-        good = path.read_text() + json.dumps({"text": "more"}) + "\n"
-        path.write_text(path.read_text() + "{\n")
-        arguments = ["prepare", "a.jsonl", "--split=ratio", f"--val_ratio={val_ratio}",
-                     "--shard_tokens=3000"]  # fmt: skip
-        out = f"--out=store{goes_on}"
-        refused(command(*arguments, out), "is no JSON")
-        path.write_text(good)
-        done = command(*arguments, out)
-        if goes_on:
-            assert done.code == 0, done.err
-            assert command(*arguments, "--out=straight").code == 0
-            assert everything(Path("storeTrue")) == everything(Path("straight"))
-        else:
-            refused(done, "is unfinished, and with --split ratio the sources' sizes")
+def test_unfinished_store_split_by_ratio_refuses_any_changed_input(
+    command: Command, tmp_path: Path
+) -> None:
+    """The sizes of all inputs decide where validation begins."""
+    path = write_lines(tmp_path / "a.jsonl", [f"{i} {p}" for i in range(60) for p in PARAGRAPHS])
+    with path.open("a") as file:
+        file.write("{\n")
+    write_lines(tmp_path / "b.jsonl", PARAGRAPHS)
+    arguments = ["prepare", "a.jsonl", "b.jsonl", "--split=ratio", "--shard_tokens=3000"]
+    refused(command(*arguments, "--out=store"), "is not JSON")
+    write_lines(tmp_path / "b.jsonl", PARAGRAPHS[1:])
+    done = command(*arguments, "--out=store", "--on_error=skip")
+    refused(done, "store: is unfinished, and its input b.jsonl has changed")
+
+
+# --- stores of earlier versions -------------------------------------------------------------------
+
+
+def as_before(store: Path, name: str) -> None:
+    """A manifest or progress without a kind, with a format; shards are called .u16."""
+    content = json.loads((store / name).read_text().replace(".bin", ".u16"))
+    del content["sha256"], content["kind"]
+    content = {"format": token_store.KIND, **content}
+    total = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (store / name).write_text(json.dumps({**content, "sha256": total}, indent=1) + "\n")
+    for shard in store.glob("*.bin"):
+        shard.rename(shard.with_suffix(".u16"))
+
+
+def test_store_of_an_earlier_version_is_read(command: Command, prepared: Path) -> None:
+    expected = joined(prepared)
+    as_before(prepared, "manifest.json")
+    assert token_store.is_store(prepared)
+    assert joined(prepared) == expected
+    done = command("prepare", "rows.jsonl", f"--out={prepared}", "--shard_tokens=3000")
+    assert done.code == 0, done.err
+    assert "is already prepared" in done.err
+    (prepared / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is an unfinished token store"):
+        token_cache.read_splits(str(prepared), 0.9)
+
+
+def test_unfinished_store_of_an_earlier_version_is_refused(
+    command: Command, stopped: tuple[list[str], dict[str, bytes]]
+) -> None:
+    arguments, _ = stopped
+    as_before(Path("store"), "progress.json")
+    before = everything(Path("store"))
+    done = command(*arguments, "--out=store", "--on_error=skip")
+    refused(done, ".bin: is missing; remove store and prepare it again")
+    assert everything(Path("store")) == before
 
 
 def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepared: Path) -> None:
     before = everything(prepared)
     done = command("prepare", "rows.jsonl", f"--out={prepared}", "--shard_tokens=3000")
     assert done.code == 0
-    assert "is prepared already, from the same sources" in done.err
+    assert "is already prepared, from the same inputs" in done.err
     write_lines(tmp_path / "other.jsonl", PARAGRAPHS)
     same = (f"--out={prepared}", "--shard_tokens=3000")
     refused(
-        command("prepare", "other.jsonl", *same), "holds a store of other sources", "other.jsonl"
+        command("prepare", "other.jsonl", *same), "holds a store of other inputs", "other.jsonl"
     )
     refused(command("prepare", "rows.jsonl", "other.jsonl", *same), "other.jsonl")
     refused(
-        command("prepare", "rows.jsonl", f"--out={prepared}"), "was begun with --shard_tokens 3000"
+        command("prepare", "rows.jsonl", f"--out={prepared}"),
+        "was started with --shard_tokens 3000",
     )
     assert everything(prepared) == before
     (prepared / "train-00001.bin").write_bytes(before["train-00001.bin"][:-2])
@@ -975,7 +993,7 @@ def test_a_folder_that_holds_something(command: Command, tmp_path: Path, prepare
     refused(
         command("prepare", "rows.jsonl", "--out=photos"), "photos: holds something else (cat.jpg)"
     )
-    refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is no folder")
+    refused(command("prepare", "rows.jsonl", "--out=rows.jsonl"), "rows.jsonl: is not a folder")
 
 
 @pytest.mark.parametrize("name", ["mine.bin", "train-00000.bin", "progress.json"])
@@ -996,7 +1014,7 @@ def test_what_lies_beside_an_unfinished_store_stays(
     with (tmp_path / "rows.jsonl").open("ab") as file:
         file.write(b"{\n")
     arguments = ("prepare", "rows.jsonl", "--out=out", "--shard_tokens=1000", "--val_ratio=0")
-    refused(command(*arguments), "is no JSON")
+    refused(command(*arguments), "is not JSON")
     (tmp_path / "out" / "mine.bin").write_text("precious")
     assert command(*arguments, "--on_error=skip").code == 0
     assert (tmp_path / "out" / "mine.bin").read_text() == "precious"

@@ -156,7 +156,7 @@ def test_ranks_read_as_many_batches_and_each_window_once(batch_size: int, ranks:
         assert all(inputs.shape[1] == 4 for inputs, _ in batches)
         seen += [int(row[0]) for inputs, _ in batches for row in inputs]
     assert len(counts) == 1
-    assert sorted(seen) == view.draw(np.arange(len(view)))[:, 0].tolist()
+    assert sorted(seen) == view.read(np.arange(len(view)))[:, 0].tolist()
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ from gpt_lightning import GPTConfig, GPTModel, TextDataModule, load_model
 from gpt_lightning.data import dataloader as loader_module
 from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
-from gpt_lightning.data.mixture_sampler import MixtureSampler
-from gpt_lightning.data.sampler import FeistelPermutation, shuffled
+from gpt_lightning.data.sampler import FeistelPermutation, MixtureSampler, shuffled
 from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.metrics import TokenWeightedLoss
@@ -58,7 +57,7 @@ def test_a_stream_in_parts_has_the_windows_of_the_whole(
     assert parts.shape == whole.shape
     order = np.random.default_rng(0).permutation(len(whole))
     expected = [tokens[i * stride : i * stride + length + 1].tolist() for i in order]
-    assert parts.draw(order).tolist() == whole.draw(order).tolist() == expected
+    assert parts.read(order).tolist() == whole.read(order).tolist() == expected
 
 
 def test_pages_of_a_mapped_file_are_let_go(tmp_path: Path) -> None:
@@ -207,7 +206,7 @@ def test_stream_is_the_same_on_any_number_of_devices(
 
 
 @pytest.mark.parametrize(("limit", "updates_an_epoch"), [(3, 3), (1, 1), (0.5, None), (1000, None)])
-def test_a_limit_counts_whole_updates_for_any_batch_size(
+def test_a_limit_counts_whole_steps_for_any_batch_size(
     limit: float, updates_an_epoch: int | None
 ) -> None:
     """With a global batch: all updates of all devices and batch sizes have its windows."""
@@ -225,7 +224,7 @@ def test_a_limit_that_leaves_no_whole_update_is_refused(command: Command) -> Non
     done = command("fit", QUICKSTART, *SMALL, "--data.global_batch_size=4",
                    "--trainer.limit_train_batches=0.01", "--trainer.max_steps=1")  # fmt: skip
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "trainer.limit_train_batches: 0.01 leaves no whole update" in done.err
+    assert "trainer.limit_train_batches: 0.01 leaves none of the" in done.err
 
 
 class Record(Callback):
@@ -245,7 +244,7 @@ class Record(Callback):
         self.loss += float(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        drawn = trainer.datamodule._windows["training"].draw(np.array(self.windows))
+        drawn = trainer.datamodule._windows["training"].read(np.array(self.windows))
         ids = torch.from_numpy(drawn)
         parameters = list(module.parameters())
         with torch.enable_grad():
@@ -440,7 +439,7 @@ def test_windows_of_a_mixture_are_of_one_source() -> None:
     ones, twos = (np.full(n, n, dtype=np.uint16) for n in (50, 83))
     joined = ConcatWindowDataset([WindowDataset([ones], 8, 8), WindowDataset([twos], 8, 8)])
     assert joined.shape == (6 + 10, 9)
-    drawn = joined.draw(np.array([15, 0, 5, 6]))
+    drawn = joined.read(np.array([15, 0, 5, 6]))
     assert (drawn == np.array([83, 50, 50, 83])[:, None]).all()
 
 
@@ -452,7 +451,7 @@ def test_a_mixture_goes_on_where_it_was_cut() -> None:
         sources = [WindowDataset([some_tokens(8 * n + 1)], 8, 8) for n in counts]
         return ResumableDataLoader(
             ConcatWindowDataset(sources), batch_size, shuffle=True, drop_last=True, accumulate=accumulate,
-            whole_updates=True, mixture=MixtureSampler(counts, [1, 1], 3),
+            whole_steps=True, mixture=MixtureSampler(counts, [1, 1], 3),
         )  # fmt: skip
 
     expected = flat(numbers(loader(4, 2), 3))
@@ -621,7 +620,7 @@ def test_verify_resume_with_all_of_it(tmp_path: Path) -> None:
             ["7 cannot be split over 3 device(s)", "is 6"],
         ),
         (["--data.global_batch_size=500"], ["500 is more than the 15 training windows"]),
-        (["--data.global_batch_tokens=100"], ["100 is no whole number of windows of 16", "96"]),
+        (["--data.global_batch_tokens=100"], ["100 is not a multiple of the window length, 16", "96"]),
         (["--data.global_batch_tokens=48"], ["global_batch_tokens: 48 cannot be split", "is 64"]),
         (["--data.global_batch_tokens=8000"], ["8000 is more than the 15 training windows of 16"]),
         (
@@ -657,7 +656,10 @@ def test_a_run_cut_between_other_updates_is_refused(fit: Command, command: Comma
     done = command(
         "fit", QUICKSTART, *SMALL, *BARE, "--ckpt_path=last", "--data.global_batch_size=4"
     )
-    refused(done, "cut after 6 windows of an epoch, which updates of 4 do not meet")
+    refused(
+        done,
+        "cut after 6 windows of an epoch, which is not a multiple of 4 windows per optimizer step",
+    )
 
 
 def printed(out: str) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""``prepare``: text, any amount of it, into a token store."""
+"""``prepare``: any amount of text into a token store."""
 
 import json
 import logging
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
-    """Tokenise text into a folder that data.text takes: --data.text DIR.
+    """Tokenize text into a token store, a folder for fit: --data.text DIR.
 
     INPUT is a .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder or a glob of them, or a
-    folder that Hugging Face's datasets has saved. A document is a text file, or what lies between
-    <|endoftext|> in it; of the other kinds a row. One <|endoftext|> is put between documents. Interrupted,
-    the same command goes on from the last whole shard; what it has not read yet may have been corrected.
+    folder that Hugging Face's datasets has saved. <|endoftext|> separates the documents of a text file; in
+    the other kinds a row is a document. One <|endoftext|> is written between documents. After an interrupt the
+    same command resumes after the last complete shard.
     """
     settings = parse(_parser(), arguments)
     from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
@@ -33,26 +33,26 @@ def run(arguments: list[str]) -> None:
         settings.field, settings.split, settings.val_ratio, settings.shard_tokens
     )
     out = Path(os.path.expanduser(settings.out))
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        with _Shown() as shown:
+        with _Progress() as progress:
             prepared = prepare(
                 settings.inputs,
                 out,
                 chosen,
                 workers=_cpus() if settings.workers is None else settings.workers,
                 skip=settings.on_error == "skip",
-                on_progress=shown.advance,
+                on_progress=progress.advance,
             )
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
-            f"before {out} was whole; the same command goes on from its last whole shard"
+            f"before {out} was complete; the same command resumes after its last complete shard"
         ) from error
     manifest = prepared.manifest
     for problem in prepared.problems:
         logger.info(printable(f"skipped: {problem.partition(';')[0]}"))
-    if prepared.was_there:
-        logger.info(printable(f"{out}: is prepared already, from the same sources"))
+    if prepared.already_prepared:
+        logger.info(printable(f"{out}: is already prepared, from the same inputs"))
     result = {
         "folder": str(out),
         **{
@@ -60,8 +60,8 @@ def run(arguments: list[str]) -> None:
         },
         "shards": {name: len(shards) for name, shards in manifest["shards"].items()},
         "sources": len(manifest["sources"]),
-        "was_there": prepared.was_there,
-        "seconds": round(time.monotonic() - began, 3),
+        "already_prepared": prepared.already_prepared,
+        "seconds": round(time.monotonic() - start, 3),
     }
     print(json.dumps(result) if settings.json else for_stream(_described(result), sys.stdout))
 
@@ -84,15 +84,15 @@ def _described(result: dict[str, Any]) -> str:
     return f"{result['folder']}: {', '.join(parts)}"
 
 
-class _Shown:
-    """A bar on a terminal, else a plain line at intervals, on stderr."""
+class _Progress:
+    """Progress on stderr: a bar on a terminal, else a plain line at intervals."""
 
     def __init__(self) -> None:
         self._bar = byte_progress()
         self._first: tuple[float, int] | None = None
         self._last_line = time.monotonic()
 
-    def __enter__(self) -> "_Shown":
+    def __enter__(self) -> "_Progress":
         self._bar.start()
         return self
 
@@ -106,12 +106,12 @@ class _Shown:
                 self._bar.add_task("preparing")
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
             return
-        if self._first is None:  # of this process: one that goes on does not begin at 0
+        if self._first is None:  # a resumed process does not start at 0
             self._first = now, done
-        began, first = self._first
+        start, first = self._first
         if now - self._last_line > SECONDS_BETWEEN_LINES and done > first:
             self._last_line = now
-            rate = (done - first) / (now - began)
+            rate = (done - first) / (now - start)
             logger.info(
                 f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s, "
                 f"eta {(total - done) / rate:,.0f} s"
@@ -125,7 +125,7 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add("--config", action="config", help="These settings from a YAML file.")
     add("inputs", action=TextList, nargs="+", metavar="INPUT", help="Files, folders, globs.")
-    add("--out", type=str, required=True, help="The folder for the tokens; new, or begun before.")
+    add("--out", type=str, required=True, help="The folder of the token store; new, or unfinished.")
     add("--field", type=str, default="text", help="The field of a row that holds its text.")
     add(
         "--split",
@@ -134,15 +134,15 @@ def _parser() -> ArgumentParser:
         help="'hash': each document's content decides, so that adding files moves none; 'ratio': the "
         "last part of the text is for validation.",
     )
-    add("--val_ratio", type=float, default=0.1, help="Share for validation; 0: none.")
-    add("--workers", type=int | None, help="Threads that tokenise; none: one a CPU.")
-    add("--shard_tokens", type=int, default=100_000_000, help="Tokens in a file.")
+    add("--val_ratio", type=float, default=0.1, help="Share for validation; 0 = training alone.")
+    add("--workers", type=int | None, help="Threads that tokenize; default: one per CPU.")
+    add("--shard_tokens", type=int, default=100_000_000, help="Tokens per shard.")
     add(
         "--on_error",
         type=Literal["stop", "skip"],
         default="stop",
-        help="What to do at a document that cannot be read: stop, or leave it out and count it; of a "
-        "damaged file all that follows the damage is left out, and counted as one.",
+        help="What to do with a document that cannot be read: stop, or leave it out and count it. In a "
+        "damaged file the rest is left out, and counted as one document.",
     )
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser

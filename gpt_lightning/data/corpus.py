@@ -1,4 +1,4 @@
-"""Where text comes from: The Verdict, the sample story, a file or a folder of files."""
+"""Texts: The Verdict, the sample story, a file or a folder of files."""
 
 import hashlib
 import os
@@ -25,11 +25,11 @@ def read_corpus(text: str) -> str:
     """The text that ``data.text`` names: ``verdict``, ``sample``, a file, or a folder.
 
     A folder is its ``.txt`` and ``.md`` files as :func:`files_in` finds them, with ``<|endoftext|>`` between
-    them. A byte order mark is left out, and all line ends are ``\\n``.
+    them. A byte order mark is removed, and all line ends are ``\\n``.
 
     Raises:
-        ValueError: What was read is empty, or no UTF-8 text.
-        OSError: It cannot be found or read, or The Verdict not fetched.
+        ValueError: The text is empty, or not UTF-8.
+        OSError: It cannot be found or read, or The Verdict cannot be downloaded.
     """
     if text == "verdict":
         return _read_file(_verdict())
@@ -50,7 +50,7 @@ def _read_folder(folder: Path) -> str:
     if not paths:
         raise FileNotFoundError(
             f"data.text: {folder} holds no text files; expected {' or '.join(TEXT_SUFFIXES)} files that are not "
-            "hidden, or what prepare has written"
+            "hidden, or a token store of prepare"
         )
     return END_OF_TEXT.join(_read_file(path) for path in paths)
 
@@ -75,14 +75,14 @@ def _read_file(path: Path) -> str:
 
 
 def _verdict() -> Path:
-    """The Verdict's place in the cache, downloaded there if need be, its sum checked either way."""
+    """Path of The Verdict in the cache; it is downloaded if it is missing, and verified either way."""
     path = cache_folder() / VERDICT
     if not path.exists():
         _download_verdict(path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != VERDICT_SHA256:
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != VERDICT_SHA256:
         raise ValueError(
-            f"data.text: {path} is not The Verdict: SHA-256 {found}, expected {VERDICT_SHA256}; "
+            f"data.text: {path} is not The Verdict: SHA-256 {sha256}, expected {VERDICT_SHA256}; "
             "remove it and run again"
         )
     return path
@@ -107,7 +107,7 @@ def _download_verdict(path: Path) -> None:
             f"data.text: The Verdict is not cached and cannot be downloaded "
             f"({type(error).__name__}); {remedy}"
         ) from error
-    except ValueError as error:  # pooch: the sum is wrong; nothing was kept
+    except ValueError as error:  # from pooch: the checksum is wrong, and the file was removed
         raise ValueError(
             f"data.text: {VERDICT_URL} did not answer with The Verdict (its SHA-256 differs, "
             f"expected {VERDICT_SHA256}); {remedy}"

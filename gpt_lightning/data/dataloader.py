@@ -1,4 +1,4 @@
-"""Batches of windows, in an order that a run can go on with anywhere.
+"""Batches of windows, in an order that can be resumed at any batch.
 
 L is the window length, B the windows of a batch.
 """
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
-from gpt_lightning.data.mixture_sampler import MixtureSampler
 from gpt_lightning.data.sampler import (
     MAX_IN_MEMORY,
     FeistelPermutation,
     Indices,
+    MixtureSampler,
     Permutation,
     seed_from,
     sequential,
@@ -28,44 +28,45 @@ from gpt_lightning.data.sampler import (
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID
 
 Rng = Literal["step", "global"]
-Batch = tuple[Tensor, ...]  # inputs, targets, and where documents are kept apart, documents
+Batch = tuple[Tensor, ...]  # inputs, targets and, with a document mask, documents
 
-_AT_A_TIME = 4096  # windows whose order is computed at once
-_READ_AT_ONCE = 4096  # tokens, or a batch's if those are more
+_INDICES_PER_CALL = 4096  # that are computed together
+_TOKENS_PER_READ = 4096  # or a batch's, if those are more
 
 
 class ResumableDataLoader:
-    """Batches ``(inputs, targets)``, each ``(B, L)``, in an order that can be resumed anywhere.
+    """Data loader whose position can be saved and restored at any batch: ``(inputs, targets)``, each ``(B, L)``.
 
-    It is no ``DataLoader``: Lightning would replace that one's sampler, and restarts it at the head of a
-    new permutation when a run resumes. With ``rng="step"`` the order of an epoch is a pure function of
-    ``(seed, epoch)``, computed where it is asked for if there are more than a million windows. With
-    ``rng="global"`` a pass draws on torch's global generator the two numbers that a ``DataLoader`` draws, a
-    base seed and the sampler's, and so sees the book's order.
+    It is not a ``DataLoader``: Lightning replaces the sampler of a ``DataLoader``, and starts a new permutation
+    when a run resumes. With ``rng="step"`` the order of an epoch is a pure function of ``(seed, epoch)``; for
+    more than a million windows it is computed batch by batch. With ``rng="global"`` an epoch draws two numbers
+    on torch's global generator, as a ``DataLoader`` does (a base seed and the sampler's), and so has the book's
+    order.
 
-    A batch is counted before it is handed out, so a checkpoint written while it is worked on says that
-    it was seen. All ranks get as many batches; where a short last one leaves a rank nothing, it is ``(0, L)``.
+    A batch is counted before it is yielded, so a checkpoint that is written while the batch is trained on
+    counts it as seen. All ranks get the same number of batches; a rank that has nothing in a short last batch
+    gets ``(0, L)``.
 
     Args:
-        windows: What is drawn from.
-        batch_size: Windows a batch on this rank.
-        shuffle: Whether each pass has an order of its own, else it is 0, 1, 2, …
-        drop_last: Whether a last batch shorter than the others is left out.
-        accumulate: Batches an update, between which alone a pass can be gone on with.
-        whole_updates: Whether a last update of fewer batches is left out too.
-        max_batches: Where a pass ends that is to be cut short (Lightning's ``limit_train_batches``); none:
-            with the last batch. ``len`` does not know it.
-        num_workers: Threads that read batches ahead; with none they are read when they are asked for,
-            small ones several at a time. The batches are the same.
-        pin_memory: Whether they are put where a GPU can copy them from while it computes.
-        documents: Whether a batch has a third tensor ``(B, L)``, the same number for the same document. A
-            document begins with its ``<|endoftext|>``.
-        mixture: The order, if the windows are of several sources. It goes on from one pass to the next.
+        windows: The dataset.
+        batch_size: Windows of a batch on this rank.
+        shuffle: Whether each epoch has another random order; else it is 0, 1, 2, …
+        drop_last: Whether a last batch that is shorter than the others is left out.
+        accumulate: Batches of an optimizer step. An epoch resumes only between two steps.
+        whole_steps: Whether a last step of fewer batches is left out too.
+        max_batches: Batches after which an epoch ends (Lightning's ``limit_train_batches``). None: all. ``len``
+            ignores it.
+        num_workers: Threads that read batches ahead. 0: batches are read when they are needed, several small
+            ones together. The batches are the same.
+        pin_memory: Whether batches are in pinned memory, from which a GPU copies while it computes.
+        documents: Whether a batch has a third tensor ``(B, L)``, with the same number for tokens of the same
+            document. A document begins with its ``<|endoftext|>``.
+        mixture: Sampler for a dataset of several texts. Its stream continues from one epoch to the next.
         rank: Which slice of each ``world_size * batch_size`` windows this process takes.
 
     Attributes:
-        handed_out: ``(B,)``, the numbers of the last batch's windows.
-        seconds_waited: For batches that were not there yet, in all.
+        handed_out: ``(B,)``, indices of the windows of the last batch.
+        seconds_waited: Total time spent waiting for batches that were not read yet.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ResumableDataLoader:
         shuffle: bool,
         drop_last: bool,
         accumulate: int = 1,
-        whole_updates: bool = False,
+        whole_steps: bool = False,
         max_batches: int | None = None,
         seed: int = 0,
         rng: Rng = "step",
@@ -92,7 +93,7 @@ class ResumableDataLoader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.accumulate = accumulate
-        self.whole_updates = whole_updates
+        self.whole_steps = whole_steps
         self.max_batches = max_batches
         self.seed = seed
         self.rng = rng
@@ -107,24 +108,24 @@ class ResumableDataLoader:
         self._epoch = -1
         self._batches = 0
         self._order_seed = 0
-        self._in_memory = True  # the order
-        self._began_at = 0  # where in the mixture's stream
+        self._in_memory = True  # the permutation
+        self._epoch_start = 0  # its position in the mixture's stream
         self._resuming = False
 
     @property
-    def windows_at_a_time(self) -> int:
-        """On all ranks together."""
+    def windows_per_batch(self) -> int:
+        """Windows of a batch on all ranks together."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.windows), self.windows_at_a_time)
-        if self.whole_updates:
-            return whole - whole % self.accumulate
-        return whole + bool(rest and not self.drop_last)
+        complete, rest = divmod(len(self.windows), self.windows_per_batch)
+        if self.whole_steps:
+            return complete - complete % self.accumulate
+        return complete + bool(rest and not self.drop_last)
 
     @property
     def batches(self) -> int:
-        """Of a pass; ``max_batches`` cuts it short."""
+        """Batches of an epoch, at most ``max_batches``."""
         return len(self) if self.max_batches is None else min(self.max_batches, len(self))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -132,11 +133,11 @@ class ResumableDataLoader:
             self._begin_epoch()
         self._resuming = False
         batches = range(self._batches, self.batches)
-        reader = self._read_ahead(self._numbers(self._order(), batches))
+        reader = self._read_ahead(self._indices(self._permutation(), batches))
         while True:
-            asked = time.perf_counter()
+            start = time.perf_counter()
             read = next(reader, None)
-            self.seconds_waited += time.perf_counter() - asked
+            self.seconds_waited += time.perf_counter() - start
             if read is None:
                 return
             self._batches += 1
@@ -144,7 +145,7 @@ class ResumableDataLoader:
             yield batch
 
     def _begin_epoch(self) -> None:
-        self._began_at += self._batches * self.windows_at_a_time
+        self._epoch_start += self._batches * self.windows_per_batch
         self._epoch += 1
         self._batches = 0
         self._in_memory = self.rng == "global" or len(self.windows) <= MAX_IN_MEMORY
@@ -154,40 +155,40 @@ class ResumableDataLoader:
         else:
             self._order_seed = seed_from(self.seed, self._epoch)
 
-    def _order(self) -> Permutation:
+    def _permutation(self) -> Permutation:
         if not self.shuffle:
             return sequential
         if (mixture := self.mixture) is not None:
-            began_at = self._began_at
-            return lambda places: mixture(began_at + places)
+            epoch_start = self._epoch_start
+            return lambda positions: mixture(epoch_start + positions)
         if self._in_memory:
             return shuffled(len(self.windows), self._order_seed)
         return FeistelPermutation(len(self.windows), self._order_seed)
 
-    def _numbers(self, order: Permutation, batches: range) -> Iterator[Indices]:
-        """The numbers of each batch's windows."""
-        at_a_time = max(1, _AT_A_TIME // self.batch_size)
-        mine = self.rank * self.batch_size + np.arange(self.batch_size)
-        for first in range(batches.start, batches.stop, at_a_time):
-            some = np.arange(first, min(first + at_a_time, batches.stop))
-            places = some[:, None] * self.windows_at_a_time + mine
-            there = places < len(self.windows)
-            if there.all():
-                yield from order(places.ravel()).reshape(places.shape)
+    def _indices(self, permutation: Permutation, batches: range) -> Iterator[Indices]:
+        """Indices of the windows of each batch."""
+        per_call = max(1, _INDICES_PER_CALL // self.batch_size)
+        of_rank = self.rank * self.batch_size + np.arange(self.batch_size)
+        for first in range(batches.start, batches.stop, per_call):
+            numbers = np.arange(first, min(first + per_call, batches.stop))
+            positions = numbers[:, None] * self.windows_per_batch + of_rank
+            exists = positions < len(self.windows)
+            if exists.all():
+                yield from permutation(positions.ravel()).reshape(positions.shape)
                 continue
-            for row, kept in zip(places, there, strict=True):
-                yield order(row[kept])
+            for row, mask in zip(positions, exists, strict=True):
+                yield permutation(row[mask])
 
-    def _read_ahead(self, numbers: Iterator[Indices]) -> Iterator[tuple[Indices, Batch]]:
-        """Each batch's window numbers, and the batch."""
+    def _read_ahead(self, indices: Iterator[Indices]) -> Iterator[tuple[Indices, Batch]]:
+        """Each batch, with the indices of its windows."""
         if not self.num_workers:
             tokens = self.batch_size * self.windows.shape[1]
-            while several := list(islice(numbers, max(1, _READ_AT_ONCE // tokens))):
-                yield from self._read(several)
+            while of_batches := list(islice(indices, max(1, _TOKENS_PER_READ // tokens))):
+                yield from self._read(of_batches)
             return
         with ThreadPoolExecutor(self.num_workers) as workers:
             ahead: deque[Future[list[tuple[Indices, Batch]]]] = deque()
-            for of_batch in numbers:
+            for of_batch in indices:
                 ahead.append(workers.submit(self._read, [of_batch]))
                 if len(ahead) > 2 * self.num_workers:
                     yield from ahead.popleft().result()
@@ -195,8 +196,8 @@ class ResumableDataLoader:
                 yield from ahead.popleft().result()
 
     def _read(self, of_batches: list[Indices]) -> list[tuple[Indices, Batch]]:
-        ids = torch.from_numpy(self.windows.draw(np.concatenate(of_batches)))
-        parts = ids.split([len(numbers) for numbers in of_batches])
+        ids = torch.from_numpy(self.windows.read(np.concatenate(of_batches)))
+        parts = ids.split([len(indices) for indices in of_batches])
         return list(zip(of_batches, map(self._batch, parts), strict=True))
 
     def _batch(self, ids: Tensor) -> Batch:
@@ -207,47 +208,46 @@ class ResumableDataLoader:
         return inputs, targets, self._pinned(documents)
 
     def _pinned(self, batch: Tensor) -> Tensor:
-        # what is not contiguous would be copied to memory that is not pinned, on its way
+        # a tensor that is not contiguous would be copied through memory that is not pinned
         return batch.contiguous().pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in windows, so that it holds for another batch size or number of ranks too."""
+        """The position, in windows: it is valid for another batch size or number of ranks too."""
         state = {
             "epoch": self._epoch,
-            "windows_seen": self._batches * self.windows_at_a_time,
+            "windows_seen": self._batches * self.windows_per_batch,
             "order_seed": self._order_seed,
             "order_in_memory": self._in_memory,
         }
         if self.mixture is not None:
-            state["began_at"] = self._began_at
+            state["began_at"] = self._epoch_start
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a saved position in the same windows, which ``TextDataModule`` verifies.
+        """Resume at a saved position in the same windows, which ``TextDataModule`` verifies.
 
         Raises:
-            ValueError: It is not between two updates of this size.
+            ValueError: It is not between two optimizer steps of this size.
         """
         seen = state["windows_seen"]
-        batches, rest = divmod(seen, self.windows_at_a_time)
+        batches, rest = divmod(seen, self.windows_per_batch)
         if rest:
             raise ValueError(
-                f"data.batch_size: the run was cut after {seen} windows of an epoch, "
-                f"which batches of {self.windows_at_a_time} do not meet; give a divisor of it"
+                f"data.batch_size: the run was cut after {seen} windows of an epoch, which is not a multiple of "
+                f"{self.windows_per_batch} windows per batch; give a divisor of {seen}"
             )
         if batches % self.accumulate and batches < self.batches:
             raise ValueError(
-                f"data.global_batch_size: the run was cut after {seen} windows of an epoch, which updates of "
-                f"{self.windows_at_a_time * self.accumulate} do not meet; resume with as many an update "
-                "as it had"
+                f"data.global_batch_size: the run was cut after {seen} windows of an epoch, which is not a multiple "
+                f"of {self.windows_per_batch * self.accumulate} windows per optimizer step; resume with as many "
+                "per step as it had"
             )
         self._epoch = state["epoch"]
         self._batches = batches
         self._order_seed = state["order_seed"]
-        self._in_memory = state.get(
-            "order_in_memory", True
-        )  # as all were, before there was a choice
-        self._began_at = state.get("began_at", 0)
+        # checkpoints of earlier versions do not have all keys
+        self._in_memory = state.get("order_in_memory", True)
+        self._epoch_start = state.get("began_at", 0)
         self._resuming = True
 
 

@@ -1,7 +1,8 @@
-"""A text as Lightning's data: split, tokenised once, cut into windows."""
+"""Texts as Lightning's data: split, tokenized once, cut into windows."""
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from gpt_lightning.data.dataloader import ResumableDataLoader, Rng
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
-from gpt_lightning.data.mixture_sampler import MixtureSampler
-from gpt_lightning.data.same_windows import check_same_windows
+from gpt_lightning.data.sampler import MixtureSampler
 from gpt_lightning.data.token_cache import read_splits
 from gpt_lightning.data.token_store import is_store
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
@@ -20,30 +20,30 @@ from gpt_lightning.data.tokenizer import VOCAB_SIZE
 class TextDataModule(LightningDataModule):
     """Sliding windows over a text, the first part of it for training, the rest for validation.
 
-    With a global batch the windows of each update are the same on any number of devices, with any batch_size and
-    any number of workers, and an epoch ends with its last whole update. Without one an update is batch_size
-    windows on each device, times trainer.accumulate_grad_batches; an epoch ends with its last whole batch, and
-    its last update may be of fewer.
+    With a global batch the windows of each optimizer step are the same on any number of devices, with any
+    batch_size and any number of workers, and an epoch ends with its last complete step. Without one a step is
+    batch_size windows on each device, times trainer.accumulate_grad_batches; an epoch ends with its last
+    complete batch, and its last step may have fewer batches.
 
     Args:
         text: 'verdict' (The Verdict, from the cache or downloaded), 'sample' (a story that comes with
-            the package), a text file, a folder of .txt and .md files, or what prepare has written.
+            the package), a text file, a folder of .txt and .md files, or a token store that prepare has written.
         mixture: Several texts in place of one, each with a weight: the share of the training windows that
-            come from it. Each has epochs of its own; one of the run is as many windows as all have. Validation
-            reads all windows of all.
-        train_ratio: Share of the characters that is for training, from the start of the text; what
-            prepare has written is split already.
-        context_length: Tokens in a window; none: the model's context_length.
-        stride: Tokens from one window's start to the next; none: the window's length.
-        document_mask: Whether attention keeps to the documents that <|endoftext|> begins, each at positions
-            from 0. Costs attention's fast kernels.
-        batch_size: Windows a step on each device.
-        global_batch_size: Windows an update, over all devices and accumulated batches.
+            come from it. Each text has its own epochs; an epoch of the run has as many windows as all texts
+            together. Validation reads all windows of all texts.
+        train_ratio: Share of the characters that is for training, from the start of the text. No effect on a
+            token store, which is split already.
+        context_length: Tokens in a window. None: the model's context_length.
+        stride: Tokens from one window's start to the next. None: the window's length.
+        document_mask: Whether attention stays within a document; each begins with <|endoftext|> and has
+            positions from 0. Attention's fast kernels cannot be used with it.
+        batch_size: Windows per step on each device.
+        global_batch_size: Windows per optimizer step, over all devices and accumulated batches.
         global_batch_tokens: The same in tokens.
         num_workers: Threads that read batches ahead; the batches are the same with any number.
-        seed: What the order of the windows depends on.
+        seed: Seed of the order of the windows.
         rng: 'step': the order is a function of seed and epoch. 'global': it is drawn on torch's global
-            generator, as the book's is.
+            generator, as in the book.
     """
 
     def __init__(
@@ -100,20 +100,20 @@ class TextDataModule(LightningDataModule):
         self._checked: Trainer | None = None  # whose batches were
 
     @property
-    def windows_at_a_time(self) -> int:
-        """Of a step, on all devices together."""
+    def windows_per_batch(self) -> int:
+        """Windows per step on all devices together."""
         return self.batch_size * self._world_size()
 
     @property
     def micro_batches(self) -> int:
-        """Of a global batch, on each device; 1 where none is given."""
+        """Micro-batches of a global batch on each device; 1 without a global batch."""
         return 1 if self._global_batch() is None else self._accumulate()
 
     def setup(self, stage: str) -> None:
         texts = [self.text] if self.mixture is None else list(self.mixture)
         if self.trainer is not None and self.trainer.world_size > 1:
-            # one process a node downloads what is missing. Lightning's prepare_data waits without end in a
-            # group of its own, which gloo at times does not get connected after a restart
+            # one process per node downloads what is missing. Lightning's prepare_data waits in another process
+            # group, which gloo sometimes cannot connect after a restart, and then waits forever
             if self.trainer.local_rank == 0:
                 for text in texts:
                     read_splits(text, self.train_ratio)
@@ -131,14 +131,14 @@ class TextDataModule(LightningDataModule):
         of_texts = []
         for text in texts:
             splits = read_splits(text, self.train_ratio)._asdict()
-            found = {
+            of_text = {
                 name: WindowDataset(parts, length, self.stride or length)
                 for name, parts in splits.items()
             }
-            for name, windows in found.items():
+            for name, windows in of_text.items():
                 if not len(windows):
                     if self.mixture is not None and name == "validation" and not windows.tokens:
-                        continue  # of a store for training alone; others validate
+                        continue  # a store for training alone; other texts are validated on
                     if is_store(Path(os.path.expanduser(text))):
                         raise ValueError(
                             f"data.text: the {name} split of {text} has {windows.tokens} tokens, one window needs "
@@ -149,28 +149,28 @@ class TextDataModule(LightningDataModule):
                         f"needs {length + 1}; give more text, a smaller model.config.context_length or "
                         "another data.train_ratio"
                     )
-            of_texts.append(found)
-        if not any(len(found["validation"]) for found in of_texts):
+            of_texts.append(of_text)
+        if not any(len(of_text["validation"]) for of_text in of_texts):
             raise ValueError(
                 "data.mixture: none of its stores has a validation split; prepare one with --val_ratio"
             )
-        self._counts = [len(found["training"]) for found in of_texts]
+        self._counts = [len(of_text["training"]) for of_text in of_texts]
         self._windows = {
             name: of_texts[0][name]
             if self.mixture is None
-            else ConcatWindowDataset([found[name] for found in of_texts if len(found[name])])
+            else ConcatWindowDataset([of_text[name] for of_text in of_texts if len(of_text[name])])
             for name in of_texts[0]
         }
 
     def _check_batches(self, count: int) -> None:
-        """That there are enough windows, and the trainer's accumulation where a global batch says it."""
-        world_size, at_a_time = self._world_size(), self.windows_at_a_time
+        """Verify that there are enough windows, and set the trainer's accumulation for a global batch."""
+        world_size, per_batch = self._world_size(), self.windows_per_batch
         if count < world_size:
             raise ValueError(
                 f"trainer.devices: {world_size} are more than the {count} training windows; take fewer, "
                 "or give more text"
             )
-        if count < at_a_time:
+        if count < per_batch:
             raise ValueError(
                 f"data.batch_size: {self.batch_size} on {world_size} device(s) is more than "
                 f"the {count} training windows; make it smaller"
@@ -184,80 +184,82 @@ class TextDataModule(LightningDataModule):
                 f"data.{name}: {size * unit} is more than the {count} training windows"
                 f"{f' of {unit} tokens' if unit > 1 else ''}; make it smaller"
             )
-        if size % at_a_time:
+        if size % per_batch:
             raise ValueError(
                 f"data.{name}: {size * unit} cannot be split over {world_size} device(s) with a batch_size of "
-                f"{self.batch_size}; the nearest that can is {nearest_multiple(size, at_a_time, count) * unit}"
+                f"{self.batch_size}; the nearest that can is {nearest_multiple(size, per_batch, count) * unit}"
             )
         if self.trainer is None:
             return
-        accumulate, given = size // at_a_time, self.trainer.accumulate_grad_batches
+        accumulate, given = size // per_batch, self.trainer.accumulate_grad_batches
         if given not in (1, accumulate):
             raise ValueError(
                 f"trainer.accumulate_grad_batches: {given} contradicts data.{name} {size * unit}, which is "
                 f"{accumulate} batches of {self.batch_size} on {world_size} device(s); leave it out"
             )
         self.trainer.accumulate_grad_batches = accumulate
-        limit = self.trainer.limit_train_batches  # of global batches, so that all updates are whole
+        limit = (
+            self.trainer.limit_train_batches
+        )  # in global batches, so that all steps are complete
         batches = batches_of_epoch(
-            count, at_a_time, accumulate=accumulate, whole_steps=True, limit=limit
+            count, per_batch, accumulate=accumulate, whole_steps=True, limit=limit
         )
         if not batches and limit:
             raise ValueError(
-                f"trainer.limit_train_batches: {limit} leaves no whole update of the {count // size} an epoch has; "
+                f"trainer.limit_train_batches: {limit} leaves none of the {count // size} optimizer steps of an epoch; "
                 "give more"
             )
         self.trainer.limit_train_batches = batches
 
     @property
     def has_global_batch(self) -> bool:
-        """Whether an update's windows are given, whatever the devices."""
+        """Whether the windows per optimizer step are given, on any number of devices."""
         return self._global_batch() is not None
 
     def epoch_shape(self) -> EpochShape:
-        """Of a run on this data, with the trainer's limit."""
+        """Shape of an epoch on this data, with the trainer's limit."""
         batches, accumulate = self.train_dataloader().batches, self._accumulate()
-        return EpochShape(batches, accumulate, self.windows_at_a_time * self._length())
+        return EpochShape(batches, accumulate, self.windows_per_batch * self._length())
 
     def _accumulate(self) -> int:
-        """Batches an update."""
+        """Batches per optimizer step."""
         if (size := self._global_batch()) is not None:
-            return size // self.windows_at_a_time
+            return size // self.windows_per_batch
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _global_batch(self) -> int | None:
-        """In windows; none where it follows from the trainer's accumulation."""
+        """Windows of the global batch. None: none is given."""
         if self.global_batch_tokens is None:
             return self.global_batch_size
         windows, rest = divmod(self.global_batch_tokens, self._length())
         if rest:
             length = self._length()
-            most = sum(self._counts) * length or None  # none: not cut yet
-            step = length * self.windows_at_a_time
+            max_tokens = sum(self._counts) * length or None  # None: there are no windows yet
+            step = length * self.windows_per_batch
             raise ValueError(
-                f"data.global_batch_tokens: {self.global_batch_tokens} is no whole number of windows of "
-                f"{length} tokens; the nearest that is: "
-                f"{nearest_multiple(self.global_batch_tokens, step, most)}"
+                f"data.global_batch_tokens: {self.global_batch_tokens} is not a multiple of the window length, "
+                f"{length} tokens; the nearest multiple is "
+                f"{nearest_multiple(self.global_batch_tokens, step, max_tokens)}"
             )
         return windows
 
     def _named_batch(self) -> tuple[str, int]:
-        """The setting that gives the global batch, and the windows' worth in it."""
+        """The setting that gives the global batch, and how much of it one window is."""
         if self.global_batch_tokens is None:
             return "global_batch_size", 1
         return "global_batch_tokens", self._length()
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """A pass in a random order; a last batch that would be short is dropped, as in the book.
+        """Training windows in a random order; a last batch that would be short is dropped, as in the book.
 
-        With ``trainer.overfit_batches`` it is the same first windows in each pass.
+        With ``trainer.overfit_batches`` each epoch has the same first windows.
         """
         loader = self._loader(
             "training",
             shuffle=self._is_shuffled(),
             drop_last=True,
             accumulate=self._accumulate(),
-            whole_updates=self._global_batch() is not None,
+            whole_steps=self._global_batch() is not None,
             mixture=None
             if self.mixture is None
             else MixtureSampler(self._counts, list(self.mixture.values()), self.seed),
@@ -272,13 +274,13 @@ class TextDataModule(LightningDataModule):
         return self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides which windows a run sees, and in which order."""
+        """Everything that decides which windows a run sees, and in which order."""
         return {
             "context_length": self._length(),
             "stride": self.stride or self._length(),
             "document_mask": self.document_mask,
             "rng": self.rng,
-            # the book's order is drawn on the global generator, whose state a checkpoint has
+            # the book's order is drawn on the global generator, whose state is in the checkpoint
             "seed": self.seed if self.rng == "step" else None,
             "shuffled": self._is_shuffled(),
             "mixture": None
@@ -311,8 +313,8 @@ class TextDataModule(LightningDataModule):
     def val_dataloader(self) -> ResumableDataLoader | list[ResumableDataLoader]:
         """The validation windows; for ``trainer.validate`` a list of them and of all training windows."""
         if self.trainer is not None and self.trainer.state.fn == "validate":
-            every = self._loader("training", shuffle=False, drop_last=False)
-            return [self.validation_windows(), every]
+            training = self._loader("training", shuffle=False, drop_last=False)
+            return [self.validation_windows(), training]
         return self.validation_windows()
 
     def _loader(self, split: str, **settings: Any) -> ResumableDataLoader:
@@ -354,7 +356,9 @@ class TextDataModule(LightningDataModule):
     def _model_config(self) -> Any:
         """The GPTConfig of the model that the trainer trains on this data."""
         if self.trainer is None:
-            raise ValueError("data.context_length: needed where no trainer tells the model's")
+            raise ValueError(
+                "data.context_length: is needed, since there is no trainer with a model; give it"
+            )
         return self.trainer.lightning_module.config
 
 
@@ -365,12 +369,51 @@ def _check_mixture(mixture: dict[str, float], rng: Rng) -> None:
         if not 0.0 < weight < math.inf:
             raise ValueError(f"data.mixture: {text} has the weight {weight}; give more than 0")
     if rng == "global":
-        raise ValueError("data.mixture: the book's order knows one text; leave --rng global out")
+        raise ValueError("data.mixture: the book's order is for one text; leave out --rng global")
 
 
-def nearest_multiple(value: int, step: int, most: int | None = None) -> int:
-    """The multiple of ``step``, neither 0 nor more than ``most``, that is nearest to ``value``; of two the larger."""
+# what decides windows → its setting, where that is not data.NAME
+_SETTING_NAMES = {"rng": "rng", "seed": "seed_everything", "shuffled": "trainer.overfit_batches"}
+
+
+def check_same_windows(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare what decides the windows of a run with what a checkpoint recorded (``TextDataModule.state_dict``).
+
+    Raises:
+        ValueError: A setting or the text differs.
+    """
+    remedy = "resume with what it had, or start a new run with --init_from"
+    for key, now in current.items():
+        before = recorded.get(key)
+        if before == now:
+            continue
+        match key:
+            case "training_sha256" | "validation_sha256":
+                split = key.removesuffix("_sha256")
+                raise ValueError(
+                    f"data.text: the {split} text is not the one that the run had (another text, or another "
+                    f"data.train_ratio); {remedy}"
+                )
+            case "mixture":
+                cause = f"the run has drawn on {_described(before)}, here is {_described(now)}"
+            case "shuffled":
+                cause = f"the run was started {'without' if before else 'with'} it"
+            case _:
+                cause = f"the run has {before}, here is {now}"
+        raise ValueError(f"{_SETTING_NAMES.get(key, f'data.{key}')}: {cause}; {remedy}")
+
+
+def _described(mixture: list[list[float]] | None) -> str:
+    """Windows and weight of each text, in words. None: there is no mixture."""
+    if mixture is None:
+        return "one text"
+    total = sum(weight for _, weight in mixture)
+    return ", ".join(f"{weight / total:.4g} of {count:.0f} windows" for count, weight in mixture)
+
+
+def nearest_multiple(value: int, step: int, maximum: int | None = None) -> int:
+    """The multiple of ``step`` nearest to ``value``, at least ``step``, at most ``maximum``; of two the larger."""
     times = (value + step // 2) // step
-    if most is not None:
-        times = min(times, most // step)
+    if maximum is not None:
+        times = min(times, maximum // step)
     return max(1, times) * step

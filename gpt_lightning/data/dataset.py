@@ -1,4 +1,4 @@
-"""Windows over token ids, in one stream or several, drawn where they are asked for.
+"""Sliding windows over token ids, of one text or several, copied only when they are read.
 
 L is the window length (the model's ``context_length`` unless asked otherwise), B the windows of a batch.
 """
@@ -15,45 +15,45 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gpt_lightning.data.sampler import Indices
-from gpt_lightning.storage.checksum_cache import cached_sha256
+from gpt_lightning.storage.checksum import cached_sha256
 
-_MAX_RESIDENT_BYTES = 32 << 20  # bytes of mapped files, before their pages are let go
-_FAULT = 1 << 17  # bytes that the first look at a page makes resident, at most
+_MAX_RESIDENT_BYTES = 32 << 20  # of mapped files, before their pages are freed
+_FAULT_BYTES = 1 << 17  # that one page fault makes resident, at most
 
 
 def window_count(tokens: int, length: int, stride: int) -> int:
-    """Of a stream of ``tokens``."""
+    """Windows in a stream of ``tokens``."""
     return max(0, -(-(tokens - length) // stride))
 
 
 class WindowDataset:
-    """All windows of one stream of token ids, which may be cut into parts; nothing is copied until it is drawn.
+    """All windows of one stream of token ids, which may be stored in parts; nothing is copied until it is read.
 
     Window i starts at ``i * stride``; its inputs are the first L ids, its targets the last L. Like the
-    book's dataset, the last start is the last that leaves a target for every input.
+    book's dataset, the last window is the last that has a target for every input.
 
     Args:
-        parts: Arrays of token ids that follow one another, in memory or memory-mapped. Of a mapped file a few
-            pages are resident at a time.
+        parts: Arrays of token ids that follow one another, in memory or memory-mapped. Of mapped files only a
+            few pages are resident at a time.
         length: L.
         stride: Tokens from one window's start to the next.
 
     Attributes:
-        most_resident: Bytes of mapped files, at most.
+        max_resident_bytes: Of mapped files.
     """
 
     def __init__(self, parts: Sequence[NDArray[np.uint16]], length: int, stride: int) -> None:
-        # to slice a memmap takes ten times as long
+        # slicing a memmap takes ten times as long
         self.parts = [np.asarray(part) for part in parts]
         self.length = length
         self.stride = stride
         self.tokens = sum(map(len, parts))
         self._ends = np.cumsum([len(part) for part in parts])
         self._digests = [partial(_sha256, part) for part in parts]
-        self._mapped = [found for part in parts if (found := _mapping(part)) is not None]
-        self.most_resident = _MAX_RESIDENT_BYTES
+        self._mapped = [mapped for part in parts if (mapped := _mapping(part)) is not None]
+        self.max_resident_bytes = _MAX_RESIDENT_BYTES
         self._resident = 0
-        # of a single part, each stretch of its tokens as a row, without a copy
+        # a view of a single part with a row for each start, without a copy
         single = len(self.parts) == 1 and len(self.parts[0]) > length
         self._rows = sliding_window_view(self.parts[0], length + 1) if single else None
 
@@ -68,50 +68,50 @@ class WindowDataset:
     @property
     def fingerprint(self) -> str:
         """A checksum over all tokens: of each part the length and the SHA-256."""
-        found = sha256()
+        checksum = sha256()
         for part, digest in zip(self.parts, self._digests, strict=True):
-            found.update(f"{len(part)} {digest()}\n".encode())
-        return found.hexdigest()
+            checksum.update(f"{len(part)} {digest()}\n".encode())
+        return checksum.hexdigest()
 
-    def draw(self, numbers: Indices) -> NDArray[np.int64]:
-        """The numbered windows, ``(B, L + 1)``."""
+    def read(self, indices: Indices) -> NDArray[np.int64]:
+        """The windows at ``indices``, ``(B, L + 1)``."""
         width = self.length + 1
-        starts = numbers * self.stride
+        starts = indices * self.stride
         if self._rows is not None:
-            drawn = self._rows[starts].astype(np.int64)
-            self._let_go(len(numbers) * (2 * width + _FAULT))
-            return drawn
-        drawn = np.empty((len(numbers), width), dtype=np.int64)
+            windows = self._rows[starts].astype(np.int64)
+            self._free_pages(len(indices) * (2 * width + _FAULT_BYTES))
+            return windows
+        windows = np.empty((len(indices), width), dtype=np.int64)
         parts = np.searchsorted(self._ends, starts, side="right")
-        for row, part, start in zip(drawn, parts.tolist(), starts.tolist(), strict=True):
-            piece = self.parts[part]
-            begin = start - int(self._ends[part]) + len(piece)
-            piece = piece[begin : begin + width]
-            if len(piece) == width:
-                row[:] = piece
+        for row, part, start in zip(windows, parts.tolist(), starts.tolist(), strict=True):
+            chunk = self.parts[part]
+            begin = start - int(self._ends[part]) + len(chunk)
+            chunk = chunk[begin : begin + width]
+            if len(chunk) == width:
+                row[:] = chunk
                 continue
             filled = 0
-            while True:  # it goes on in the parts that follow
-                row[filled : filled + len(piece)] = piece
-                filled += len(piece)
+            while True:  # it continues in the next parts
+                row[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
                 if filled == width:
                     break
                 part += 1
-                piece = self.parts[part][: width - filled]
-        self._let_go(len(numbers) * (2 * width + _FAULT))
-        return drawn
+                chunk = self.parts[part][: width - filled]
+        self._free_pages(len(indices) * (2 * width + _FAULT_BYTES))
+        return windows
 
-    def _let_go(self, looked_at: int) -> None:
-        """Of mapped pages, once there are many; the system's cache still has them."""
-        self._resident += looked_at
-        if self._mapped and self._resident > self.most_resident:
+    def _free_pages(self, newly_resident: int) -> None:
+        """Free the mapped pages once there are many; the system's cache still has them."""
+        self._resident += newly_resident
+        if self._mapped and self._resident > self.max_resident_bytes:
             self._resident = 0
             for mapped in self._mapped:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _sha256(part: NDArray[np.uint16]) -> str:
-    """Of the tokens; of a whole mapped file the file's, which is computed once on a machine."""
+    """Checksum of the tokens; that of a complete mapped file is computed once on a machine."""
     if isinstance(part, np.memmap) and part.filename is not None:
         path = Path(part.filename)
         if path.stat().st_size == part.nbytes:
@@ -120,7 +120,7 @@ def _sha256(part: NDArray[np.uint16]) -> str:
 
 
 def _mapping(part: NDArray[np.uint16]) -> mmap.mmap | None:
-    """The mapped file that ``part`` only reads, where there is one whose pages can be let go."""
+    """The memory map of a read-only ``part`` whose pages can be freed, else None."""
     if not (isinstance(part, np.memmap) and part.mode == "r" and hasattr(mmap, "MADV_DONTNEED")):
         return None
     base: Any = part
@@ -130,32 +130,32 @@ def _mapping(part: NDArray[np.uint16]) -> mmap.mmap | None:
 
 
 class ConcatWindowDataset:
-    """The windows of several sources, numbered one source after the other. None reaches from one into the next."""
+    """The windows of several datasets, one dataset after the other. No window spans two of them."""
 
-    def __init__(self, sources: Sequence[WindowDataset]) -> None:
-        self.sources = sources
-        for source in sources:
-            source.most_resident = _MAX_RESIDENT_BYTES // len(sources)
-        self._ends = np.cumsum([len(source) for source in sources])
+    def __init__(self, datasets: Sequence[WindowDataset]) -> None:
+        self.datasets = datasets
+        for dataset in datasets:
+            dataset.max_resident_bytes = _MAX_RESIDENT_BYTES // len(datasets)
+        self._ends = np.cumsum([len(dataset) for dataset in datasets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self), self.sources[0].shape[1]
+        return len(self), self.datasets[0].shape[1]
 
     @property
     def fingerprint(self) -> str:
         """As :attr:`WindowDataset.fingerprint`."""
-        return "+".join(source.fingerprint for source in self.sources)
+        return "+".join(dataset.fingerprint for dataset in self.datasets)
 
-    def draw(self, numbers: Indices) -> NDArray[np.int64]:
-        """As :meth:`WindowDataset.draw`."""
-        drawn = np.empty((len(numbers), self.shape[1]), dtype=np.int64)
-        sources = np.searchsorted(self._ends, numbers, side="right")
-        for k in np.unique(sources):
-            own = sources == k
-            first = self._ends[k] - len(self.sources[k])
-            drawn[own] = self.sources[k].draw(numbers[own] - first)
-        return drawn
+    def read(self, indices: Indices) -> NDArray[np.int64]:
+        """As :meth:`WindowDataset.read`."""
+        windows = np.empty((len(indices), self.shape[1]), dtype=np.int64)
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        for k in np.unique(numbers):
+            of_dataset = numbers == k
+            first = self._ends[k] - len(self.datasets[k])
+            windows[of_dataset] = self.datasets[k].read(indices[of_dataset] - first)
+        return windows

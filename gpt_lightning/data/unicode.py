@@ -21,7 +21,7 @@ _LONE_SURROGATE = re.compile(
 
 
 def decode_text(content: bytes) -> str:
-    """The text of a whole file or stream: UTF-8, without a byte order mark, each line end as ``\\n``.
+    """The text of a complete file or stream: UTF-8, without a byte order mark, each line end as ``\\n``.
 
     Raises:
         ValueError: It is not UTF-8; the message is the cause without a name: ``is not UTF-8 (...)``.
@@ -33,12 +33,12 @@ def decode_text(content: bytes) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Without a byte order mark, and with :func:`line_ends`: as Python reads a text file as utf-8-sig."""
+    """The text without a byte order mark, with :func:`line_ends`: as Python reads a file as utf-8-sig."""
     return line_ends(text.removeprefix(BOM))
 
 
 def line_ends(text: str) -> str:
-    """With ``\\r\\n`` and ``\\r`` as ``\\n``."""
+    """The text with ``\\r\\n`` and ``\\r`` as ``\\n``."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -59,10 +59,10 @@ def utf8_text(text: str) -> str:
         ValueError: A surrogate is alone. Python reads a byte of the command line that is not UTF-8 as one;
             ``\\ud800`` in JSON is another. The message is the cause without a name.
     """
-    if (found := _LONE_SURROGATE.search(text)) is not None:
-        code = ord(found[0])
+    if (match := _LONE_SURROGATE.search(text)) is not None:
+        code = ord(match[0])
         what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
-        raise ValueError(f"is not valid UTF-8 ({what} at character {found.start()})")
+        raise ValueError(f"is not valid UTF-8 ({what} at character {match.start()})")
     if _SURROGATE.search(text) is None:
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16")
@@ -73,7 +73,7 @@ def printable(text: str) -> str:
 
     So is a byte of a path that is not UTF-8.
     """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def for_stream(text: str, stream: TextIO | None) -> str:

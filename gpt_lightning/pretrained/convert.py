@@ -3,7 +3,6 @@
 import glob
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.load import check_heads, print_warnings, read_weights
 from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import to_one_dtype, write_lightning
+from gpt_lightning.storage.atomic import atomic_output, remove
 from gpt_lightning.storage.checksum import write_manifest
 
 logger = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ def convert(
             "it, so text would be encoded with GPT-2's; give a model with GPT-2's tokenizer"
         )
     weights = to_one_dtype(weights)
-    with atomic_output(dest) as hidden:
+    with _new_output(dest) as temporary:
         if suffix is None:
-            hidden.mkdir()
-        _WRITERS[weight_format](weights, hidden)
+            temporary.mkdir()
+        _WRITERS[weight_format](weights, temporary)
         if suffix is None:
-            write_manifest(hidden, [path.name for path in hidden.iterdir()])
+            write_manifest(temporary, [path.name for path in temporary.iterdir()])
     print_warnings(weights)
     if "drop_rate" in weights.assumed and weight_format != "openai-tf":
         rate = weights.config.drop_rate
@@ -79,42 +79,17 @@ def convert(
 
 
 @contextmanager
-def atomic_output(dest: Path) -> Iterator[Path]:
-    """A hidden name to write a file or folder under; it becomes ``dest``, synced, when nothing was raised."""
-    for stale in dest.parent.glob(f".{glob.escape(dest.name)}.*.tmp"):
-        pid = stale.name.split(".")[-2]
+def _new_output(dest: Path) -> Iterator[Path]:
+    """Temporary path that becomes ``dest``, by :func:`atomic_output`, with errors that name ``dest``."""
+    for leftover in dest.parent.glob(f".{glob.escape(dest.name)}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            _remove(stale)  # of a conversion that was killed
-    hidden = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+            remove(leftover)  # of a conversion that was killed
     try:
-        yield hidden
-        for path in sorted(hidden.rglob("*")) if hidden.is_dir() else [hidden]:
-            _sync(path)
-        if hidden.is_dir():
-            _sync(hidden)
-        if os.path.lexists(dest):
-            raise FileExistsError(f"dest: {dest} exists by now; give a new name")
-        hidden.rename(dest)
-        _sync(dest.parent)
-    # in torch's and safetensors' own errors there may be a full disk
+        with atomic_output(dest, concurrent=True, overwrite=False) as temporary:
+            yield temporary
+    except FileExistsError as error:
+        raise FileExistsError(f"dest: {dest} exists by now; give a new name") from error
+    # a full disk may show in an error of torch or safetensors
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, FileExistsError):
-            raise
-        raise OSError(f"dest: {dest} cannot be written ({error}); is there room?") from error
-    finally:
-        _remove(hidden)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise OSError(f"dest: {dest} cannot be written ({error}); is the disk full?") from error

@@ -22,10 +22,10 @@ from gpt_lightning.pretrained.http_download import (
     OnBytes,
     fetch,
     matches_checksum,
-    put,
     root_cause,
     verify,
 )
+from gpt_lightning.storage.atomic import move_into_place
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
@@ -304,7 +304,7 @@ def _fetch_from_endpoint(
         )
     )
     verify(fetched, expected, host_checksum)
-    put(fetched, path)
+    move_into_place(fetched, path)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 

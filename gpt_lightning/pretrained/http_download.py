@@ -6,7 +6,6 @@ Interrupted downloads resume, also in a later run.
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
+
+from gpt_lightning.storage.atomic import move_into_place
 
 # called with a file's name, its bytes so far, and its total bytes or None
 OnBytes = Callable[[str, int, int | None], None]
@@ -60,7 +61,7 @@ def fetch(
             try:
                 host_checksum = _fetch_once(url, part, expected, on_bytes)
                 verify(part, expected, host_checksum)
-                put(part, path)
+                move_into_place(part, path)
                 _origin_file(part).unlink(missing_ok=True)
                 return
             except requests.RequestException as error:
@@ -180,13 +181,6 @@ def verify(part: Path, expected: ExpectedFile, host_checksum: str | None = None)
     if cause:
         part.unlink()
         raise requests.ConnectionError(cause)
-
-
-def put(part: Path, path: Path) -> None:
-    """Give a whole file its name, after its bytes are on the disk."""
-    with part.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def matches_checksum(path: Path, checksum: str) -> bool:

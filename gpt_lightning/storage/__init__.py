@@ -1,1 +1,1 @@
-"""Files and folders written as a whole, checksums, the cache."""
+"""Files on disk: atomic writes, checksums, the cache folder."""

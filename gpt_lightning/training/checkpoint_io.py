@@ -24,7 +24,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksums
-from gpt_lightning.storage.checksum import MANIFEST, sha256_of
+from gpt_lightning.storage.atomic import fsync, temporary_path
+from gpt_lightning.storage.checksum import (
+    CHECKPOINTS,
+    MANIFEST,
+    read_self_checksummed,
+    sha256_of,
+    write_self_checksummed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +128,7 @@ class AtomicCheckpointIO(CheckpointIO):
             if self.keep_previous and path.name == LAST and LAST in self._checksums:
                 self._keep_as_previous(folder)
             os.replace(temporary, path)
-            _sync(folder)
+            fsync(folder)
         finally:
             temporary.unlink(missing_ok=True)
         self._checksums[path.name] = sha256
@@ -143,11 +150,6 @@ class AtomicCheckpointIO(CheckpointIO):
             )
             return
         self._checksums[PREVIOUS] = sha256
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it has its name."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -255,14 +257,6 @@ def _rotate_previous(folder: Path) -> None:
         )  # renaming between two names of the same file does nothing
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)  # a rename is durable when its folder is
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _entry(file: str, size: int, sha256: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "file": file,
@@ -292,13 +286,7 @@ def _config_checksum(checkpoint: Mapping[str, Any]) -> str:
 
 
 def _write_manifest(folder: Path, entries: list[dict[str, Any]]) -> None:
-    path = folder / MANIFEST
-    with temporary_path(path).open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"checkpoints": entries}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_path(path), path)
-    _sync(folder)
+    write_self_checksummed(folder / MANIFEST, CHECKPOINTS, {"checkpoints": entries})
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
@@ -310,12 +298,12 @@ def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
+        entries = read_self_checksummed(path, CHECKPOINTS)["checkpoints"]
         for entry in entries:
             if not (type(entry["bytes"]) is int and isinstance(entry["file"], str)
                     and len(bytes.fromhex(entry["sha256"])) == 32):  # fmt: skip
                 raise ValueError(f"{entry} is not an entry")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         logger.warning(
             f"{path}: is damaged; checkpoints are only verified against their own checksums"
         )

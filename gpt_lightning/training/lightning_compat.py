@@ -380,7 +380,7 @@ class LoopState(Callback):
         loaders = loop["state_dict"].get("combined_loader", [])
         data = trainer.datamodule  # type: ignore[attr-defined]
         if loaders and isinstance(data, TextDataModule):
-            _agree_with(loaders[0], loop, data.windows_at_a_time)
+            _agree_with(loaders[0], loop, data.windows_per_batch)
         _normalise(loop)
         current = loop["epoch_loop.batch_progress"]["current"]
         at_batch_end = current["completed"] < current["ready"]
@@ -403,7 +403,7 @@ def _normalise(loop: dict[str, Any]) -> None:
         counts["processed"] = counts["completed"] = max(0, counts["started"] - (not is_over))
 
 
-def _agree_with(loader: dict[str, Any], loop: dict[str, Any], windows_at_a_time: int) -> None:
+def _agree_with(loader: dict[str, Any], loop: dict[str, Any], windows_per_batch: int) -> None:
     """Take the epoch, and the batches of it, from the saved state of the data loader."""
     epochs = loader["epoch"] + 1
     recorded = loop["epoch_progress"]["current"]["started"]
@@ -414,7 +414,7 @@ def _agree_with(loader: dict[str, Any], loop: dict[str, Any], windows_at_a_time:
         )
         for counts in loop["epoch_progress"].values():
             counts["started"] = epochs
-    batches, rest = divmod(loader["windows_seen"], windows_at_a_time)
+    batches, rest = divmod(loader["windows_seen"], windows_per_batch)
     current = loop["epoch_loop.batch_progress"]["current"]
     if rest or current["ready"] == batches:  # the loader refuses what does not fit
         return

@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from gpt_lightning.palette import SERIES
+from gpt_lightning.storage.atomic import atomic_output
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import ignore_full_disk
 from gpt_lightning.training.stopping import ends_run
@@ -164,12 +164,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_output(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 def loss_figure(rows: list[Row]) -> "Figure":

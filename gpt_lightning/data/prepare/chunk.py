@@ -1,4 +1,4 @@
-"""What a thread of ``prepare`` tokenises by itself: about a megabyte of a source, and where reading goes on after it."""
+"""Chunk of an input, about a megabyte, that one thread of ``prepare`` tokenizes, and where reading resumes after it."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -8,15 +8,15 @@ from gpt_lightning.data.prepare.inputs import InputFile
 from gpt_lightning.data.tokenizer import END_OF_TEXT
 
 CHUNK_BYTES = 1 << 20
-MAX_TEXT_BYTES = 1 << 25  # bytes of a line, or of a text without a place to cut
+MAX_TEXT_BYTES = 1 << 25  # of a line, or of a text without white space
 EOT_BYTES = END_OF_TEXT.encode()
 
 Split = Literal["train", "val"]
 
 
 class ReadPosition(NamedTuple):
-    """Where reading goes on: source, offset (uncompressed bytes) or row, lines before it, and the split of
-    the document it is in the middle of."""
+    """Where reading resumes: index of the input, offset (uncompressed bytes) or row, lines before it, and the
+    split of the document that was read in part."""
 
     source: int = 0
     offset: int = 0
@@ -26,16 +26,16 @@ class ReadPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Whole documents, or part of a long one.
+    """Complete documents, or part of a long one.
 
     Attributes:
         content: Bytes of a plain text or of lines; a list of rows, or Arrow's array of them.
         at: Where it begins.
-        after: Where reading goes on after it.
-        split: Where all of it goes; none: each document's content, or offset, decides.
-        part: Of a long document; ``begins`` is the first of its parts.
+        after: Where reading resumes after it.
+        done: Bytes on disk that were read so far, of all inputs.
+        split: The split of all of it. None: the content, or the offset, of each document decides.
+        part: Whether it is a part of a long document; ``begins`` is True for the first part.
         problem: Why the document cannot be read, in place of its content.
-        done: Bytes on disk that were read up to here.
     """
 
     source: InputFile
@@ -50,7 +50,7 @@ class TextChunk:
 
 
 def split_of(digest: bytes, val_ratio: float) -> Split:
-    """The split of a document by the sum of its content: other documents have no say."""
+    """The split of a document by the hash of its content, whatever the other documents are."""
     return "val" if int.from_bytes(digest, "big") < val_ratio * 2**64 else "train"
 
 

@@ -1,4 +1,4 @@
-"""What ``prepare`` reads: files, folders and globs to a list of sources, always in the same order."""
+"""Input files of ``prepare``: files, folders and globs to a list, always in the same order."""
 
 import glob
 import gzip
@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, cast
 
 from gpt_lightning.data.corpus import TEXT_SUFFIXES
 from gpt_lightning.data.folders import files_in, without_duplicates
-from gpt_lightning.storage.checksum_cache import cached_sha256
+from gpt_lightning.storage.checksum import cached_sha256
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
 SUFFIXES: dict[str, Kind] = {
@@ -27,11 +27,11 @@ SUFFIXES: dict[str, Kind] = {
 }
 _DATASET_FILES = ("state.json", "dataset_info.json")  # of datasets' save_to_disk
 _DATASETS_FILE = "dataset_dict.json"  # of several
-_ZSTD_INPUT = 256  # bytes; 12 of them may be 128 KB of text
+_ZSTD_INPUT = 256  # bytes read at once; 12 of them may hold 128 KB of text
 
 
 class CorruptFileError(ValueError):
-    """A file that cannot be read from some place on."""
+    """A file that cannot be read from some offset on."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class InputFile:
     """A file, or a folder of Hugging Face's ``datasets``.
 
     Attributes:
-        sha256: Of the file; of a folder: of its files' sums.
-        train_until: Where the training split ends, as offset (uncompressed bytes) or row; none: each
-            document's content decides.
+        sha256: Checksum of the file; for a folder, of its files' checksums.
+        train_until: Where the training split ends, as offset (uncompressed bytes) or row. None: the content
+            of each document decides.
     """
 
     path: Path
@@ -51,23 +51,23 @@ class InputFile:
     train_until: int | None = None
 
 
-def find_sources(inputs: Sequence[str]) -> list[InputFile]:
+def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """The inputs in their order, a folder's and a glob's files by path, no file twice: see :func:`files_in`.
 
     Raises:
-        ValueError, OSError: An input is not there, holds nothing to read, or is of no known kind.
+        ValueError, OSError: An input does not exist, holds nothing to read, or is of an unknown kind.
     """
-    found: dict[Path, InputFile] = {}
+    by_path: dict[Path, InputFile] = {}
     for name in inputs:
         for source in _expand(name):
-            found.setdefault(source.path, source)
-    if not found:
+            by_path.setdefault(source.path, source)
+    if not by_path:
         raise ValueError("input: is missing; name text files, folders or globs")
-    return [found[path] for path in without_duplicates(found)]
+    return [by_path[path] for path in without_duplicates(by_path)]
 
 
 def with_checksums(sources: Sequence[InputFile], workers: int) -> list[InputFile]:
-    """The sources with their sums, taken by ``workers`` threads."""
+    """The inputs with their checksums, computed by ``workers`` threads."""
 
     def add(source: InputFile) -> InputFile:
         try:
@@ -83,8 +83,8 @@ def _sha256(source: InputFile) -> str:
     if source.kind != "dataset":
         return cached_sha256(source.path)
     files = (path for path in source.path.iterdir() if not path.name.startswith("."))
-    sums = [cached_sha256(path) for path in sorted(files) if path.is_file()]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
+    checksums = [cached_sha256(path) for path in sorted(files) if path.is_file()]
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def _expand(name: str) -> Iterator[InputFile]:
@@ -94,7 +94,7 @@ def _expand(name: str) -> Iterator[InputFile]:
     elif path.exists():
         kind = _kind(path)
         if kind is None:
-            raise ValueError(f"{path}: is of no known kind; give {_KNOWN}, or convert it")
+            raise ValueError(f"{path}: is of an unknown kind; give {_KNOWN}, or convert it")
         yield InputFile(path, kind, path.stat().st_size)
     elif glob.has_magic(name):
         matching = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
@@ -107,7 +107,7 @@ def _expand(name: str) -> Iterator[InputFile]:
 
 
 def _of_match(path: Path) -> list[InputFile]:
-    """What a glob has found, which may hold nothing to read."""
+    """A match of a glob, which may hold nothing to read."""
     if path.is_dir():
         with suppress(FileNotFoundError):
             return list(_of_folder(path))
@@ -120,7 +120,7 @@ def _of_folder(folder: Path) -> Iterator[InputFile]:
     if (folder / _DATASETS_FILE).exists():
         parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise ValueError(
-            f"{folder}: holds several datasets ({', '.join(parts)}); name the one that is meant, "
+            f"{folder}: holds several datasets ({', '.join(parts)}); name one of them, "
             f"such as {folder / (parts or ['train'])[0]}"
         )
     if all((folder / name).exists() for name in _DATASET_FILES):
@@ -151,10 +151,10 @@ _KNOWN = f"{', '.join(list(SUFFIXES)[:-1])} or {list(SUFFIXES)[-1]}"
 
 @contextmanager
 def open_lines(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """A file of lines, uncompressed as it is read, and the file as it is on disk.
+    """A file of lines, uncompressed while it is read, and the compressed file.
 
     Raises:
-        ValueError: It needs a library that is not installed, or (as it is read) is damaged.
+        ValueError: It needs a library that is not installed, or is damaged (raised while it is read).
     """
     with path.open("rb") as raw:
         name = path.name.lower()
@@ -173,7 +173,7 @@ def open_lines(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 class _Uncompressed:
-    """A text that comes in blocks. Where it is damaged depends on the blocks, not on what is asked for."""
+    """Text read from blocks. It is read up to the damaged block, in reads of any size."""
 
     def __init__(
         self, path: Path, blocks: Iterator[bytes], errors: tuple[type[Exception], ...]
@@ -194,13 +194,13 @@ class _Uncompressed:
             self._text += block
         if self._damage is not None and not self._text:
             raise _damaged(self._path, self._damage) from self._damage
-        found = bytes(self._text[:size])
+        text = bytes(self._text[:size])
         del self._text[:size]
-        return found
+        return text
 
 
 def _zstd_blocks(raw: IO[bytes], zstandard: Any) -> Iterator[bytes]:
-    """The text of any number of frames. zstandard's own reader takes a cut one for whole."""
+    """Text of any number of frames. zstandard's own reader takes a frame that is cut off for complete."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None
     while compressed := raw.read(_ZSTD_INPUT):
@@ -226,7 +226,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def checked(batches: Iterator[Any], path: Path) -> Iterator[Any]:
-    """Arrow's batches as they are read."""
+    """Arrow's batches, with errors that name the file."""
     with _damage_to_arrow(path):
         yield from batches
 
@@ -239,7 +239,7 @@ def _damage_to_arrow(path: Path) -> Iterator[None]:
         yield
     except (ArrowException, OSError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            raise  # the machine's, not the file's
+            raise  # an error of the machine, not of the file
         raise _damaged(path, error) from error
 
 
@@ -248,9 +248,9 @@ def open_dataset(folder: Path) -> Any:
     datasets = _library("datasets", folder)
     try:
         return datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever is wrong with one of a dozen files
+    except Exception as error:  # one of a dozen files may be wrong in any way
         raise CorruptFileError(
-            f"{folder}: is damaged ({type(error).__name__}); save it anew, or --on_error skip"
+            f"{folder}: is damaged ({type(error).__name__}); save it again, or --on_error skip"
         ) from error
 
 
@@ -265,4 +265,4 @@ def _library(name: str, path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> CorruptFileError:
-    return CorruptFileError(f"{path}: is damaged ({error}); fetch it anew, or --on_error skip")
+    return CorruptFileError(f"{path}: is damaged ({error}); download it again, or --on_error skip")

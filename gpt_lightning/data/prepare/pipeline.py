@@ -1,7 +1,7 @@
-"""Any amount of text to a token store, in bounded memory, by threads: tiktoken lets go of the GIL.
+"""Any amount of text to a token store, in bounded memory, by threads: tiktoken releases the GIL.
 
-The pieces that are tokenised side by side are written in their order, so what is written is a function of
-the sources and the settings alone. It is also one of any number of interruptions: see ``store.py``.
+Chunks are tokenized in parallel and written in order, so the store is a function of the inputs and the
+settings alone, however often it was interrupted: see ``token_store.py``.
 """
 
 from collections import deque
@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +17,46 @@ from filelock import FileLock, Timeout
 
 from gpt_lightning.data.prepare.chunk import ReadPosition, TextChunk
 from gpt_lightning.data.prepare.encode import EncodedChunk, encode_chunk
-from gpt_lightning.data.prepare.inputs import InputFile, find_sources, with_checksums
+from gpt_lightning.data.prepare.inputs import InputFile, find_inputs, with_checksums
 from gpt_lightning.data.prepare.readers import read_chunks
-from gpt_lightning.data.prepare.resume import check_same, check_unfinished, read_for
-from gpt_lightning.data.prepare.splits import SplitBy, check_texts, nothing_in, with_cuts
+from gpt_lightning.data.prepare.resume import check_same, check_unfinished
+from gpt_lightning.data.prepare.splits import SplitBy, check_texts, empty_split_message, with_cuts
 from gpt_lightning.data.token_store import (
     PROGRESS,
     StoreWriter,
     check_shards,
     read_manifest,
     read_progress,
-    temporary_path,
     was_written_here,
 )
 from gpt_lightning.data.tokenizer import token_ranks
+from gpt_lightning.storage.atomic import temporary_path
 from gpt_lightning.storage.checksum import MANIFEST
 
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 
 _LOCK = ".lock"
-_HIDDEN = {
+_LEFTOVERS = {
     _LOCK,
     temporary_path(Path(PROGRESS)).name,
     temporary_path(Path(MANIFEST)).name,
-}  # left by a crash
-_PROBLEMS_KEPT = 10
-_READER = 2  # changes where the same bytes are read as other documents, so that two versions are not mixed
-_UNDER_WAY = 8  # pieces a worker, so that none is idle while a shard is synced
+}  # of a crash
+_MAX_PROBLEMS = 10
+_READER = (
+    2  # grows when the same bytes are read as other documents, so that two versions are not mixed
+)
+_CHUNKS_PER_WORKER = 8  # in progress, so that no worker is idle while a shard is synced
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What a store depends on besides its sources.
+    """What a store depends on besides its inputs.
 
     Attributes:
-        field: Of JSON objects and tables: the one with the text.
-        split: 'hash': a document is for validation if the hash of its content is below ``val_ratio``, so
-            that other documents have no say. 'ratio': the last ``val_ratio`` of the text is; a plain
-            text is cut there, at white space, a row is not.
+        field: Field of JSON objects and tables that has the text.
+        split: 'hash': a document is for validation if the hash of its content is below ``val_ratio``, whatever
+            the other documents are. 'ratio': the last ``val_ratio`` of the text is for validation; a plain text
+            is cut there, at white space, a row is not.
         shard_tokens: Tokens in a shard; the last of a split has fewer.
     """
 
@@ -75,17 +76,17 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """A whole store.
+    """A complete store.
 
     Attributes:
-        manifest: What it says of itself, see ``store.py``.
-        was_there: Whether it was whole already.
-        problems: The first of the documents that were skipped now, a line each.
+        manifest: Its manifest, see ``token_store.py``.
+        already_prepared: Whether it was complete before this call.
+        problems: The first documents that this call skipped, one line each.
     """
 
     folder: Path
     manifest: dict[str, Any]
-    was_there: bool
+    already_prepared: bool
     problems: Sequence[str] = ()
 
 
@@ -98,24 +99,22 @@ def prepare(
     skip: bool = False,
     on_progress: OnProgress = lambda done, total, tokens: None,
 ) -> PrepareResult:
-    """Tokenise the inputs into a store at ``out``; an unfinished one of the same is gone on with.
-
-    What was not read for that yet may have been corrected since, or be more or less: see ``check_unfinished``.
+    """Tokenize the inputs into a store at ``out``; an unfinished store of the same inputs is resumed.
 
     Args:
-        workers: Threads that tokenise.
-        skip: Whether a document that cannot be read, or what is left of a damaged file, is counted (as
-            one) and left out instead of raised.
-        on_progress: Is told how far it is, once a piece.
+        workers: Threads that tokenize.
+        skip: Whether a document that cannot be read, or the rest of a damaged file, is left out and counted
+            (as one) instead of raised.
+        on_progress: Called after each chunk.
 
     Raises:
         ValueError, OSError: An input cannot be read, ``out`` holds something else, there is nothing to
-            validate on, the disk is full. What was done up to the last whole shard stays, and the same
-            call goes on from there; without a whole shard nothing stays.
+            validate on, the disk is full. The shards that are complete stay, and the same call resumes after
+            them; without a complete shard nothing stays.
     """
     if workers < 1:
         raise ValueError(f"workers: {workers} is too few; give 1 or more")
-    sources = find_sources(inputs)
+    sources = find_inputs(inputs)
     _check_out(out)
     sources = with_checksums(sources, workers)
     check_texts(sources, settings.split, settings.val_ratio)
@@ -133,7 +132,7 @@ def prepare(
             check_same(out, manifest, about)
             check_shards(out, manifest)
             (out / PROGRESS).unlink(missing_ok=True)
-            return PrepareResult(out, manifest, was_there=True)
+            return PrepareResult(out, manifest, already_prepared=True)
         writer = StoreWriter(out, settings.shard_tokens, about)
         work = _PreparePipeline(
             with_cuts(sources, settings.split, settings.val_ratio, skip=skip),
@@ -144,7 +143,7 @@ def prepare(
             on_progress,
         )
         if (out / PROGRESS).exists():
-            check_unfinished(out, read_progress(out), about, work.sources)
+            check_unfinished(out, read_progress(out), about)
             work.continue_from(writer.resume())
         try:
             return work.run()
@@ -157,7 +156,7 @@ def prepare(
 
 
 class _PreparePipeline:
-    """The pieces of the sources from a position on, tokenised by threads and written in order."""
+    """Chunks of the inputs from a position on, tokenized by threads and written in order."""
 
     def __init__(
         self,
@@ -174,84 +173,75 @@ class _PreparePipeline:
         self.position = ReadPosition()
         self.skipped = self.empty = 0
         self.problems: list[str] = []
-        self._sums: list[tuple[int, str]] = []  # of the source at the position: see has_same_prefix
-        self._sum = sha256()
 
     def continue_from(self, recorded: dict[str, Any]) -> None:
         self.position = ReadPosition(*recorded["at"])
         self.skipped, self.empty = recorded["skipped"], recorded["empty"]
-        self._sums = [(end, found) for end, found in recorded.get("sums", [])]
 
     def run(self) -> PrepareResult:
         token_ranks()  # read once, and not by all threads at once
         before = [(s.path, s.path.stat().st_mtime_ns) for s in self.sources]
         with self._writing():
             self._record()
-        with closing(self._encoded()) as pieces:
-            for piece, encoded in pieces:
-                self._write(piece, encoded)
+        with closing(self._encoded()) as chunks:
+            for chunk, encoded in chunks:
+                self._write(chunk, encoded)
         if changed := [path for path, time in before if path.stat().st_mtime_ns != time]:
             raise ValueError(
-                f"{changed[0]}: was changed while it was read; remove the store, run again"
+                f"{changed[0]}: was changed while it was read; remove the store and run again"
             )
         self._check_splits()
         with self._writing():
             manifest = self.writer.finish(skipped=self.skipped, empty=self.empty)
-        return PrepareResult(self.writer.folder, manifest, was_there=False, problems=self.problems)
+        return PrepareResult(
+            self.writer.folder, manifest, already_prepared=False, problems=self.problems
+        )
 
     def _encoded(self) -> Generator[tuple[TextChunk, EncodedChunk]]:
-        """A few pieces are under way at any time. A reader's mistake comes after what it has read."""
+        """Chunks with their tokens, in order; a few are in progress. A reader's error is raised after its chunks."""
         val_ratio = self.settings.val_ratio
-        pieces = read_chunks(
+        chunks = read_chunks(
             self.sources, self.position, field=self.settings.field, val_ratio=val_ratio
         )
         encode = partial(
             encode_chunk, name=self.settings.field, val_ratio=val_ratio, skip=self.skip
         )
-        under_way: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()
-        mistake: Exception | None = None
+        in_progress: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()
+        failure: Exception | None = None
         pool = ThreadPoolExecutor(self.workers)
         try:
-            while mistake is None:
+            while failure is None:
                 try:
-                    piece = next(pieces, None)
+                    chunk = next(chunks, None)
                 except (ValueError, OSError) as error:
-                    mistake = error
+                    failure = error
                     break
-                if piece is None:
+                if chunk is None:
                     break
-                under_way.append((piece, pool.submit(encode, piece)))
-                if len(under_way) > _UNDER_WAY * self.workers:
-                    piece, future = under_way.popleft()
-                    yield piece, future.result()
-            while under_way:
-                piece, future = under_way.popleft()
-                yield piece, future.result()
+                in_progress.append((chunk, pool.submit(encode, chunk)))
+                if len(in_progress) > _CHUNKS_PER_WORKER * self.workers:
+                    chunk, future = in_progress.popleft()
+                    yield chunk, future.result()
+            while in_progress:
+                chunk, future = in_progress.popleft()
+                yield chunk, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-        if mistake is not None:
-            raise mistake
+        if failure is not None:
+            raise failure
 
-    def _write(self, piece: TextChunk, encoded: EncodedChunk) -> None:
-        self._note(piece)
+    def _write(self, chunk: TextChunk, encoded: EncodedChunk) -> None:
+        self.position = chunk.after
         with self._writing():
             for split, ids, documents, begins in encoded.tokens:
                 self.writer.append(split, ids, documents, begins=begins)
             self.skipped += len(encoded.problems)
             self.empty += encoded.empty
-            self.problems += encoded.problems[: _PROBLEMS_KEPT - len(self.problems)]
-            if self.writer.has_whole_shards_to_record:
+            self.problems += encoded.problems[: _MAX_PROBLEMS - len(self.problems)]
+            if self.writer.has_shards_to_record:
                 self._record()
         tokens = sum(split.tokens for split in self.writer.splits.values())
-        self.on_progress(piece.done, self._bytes, tokens)
-
-    def _note(self, piece: TextChunk) -> None:
-        if piece.after.source != self.position.source:
-            self._sums, self._sum = [], sha256()
-        if piece.after.source == piece.at.source:
-            for block in read_for(piece):
-                self._sum.update(block)
-        self.position = piece.after
+        self.on_progress(chunk.done, self._bytes, tokens)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -260,21 +250,13 @@ class _PreparePipeline:
         except OSError as error:
             raise OSError(
                 f"{self.writer.folder}: cannot be written ({error.strerror or error}); make room, and "
-                "the same command goes on from the last whole shard"
+                "run the same command again: it resumes after the last complete shard"
             ) from error
 
     def _record(self) -> None:
-        if self.position.offset > (self._sums[-1][0] if self._sums else 0):
-            self._sums.append((self.position.offset, self._sum.hexdigest()))
-            self._sum = sha256()
-        state = {
-            "at": list(self.position),
-            "sums": self._sums,
-            "cuts": [source.train_until for source in self.sources[: self.position.source + 1]],
-            "skipped": self.skipped,
-            "empty": self.empty,
-        }
-        self.writer.record(state)
+        self.writer.record(
+            {"at": list(self.position), "skipped": self.skipped, "empty": self.empty}
+        )
 
     def _check_splits(self) -> None:
         splits = self.writer.splits
@@ -288,21 +270,21 @@ class _PreparePipeline:
             if not split.tokens and (name == "train" or self.settings.val_ratio > 0):
                 self.writer.close()
                 self.writer.remove()
-                raise ValueError(nothing_in(name, documents, self.settings.split))
+                raise ValueError(empty_split_message(name, documents, self.settings.split))
 
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is no folder; give another --out")
-    there = {path.name for path in out.iterdir()} - _HIDDEN if out.exists() else set()
-    if there and not was_written_here(out):
-        raise ValueError(f"{out}: holds something else ({min(there)}); give a new folder as --out")
+        raise ValueError(f"{out}: is not a folder; give another --out")
+    names = {path.name for path in out.iterdir()} - _LEFTOVERS if out.exists() else set()
+    if names and not was_written_here(out):
+        raise ValueError(f"{out}: holds something else ({min(names)}); give a new folder as --out")
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone; one that is left empty is removed."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
+    """Lock the folder, and make it if it is missing; a new folder that stays empty is removed."""
+    new = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / _LOCK)
     try:
@@ -315,5 +297,5 @@ def _locked(out: Path) -> Iterator[None]:
         (out / _LOCK).unlink(missing_ok=True)
         lock.release()
         with suppress(OSError):
-            for path in made:
+            for path in new:
                 path.rmdir()

@@ -1,7 +1,8 @@
-"""Plain texts to pieces. Their documents are what lies between their ``<|endoftext|>``.
+"""Plain texts to chunks. ``<|endoftext|>`` separates their documents.
 
-A long one is cut where the tokens of the parts are those of the whole: before white space that follows none.
-GPT-2's pattern lets no token reach over such a place, and nothing before it depends on what comes after.
+A long document is cut where the tokens of the parts are the tokens of the whole: before white space that does
+not follow white space. By GPT-2's pattern no token spans such a cut, and no token before it depends on the text
+after it.
 """
 
 import codecs
@@ -24,7 +25,7 @@ from gpt_lightning.data.prepare.chunk import (
 from gpt_lightning.data.prepare.inputs import InputFile
 from gpt_lightning.data.unicode import BOM, decoding_problem
 
-_LOOK = 1024  # bytes of a document that say whether it holds anything
+_PEEK_BYTES = 1024  # of a document, to see whether it is only white space
 
 _BEFORE_SPACE = re.compile(rb"(?:[!-~]|[\xc2-\xf4][\x80-\xbf]{1,3})(?=[ \n\r])")
 
@@ -48,10 +49,10 @@ def read_text(
             last = offset + len(data) == end
             begins = split is None
             if begins and (last or EOT_BYTES in data):
-                whole = len(data) if last else data.rindex(EOT_BYTES) + len(EOT_BYTES)
-                offset, size = offset + whole, chunk.CHUNK_BYTES
+                complete = len(data) if last else data.rindex(EOT_BYTES) + len(EOT_BYTES)
+                offset, size = offset + complete, chunk.CHUNK_BYTES
                 after = ReadPosition(number, offset)
-                yield TextChunk(source, data[:whole], at, after, before + offset, fixed)
+                yield TextChunk(source, data[:complete], at, after, before + offset, fixed)
                 continue
             if begins:
                 digest, document_end, problem = _scan(file, offset, end)
@@ -61,8 +62,8 @@ def read_text(
                     after = ReadPosition(number, offset)
                     yield TextChunk(source, b"", at, after, before + offset, problem=problem)
                     continue
-            if (found := data.find(EOT_BYTES)) >= 0:
-                cut, following = found, found + len(EOT_BYTES)
+            if (delimiter := data.find(EOT_BYTES)) >= 0:
+                cut, following = delimiter, delimiter + len(EOT_BYTES)
             elif last:
                 cut = following = len(data)
             elif cut := safe_cut(data):
@@ -73,20 +74,27 @@ def read_text(
             else:
                 raise ValueError(
                     f"{source.path}: has no white space in {MAX_TEXT_BYTES >> 20} MB from byte {offset}; "
-                    "leave it out if it is no text"
+                    "leave it out if it is not a text"
                 )
             size = chunk.CHUNK_BYTES
-            own, offset = split, offset + following
-            if found >= 0 or last:
+            chunk_split, offset = split, offset + following
+            if delimiter >= 0 or last:
                 split = None
             after = ReadPosition(number, offset, 0, split)
             yield TextChunk(
-                source, data[:cut], at, after, before + offset, own, part=True, begins=begins
+                source,
+                data[:cut],
+                at,
+                after,
+                before + offset,
+                chunk_split,
+                part=True,
+                begins=begins,
             )
 
 
 def safe_cut(text: bytes) -> int:
-    """The last place where a text may be cut in two that are tokenised apart; 0: there is none."""
+    """The last position where a text may be cut into two that are tokenized separately; 0: there is none."""
     for tail in (4096, 65536, len(text)):
         first = max(0, len(text) - tail)
         for match in reversed(list(_BEFORE_SPACE.finditer(text, first))):
@@ -100,19 +108,18 @@ def safe_cut(text: bytes) -> int:
 def _scan(file: IO[bytes], offset: int, end: int) -> tuple[bytes, int, str | None]:
     """A long document's hash, where the next one begins, and why it is not UTF-8.
 
-    The hash is :func:`content_hash` of the text as it is tokenised: without a byte order mark, with one kind of
+    The hash is :func:`content_hash` of the text that is tokenized: without a byte order mark, with one kind of
     line end.
     """
     digest, problem = blake2b(digest_size=8), None
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    kept, done, following = b"", 0, end
+    carried, done, following = b"", 0, end
     at_start = offset == 0
 
-    def take(block: bytes, final: bool) -> None:
+    def update(block: bytes, final: bool) -> None:
         nonlocal done, problem, at_start
-        begin = (
-            offset + done - len(decoder.getstate()[0])
-        )  # of what the decoder has not returned yet
+        # offset of the first byte that the decoder has not returned yet
+        begin = offset + done - len(decoder.getstate()[0])
         done += len(block)
         if problem is not None:
             return
@@ -126,38 +133,38 @@ def _scan(file: IO[bytes], offset: int, end: int) -> tuple[bytes, int, str | Non
         digest.update(text.encode())
 
     file.seek(offset)
-    place = offset
-    while block := file.read(min(chunk.CHUNK_BYTES, end - place)):
-        place += len(block)
-        block = kept + block
-        if (found := block.find(EOT_BYTES)) >= 0:
-            following = offset + done + found + len(EOT_BYTES)
-            kept = block[:found]
+    position = offset
+    while block := file.read(min(chunk.CHUNK_BYTES, end - position)):
+        position += len(block)
+        block = carried + block
+        if (delimiter := block.find(EOT_BYTES)) >= 0:
+            following = offset + done + delimiter + len(EOT_BYTES)
+            carried = block[:delimiter]
             break
-        keep = len(EOT_BYTES) - 1
-        take(block[:-keep], final=False)
-        kept = block[-keep:]
-    take(kept, final=True)
+        tail = len(EOT_BYTES) - 1  # bytes that may begin a delimiter
+        update(block[:-tail], final=False)
+        carried = block[-tail:]
+    update(carried, final=True)
     return digest.digest(), following, problem
 
 
 def document_hashes(sources: Sequence[InputFile]) -> Iterator[tuple[Path, bytes | None]]:
-    """Of the documents of plain texts that are no mere white space; none of one that is no UTF-8."""
+    """File and hash of each document of plain texts that is not only white space; None for one that is not UTF-8."""
     for source in sources:
         offset = 0
         with source.path.open("rb") as file:
             while offset < source.bytes:
                 digest, following, problem = _scan(file, offset, source.bytes)
                 file.seek(offset)
-                begin = file.read(min(_LOOK, following - offset)).split(EOT_BYTES)[0]
+                begin = file.read(min(_PEEK_BYTES, following - offset)).split(EOT_BYTES)[0]
                 begin = begin.removeprefix(codecs.BOM_UTF8) if offset == 0 else begin
-                if begin.strip() or following - offset > _LOOK:
+                if begin.strip() or following - offset > _PEEK_BYTES:
                     yield source.path, None if problem else digest
                 offset = following
 
 
 def text_cut(path: Path, at_least: int, size: int) -> int:
-    """The first place from ``at_least`` where a plain text may be cut: before white space, or after a mark."""
+    """The first offset from ``at_least`` where a plain text may be cut: before white space, or after a delimiter."""
     with path.open("rb") as file:
         start = max(0, at_least - len(EOT_BYTES))
         file.seek(start)
@@ -165,15 +172,15 @@ def text_cut(path: Path, at_least: int, size: int) -> int:
         while True:
             block = file.read(chunk.CHUNK_BYTES)
             data += block
-            marks = (m.end() for m in re.finditer(re.escape(EOT_BYTES), data))
+            delimiters = (m.end() for m in re.finditer(re.escape(EOT_BYTES), data))
             spaces = (
                 m.end()
                 for m in _BEFORE_SPACE.finditer(data)
                 if not m[0].decode(errors="replace").isspace()
             )
-            places = [next((p for p in found if start + p >= at_least), None)
-                      for found in (marks, spaces)]  # fmt: skip
-            if known := [start + place for place in places if place is not None]:
-                return min(known)
+            cuts = [next((end for end in ends if start + end >= at_least), None)
+                    for ends in (delimiters, spaces)]  # fmt: skip
+            if possible := [start + cut for cut in cuts if cut is not None]:
+                return min(possible)
             if not block or len(data) > MAX_TEXT_BYTES:
                 return size

@@ -1,4 +1,4 @@
-"""Sources to pieces, in order."""
+"""Inputs to chunks, in order."""
 
 from collections.abc import Iterator, Sequence
 
@@ -17,24 +17,24 @@ from gpt_lightning.data.prepare.rows import read_dataset, read_lines, read_parqu
 def read_chunks(
     sources: Sequence[InputFile], start: ReadPosition, *, field: str, val_ratio: float
 ) -> Iterator[TextChunk]:
-    """All pieces from ``start``. What is left of a damaged source is one, with a problem.
+    """All chunks from ``start`` on. The rest of a damaged input is one chunk, with a problem.
 
     Raises:
-        ValueError, OSError: A source cannot be read, or has no ``field``.
+        ValueError, OSError: An input cannot be read, or has no ``field``.
     """
     before = sum(source.bytes for source in sources[: start.source])
     for number, source in enumerate(sources[start.source :], start.source):
         begin = start if number == start.source else ReadPosition(number)
         if source.kind == "text":
-            pieces = read_text(source, begin, before, val_ratio)
+            chunks = read_text(source, begin, before, val_ratio)
         elif source.kind == "lines":
-            pieces = read_lines(source, begin, before)
+            chunks = read_lines(source, begin, before)
         elif source.kind == "parquet":
-            pieces = read_parquet(source, begin, before, field)
+            chunks = read_parquet(source, begin, before, field)
         else:
-            pieces = read_dataset(source, begin, before, field)
+            chunks = read_dataset(source, begin, before, field)
         try:
-            yield from pieces
+            yield from chunks
         except CorruptFileError as error:
             problem = str(error).removeprefix(f"{source.path}: ")
             after, done = ReadPosition(number + 1), before + source.bytes
@@ -47,7 +47,7 @@ def read_chunks(
 
 
 def measure(source: InputFile, *, skip: bool) -> int:
-    """Uncompressed bytes, or rows; with ``skip`` those before the damage.
+    """Uncompressed bytes, or rows, of an input; with ``skip`` those before the damage.
 
     Raises:
         ValueError: It is damaged.

@@ -1,4 +1,4 @@
-"""Lines of JSON, parquet tables and datasets' folders to pieces: a row is a document."""
+"""Lines of JSON, parquet tables and folders of ``datasets`` to chunks: a row is a document."""
 
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
@@ -13,7 +13,7 @@ from gpt_lightning.data.prepare.inputs import (
     open_parquet,
 )
 
-_ROWS = 256  # read from a parquet file at a time
+_ROWS = 256  # of a table, read together
 
 
 def read_lines(source: InputFile, begin: ReadPosition, before: int) -> Iterator[TextChunk]:
@@ -27,8 +27,8 @@ def read_lines(source: InputFile, begin: ReadPosition, before: int) -> Iterator[
         while True:
             block = file.read(chunk.CHUNK_BYTES)
             data = rest + block
-            whole = data.rfind(b"\n") + 1 if block else len(data)
-            if not whole:
+            complete = data.rfind(b"\n") + 1 if block else len(data)
+            if not complete:
                 if not block:
                     return
                 if len(data) > MAX_TEXT_BYTES:
@@ -38,19 +38,19 @@ def read_lines(source: InputFile, begin: ReadPosition, before: int) -> Iterator[
                     )
                 rest = data
                 continue
-            content, rest = data[:whole], data[whole:]
+            content, rest = data[:complete], data[complete:]
             at = ReadPosition(number, offset, line)
-            offset, line = offset + whole, line + content.count(b"\n")
+            offset, line = offset + complete, line + content.count(b"\n")
             after = ReadPosition(number, offset, line)
             yield TextChunk(source, content, at, after, before + raw.tell())
 
 
 def _skip(file: IO[bytes], size: int) -> None:
     while size:
-        found = len(file.read(min(size, chunk.CHUNK_BYTES)))
-        if not found:
+        read = len(file.read(min(size, chunk.CHUNK_BYTES)))
+        if not read:
             raise OSError("it became shorter while it was read")
-        size -= found
+        size -= read
 
 
 def read_parquet(
@@ -70,7 +70,7 @@ def read_parquet(
         types.is_string(content) or types.is_large_string(content) or types.is_string_view(content)
     ):
         raise ValueError(
-            f"{source.path}: has no text {field}, but {kind}; name the text's with --field"
+            f"{source.path}: has no text {field}, but {kind}; name the field of the text with --field"
         )
     first = 0
     for group in range(file.num_row_groups):
@@ -106,7 +106,7 @@ def _row_chunks(
     row: int,
     columns: Iterator[Any],
 ) -> Iterator[TextChunk]:
-    """Pieces of the columns' rows, the first of which is ``row``, from where to begin."""
+    """Chunks of the columns' rows from ``begin`` on; the first row of the columns is ``row``."""
     for column in columns:
         skipped = max(0, min(len(column), begin.offset - row))
         column, row = column[skipped:], row + skipped
@@ -122,7 +122,7 @@ def _row_chunks(
 
 
 def as_python(rows: Any) -> list[Any]:
-    """Rows of a piece: texts, or ``None``, or what else a table holds; a text that is not UTF-8 is ``bytes``."""
+    """Rows of a chunk: texts, ``None``, or other values of a table; a text that is not UTF-8 is ``bytes``."""
     if isinstance(rows, list):
         return rows
     try:
@@ -139,4 +139,4 @@ def _text_or_bytes(row: Any) -> Any:
 
 
 def _no_field(source: InputFile, field: str, names: Sequence[str]) -> str:
-    return f"{source.path}: has no text {field} (but {', '.join(names)}); name it with --field"
+    return f"{source.path}: has no text {field} (but {', '.join(names)}); name the field of the text with --field"

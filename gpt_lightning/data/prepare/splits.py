@@ -1,4 +1,4 @@
-"""What is for training and what for validation, as far as it is known before anything is tokenised."""
+"""Training or validation: what is known before anything is tokenized."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,31 +14,31 @@ from gpt_lightning.data.prepare.readers import measure
 SplitBy = Literal["hash", "ratio"]
 
 
-def nothing_in(name: str, documents: int, split: SplitBy) -> str:
-    what = {"train": "training", "val": "validation"}[name]
+def empty_split_message(name: str, documents: int, split: SplitBy) -> str:
+    purpose = {"train": "training", "val": "validation"}[name]
     remedy = "" if split == "ratio" else "--split ratio, "
     return (
-        f"split: none of {documents} document(s) is for {what}; give {remedy}another --val_ratio, or more "
+        f"split: none of {documents} document(s) is for {purpose}; give {remedy}another --val_ratio, or more "
         "documents (--val_ratio 0 is a store for training alone)"
     )
 
 
 def check_texts(sources: Sequence[InputFile], split: SplitBy, val_ratio: float) -> None:
-    """Few documents may all be of one split, which is better known before they are tokenised.
+    """Refuse texts whose few documents are all in one split, before they are tokenized.
 
     Raises:
-        ValueError: They are.
+        ValueError: A split would be empty.
     """
     if split != "hash" or val_ratio == 0 or any(s.kind != "text" for s in sources):
         return
     documents: list[Path] = []
-    found = set()
+    splits = set()
     for path, digest in document_hashes(sources):
-        if digest is None:  # which is said, or skipped, when it is read
+        if digest is None:  # it is refused, or skipped, when it is read
             return
         documents.append(path)
-        found.add(split_of(digest, val_ratio))
-        if len(found) == 2:
+        splits.add(split_of(digest, val_ratio))
+        if len(splits) == 2:
             return
     if len(documents) == 1:
         raise ValueError(
@@ -46,27 +46,29 @@ def check_texts(sources: Sequence[InputFile], split: SplitBy, val_ratio: float) 
             "give --split ratio, or --val_ratio 0 for training alone"
         )
     if documents:
-        raise ValueError(nothing_in("val" if "train" in found else "train", len(documents), split))
+        raise ValueError(
+            empty_split_message("val" if "train" in splits else "train", len(documents), split)
+        )
 
 
 def with_cuts(
     sources: list[InputFile], split: SplitBy, val_ratio: float, *, skip: bool
 ) -> list[InputFile]:
-    """With 'ratio': where in each source the training split ends."""
+    """The inputs, for 'ratio' with the offset or row where the training split ends in each."""
     if split != "ratio":
         return sources
-    left = (1 - Fraction(str(val_ratio))) * sum(source.bytes for source in sources)
-    cut = []
+    remaining = (1 - Fraction(str(val_ratio))) * sum(source.bytes for source in sources)
+    with_end = []
     for source in sources:
         size = measure(source, skip=skip)
-        if left >= source.bytes:
+        if remaining >= source.bytes:
             until = size
-        elif left <= 0:
+        elif remaining <= 0:
             until = 0
         else:
-            until = -int(-left * size // source.bytes)
+            until = -int(-remaining * size // source.bytes)
             if source.kind == "text":
                 until = text_cut(source.path, until, size)
-        cut.append(replace(source, train_until=until))
-        left -= source.bytes
-    return cut
+        with_end.append(replace(source, train_until=until))
+        remaining -= source.bytes
+    return with_end

@@ -77,7 +77,6 @@ PRIVATE_NAMES = {
     # torch: nested containers of tensors, fake tensors, hooks, oneDNN's linear layer, a state dict's metadata
     "generation/cuda_graph.py": "_forward_hooks _forward_pre_hooks",
     "model/packed_linear.py": "_linear_pointwise _reorder_linear_weight",
-    "planning/memory.py": "_cdata _internal _local_tensor _python_dispatch _pytree _subclasses _to_copy",
     "pretrained/book.py": "_metadata",
     "pretrained/weights.py": "_pytree",
     "training/checkpoint_io.py": "_pytree",

@@ -30,7 +30,7 @@ from gpu_training import Rung, ladder, large_ladder, measure
 from machine import at_least, at_most, description, peak_memory, seconds_a_call
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.generation.cuda_graph import MOST_FUSED_ROWS
+from gpt_lightning.generation.cuda_graph import MAX_FUSED_ROWS
 from gpt_lightning.generation.engine import DecodeBackend
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.training.hardware import peak_flops
@@ -209,7 +209,7 @@ def decode(
 ) -> None:
     for batch in (1, 4, 8):
         for backend in seconds:
-            if backend == "fused" and batch > MOST_FUSED_ROWS:
+            if backend == "fused" and batch > MAX_FUSED_ROWS:
                 continue
             rungs.run(
                 f"{name} decoding, batch {batch}: {backend}",

@@ -1,6 +1,6 @@
-"""Training, resuming, examining and sampling GPT models with PyTorch Lightning.
+"""GPT models with PyTorch Lightning: training, resuming, evaluation and text generation.
 
-The public names are imported when first used: whoever wants the model does not wait for Lightning.
+Public names are imported on first use, so ``from gpt_lightning import GPTModel`` does not load Lightning.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ __all__ = [
     "load_model",
 ]
 
-_HOMES = {
+_MODULES = {
     "GPTConfig": "model.config",
     "GPTLightningModule": "training.module",
     "GPTModel": "model.gpt",
@@ -38,8 +38,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,9 +1,9 @@
-"""Compiles our kernels as decoding and the loss launch them, for a GPU that need not be there.
+"""Compile our Triton kernels as decoding and the loss launch them, for a GPU that need not be present.
 
-Run by test_kernels.py in a process of its own, for its kernels must not be interpreted; prints JSON: of each kernel its
-name, and how many bytes a thread keeps in memory for want of registers.
+test_kernels.py runs this in a separate process, where the kernels are not interpreted. It prints JSON: the name of each
+kernel, and the bytes of stack memory that a thread uses for spilled registers.
 
-usage: compile_kernels.py CAPABILITY SIZE ROWS, such as 90 gpt2-124M 1
+Usage: compile_kernels.py CAPABILITY SIZE ROWS, such as 90 gpt2-124M 1
 """
 
 import json
@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from gpt_lightning import GPTModel
 from gpt_lightning.generation import fused_decode
-from gpt_lightning.kernels import cross_entropy as loss_kernel
+from gpt_lightning.kernels import cross_entropy
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
 
@@ -29,8 +29,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 compiled: list[tuple[str, Any]] = []
 
 
-class Driver:
-    """What Triton asks of a GPU's driver before it launches."""
+class FakeDriver:
+    """The part of a GPU driver that Triton calls before a launch."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -45,42 +45,42 @@ class Driver:
         return 0
 
 
-def only_compile(kernel: Any, grid: Any) -> Any:
-    def compile_it(*arguments: Any, **settings: Any) -> None:
+def compile_only(kernel: Any, grid: Any) -> Any:
+    def compile_kernel(*arguments: Any, **settings: Any) -> None:
         compiled.append(
             (kernel.__name__, kernel.run(*arguments, grid=grid, warmup=True, **settings))
         )
 
-    return compile_it
+    return compile_kernel
 
 
-def kept_in_memory(kernel: Any) -> int:
+def stack_bytes(kernel: Any) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)  # fmt: skip
-    return int(re.search(r"STACK:(\d+)", told.stdout)[1])
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)  # fmt: skip
+    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
 def main() -> None:
     capability, size, rows = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    triton.runtime.driver.set_active(Driver(capability))
-    JITFunction.__getitem__ = only_compile
-    fused_decode.is_hopper_or_newer = lambda device: capability >= 90
+    triton.runtime.driver.set_active(FakeDriver(capability))
+    JITFunction.__getitem__ = compile_only
+    fused_decode.supports_pdl = lambda device: capability >= 90
     config = GPT2_SIZES[size]
     with torch.device("meta"):
         model = GPTModel(config).to(torch.bfloat16)
         for length in (256, 1024):
             cache = KVCache.allocate(config, rows, length, dtype=torch.bfloat16)
-            cache.at = torch.zeros(1, dtype=torch.int64)
+            cache.position = torch.zeros(1, dtype=torch.int64)
             ids = torch.zeros(rows, dtype=torch.int64)
             history = torch.zeros(rows, length, dtype=torch.bfloat16)
             padding = ids if length == 1024 else None
             fused_decode.FusedDecodeForward(model, cache, ids, padding, history, history.long())()
         logits = torch.zeros(rows, -(-config.vocab_size // 64) * 64, dtype=torch.bfloat16)
-        loss_kernel.loss_and_gradient_(logits, ids, config.vocab_size, 0.5)
-    once = {id(kernel): (name, kernel) for name, kernel in compiled}
-    print(json.dumps([(name, kept_in_memory(kernel)) for name, kernel in once.values()]))
+        cross_entropy.loss_and_gradient_(logits, ids, config.vocab_size, 0.5)
+    unique = {id(kernel): (name, kernel) for name, kernel in compiled}
+    print(json.dumps([(name, stack_bytes(kernel)) for name, kernel in unique.values()]))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_damaged_manifest_is_refused(refuse: Any, intact: Path, tmp_path: Path) 
         ("n_head", 5, "not divisible"),
         ("n_layer", "two", "n_layer is 'two'"),
         ("n_layer", 10**9, "has no transformer.h.1."),
-        ("n_positions", 10**18, "context_length: 1000000000000000000 is no size"),
+        ("n_positions", 10**18, "context_length: 1000000000000000000 is not a valid size"),
         ("vocab_size", 2**31 - 1, "its architecture says"),
         ("n_embd", 24 * 10**7, "its architecture says"),
         ("n_inner", 7, "n_inner is 7"),

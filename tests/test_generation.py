@@ -41,7 +41,7 @@ def test_exercise_5_3(model: GPTModel, idx: torch.Tensor) -> None:
         assert torch.equal(drawn, expected)
 
 
-def test_a_seed_gives_one_text_and_seeds_differ(model: GPTModel, idx: torch.Tensor) -> None:
+def test_same_seed_gives_same_text_and_seeds_differ(model: GPTModel, idx: torch.Tensor) -> None:
     def drawn(seed: int) -> list[list[int]]:
         ids = generate(model, idx, 20, temperature=1.0, generator=make_generator(seed))
         return ids.tolist()
@@ -50,7 +50,9 @@ def test_a_seed_gives_one_text_and_seeds_differ(model: GPTModel, idx: torch.Tens
     assert drawn(1) != drawn(2)
 
 
-def test_global_generator_and_mode_are_left_alone(model: GPTModel, idx: torch.Tensor) -> None:
+def test_generate_keeps_global_generator_and_training_mode(
+    model: GPTModel, idx: torch.Tensor
+) -> None:
     state = torch.get_rng_state()
     model.train()
     generate(model, idx, 5, temperature=1.0)
@@ -59,7 +61,7 @@ def test_global_generator_and_mode_are_left_alone(model: GPTModel, idx: torch.Te
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_stops_at_eos(model: GPTModel, idx: torch.Tensor) -> None:
+def test_generation_stops_at_eos(model: GPTModel, idx: torch.Tensor) -> None:
     greedy = generate(model, idx[:1], 12)
     eos_id = int(greedy[0, 9])
     first = greedy[0, 5:].tolist().index(eos_id)
@@ -67,7 +69,7 @@ def test_stops_at_eos(model: GPTModel, idx: torch.Tensor) -> None:
     assert stopped.tolist() == greedy[:, : 5 + first].tolist()
 
 
-def test_rows_end_on_their_own(model: GPTModel, idx: torch.Tensor) -> None:
+def test_rows_end_independently(model: GPTModel, idx: torch.Tensor) -> None:
     greedy = generate(model, idx, 12)
     eos_id = int(greedy[0, 5])
     assert eos_id not in greedy[1, 5:]
@@ -83,7 +85,7 @@ def test_long_prompt_is_cropped_from_the_left(model: GPTModel) -> None:
     assert ids[:, 40:].tolist() == generate_simple(model, prompt[:, -16:], 6)[:, 16:].tolist()
 
 
-def test_top_k_keeps_exactly_k_and_the_lower_ids_of_equals() -> None:
+def test_top_k_keeps_exactly_k_and_the_lower_ids_of_ties() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
     for k in range(1, 6):
         assert torch.isfinite(top_k_filter(logits, k)).sum(dim=-1).tolist() == [k, k]
@@ -104,7 +106,7 @@ def test_probabilities_are_finite_at_any_temperature(temperature: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("settings", "message"),
     [
         ({"temperature": -0.1}, "temperature: -0.1"),
         ({"temperature": float("nan")}, "temperature: nan"),
@@ -112,10 +114,10 @@ def test_probabilities_are_finite_at_any_temperature(temperature: float) -> None
         ({"top_k": 102}, "top_k: 102 is outside the vocabulary; give 1 to 101"),
     ],
 )
-def test_impossible_settings_are_refused(
-    model: GPTModel, idx: torch.Tensor, settings: dict[str, float], what: str
+def test_invalid_sampling_settings_are_refused(
+    model: GPTModel, idx: torch.Tensor, settings: dict[str, float], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=message):
         generate(model, idx, 3, **settings)  # type: ignore[arg-type]
 
 
@@ -127,7 +129,7 @@ PROMPTS = [
 ]  # 40 > the context of 16
 
 
-def streamed(
+def stream_table(
     model: GPTModel, prompts: list[list[int]], n: int, **settings: object
 ) -> list[list[int]]:
     steps = list(stream_ids(model, prompts, n, **{"sampling": SamplingParams(), **settings}))  # type: ignore[arg-type]
@@ -135,9 +137,9 @@ def streamed(
 
 
 @pytest.mark.parametrize("token", [-1, 101])
-def test_a_prompt_of_no_tokens_is_refused(model: GPTModel, token: int) -> None:
+def test_prompt_ids_outside_the_vocabulary_are_refused(model: GPTModel, token: int) -> None:
     with pytest.raises(ValueError, match="do not fit the model's vocabulary of 101"):
-        streamed(model, [[1, token]], 1)
+        stream_table(model, [[1, token]], 1)
 
 
 def test_padding_changes_no_logit(model: GPTModel) -> None:
@@ -160,9 +162,9 @@ def test_padding_changes_no_logit(model: GPTModel) -> None:
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_batched_is_one_at_a_time(model: GPTModel, num_samples: int) -> None:
-    """Prompts of 1, 5, 13 and 40 tokens together, on past the context of 16."""
-    together = streamed(model, PROMPTS, 25, num_samples=num_samples)
+def test_batched_rows_equal_single_prompts(model: GPTModel, num_samples: int) -> None:
+    """Prompts of 1, 5, 13 and 40 tokens in one batch, generated beyond the context of 16."""
+    together = stream_table(model, PROMPTS, 25, num_samples=num_samples)
     assert len(together) == 4 * num_samples
     for i, prompt in enumerate(PROMPTS):
         expected = generate_simple(model, torch.tensor([prompt]), 25)[0, len(prompt) :].tolist()
@@ -171,7 +173,7 @@ def test_batched_is_one_at_a_time(model: GPTModel, num_samples: int) -> None:
 
 
 def test_long_prompts_and_texts_past_1024_positions() -> None:
-    """Prompts of 1, 5, 200, 1,023 and 1,500 tokens: batched = single = the plain loop without a cache."""
+    """Prompts of 1, 5, 200, 1,023 and 1,500 tokens: batched = single = the loop without a cache."""
     torch.manual_seed(3)
     config = GPTConfig(vocab_size=101, context_length=1024, emb_dim=16, n_heads=2, n_layers=2)
     long_model = GPTModel(config).eval()
@@ -179,14 +181,14 @@ def test_long_prompts_and_texts_past_1024_positions() -> None:
         torch.randint(101, (n,), generator=make_generator(n)).tolist()
         for n in (1, 5, 200, 1023, 1500)
     ]
-    together = streamed(long_model, prompts, 6)
+    together = stream_table(long_model, prompts, 6)
     for row, prompt in zip(together, prompts, strict=True):
         expected = generate_simple(long_model, torch.tensor([prompt]), 6)[0, len(prompt) :].tolist()
         assert row == expected
-        assert streamed(long_model, [prompt], 6) == [expected]
+        assert stream_table(long_model, [prompt], 6) == [expected]
 
 
-def test_top_p_1_keeps_all() -> None:
+def test_top_p_1_keeps_all_tokens() -> None:
     logits = torch.randn(1, 50257, generator=make_generator(1)) * 8
     assert (probabilities(logits, SamplingParams(1.0, top_p=1.0)) > 0).sum() == (
         probabilities(logits, SamplingParams(1.0)) > 0
@@ -202,7 +204,7 @@ def test_filters_do_not_depend_on_the_models_precision() -> None:
 
 def test_samples_of_a_prompt_differ_and_repeat_with_the_seed(model: GPTModel) -> None:
     def drawn() -> list[list[int]]:
-        return streamed(
+        return stream_table(
             model,
             PROMPTS[:2],
             12,
@@ -217,9 +219,9 @@ def test_samples_of_a_prompt_differ_and_repeat_with_the_seed(model: GPTModel) ->
 
 
 def test_rows_that_ended_yield_no_tokens(model: GPTModel) -> None:
-    free = streamed(model, PROMPTS, 10)
+    free = stream_table(model, PROMPTS, 10)
     eos_id = free[1][3]
-    stopped = streamed(model, PROMPTS, 10, eos_id=eos_id)
+    stopped = stream_table(model, PROMPTS, 10, eos_id=eos_id)
     for row, expected in zip(stopped, free, strict=True):
         end = expected.index(eos_id) if eos_id in expected else 10
         assert row == expected[:end] + [-1] * (len(row) - end)
@@ -239,15 +241,17 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("names", [[name] for name in PROCESSORS] + [list(PROCESSORS)])
-def test_filters_are_those_of_transformers(names: list[str]) -> None:
+def test_filters_equal_those_of_transformers(names: list[str]) -> None:
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(6, 101, generator=make_generator(9)) * 3
     ids = torch.randint(101, (6, 12), generator=make_generator(10))
     expected, settings = logits, {}
     for name in ["repetition_penalty", *(n for n in names if n != "repetition_penalty")]:
         if name in names:
-            own, class_name, arguments = PROCESSORS[name]
-            settings |= {k: v for k, v in own.items() if k == name or "temperature" not in settings}
+            own_settings, class_name, arguments = PROCESSORS[name]
+            settings |= {
+                k: v for k, v in own_settings.items() if k == name or "temperature" not in settings
+            }
             expected = getattr(processors, class_name)(*arguments)(ids, expected)
     if "temperature" in names:
         settings["temperature"] = 0.7
@@ -256,7 +260,7 @@ def test_filters_are_those_of_transformers(names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_no_distribution_are_refused(bad: float) -> None:
+def test_non_finite_logits_are_refused(bad: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 2] = bad
     for settings in (SamplingParams(), SamplingParams(1.0)):
@@ -266,27 +270,27 @@ def test_logits_that_are_no_distribution_are_refused(bad: float) -> None:
         sample(torch.full((1, 5), -torch.inf), SamplingParams(1.0), generator=make_generator(0))
 
 
-def test_damaged_model_says_at_which_token() -> None:
+def test_error_of_a_model_with_nan_weights_names_the_token() -> None:
     torch.manual_seed(0)
-    damaged = GPTModel(CONFIG)
+    broken_model = GPTModel(CONFIG)
     with torch.no_grad():
-        damaged.final_norm.weight[0] = torch.nan
+        broken_model.final_norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match=r"logits: .*\(new token 0\)"):
-        streamed(damaged, PROMPTS[:1], 3)
+        stream_table(broken_model, PROMPTS[:1], 3)
 
 
 @pytest.mark.parametrize("name", ["top_p", "min_p"])
 @pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan")])
-def test_shares_outside_their_range_are_refused(name: str, value: float) -> None:
+def test_top_p_and_min_p_outside_their_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}: .* is outside \(0, 1\]"):
         SamplingParams(1.0, **{name: value})
 
 
 @pytest.mark.slow
-def test_frequencies_lie_in_their_intervals() -> None:
-    """A million draws from random distributions under every filter; 1 in 10⁵ may miss by chance."""
+def test_frequencies_lie_in_binomial_intervals() -> None:
+    """A million draws from random distributions with every filter; 1 interval in 10⁵ fails by chance."""
     generator = make_generator(20)
-    checked = missed = 0
+    checked = failed = 0
     for i in range(20):
         logits = torch.randn(1, 30, generator=generator) * 2
         for settings in (
@@ -302,12 +306,12 @@ def test_frequencies_lie_in_their_intervals() -> None:
             for token in range(30):
                 low, high = binomial_interval(1_000_000, float(p[token]), share=1 - 1e-5)
                 checked += 1
-                missed += not low <= int(counts[token]) <= high
+                failed += not low <= int(counts[token]) <= high
     assert checked == 3000
-    assert missed <= 1
+    assert failed <= 1
 
 
-def test_intervals_are_the_binomials() -> None:
+def test_intervals_cover_the_binomial_distribution() -> None:
     def coverage(n: int, p: float) -> float:
         low, high = binomial_interval(n, p)
         return sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(low, high + 1))
@@ -323,20 +327,21 @@ def test_intervals_are_the_binomials() -> None:
 
 @pytest.mark.parametrize("seed", [1, 123])
 @pytest.mark.parametrize("size", [2, 9, 40, 300])
-def test_draws_at_once_are_the_successive_ones(seed: int, size: int) -> None:
+def test_vectorized_draws_equal_successive_draws(seed: int, size: int) -> None:
     p = (torch.randn(size, generator=make_generator(size)) * 2).softmax(dim=0)
     assert torch.equal(draw_counts(p, 700, seed), draw_counts_one_by_one(p, 700, seed))
     torch.manual_seed(seed)
-    theirs = [torch.multinomial(p, num_samples=1).item() for _ in range(700)]
+    expected = [torch.multinomial(p, num_samples=1).item() for _ in range(700)]
     assert (
-        draw_counts(p, 700, seed).tolist() == torch.tensor(theirs).bincount(minlength=size).tolist()
+        draw_counts(p, 700, seed).tolist()
+        == torch.tensor(expected).bincount(minlength=size).tolist()
     )
 
 
 @pytest.mark.parametrize("shift", [-100.0, 0.0, 100.0])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 1.4, 5.0])
-def test_counts_are_the_seeds_from_logits_on(shift: float, temperature: float) -> None:
-    """softmax(logits / temperature) to the last bit: another rounding flips a draw now and then."""
+def test_counts_from_logits_equal_successive_draws(shift: float, temperature: float) -> None:
+    """softmax(logits / temperature) is bit for bit the same: other rounding would change some draws."""
     for seed in range(12):
         logits = torch.randn(9, generator=make_generator(seed)) * 0.3 + shift
         rows, _ = frequencies(logits, list("abcdefghi"), [SamplingParams(temperature)], 1000, seed)
@@ -346,13 +351,13 @@ def test_counts_are_the_seeds_from_logits_on(shift: float, temperature: float) -
         assert [row.count for row in rows] == drawn.bincount(minlength=9).tolist()
 
 
-def test_tiny_temperature_overflows_nothing() -> None:
+def test_tiny_temperature_does_not_overflow() -> None:
     for scale in (1.0, 1e30, 1e38):
         logits = torch.tensor([[1.0, 2.0, -1.0]]) * scale
         assert probabilities(logits, SamplingParams(1e-40)).tolist() == [[0.0, 1.0, 0.0]]
 
 
-def test_greedy_is_top_k_1_in_bfloat16_too() -> None:
+def test_greedy_equals_top_k_1_in_bfloat16() -> None:
     logits = torch.randn(200, 5000, generator=make_generator(1)).mul(3).sub(40).bfloat16()
     ids = logits.topk(3).indices
     greedy = SamplingParams(repetition_penalty=1.05)

@@ -1,4 +1,4 @@
-"""Kernels of our own: what they compute, in Triton's interpreter here and on a GPU where there is one."""
+"""Our Triton kernels, in Triton's interpreter on a CPU and compiled on a GPU."""
 
 import importlib
 import json
@@ -13,21 +13,23 @@ from conftest import ROOT, python
 from torch import Tensor
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation import cuda_graph as decoding_step
-from gpt_lightning.generation import engine as generate_module
+from gpt_lightning.generation import cuda_graph, engine
 from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, fused_decode_unsupported_reason
 from gpt_lightning.generation.engine import fastest_backend
 from gpt_lightning.kernels import support
 from gpt_lightning.model import loss
 from gpt_lightning.model.kv_cache import KVCache
 
-# Triton's interpreter computes in numpy, which warns of what is no number
+# Triton's interpreter computes in numpy, which warns about NaN
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @pytest.fixture
 def kernels_run() -> Iterator[None]:
-    """On a GPU if there is one, where the test's tensors then are; else in Python, for which conftest.py asks Triton."""
+    """Run kernels on a GPU if there is one, else in Triton's interpreter (see conftest.py).
+
+    The test's tensors are created on the same device.
+    """
     pytest.importorskip("triton", reason="Triton, of the extra 'test', is for Linux on x86-64")
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         yield
@@ -40,47 +42,47 @@ def make_generator(seed: int) -> torch.Generator:
 @pytest.fixture
 def fused(kernels_run: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not torch.cuda.is_available():
-        monkeypatch.setattr(
-            decoding_step, "fused_decode_unsupported_reason", lambda model, rows: None
-        )
+        monkeypatch.setattr(cuda_graph, "fused_decode_unsupported_reason", lambda model, rows: None)
     return importlib.import_module("gpt_lightning.generation.fused_decode")
 
 
 # --- the loss ---------------------------------------------------------------------------------------
 
 
-def plain_loss(logits: Tensor, targets: Tensor, vocab_size: int, by: float) -> tuple[float, Tensor]:
+def reference_loss(
+    logits: Tensor, targets: Tensor, vocab_size: int, scale: float
+) -> tuple[float, Tensor]:
     logits = logits.double().requires_grad_()
-    sum_of_all = torch.nn.functional.cross_entropy(logits[:, :vocab_size], targets, reduction="sum")
-    (grad,) = torch.autograd.grad(sum_of_all * by, logits)
-    return float(sum_of_all.detach()), grad
+    loss_sum = torch.nn.functional.cross_entropy(logits[:, :vocab_size], targets, reduction="sum")
+    (grad,) = torch.autograd.grad(loss_sum * scale, logits)
+    return float(loss_sum.detach()), grad
 
 
 def check_loss(kernel: ModuleType, vocab_size: int, width: int, dtype: torch.dtype) -> None:
     generator = make_generator(vocab_size)
     logits = 4 * torch.randn(5, width, generator=generator)
-    logits[0] += 300  # whose powers of e float32 does not hold
+    logits[0] += 300  # exp(300) overflows float32
     logits = logits.to(dtype)
     targets = torch.randint(vocab_size, (5,), generator=generator)
     targets[:2] = torch.tensor([0, vocab_size - 1])
-    expected, expected_grad = plain_loss(logits, targets, vocab_size, by=0.25)
-    found = kernel.loss_and_gradient_(logits, targets, vocab_size, 0.25)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
-    exact = 1e-5 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(logits.double(), expected_grad, atol=exact, rtol=exact)
+    expected, expected_grad = reference_loss(logits, targets, vocab_size, scale=0.25)
+    actual = kernel.loss_and_gradient_(logits, targets, vocab_size, 0.25)
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(logits.double(), expected_grad, atol=tolerance, rtol=tolerance)
     assert not logits[:, vocab_size:].any()
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(101, 128), (100, 100), (64, 64), (300, 320)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient(
+def test_loss_and_gradient_equal_torch(
     kernels_run: None,
     monkeypatch: pytest.MonkeyPatch,
     vocab_size: int,
     width: int,
     dtype: torch.dtype,
 ) -> None:
-    """With whole blocks, a part of one, and columns that are no tokens."""
+    """With full blocks, a partial block, and padding columns."""
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     monkeypatch.setattr(kernel, "BLOCK", 64)
     check_loss(kernel, vocab_size, width, dtype)
@@ -89,43 +91,43 @@ def test_loss_and_gradient(
 @pytest.mark.gpu
 @pytest.mark.parametrize(("vocab_size", "width"), [(101, 128), (50257, 50304), (50257, 50257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_of_many_tokens(
+def test_loss_and_gradient_of_a_large_vocabulary_equal_torch(
     kernels_run: None, vocab_size: int, width: int, dtype: torch.dtype
 ) -> None:
-    """With the blocks that ``fit`` has, which the interpreter takes long for."""
+    """With the block size of ``fit``, which is slow in the interpreter."""
     check_loss(
         importlib.import_module("gpt_lightning.kernels.cross_entropy"), vocab_size, width, dtype
     )
 
 
-def test_targets_that_are_no_tokens_make_the_loss_no_number(kernels_run: None) -> None:
-    """And nothing outside their rows is written."""
+def test_targets_outside_the_vocabulary_make_the_loss_nan(kernels_run: None) -> None:
+    """And other rows are not affected."""
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     for target in (-100, -1, 13, 16, 10**9):
         logits = torch.zeros(5, 16)
-        found = kernel.loss_and_gradient_(logits[1:4], torch.tensor([1, target, 3]), 13, 1.0)
-        assert found.isnan()
+        actual = kernel.loss_and_gradient_(logits[1:4], torch.tensor([1, target, 3]), 13, 1.0)
+        assert actual.isnan()
         assert not logits[[0, 4]].any()
         assert logits[[1, 3], [1, 3]].lt(0).all()
         torch.testing.assert_close(logits[2, :13], torch.full((13,), 1 / 13))
 
 
-def test_targets_may_be_strided_and_the_gradient_left_out(kernels_run: None) -> None:
+def test_strided_targets_and_loss_without_gradient(kernels_run: None) -> None:
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     targets = torch.arange(12).view(3, 4)[:, 1]
     logits = torch.randn(3, 16, generator=make_generator(1))
-    expected, _ = plain_loss(logits, targets, 13, by=1.0)
+    expected, _ = reference_loss(logits, targets, 13, scale=1.0)
     before = logits.clone()
-    found = kernel.loss_and_gradient_(logits, targets, 13, 1.0, gradient=False)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    actual = kernel.loss_and_gradient_(logits, targets, 13, 1.0, gradient=False)
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
-def test_a_damaged_logit_makes_the_loss_no_number(kernels_run: None, damage: float) -> None:
+@pytest.mark.parametrize("bad_value", [float("nan"), float("inf")])
+def test_a_non_finite_logit_makes_the_loss_non_finite(kernels_run: None, bad_value: float) -> None:
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy")
     logits = torch.zeros(3, 16)
-    logits[1, 5] = damage
+    logits[1, 5] = bad_value
     assert not kernel.loss_and_gradient_(logits, torch.tensor([1, 2, 3]), 16, 1.0).isfinite()
 
 
@@ -139,24 +141,25 @@ def gradients(pad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_the_loss_by_chunks_is_the_same_with_the_kernel(
+def test_chunked_loss_with_the_kernel_equals_the_loss_without(
     kernels_run: None, monkeypatch: pytest.MonkeyPatch, pad: bool
 ) -> None:
     monkeypatch.setattr(loss, "_kernel", lambda device: None)
     expected = gradients(pad)
     kernel = importlib.import_module("gpt_lightning.kernels.cross_entropy").loss_and_gradient_
     monkeypatch.setattr(loss, "_kernel", lambda device: kernel)
-    for found, before in zip(gradients(pad), expected, strict=True):
-        torch.testing.assert_close(found, before, atol=1e-6, rtol=1e-5)
+    for actual, before in zip(gradients(pad), expected, strict=True):
+        torch.testing.assert_close(actual, before, atol=1e-6, rtol=1e-5)
 
 
-def test_the_kernel_is_not_asked_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_is_not_used_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gradients(True, torch.float64)
-    monkeypatch.setattr(loss, "_kernel", lambda device: pytest.fail("it adds in float32"))
+    monkeypatch.setattr(loss, "_kernel", lambda device: pytest.fail("it accumulates in float32"))
     assert all(map(torch.equal, gradients(True, torch.float64), expected))
 
 
-def test_a_kernel_that_cannot_be_compiled_is_done_without(
+@pytest.mark.usefixtures("messages")
+def test_loss_kernel_that_fails_to_compile_is_not_used_and_warns_once(
     kernels_run: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> Tensor:
@@ -176,12 +179,12 @@ def test_a_kernel_that_cannot_be_compiled_is_done_without(
     finally:
         loss._kernel.cache_clear()
     assert capsys.readouterr().err == (
-        "gpt_lightning: loss_chunk_size: the kernel of a chunk could not be compiled "
-        "(Failed to find C compiler.); the loss is computed without, slower\n"
+        "gpt_lightning: loss_chunk_size: the Triton kernel could not be compiled "
+        "(Failed to find C compiler.); the loss is computed without it, which is slower\n"
     )
 
 
-# --- a step of decoding -----------------------------------------------------------------------------
+# --- the decoding step -----------------------------------------------------------------------------
 
 
 def model_of(
@@ -192,7 +195,7 @@ def model_of(
     tied: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> GPTModel:
-    """With weights of norms and biases that are not what they begin as."""
+    """Small model whose norm weights and biases differ from their initial values."""
     torch.manual_seed(1)
     model = GPTModel(
         GPTConfig(vocab_size=101, context_length=48, emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers,
@@ -204,8 +207,10 @@ def model_of(
     return model.to(dtype).eval()
 
 
-def steps(model: GPTModel, lengths: list[int], count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of ``count`` steps after prompts of these lengths: the plain path's, and our own kernels'."""
+def decode_logits(
+    model: GPTModel, lengths: list[int], count: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of ``count`` steps after prompts of these lengths: of the eager model, and of our kernels."""
     rows, width = len(lengths), max(lengths)
     ids = torch.randint(101, (rows, 48), generator=make_generator(7))
     padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
@@ -213,59 +218,63 @@ def steps(model: GPTModel, lengths: list[int], count: int) -> tuple[list[Tensor]
     caches = [KVCache.allocate(model.config, rows, 48, dtype=dtype) for _ in range(2)]
     for cache in caches:
         model.features(ids[:, :width], cache, padding)
-    plain, own = caches
-    step = GraphedDecodeStep(model, own, padding, fused=True)
+    eager_cache, fused_cache = caches
+    step = GraphedDecodeStep(model, fused_cache, padding, fused=True)
     assert step.is_fused
-    expected, found = [], []
+    expected, actual = [], []
     for at in range(width, width + count):
-        expected.append(model.head(model.features(ids[:, at : at + 1], plain, padding)[:, -1]))
-        found.append(step(ids[:, at]).clone())
-        assert torch.equal(step.largest, found[-1].amax(dim=-1))
-        assert torch.equal(step.likeliest, found[-1].argmax(dim=-1))
-        assert own.length == plain.length == at + 1
-    return expected, found
+        expected.append(
+            model.head(model.features(ids[:, at : at + 1], eager_cache, padding)[:, -1])
+        )
+        actual.append(step(ids[:, at]).clone())
+        assert torch.equal(step.max_logits, actual[-1].amax(dim=-1))
+        assert torch.equal(step.argmax_ids, actual[-1].argmax(dim=-1))
+        assert fused_cache.length == eager_cache.length == at + 1
+    return expected, actual
 
 
 SHAPES = [
     ({}, [1], torch.float32),
     ({}, [45], torch.bfloat16),
     ({"n_layers": 1}, [20, 37, 3], torch.float32),
-    # sizes that are no powers of 2, no biases, a head of its own
+    # sizes that are not powers of 2, no biases, an untied head
     ({"n_heads": 3, "emb_dim": 36, "n_layers": 1, "tied": False}, [30, 30], torch.bfloat16),
 ]
 
 
 @pytest.mark.parametrize(("shape", "lengths", "dtype"), SHAPES)
 @torch.inference_mode()
-def test_the_steps_logits_are_the_plain_paths(
+def test_fused_step_logits_equal_the_models(
     fused: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     shape: dict[str, int],
     lengths: list[int],
     dtype: torch.dtype,
 ) -> None:
-    """Over one span of positions and several, in several blocks each."""
+    """Over one and several spans of positions, with several blocks each."""
     monkeypatch.setattr(fused, "ATTENTION_SPAN", 16)
     monkeypatch.setattr(fused, "ATTENTION_BLOCK", 8)
-    exact = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
-    for expected, found in zip(*steps(model_of(**shape, dtype=dtype), lengths, 2), strict=True):
-        torch.testing.assert_close(found, expected, atol=exact, rtol=exact)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
+    for expected, actual in zip(
+        *decode_logits(model_of(**shape, dtype=dtype), lengths, 2), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 @torch.inference_mode()
-def test_rows_far_from_zero_are_normalised(fused: ModuleType, mean: float) -> None:
+def test_rows_with_a_large_mean_are_normalized(fused: ModuleType, mean: float) -> None:
     model = model_of()
     model.pos_emb.weight += mean
-    for expected, found in zip(*steps(model, [9], 1), strict=True):
-        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+    for expected, actual in zip(*decode_logits(model, [9], 1), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[700], [900], [600, 890, 300]])
 @torch.inference_mode()
-def test_many_positions_on_a_gpu(lengths: list[int]) -> None:
-    """Over several spans, whose programs end in any order; and with the same bits again."""
+def test_fused_step_on_a_gpu_equals_torch_and_is_deterministic(lengths: list[int]) -> None:
+    """Over several spans, whose programs end in any order."""
     torch.manual_seed(2)
     config = GPTConfig(vocab_size=101, context_length=1024, emb_dim=256, n_heads=4, n_layers=4,
                        qkv_bias=True, tied_embeddings=True)  # fmt: skip
@@ -279,34 +288,34 @@ def test_many_positions_on_a_gpu(lengths: list[int]) -> None:
         model.features(ids[:, :width], cache, padding)
         step = GraphedDecodeStep(model, cache, padding, fused=fused)
         assert step.is_fused == fused
-        found = torch.stack([step(ids[:, at]).clone() for at in range(width, width + 8)])
+        actual = torch.stack([step(ids[:, at]).clone() for at in range(width, width + 8)])
         step.close()
-        return found
+        return actual
 
-    found = logits(True)
-    torch.testing.assert_close(found, logits(False), atol=8e-2, rtol=8e-2)
+    actual = logits(True)
+    torch.testing.assert_close(actual, logits(False), atol=8e-2, rtol=8e-2)
     for _ in range(20):
-        assert torch.equal(logits(True), found)
+        assert torch.equal(logits(True), actual)
 
 
 @torch.inference_mode()
-def test_the_step_reads_its_own_likeliest(fused: ModuleType) -> None:
+def test_step_without_ids_reads_its_own_argmax_ids(fused: ModuleType) -> None:
     model = model_of()
-    made = []
-    for given in (True, False):
+    results = []
+    for pass_ids in (True, False):
         cache = KVCache.allocate(model.config, 1, 48)
         model.features(torch.tensor([[3, 1, 4]]), cache)
         step = GraphedDecodeStep(model, cache, None, fused=True)
         step(torch.tensor([1]))
         for _ in range(3):
-            step(step.likeliest.clone() if given else None)
-        made.append(step._likeliest[:, 3:7].tolist())
-    assert made[0] == made[1]
+            step(step.argmax_ids.clone() if pass_ids else None)
+        results.append(step._argmax_ids[:, 3:7].tolist())
+    assert results[0] == results[1]
 
 
 @torch.inference_mode()
-def test_damaged_logits_are_seen(fused: ModuleType) -> None:
-    """And the id beside them is one of the vocabulary, which the next step may read."""
+def test_nan_logits_give_a_nan_maximum_and_a_valid_id(fused: ModuleType) -> None:
+    """The id must be in the vocabulary because the next step reads it."""
     model = model_of()
     model.tok_emb.weight[50] = torch.nan
     cache = KVCache.allocate(model.config, 1, 48)
@@ -314,12 +323,13 @@ def test_damaged_logits_are_seen(fused: ModuleType) -> None:
     step = GraphedDecodeStep(model, cache, None, fused=True)
     logits = step(torch.tensor([1]))
     assert logits.isnan().sum() == 1
-    assert step.largest.isnan().all()
-    assert 0 <= int(step.likeliest) < 101
+    assert step.max_logits.isnan().all()
+    assert 0 <= int(step.argmax_ids) < 101
 
 
+@pytest.mark.usefixtures("messages")
 @torch.inference_mode()
-def test_kernels_that_cannot_be_compiled_are_done_without(
+def test_fused_step_that_fails_to_compile_runs_eagerly_and_warns(
     fused: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(self: object) -> Tensor:
@@ -327,7 +337,7 @@ def test_kernels_that_cannot_be_compiled_are_done_without(
 
     model = model_of()
     monkeypatch.setattr(fused.FusedDecodeForward, "__call__", fails)
-    decoding_step._say_once.cache_clear()
+    cuda_graph._warn_once.cache_clear()
     cache, plain = (KVCache.allocate(model.config, 1, 48) for _ in range(2))
     for each in (cache, plain):
         model.features(torch.tensor([[3, 1, 4]]), each)
@@ -336,12 +346,12 @@ def test_kernels_that_cannot_be_compiled_are_done_without(
     torch.testing.assert_close(step(torch.tensor([1])), expected)
     assert not step.is_fused
     assert (
-        "generate: our own kernels could not be compiled (Failed to find C compiler.); "
-        "it runs without, slower\n"
+        "generate: the Triton kernels could not be compiled (Failed to find C compiler.); "
+        "decoding continues without it, more slowly\n"
     ) in capsys.readouterr().err
 
 
-def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_why_kernels_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     assert fused_decode_unsupported_reason(model, 1) == "the model is on cpu"
     cuda = torch.device("cuda")
@@ -354,25 +364,30 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert support.kernels_unsupported_reason(cuda) is None
 
-    monkeypatch.setattr(decoding_step, "kernels_unsupported_reason", lambda device: None)
-    assert (
-        fused_decode_unsupported_reason(model, 4) == "the model is on cpu"
-    )  # which no graph captures
-    monkeypatch.setattr(decoding_step, "cuda_graph_unsupported_reason", lambda model: None)
+    monkeypatch.setattr(cuda_graph, "kernels_unsupported_reason", lambda device: None)
+    assert fused_decode_unsupported_reason(model, 4) == "the model is on cpu"
+    monkeypatch.setattr(cuda_graph, "cuda_graph_unsupported_reason", lambda model: None)
     assert fused_decode_unsupported_reason(model, 4) is None
     assert fused_decode_unsupported_reason(model, 5) == "5 rows are more than 4"
-    monkeypatch.setattr(generate_module, "cuda_graph_unsupported_reason", lambda model: None)
-    monkeypatch.setattr(generate_module, "FUSED_MIN_NEW_TOKENS", 30)
+    monkeypatch.setattr(engine, "cuda_graph_unsupported_reason", lambda model: None)
+    monkeypatch.setattr(engine, "FUSED_MIN_NEW_TOKENS", 30)
     assert fastest_backend(model, 1, 18, 1000) == "fused"
     assert fastest_backend(model, 5, 18, 1000) == "cuda_graph"
-    assert fastest_backend(model, 1, 18, 29) == "cuda_graph"  # too few to pay for loading kernels
-    assert fastest_backend(model, 1, 19, 1000) == "cuda_graph"  # before the context is full
+    assert (
+        fastest_backend(model, 1, 18, 29) == "cuda_graph"
+    )  # too few tokens to pay for loading the kernels
+    assert (
+        fastest_backend(model, 1, 19, 1000) == "cuda_graph"
+    )  # 29 tokens fit before the context is full
     assert fused_decode_unsupported_reason(model_of(1, 512), 1) == "its heads are wider than 256"
     model.trf_blocks[0].att.out_proj = torch.nn.Identity()
-    assert fused_decode_unsupported_reason(model, 1) == "its layers are not the model's own"
+    assert fused_decode_unsupported_reason(model, 1) == "it has layers of other types than GPTModel"
     mixed = model_of()
     mixed.pos_emb.to(torch.bfloat16)
-    assert fused_decode_unsupported_reason(mixed, 1) == "its weights are not all alike"
+    assert (
+        fused_decode_unsupported_reason(mixed, 1)
+        == "its weights differ in dtype or are not contiguous"
+    )
     assert (
         fused_decode_unsupported_reason(model_of(dtype=torch.float64), 1)
         == "its weights are float64"
@@ -385,16 +400,16 @@ def test_where_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     [(80, "gpt2-124M", 1), (90, "gpt2-124M", 4), (90, "gpt2-1558M", 1), (120, "gpt2-124M", 1)],
 )
 def test_kernels_compile_for_gpus(capability: int, size: str, rows: int, tmp_path: Path) -> None:
-    """What the interpreter takes a compiler may not; and of one row all that a thread holds is in registers."""
+    """The interpreter accepts code that the compiler does not. For one row no register may be spilled."""
     pytest.importorskip("triton", reason="Triton, of the extra 'test', is for Linux on x86-64")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = python(str(ROOT / "tests" / "compile_kernels.py"), str(capability), size, str(rows), cwd=ROOT,
                   env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    names = [name for name, _ in found]
-    # qkv, out_proj and two of the feed-forward network; attention over one span and over several, with padding
+    kernels = json.loads(done.stdout)
+    names = [name for name, _ in kernels]
+    # linear: qkv, out_proj, two feed-forward layers; attention: one span, and several with padding
     counts = {"linear": 4, "attention": 2, "head": 1, "embed": 2, "_loss_and_gradient": 1}
     assert {name: names.count(name) for name in counts} == counts
     if rows == 1:
-        assert [kernel for kernel in found if kernel[1]] == []
+        assert [kernel for kernel in kernels if kernel[1]] == []

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate
-from gpt_lightning.model import packed_linear as packed_weights
+from gpt_lightning.model import packed_linear
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.loss import cross_entropy
@@ -37,8 +37,8 @@ def test_parameter_counts() -> None:
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_is_the_books_model(qkv_bias: bool) -> None:
-    """Same seed, same initial weights, same logits, and in training the same dropout."""
+def test_model_equals_the_books_model(qkv_bias: bool) -> None:
+    """The same seed gives the same initial weights, logits and dropout."""
     settings = {**TINY.__dict__, "qkv_bias": qkv_bias, "drop_rate": 0.2}
     torch.manual_seed(7)
     theirs = book.BookGPT(settings)
@@ -46,13 +46,19 @@ def test_is_the_books_model(qkv_bias: bool) -> None:
     ours = GPTModel(GPTConfig(**settings))
 
     for block, other in zip(ours.trf_blocks, theirs.trf_blocks, strict=True):
-        thirds = [other.att.W_query, other.att.W_key, other.att.W_value]
+        projections = [other.att.W_query, other.att.W_key, other.att.W_value]
         torch.testing.assert_close(
-            block.att.qkv.weight, torch.cat([linear.weight for linear in thirds]), rtol=0, atol=0
+            block.att.qkv.weight,
+            torch.cat([linear.weight for linear in projections]),
+            rtol=0,
+            atol=0,
         )
         if qkv_bias:
             torch.testing.assert_close(
-                block.att.qkv.bias, torch.cat([linear.bias for linear in thirds]), rtol=0, atol=0
+                block.att.qkv.bias,
+                torch.cat([linear.bias for linear in projections]),
+                rtol=0,
+                atol=0,
             )
     idx = torch.randint(97, (2, 24))
     for training in (False, True):
@@ -62,7 +68,7 @@ def test_is_the_books_model(qkv_bias: bool) -> None:
         torch.testing.assert_close(ours.train(training)(idx), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_is_causal() -> None:
+def test_logits_depend_on_earlier_tokens_only() -> None:
     model = tiny()
     idx = torch.randint(97, (1, 20))
     changed = idx.clone()
@@ -73,14 +79,14 @@ def test_is_causal() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_loss_at_start_is_that_of_a_guess(tied: bool) -> None:
+def test_initial_loss_is_that_of_uniform_predictions(tied: bool) -> None:
     model = tiny(vocab_size=5000, emb_dim=64, tied_embeddings=tied)
     idx = torch.randint(5000, (8, 24))
     assert cross_entropy(model(idx), idx.roll(1)).item() == pytest.approx(math.log(5000), abs=0.3)
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_overfits_one_batch(tied: bool) -> None:
+def test_training_overfits_one_batch(tied: bool) -> None:
     model = tiny(tied_embeddings=tied).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = torch.randint(97, (4, 25))
@@ -92,12 +98,12 @@ def test_overfits_one_batch(tied: bool) -> None:
     assert loss.item() < 0.1
 
 
-@pytest.mark.parametrize("parts", [[24], [1] * 24, [5, 1, 1, 17], [10, 14], [1, 23]])
-def test_cached_logits_are_the_uncached(parts: list[int]) -> None:
+@pytest.mark.parametrize("chunks", [[24], [1] * 24, [5, 1, 1, 17], [10, 14], [1, 23]])
+def test_cached_logits_equal_uncached_logits(chunks: list[int]) -> None:
     model = tiny(qkv_bias=True)
     idx = torch.randint(97, (3, 24))
     cache = KVCache.allocate(model.config, batch_size=3, max_length=24)
-    logits = [model(part, cache) for part in idx.split(parts, dim=1)]
+    logits = [model(chunk, cache) for chunk in idx.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(idx), rtol=1e-5, atol=1e-5)
     assert cache.length == 24
 
@@ -116,7 +122,7 @@ def test_too_many_positions_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("changes", "message"),
     [
         ({"emb_dim": 100}, "emb_dim: 100 is not divisible by n_heads 12"),
         ({"n_layers": 0}, "n_layers: 0"),
@@ -125,18 +131,18 @@ def test_too_many_positions_are_refused() -> None:
         ({"drop_rate": math.nan}, "drop_rate: nan"),
     ],
 )
-def test_impossible_configs_are_refused(changes: dict[str, float], what: str) -> None:
-    with pytest.raises(ValueError, match=what):
+def test_invalid_configs_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @torch.inference_mode()
-def test_packed_weights_change_nothing(
+def test_packed_weights_give_the_same_logits_and_tokens(
     monkeypatch: pytest.MonkeyPatch, tied: bool, qkv_bias: bool
 ) -> None:
-    monkeypatch.setattr(packed_weights, "MIN_PACKED_SHAPE", 0)
+    monkeypatch.setattr(packed_linear, "MIN_PACKED_WEIGHTS", 0)
     plain = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
     packed = tiny(tied_embeddings=tied, qkv_bias=qkv_bias)
     assert pack_weights(packed)
@@ -144,12 +150,12 @@ def test_packed_weights_change_nothing(
         idx = torch.randint(97, shape)
         torch.testing.assert_close(packed(idx), plain(idx), atol=1e-5, rtol=0)
     prompts = torch.randint(97, (2, 5))
-    # past the context too
+    # beyond context_length too
     assert torch.equal(generate(packed, prompts, 30), generate(plain, prompts, 30))
 
 
 @torch.inference_mode()
-def test_small_weights_stay_which_packing_would_make_slower() -> None:
+def test_small_layers_are_not_packed() -> None:
     idx = torch.randint(97, (2, 7))
     small, plain = tiny(), tiny()
     assert not pack_weights(small)
@@ -163,7 +169,7 @@ def test_small_weights_stay_which_packing_would_make_slower() -> None:
     torch.testing.assert_close(large_head(idx), expected, atol=1e-5, rtol=0)
 
 
-def test_weights_that_cannot_be_packed_stay() -> None:
+def test_float64_weights_are_not_packed() -> None:
     model = tiny().to(torch.float64)
     before = model(torch.tensor([[1, 2]]))
     assert not pack_weights(model)

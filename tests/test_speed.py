@@ -18,7 +18,7 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model import flops, gpt
 from gpt_lightning.model import loss as loss_module
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.gpt import causal_attention_by_products
+from gpt_lightning.model.gpt import explicit_causal_attention
 from gpt_lightning.model.hardware import PEAKS, gpu_value
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.weights import read_checkpoint
@@ -231,13 +231,13 @@ def test_twenty_steps_are_those_of_the_plain_way(
 
 
 @pytest.mark.parametrize("length", [2, 33, 512])
-def test_attention_by_products_is_attention(length: int) -> None:
+def test_explicit_attention_is_attention(length: int) -> None:
     """Values and gradients to 1e-5 of torch's, in float32; the same tokens are hidden."""
     generator = torch.Generator().manual_seed(3)
     found = []
     parts = [torch.randn(2, 3, length, 8, generator=generator) for _ in range(3)]
     for attention in (
-        lambda q, k, v: causal_attention_by_products(q, k, v, 0.0),
+        lambda q, k, v: explicit_causal_attention(q, k, v, 0.0),
         lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
     ):
         q, k, v = (part.clone().requires_grad_() for part in parts)
@@ -248,11 +248,11 @@ def test_attention_by_products_is_attention(length: int) -> None:
         torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_by_products_drops_weights() -> None:
+def test_explicit_attention_drops_weights() -> None:
     q = torch.zeros(4, 4, 64, 8)  # all weights of a row alike
     v = torch.ones(4, 4, 64, 8)
     torch.manual_seed(0)
-    y = causal_attention_by_products(q, q, v, 0.25)
+    y = explicit_causal_attention(q, q, v, 0.25)
     assert y.mean() == pytest.approx(1.0, abs=0.02)
     assert y[:, :, 0, 0].unique().tolist() == [0.0, pytest.approx(4 / 3)]
 

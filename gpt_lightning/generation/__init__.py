@@ -1,1 +1,1 @@
-"""Logits to probabilities to ids to text."""
+"""Text generation: from logits to probabilities, token ids and text."""

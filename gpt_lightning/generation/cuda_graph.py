@@ -1,7 +1,9 @@
-"""One token through the model in fixed shapes, so that a CUDA graph can replay it: no launch, no wait.
+"""Decoding step of fixed shapes, which a CUDA graph can replay without launching each kernel from Python.
 
-A small model's step on a GPU takes less time than Python needs to launch its two hundred kernels. Of few rows it is
-fewer kernels, of our own (:mod:`gpt_lightning.generation.fused_decode`). B rows, V ``vocab_size``.
+For a small model, a step on a GPU takes less time than Python needs to launch its two hundred kernels. For few
+rows the step can also run fewer kernels, our own (:mod:`gpt_lightning.generation.fused_decode`).
+
+Shapes: B rows, V ``vocab_size``.
 """
 
 import functools
@@ -17,33 +19,34 @@ from gpt_lightning.model.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
-# positions that a step attends over, filled or not; doubled when they are full, so few graphs are captured
+# Positions that a step attends over, filled or not. When they are full the width is doubled and a new graph is
+# captured, so there are few captures.
 FIRST_WIDTH = 256
-# for which our kernels are made; of more rows torch's products are as fast
-MOST_FUSED_ROWS, WIDEST_FUSED, WIDEST_FUSED_HEAD = 4, 4096, 256
+# limits of our kernels; for more rows torch's matrix products are as fast
+MAX_FUSED_ROWS, MAX_FUSED_EMB_DIM, MAX_FUSED_HEAD_DIM = 4, 4096, 256
 
 
 class GraphedDecodeStep:
-    """A model's step over a cache that the prompts have filled.
+    """Decoding step of a model over a cache that contains the prompts.
 
-    On CUDA the first step of each width runs as it is, which warms up what a capture must not, and is then
-    captured; where that fails, or cannot be, this is said once and all steps run as the first.
-    The plain path may take over the cache at any time.
+    On CUDA the first step of each width runs eagerly, as warm-up, and is then captured as a graph; later steps
+    replay it. If a capture is not possible or fails, one warning is logged and all steps run eagerly. The
+    caller may continue with the model and the same cache at any time.
 
     Args:
-        cache: Its ``length`` positions are read, and it grows with each step.
+        cache: Its first ``length`` positions are filled. Each step adds one.
         padding: ``(B,)``, see :meth:`GPTModel.features`.
-        fused: Whether it is to run on our own kernels, which are compiled the first time on a machine, in some
-            seconds; where they cannot, this is said once, and it runs on torch's.
+        fused: Whether to use our Triton kernels. Their first use on a machine compiles them, which takes some
+            seconds. If they cannot be used, one warning is logged and torch's kernels run.
 
     Attributes:
-        largest: ``(B,)``, of the logits of the last call.
-        likeliest: ``(B,)``, the ids of these, of equal ones the lowest.
-        is_fused: Whether it runs on our own kernels.
+        max_logits: ``(B,)``, maximum logit of each row in the last step.
+        argmax_ids: ``(B,)``, the ids of these maxima; of equal logits the lowest id.
+        is_fused: Whether our Triton kernels are used.
     """
 
-    largest: Tensor
-    likeliest: Tensor
+    max_logits: Tensor
+    argmax_ids: Tensor
 
     def __init__(
         self,
@@ -58,80 +61,84 @@ class GraphedDecodeStep:
         self._cache = cache
         self._padding = padding
         self._tokens = torch.zeros(len(cache.keys[0]), dtype=torch.int64, device=device)
-        # what no token has filled is masked, but 0 × NaN would still be NaN
+        # unfilled positions are masked, but 0 × NaN would still be NaN
         for tensor in (*cache.keys, *cache.values):
             tensor[:, :, cache.length :] = 0
-        self._static = KVCache(cache.keys, cache.values)
-        self._static.at = torch.full((1,), cache.length, dtype=torch.int64, device=device)
-        # of each position, so that nothing need be copied before the next step; (B, T_max)
-        self._largest = cache.keys[0].new_zeros(len(self._tokens), cache.max_length)
-        self._likeliest = torch.zeros_like(self._largest, dtype=torch.int64)
-        self._run: Callable[[], Tensor] = self._forward
+        # a view of the same tensors whose position is on the device
+        self._static_cache = KVCache(cache.keys, cache.values)
+        self._static_cache.position = torch.full(
+            (1,), cache.length, dtype=torch.int64, device=device
+        )
+        # (B, max_length): each step writes its own column, so results need no copy before the next step
+        self._max_logits = cache.keys[0].new_zeros(len(self._tokens), cache.max_length)
+        self._argmax_ids = torch.zeros_like(self._max_logits, dtype=torch.int64)
+        self._forward: Callable[[], Tensor] = self._eager_forward
         self.is_fused = False
         if fused:
-            if (obstacle := fused_decode_unsupported_reason(model, len(self._tokens))) is None:
-                self._fuse()
+            if (reason := fused_decode_unsupported_reason(model, len(self._tokens))) is None:
+                self._use_fused_kernels()
             else:
-                _say_once(f"our own kernels could not be used ({obstacle})")
+                _warn_once(f"the Triton kernels could not be used ({reason})")
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._found: Tensor | None = None
-        obstacle = cuda_graph_unsupported_reason(model)
-        self._captures = obstacle is None
-        if obstacle is not None:
-            _say_once(f"the step could not be captured as a CUDA graph ({obstacle})")
+        self._graph_logits: Tensor | None = None
+        reason = cuda_graph_unsupported_reason(model)
+        self._can_capture = reason is None
+        if reason is not None:
+            _warn_once(f"the step could not be captured as a CUDA graph ({reason})")
 
-    def __call__(self, last: Tensor | None = None) -> Tensor:
-        """The newest ids ``(B,)``, by default the last call's likeliest → the next tokens' logits ``(B, V)``, which the
-        next call overwrites.
+    def __call__(self, ids: Tensor | None = None) -> Tensor:
+        """Newest ids ``(B,)`` → logits of the next tokens ``(B, V)``. The next call overwrites the logits.
 
-        Of a row that has ended the id is below 0, and its logits mean nothing.
+        ``ids`` is by default the ``argmax_ids`` of the last call. A row that has ended has a negative id; its
+        logits have no meaning.
         """
         cache = self._cache
-        if cache.length >= self._static.width:
-            self.close()  # a graph's widths are its own
-            self._static.width = _width(cache.length + 1, cache.max_length)
-        if last is not None:
-            self._tokens.copy_(last)
-        self.largest = self._largest[:, cache.length]
-        self.likeliest = self._likeliest[:, cache.length]
+        if cache.length >= self._static_cache.width:
+            self.close()  # a graph is valid for one width only
+            self._static_cache.width = _width(cache.length + 1, cache.max_length)
+        if ids is not None:
+            self._tokens.copy_(ids)
+        self.max_logits = self._max_logits[:, cache.length]
+        self.argmax_ids = self._argmax_ids[:, cache.length]
         cache.length += 1
         if self._graph is not None:
             self._graph.replay()
-            assert self._found is not None
-            return self._found
+            assert self._graph_logits is not None
+            return self._graph_logits
         logits = self._first_run()
-        if self._captures:
+        if self._can_capture:
             self._capture()
         return logits
 
-    def _fuse(self) -> None:
+    def _use_fused_kernels(self) -> None:
         try:
             from gpt_lightning.generation.fused_decode import FusedDecodeForward
 
-            self._run = FusedDecodeForward(
+            self._forward = FusedDecodeForward(
                 self._model,
-                self._static,
+                self._static_cache,
                 self._tokens,
                 self._padding,
-                self._largest,
-                self._likeliest,
+                self._max_logits,
+                self._argmax_ids,
             )
-        except Exception as error:  # a Triton of another kind, or no memory for what it keeps
-            _say_once(f"our own kernels could not be used ({_first_line(error)})")
+        except Exception as error:  # an incompatible version of Triton, or not enough memory
+            _warn_once(f"the Triton kernels could not be used ({_first_line(error)})")
             return
-        self._static.width = self._cache.max_length  # it reads no more than is filled
+        # these kernels read filled positions only, so one width is enough
+        self._static_cache.width = self._cache.max_length
         self.is_fused = True
 
     def _first_run(self) -> Tensor:
         try:
-            return self._run()
-        except Exception as error:  # of a compiler or what it needs; torch's own kernels need none
+            return self._forward()
+        except Exception as error:  # Triton's compiler and its tools raise errors of many types
             if not self.is_fused:
                 raise
-            _say_once(f"our own kernels could not be compiled ({_first_line(error)})")
-        self._run, self.is_fused = self._forward, False
-        self._static.width = _width(self._cache.length, self._cache.max_length)
-        return self._run()
+            _warn_once(f"the Triton kernels could not be compiled ({_first_line(error)})")
+        self._forward, self.is_fused = self._eager_forward, False
+        self._static_cache.width = _width(self._cache.length, self._cache.max_length)
+        return self._forward()
 
     @property
     def is_captured(self) -> bool:
@@ -139,33 +146,35 @@ class GraphedDecodeStep:
         return self._graph is not None
 
     def close(self) -> None:
-        """Let go of the graph, after its last replay is done."""
+        """Wait for the last replay and free the graph."""
         if self._graph is not None:
             torch.cuda.synchronize(self._tokens.device)
-            self._graph = self._found = None
+            self._graph = self._graph_logits = None
 
-    def _forward(self) -> Tensor:
-        model, cache, padding = self._model, self._static, self._padding
-        position = cache.at
+    def _eager_forward(self) -> Tensor:
+        """The step with torch's kernels. All state is in tensors on the device, so that it can be captured."""
+        model, cache, padding = self._model, self._static_cache, self._padding
+        position = cache.position
         assert position is not None
         columns = torch.arange(cache.width, device=position.device)
-        seen = (columns <= position)[None]  # (1, width)
-        positions = position
+        visible = (columns <= position)[None]  # (1, width)
+        token_positions = position
         if padding is not None:
-            seen = seen & (columns >= padding[:, None])  # (B, width)
-            positions = (position - padding)[:, None]  # (B, 1)
-        x = model.tok_emb(self._tokens.clamp(min=0)[:, None]) + model.pos_emb(positions)
-        # kernels for a mask read it as numbers of the queries' kind
-        mask = torch.zeros(seen.shape, dtype=x.dtype, device=x.device)
-        mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]  # (B or 1, 1, 1, width)
+            visible = visible & (columns >= padding[:, None])  # (B, width)
+            token_positions = (position - padding)[:, None]  # (B, 1)
+        x = model.tok_emb(self._tokens.clamp(min=0)[:, None]) + model.pos_emb(token_positions)
+        # attention kernels with a mask need it as numbers in the dtype of the queries
+        mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(~visible, -torch.inf)[:, None, None]  # (B or 1, 1, 1, width)
         for block in model.trf_blocks:
             x = block(x, cache, mask)
         logits = model.head(model.final_norm(x)[:, -1])
-        likeliest = logits.argmax(dim=-1)
-        largest = logits.amax(dim=-1, keepdim=True).to(self._largest.dtype)  # autocast's is another
-        self._largest.index_copy_(1, position, largest)
-        self._likeliest.index_copy_(1, position, likeliest[:, None])
-        self._tokens.copy_(likeliest)
+        argmax_ids = logits.argmax(dim=-1)
+        # under autocast the logits have another dtype than the cache
+        max_logits = logits.amax(dim=-1, keepdim=True).to(self._max_logits.dtype)
+        self._max_logits.index_copy_(1, position, max_logits)
+        self._argmax_ids.index_copy_(1, position, argmax_ids[:, None])
+        self._tokens.copy_(argmax_ids)
         position.add_(1)
         return logits
 
@@ -174,75 +183,78 @@ class GraphedDecodeStep:
         stream = torch.cuda.current_stream(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # other threads, which copy batches to the GPU, may go on meanwhile
+            # thread_local: other threads may use the GPU during the capture, such as to copy batches to it
             with (
                 torch.cuda.device(device),
                 torch.cuda.graph(
                     graph, stream=_capture_stream(device), capture_error_mode="thread_local"
                 ),
             ):
-                found = self._run()
+                logits = self._forward()
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a capture that fails does not give it back
-            self._captures = False
-            _say_once(f"the step could not be captured as a CUDA graph ({_first_line(error)})")
+            torch.cuda.set_stream(stream)  # a failed capture does not restore the stream
+            self._can_capture = False
+            _warn_once(f"the step could not be captured as a CUDA graph ({_first_line(error)})")
             return
-        self._graph, self._found = graph, found
+        self._graph, self._graph_logits = graph, logits
 
 
 def padded_length(length: int) -> int:
-    """Of a cache for ``length`` positions, such that the kernels find its widths aligned."""
+    """Cache length for ``length`` positions, rounded up to a multiple of 64 so that kernels find it aligned."""
     return -(-length // 64) * 64
 
 
-def _width(needed: int, most: int) -> int:
+def _width(min_width: int, max_width: int) -> int:
     width = FIRST_WIDTH
-    while width < needed:
+    while width < min_width:
         width *= 2
-    return min(width, most)
+    return min(width, max_width)
 
 
 def cuda_graph_unsupported_reason(model: GPTModel) -> str | None:
-    """None on CUDA, but that a replay runs no hooks, such as gather sharded weights, and autocast's copies of
-    weights do not last."""
-    kind = model.tok_emb.weight.device.type
-    if kind != "cuda":
-        return f"the model is on {kind}"
+    """Why a decoding step cannot be captured as a CUDA graph; ``None`` if it can.
+
+    A replay runs no Python hooks, such as those that gather sharded weights. Autocast frees its copies of the
+    weights, which the graph would still read.
+    """
+    device_type = model.tok_emb.weight.device.type
+    if device_type != "cuda":
+        return f"the model is on {device_type}"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "it has hooks"
     return "autocast is on" if torch.is_autocast_enabled("cuda") else None
 
 
 def fused_decode_unsupported_reason(model: GPTModel, rows: int) -> str | None:
-    """None where our own kernels are made for the GPU, the model and so many rows."""
-    if obstacle := kernels_unsupported_reason(model.tok_emb.weight.device):
-        return obstacle
-    if obstacle := cuda_graph_unsupported_reason(model):
-        return obstacle  # what torch's modules are asked to do besides is not done
+    """Why our Triton kernels cannot run this model on its device with ``rows`` rows; ``None`` if they can."""
+    if reason := kernels_unsupported_reason(model.tok_emb.weight.device):
+        return reason
+    if reason := cuda_graph_unsupported_reason(model):
+        return reason  # our kernels run neither hooks nor autocast
     config = model.config
-    if rows > MOST_FUSED_ROWS:
-        return f"{rows} rows are more than {MOST_FUSED_ROWS}"
-    if config.emb_dim > WIDEST_FUSED:
-        return f"emb_dim {config.emb_dim} is more than {WIDEST_FUSED}"
-    if config.emb_dim // config.n_heads > WIDEST_FUSED_HEAD:
-        return f"its heads are wider than {WIDEST_FUSED_HEAD}"
+    if rows > MAX_FUSED_ROWS:
+        return f"{rows} rows are more than {MAX_FUSED_ROWS}"
+    if config.emb_dim > MAX_FUSED_EMB_DIM:
+        return f"emb_dim {config.emb_dim} is more than {MAX_FUSED_EMB_DIM}"
+    if config.emb_dim // config.n_heads > MAX_FUSED_HEAD_DIM:
+        return f"its heads are wider than {MAX_FUSED_HEAD_DIM}"
     for block in model.trf_blocks:
         layers: tuple[nn.Module, ...] = ()
         if isinstance(block, TransformerBlock):
             layers = (block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2])
         if not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
-            return "its layers are not the model's own"
-    kinds = {p.dtype for p in model.parameters()}
-    if len(kinds) > 1 or not all(p.is_contiguous() for p in model.parameters()):
-        return "its weights are not all alike"
-    if not kinds <= {torch.float32, torch.bfloat16, torch.float16}:
-        return f"its weights are {str(kinds.pop()).removeprefix('torch.')}"
+            return "it has layers of other types than GPTModel"
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) > 1 or not all(p.is_contiguous() for p in model.parameters()):
+        return "its weights differ in dtype or are not contiguous"
+    if not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return f"its weights are {str(dtypes.pop()).removeprefix('torch.')}"
     return None
 
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for each stream it has seen."""
+    """One stream for all captures: cuBLAS keeps a workspace for each stream on which it has run."""
     return torch.cuda.Stream(device)
 
 
@@ -251,5 +263,5 @@ def _first_line(error: Exception) -> str:
 
 
 @functools.cache
-def _say_once(what: str) -> None:
-    logger.warning(f"generate: {what}; it runs without, slower")
+def _warn_once(problem: str) -> None:
+    logger.warning(f"generate: {problem}; decoding continues without it, more slowly")

@@ -1,4 +1,4 @@
-"""A model and prompts to more tokens: prefill, then one token at a time over the KV cache."""
+"""Generation loop on token ids: prefill the prompts, then decode one token per step with the KV cache."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -12,15 +12,17 @@ from gpt_lightning.generation.cuda_graph import (
     fused_decode_unsupported_reason,
     padded_length,
 )
-from gpt_lightning.generation.sampling import SamplingParams, check_finite, choose
+from gpt_lightning.generation.sampling import SamplingParams, check_finite, sample_unchecked
 from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
 DecodeBackend = Literal["eager", "cuda_graph", "fused"]
-NO_TOKEN = -1
-FUSED_MIN_NEW_TOKENS = 128  # new tokens
-CHECK_EVERY = 64  # steps on a GPU between two looks at whether the logits were numbers
+NO_TOKEN = -1  # id of a row that has ended, and of padding
+FUSED_MIN_NEW_TOKENS = (
+    128  # for fewer new tokens, loading the Triton kernels costs more than it saves
+)
+FINITE_CHECK_INTERVAL = 64  # steps between two checks on a GPU that the logits are finite
 
 
 @torch.inference_mode()
@@ -39,9 +41,9 @@ def generate(
 ) -> Tensor:
     """Continue prompts of equal length: ids ``(B, T)`` → ``(B, T + n)``, n at most ``max_new_tokens``.
 
-    A row that ended before the others is filled up with ``eos_id``; where all end at once it is not
-    returned, as in the book. For the settings see :class:`SamplingParams`, for the rest
-    :func:`stream_ids`, which also takes prompts of different lengths.
+    A row that ends before the others is filled up with ``eos_id``. The step in which the last rows end is
+    not returned, as in the book. For the sampling settings see :class:`SamplingParams`, for the other
+    arguments :func:`stream_ids`, which also accepts prompts of different lengths.
     """
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     steps = stream_ids(
@@ -65,27 +67,28 @@ def stream_ids(
     generator: torch.Generator | None = None,
     backend: DecodeBackend | None = None,
 ) -> Iterator[Tensor]:
-    """Yield each step's new ids ``(R,)``, R = prompts × ``num_samples``, a prompt's samples in a row; on the host where
-    rows can end, for there they have been waited for.
+    """Yield the new ids of each step, ``(R,)``, R = number of prompts × ``num_samples``.
 
-    Prompts may differ in length: shorter ones are padded at the left, which changes nothing. What a row
-    has more than ``context_length`` is cropped from the left, as in the book; learned positions cannot
-    slide, so from there on the last window is read anew for each token. Dropout is off meanwhile, and
-    the model is left in the mode it was in.
+    The samples of a prompt are adjacent rows. A row that has ended yields -1; when all rows have ended, the
+    iterator stops. If rows can end (``eos_id`` or ``is_over``), the ids are on the host, else on the model's device.
+
+    Prompts may differ in length: shorter ones are padded at the left, which does not change the result. A row
+    longer than ``context_length`` is cropped from the left, as in the book. Learned position embeddings
+    cannot be shifted, so from then on each step runs the whole window through the model. Dropout is off, and
+    the model's training mode is restored at the end.
 
     Args:
         eos_id: The token that ends its row; it is not yielded.
-        is_over: Asked after each token, with the row's number and its new ids, whether the row ends.
-        generator: Random numbers of the model's device; without one a fresh seed is taken. torch's global
-            generator is untouched either way.
-        backend: How one token goes through the model: 'eager', as a 'cuda_graph', or as a graph of our own kernels, 'fused'
-            (see :mod:`gpt_lightning.generation.cuda_graph`). By default what is fastest, which on a CPU is eager.
-            Each rounds in its own way, so in 16 bits a choice between nearly equal tokens can fall otherwise.
-
-    A row that has ended yields -1; when all have, the iterator ends.
+        is_over: Called after each token with the row index and the row's new ids; True ends the row.
+        generator: Random number generator on the model's device; ``None``: a new one with a random seed. Torch's
+            global generator is not used.
+        backend: How a decoding step runs: ``"eager"``, as a CUDA graph (``"cuda_graph"``), or as a CUDA graph of our
+            Triton kernels (``"fused"``); see :mod:`gpt_lightning.generation.cuda_graph`. ``None``: the fastest,
+            which on a CPU is eager. Backends round differently, so in 16 bits they may choose differently
+            between tokens of nearly equal probability.
 
     Raises:
-        ValueError: A setting or a prompt is not usable.
+        ValueError: A setting or a prompt is invalid, or the logits are not finite.
     """
     vocab_size = model.config.vocab_size
     sampling.check_vocabulary(vocab_size)
@@ -117,8 +120,11 @@ def stream_ids(
 
 
 def fastest_backend(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> DecodeBackend:
-    """Our own kernels where they can be and there are tokens enough to pay for loading them, before the context of
-    which ``length`` are the prompt's is full."""
+    """The fastest backend for ``rows`` rows whose longest prompt has ``length`` tokens.
+
+    The Triton kernels are chosen if they are supported and if enough tokens fit into the context to pay for
+    loading the kernels.
+    """
     if cuda_graph_unsupported_reason(model):
         return "eager"
     steps = min(max_new_tokens, model.config.context_length - length)
@@ -139,6 +145,7 @@ def _stream(
     generator: torch.Generator | None,
     backend: DecodeBackend,
 ) -> Iterator[Tensor]:
+    """The generator of :func:`stream_ids`, after its checks."""
     weight, context_length = model.tok_emb.weight, model.config.context_length
     device = weight.device
     if generator is None:
@@ -150,28 +157,29 @@ def _stream(
         ids = torch.full((len(prompts), width + max_new_tokens), NO_TOKEN, device=device)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(
-            f"max_new_tokens: {max_new_tokens} are more than memory holds; give fewer"
+            f"max_new_tokens: {max_new_tokens} tokens do not fit in memory; give fewer"
         ) from error
     shortest = min(map(len, prompts))
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     ids[:, :width] = torch.tensor(
         [[NO_TOKEN] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
     )
-    written: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
-    ended = torch.zeros(len(written), dtype=torch.bool, device=device)
-    one_token: GraphedDecodeStep | None = None
-    takes_likeliest = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
-    unwritten: list[Tensor] = []  # the last tokens, which ``ids`` lacks
+    rows = len(prompts) * num_samples
+    new_ids: list[list[int]] = [[] for _ in range(rows)]  # of each row, for ``is_over``
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    decode_step: GraphedDecodeStep | None = None
+    is_argmax = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
+    pending: list[Tensor] = []  # newest ids that are not yet written to ``ids``
     may_end = eos_id is not None or is_over is not None
-    finite = _Finite(every=1 if device.type == "cpu" else CHECK_EVERY)
+    finite_check = _FiniteLogitsCheck(interval=1 if device.type == "cpu" else FINITE_CHECK_INTERVAL)
 
     was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
-            largest = likeliest = None
-            if step == 0:  # prefill: each prompt once, however many samples
-                window, hidden = _window(ids[:, :width], padding, shortest, context_length)
+            max_logits = argmax_ids = None
+            if step == 0:  # prefill each prompt once, even for several samples
+                window, window_padding = _window(ids[:, :width], padding, shortest, context_length)
                 length = window.shape[1] + max_new_tokens
                 cache = KVCache.allocate(
                     model.config,
@@ -180,45 +188,56 @@ def _stream(
                     device,
                     weight.dtype,
                 )
-                logits = model.head(model.features(window, cache, hidden)[:, -1])
+                logits = model.head(model.features(window, cache, window_padding)[:, -1])
                 logits = logits.repeat_interleave(num_samples, dim=0)
                 ids = ids.repeat_interleave(num_samples, dim=0)
                 padding = padding.repeat_interleave(num_samples)
                 if num_samples > 1:
                     cache = cache.repeat(num_samples)
-                    hidden = None if hidden is None else hidden.repeat_interleave(num_samples)
+                    window_padding = (
+                        None
+                        if window_padding is None
+                        else window_padding.repeat_interleave(num_samples)
+                    )
                 if backend != "eager":
-                    one_token = GraphedDecodeStep(model, cache, hidden, fused=backend == "fused")
+                    decode_step = GraphedDecodeStep(
+                        model, cache, window_padding, fused=backend == "fused"
+                    )
             elif cache.length < context_length:
                 last = ids[:, width - 1]
-                if one_token is not None:
-                    logits = one_token(None if unwritten else last)  # it knows them
-                    largest, likeliest = one_token.largest, one_token.likeliest
+                if decode_step is not None:
+                    # the step has the pending ids as its own argmax ids
+                    logits = decode_step(None if pending else last)
+                    max_logits, argmax_ids = decode_step.max_logits, decode_step.argmax_ids
                 else:
                     last = last.clamp(min=0)[:, None]
-                    logits = model.head(model.features(last, cache, hidden)[:, -1])
-            else:
-                if unwritten:
-                    ids[:, width - len(unwritten) : width] = torch.stack(unwritten, dim=1)
-                    unwritten.clear()
-                window, hidden = _window(ids[:, :width], padding, shortest + step, context_length)
-                logits = model.head(model.features(window, padding=hidden)[:, -1])
+                    logits = model.head(model.features(last, cache, window_padding)[:, -1])
+            else:  # the context is full: the window slides, so there is nothing to cache
+                if pending:
+                    ids[:, width - len(pending) : width] = torch.stack(pending, dim=1)
+                    pending.clear()
+                window, window_padding = _window(
+                    ids[:, :width], padding, shortest + step, context_length
+                )
+                logits = model.head(model.features(window, padding=window_padding)[:, -1])
 
-            finite.add(logits.amax(dim=-1) if largest is None else largest, step)
-            if likeliest is not None and takes_likeliest:
-                next_ids = likeliest
+            finite_check.add(logits.amax(dim=-1) if max_logits is None else max_logits, step)
+            if argmax_ids is not None and is_argmax:
+                next_ids = argmax_ids
             else:
-                next_ids = choose(logits, sampling, ids=ids[:, :width], generator=generator)
+                next_ids = sample_unchecked(
+                    logits, sampling, ids=ids[:, :width], generator=generator
+                )
             tokens: list[int] = []
             if eos_id is not None:
                 ended |= next_ids == eos_id
             if may_end:
                 next_ids = next_ids.masked_fill(ended, NO_TOKEN)
-                tokens = next_ids.tolist()  # here the host waits for a GPU, once a token
+                tokens = next_ids.tolist()  # the host waits for the GPU here, once per token
                 if all(token == NO_TOKEN for token in tokens):
                     break
-            if likeliest is not None and takes_likeliest and not may_end:
-                unwritten.append(next_ids)  # a step reads its own
+            if argmax_ids is not None and is_argmax and not may_end:
+                pending.append(next_ids)  # saves a copy: the next step reads its own argmax ids
             else:
                 ids[:, width] = next_ids
             width += 1
@@ -226,58 +245,64 @@ def _stream(
             if is_over is not None:
                 for row, token in enumerate(tokens):
                     if token != NO_TOKEN:
-                        written[row].append(token)
-                        if is_over(row, written[row]):
+                        new_ids[row].append(token)
+                        if is_over(row, new_ids[row]):
                             ended[row] = True
                             tokens[row] = NO_TOKEN
                 if all(token == NO_TOKEN for token in tokens):
                     break
-        finite.check()
+        finite_check.check()
     finally:
-        if one_token is not None:
-            one_token.close()
+        if decode_step is not None:
+            decode_step.close()
         model.train(was_training)
 
 
-class _Finite:
-    """Refuses logits that are no numbers: after each step, or looked at ``every`` so many steps at once, when those
-    after them are under backend, so that a GPU does not wait for the host."""
+class _FiniteLogitsCheck:
+    """Check that the logits are finite, every ``interval`` steps at once.
 
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._first = 0
-        self._largest: list[Tensor] = []
-        self._asked: tuple[int, list[Tensor], AsyncHostCopy] | None = None
+    The result of a check is copied to the host while the GPU computes the next ``interval`` steps, so the GPU
+    does not wait for the host.
+    """
 
-    def add(self, largest: Tensor, step: int) -> None:
-        """Of each row's logits."""
-        self._largest.append(largest)
-        if step == 0 or self._every == 1:
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._first_step = 0
+        self._max_logits: list[Tensor] = []  # one tensor per step that is not yet checked
+        self._started: tuple[int, list[Tensor], AsyncHostCopy] | None = None
+
+    def add(self, max_logits: Tensor, step: int) -> None:
+        """Add the maximum logit of each row in this step. May raise as :meth:`check` does."""
+        self._max_logits.append(max_logits)
+        if step == 0 or self._interval == 1:
             self.check()
-        elif len(self._largest) == self._every:
-            self._look()
-            self._ask()
+        elif len(self._max_logits) == self._interval:
+            self._finish()
+            self._start()
 
     def check(self) -> None:
-        """Raises ``ValueError`` with the number of the first step whose logits are refused."""
-        self._look()
-        if self._largest:
-            self._ask()
-            self._look()
+        """Check all steps so far; raises ``ValueError`` with the first step whose logits are not finite."""
+        self._finish()
+        if self._max_logits:
+            self._start()
+            self._finish()
 
-    def _ask(self) -> None:
-        finite = torch.isfinite(torch.stack(self._largest)).all()
-        self._asked = self._first, self._largest, AsyncHostCopy(finite)
-        self._first += len(self._largest)
-        self._largest = []
+    def _start(self) -> None:
+        is_finite = torch.isfinite(torch.stack(self._max_logits)).all()
+        self._started = self._first_step, self._max_logits, AsyncHostCopy(is_finite)
+        self._first_step += len(self._max_logits)
+        self._max_logits = []
 
-    def _look(self) -> None:
-        asked, self._asked = self._asked, None
-        if asked is None or asked[2].read():
+    def _finish(self) -> None:
+        started, self._started = self._started, None
+        if started is None:
             return
-        for step, largest in enumerate(asked[1], asked[0]):
+        first_step, steps, is_finite = started
+        if is_finite.read():
+            return
+        for step, max_logits in enumerate(steps, first_step):
             try:
-                check_finite(largest)
+                check_finite(max_logits)
             except ValueError as error:
                 raise ValueError(f"{error} (new token {step})") from error
 
@@ -285,10 +310,12 @@ class _Finite:
 def _window(
     ids: Tensor, padding: Tensor, shortest: int, length: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The last ``length`` columns of padded ids ``(B, T)``, and how many of each row's are padding.
+    """The last ``length`` columns of padded ids ``(B, T)``, and each row's padding in them ``(B,)``.
+
+    The padding is ``None`` if no row has any.
 
     Args:
-        shortest: Tokens of the shortest row, which the host knows without asking a GPU.
+        shortest: Number of tokens of the shortest row, known on the host without waiting for the GPU.
     """
     window = ids[:, -length:].clamp(min=0)
     if shortest >= window.shape[1]:
@@ -300,9 +327,9 @@ def _window(
 def generate_simple(
     model: GPTModel, idx: Tensor, max_new_tokens: int, context_size: int | None = None
 ) -> Tensor:
-    """The plain greedy loop that :func:`generate` is held against: no cache, one whole pass a token.
+    """The book's greedy loop, without a cache: ids ``(B, T)`` → ``(B, T + max_new_tokens)``.
 
-    Ids ``(B, T)`` → ``(B, T + max_new_tokens)``. Dropout is as the model has it: call ``eval()`` before.
+    It is the reference for :func:`generate`. It does not turn dropout off: call ``model.eval()`` before.
     """
     context_size = context_size or model.config.context_length
     for _ in range(max_new_tokens):

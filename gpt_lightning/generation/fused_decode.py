@@ -1,10 +1,10 @@
-"""A step of few rows by our own kernels, five a block where torch has thirteen: for NVIDIA's GPUs.
+"""Decoding step for up to four rows with our Triton kernels: five per block, where torch needs thirteen.
 
-With one row a product does two operations for each weight it reads, so a step's floor is reading the weights once. What
-keeps torch from it is that its products are made for many rows, and that the small kernels between them wait for
-one another. What shortcuts add up to is kept in float32.
+With one row, a matrix product does two operations per weight that it reads, so the time of a step is at least the
+time to read all weights once. Torch needs longer for two reasons: its matrix products are made for many rows, and
+the small kernels between them wait for each other. The residual stream is kept in float32.
 
-Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``. Needs Triton: see
+Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``. Triton is needed: see
 :mod:`gpt_lightning.kernels.support`.
 """
 
@@ -22,32 +22,34 @@ from gpt_lightning.model.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How many weights a program has, all of which it reads before it waits for what they are multiplied with."""
+    """Number of weights and of warps per program. A program reads all its weights before it needs its input."""
 
     weights: int
     warps: int
 
     def rows(self, K: int) -> int:
-        """Of a weight (N, K)."""
+        """Rows per program of a weight (N, K)."""
         return max(1, self.weights // next_power_of_2(K))
 
 
-# measured on an H200 (benchmarks/README.md)
-SMALL, LARGE, LARGE_FROM = 8192, 16384, 1 << 22  # weights of a program, and of a layer
-WARPS, WARPS_TO_ADD, WARPS_FROM = (
-    4,
-    8,
-    2_500_000,
-)  # of what adds to a shortcut, from so many weights on
+# the fastest values on an H200 (benchmarks/README.md)
+SMALL_TILE, LARGE_TILE = 8192, 16384  # weights per program
+LARGE_TILE_FROM = 1 << 22  # weights of a layer from which LARGE_TILE is used
+WARPS, WARPS_TO_ADD = 4, 8  # the second for large products that are added to the residual stream
+WARPS_TO_ADD_FROM = 2_500_000  # weights of such a layer
 HEAD = TileConfig(16384, 4)
-ATTENTION_SPAN, ATTENTION_BLOCK, ATTENTION_WARPS = 256, 256, 8  # positions
+ATTENTION_SPAN, ATTENTION_BLOCK, ATTENTION_WARPS = 256, 256, 8  # the first two in positions
 
 
 @dataclass(frozen=True)
 class LinearOp:
-    """``out`` (R, N) becomes x (R, K) times weight (N, K), or has it added to what it holds.
+    """Linear layer with its input and output: ``out`` (R, N) = x (R, K) @ weight.T + bias, or ``out`` += that.
 
-    After a norm ``bias`` has the product with the norm's bias in it, and ``shift`` (N,) is that with its weight.
+    Attributes:
+        norm: LayerNorm of ``x`` before the product. Its bias is then included in ``bias``.
+        shift: (N,), product of the norm's weight with ``weight``.
+        gelu: Whether GELU is applied to the result.
+        add: Whether the result is added to ``out``.
     """
 
     x: Tensor
@@ -61,15 +63,15 @@ class LinearOp:
 
 
 class FusedDecodeForward:
-    """The step over a cache whose ``at`` says where it is; called, it advances it by one.
+    """One decoding step over a cache with a ``position``. A call returns logits (R, V) and advances the position.
+
+    The next call overwrites the logits.
 
     Args:
-        tokens: The newest ids (R,), those below 0 mean nothing; a call writes the likeliest next ones into it.
+        tokens: (R,), the newest ids; negative ids are read as 0. A call overwrites them with the argmax ids.
         padding: (R,), see :meth:`GPTModel.features`.
-        largest: (R, T_max), of which a call writes the position's, the largest of its logits.
-        likeliest: (R, T_max), the ids of these.
-
-    A call returns logits (R, V), which the next one overwrites.
+        max_logits: (R, max_length). A call writes the maximum logit of each row to the position's column.
+        argmax_ids: (R, max_length). A call writes the ids of these maxima.
     """
 
     def __init__(
@@ -78,15 +80,15 @@ class FusedDecodeForward:
         cache: KVCache,
         tokens: Tensor,
         padding: Tensor | None,
-        largest: Tensor,
-        likeliest: Tensor,
+        max_logits: Tensor,
+        argmax_ids: Tensor,
     ) -> None:
         config, weight = model.config, model.tok_emb.weight
         device, R, C = weight.device, len(tokens), config.emb_dim
         self._model, self._cache = model, cache
         self._tokens, self._padding = tokens, padding
-        self._largest, self._likeliest = largest, likeliest
-        self._early = is_hopper_or_newer(device)
+        self._max_logits, self._argmax_ids = max_logits, argmax_ids
+        self._pdl = supports_pdl(device)
         self._spans = cdiv(cache.max_length, ATTENTION_SPAN)
 
         def empty(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
@@ -94,92 +96,92 @@ class FusedDecodeForward:
 
         self._x = empty(R, C, dtype=torch.float32)
         self._qkv, self._y = empty(R, 3 * C), empty(R, C)
-        self._sums = empty(R, C * self._spans, dtype=torch.float32)
-        self._totals = empty(R, config.n_heads * self._spans * 2, dtype=torch.float32)
-        self._done = torch.zeros(R, config.n_heads, dtype=torch.int32, device=device)
+        self._span_values = empty(R, C * self._spans, dtype=torch.float32)
+        self._span_stats = empty(R, config.n_heads * self._spans * 2, dtype=torch.float32)
+        self._spans_done = torch.zeros(R, config.n_heads, dtype=torch.int32, device=device)
         programs = cdiv(config.vocab_size, HEAD.rows(C))
-        self._best = empty(R, programs, dtype=torch.float32)
-        self._best_ids = empty(R, programs, dtype=torch.int32)
+        self._program_max = empty(R, programs, dtype=torch.float32)
+        self._program_argmax = empty(R, programs, dtype=torch.int32)
 
         hidden = empty(R, 4 * C)
-        self._products = [
-            self._of_block(cast(TransformerBlock, block), hidden) for block in model.trf_blocks
+        self._blocks = [
+            self._block_ops(cast(TransformerBlock, block), hidden) for block in model.trf_blocks
         ]
         logits = empty(R, config.vocab_size)
-        self._head = after_norm(self._x, model.final_norm, model.head_weight, None, logits)
+        self._head = op_after_norm(self._x, model.final_norm, model.head_weight, None, logits)
 
-    def _of_block(self, block: TransformerBlock, hidden: Tensor) -> tuple[LinearOp, ...]:
-        """In their order: qkv, out_proj, and the feed-forward network's two."""
+    def _block_ops(self, block: TransformerBlock, hidden: Tensor) -> tuple[LinearOp, ...]:
+        """The linear layers of a block in their order: qkv, out_proj, up, down (feed-forward)."""
         x, qkv, out = self._x, block.att.qkv, block.att.out_proj
-        widen, narrow = (cast(nn.Linear, block.ff.layers[i]) for i in (0, 2))
+        up, down = (cast(nn.Linear, block.ff.layers[i]) for i in (0, 2))
         return (
-            after_norm(x, block.norm1, qkv.weight, qkv.bias, self._qkv),
+            op_after_norm(x, block.norm1, qkv.weight, qkv.bias, self._qkv),
             LinearOp(self._y, out.weight, out.bias, x, add=True),
-            after_norm(x, block.norm2, widen.weight, widen.bias, hidden, gelu=True),
-            LinearOp(hidden, narrow.weight, narrow.bias, x, add=True),
+            op_after_norm(x, block.norm2, up.weight, up.bias, hidden, gelu=True),
+            LinearOp(hidden, down.weight, down.bias, x, add=True),
         )
 
     def __call__(self) -> Tensor:
-        with torch.cuda.device_of(self._x):  # Triton launches on the current one
+        with torch.cuda.device_of(self._x):  # Triton launches kernels on the current device
             return self._step()
 
     def _step(self) -> Tensor:
-        model, cache, at = self._model, self._cache, self._cache.at
+        model, cache, position = self._model, self._cache, self._cache.position
         R, C = self._x.shape
         kernels.embed[(R,)](
-            self._tokens, at, self._padding, model.tok_emb.weight, model.pos_emb.weight, self._x,
-            C=C, PADDED=self._padding is not None, BLOCK=next_power_of_2(C), EARLY=self._early,
+            self._tokens, position, self._padding, model.tok_emb.weight, model.pos_emb.weight, self._x,
+            C=C, PADDED=self._padding is not None, BLOCK=next_power_of_2(C), PDL=self._pdl,
         )  # fmt: skip
-        for layer, (qkv, out_proj, widen, narrow) in enumerate(self._products):
-            self._multiply(qkv)
-            self._attend(cache.keys[layer], cache.values[layer])
-            self._multiply(out_proj)
-            self._multiply(widen)
-            self._multiply(narrow)
-        of, n = self._head, self._best.shape[1]
-        assert of.norm is not None
-        kernels.head[(n,)](
-            self._x, of.weight, of.bias, of.norm.weight, of.shift, of.out, self._best, self._best_ids,
-            of.norm.eps, model.config.vocab_size, R,
+        for layer, (qkv, out_proj, up, down) in enumerate(self._blocks):
+            self._linear(qkv)
+            self._attention(cache.keys[layer], cache.values[layer])
+            self._linear(out_proj)
+            self._linear(up)
+            self._linear(down)
+        head, programs = self._head, self._program_max.shape[1]
+        assert head.norm is not None
+        kernels.head[(programs,)](
+            self._x, head.weight, head.bias, head.norm.weight, head.shift, head.out,
+            self._program_max, self._program_argmax, head.norm.eps, model.config.vocab_size, R,
             K=C, BLOCK_R=next_power_of_2(R), BLOCK_N=HEAD.rows(C), BLOCK_K=next_power_of_2(C),
-            **self._launched(HEAD.warps),
+            **self._launch_options(HEAD.warps),
         )  # fmt: skip
-        kernels.finish[(1,)](
-            self._best, self._best_ids, self._largest, self._likeliest, self._tokens, at,
-            n, cache.max_length, R,
-            BLOCK_R=next_power_of_2(R), BLOCK=next_power_of_2(n), **self._launched(8),
+        kernels.finish_step[(1,)](
+            self._program_max, self._program_argmax, self._max_logits, self._argmax_ids, self._tokens, position,
+            programs, cache.max_length, R,
+            BLOCK_R=next_power_of_2(R), BLOCK=next_power_of_2(programs), **self._launch_options(8),
         )  # fmt: skip
-        return of.out
+        return head.out
 
-    def _multiply(self, of: LinearOp) -> None:
-        (N, K), R = of.weight.shape, len(of.x)
-        tile = tile_of(of)
-        scale, eps = (None, 0.0) if of.norm is None else (of.norm.weight, of.norm.eps)
+    def _linear(self, op: LinearOp) -> None:
+        (N, K), R = op.weight.shape, len(op.x)
+        tile = tile_config(op)
+        scale, eps = (None, 0.0) if op.norm is None else (op.norm.weight, op.norm.eps)
         kernels.linear[(cdiv(N, tile.rows(K)),)](
-            of.x, of.weight, of.bias, scale, of.shift, of.out, eps, N, R,
-            K=K, BIAS=of.bias is not None, NORM=of.norm is not None, GELU=of.gelu, ADD=of.add,
+            op.x, op.weight, op.bias, scale, op.shift, op.out, eps, N, R,
+            K=K, BIAS=op.bias is not None, NORM=op.norm is not None, GELU=op.gelu, ADD=op.add,
             BLOCK_R=next_power_of_2(R), BLOCK_N=tile.rows(K), BLOCK_K=next_power_of_2(K),
-            **self._launched(tile.warps),
+            **self._launch_options(tile.warps),
         )  # fmt: skip
 
-    def _attend(self, keys: Tensor, values: Tensor) -> None:
-        """``_qkv`` → ``_y``, by way of the cache."""
-        R, H, T, D = keys.shape
+    def _attention(self, keys: Tensor, values: Tensor) -> None:
+        """Attention of ``_qkv`` over the cache, into ``_y``. Appends the new key and value to the cache."""
+        R, H, max_length, D = keys.shape
         kernels.attention[(H, R, self._spans)](
-            self._qkv, keys, values, self._cache.at, self._padding, self._y,
-            self._sums, self._totals, self._done, D**-0.5, T,
+            self._qkv, keys, values, self._cache.position, self._padding, self._y,
+            self._span_values, self._span_stats, self._spans_done, D**-0.5, max_length,
             C=H * D, D=D, PADDED=self._padding is not None, SPAN=ATTENTION_SPAN, BLOCK_T=ATTENTION_BLOCK,
             BLOCK_D=next_power_of_2(D), SPANS=self._spans, BLOCK_SPANS=next_power_of_2(self._spans),
-            **self._launched(ATTENTION_WARPS),
+            **self._launch_options(ATTENTION_WARPS),
         )  # fmt: skip
 
-    def _launched(self, warps: int) -> dict[str, Any]:
-        """How a kernel is that waits for the one before it, by itself where it may start early."""
-        early = {"launch_pdl": True} if self._early else {}
-        return {"num_warps": warps, "EARLY": self._early, **early}
+    def _launch_options(self, warps: int) -> dict[str, Any]:
+        """Options of a kernel that calls ``_wait_for_previous``, and with PDL may start before that has ended."""
+        pdl = {"launch_pdl": True} if self._pdl else {}
+        return {"num_warps": warps, "PDL": self._pdl, **pdl}
 
 
-def after_norm(
+def op_after_norm(
     x: Tensor,
     norm: nn.LayerNorm,
     weight: Tensor,
@@ -188,22 +190,26 @@ def after_norm(
     *,
     gelu: bool = False,
 ) -> LinearOp:
-    """The product of ``x`` normalised, of which all that does not depend on x is computed here."""
-    wide = weight.float()
-    shifted = wide @ norm.bias.float()
+    """Linear layer of LayerNorm(x). Everything that does not depend on x is computed here, once."""
+    weight32 = weight.float()
+    bias_after_norm = weight32 @ norm.bias.float()
     if bias is not None:
-        shifted = shifted + bias.float()
-    return LinearOp(x, weight, shifted, out, norm, wide @ norm.weight.float(), gelu)
+        bias_after_norm = bias_after_norm + bias.float()
+    shift = weight32 @ norm.weight.float()
+    return LinearOp(x, weight, bias_after_norm, out, norm, shift, gelu)
 
 
-def tile_of(product: LinearOp) -> TileConfig:
-    """By what was measured of the 124M and the 1558M: what adds to a shortcut gains 1 % by more warps in the larger one,
-    of one row, and loses in all else."""
-    weights, rows = product.weight.numel(), len(product.x)
-    more = product.add and rows == 1 and weights >= WARPS_FROM
-    return TileConfig(LARGE if weights >= LARGE_FROM else SMALL, WARPS_TO_ADD if more else WARPS)
+def tile_config(op: LinearOp) -> TileConfig:
+    """The fastest tile of those measured on the 124M and 1558M models.
+
+    More warps make large products that are added to the residual stream 1 % faster for one row, and all others slower.
+    """
+    weights, rows = op.weight.numel(), len(op.x)
+    more_warps = op.add and rows == 1 and weights >= WARPS_TO_ADD_FROM
+    tile = LARGE_TILE if weights >= LARGE_TILE_FROM else SMALL_TILE
+    return TileConfig(tile, WARPS_TO_ADD if more_warps else WARPS)
 
 
-def is_hopper_or_newer(device: torch.device) -> bool:
-    """Whether a kernel may start before the one before it has ended."""
+def supports_pdl(device: torch.device) -> bool:
+    """Whether the GPU has programmatic dependent launch (Hopper or newer)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

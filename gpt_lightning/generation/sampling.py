@@ -1,7 +1,9 @@
-"""Logits to ids: pure functions on ``(B, V)``. The generator is passed in, never global by accident.
+"""Sampling filters: pure functions from logits ``(B, V)`` to probabilities and token ids.
 
-The order, in :func:`probabilities`: repetition penalty, temperature, top-k, top-p, min-p, each on what
-the one before left, then softmax. transformers has the same order.
+:func:`probabilities` applies, in this order: repetition penalty, temperature, top-k, top-p, min-p, softmax.
+Each filter gets the result of the one before. Transformers uses the same order. The random generator is an argument.
+
+Shapes: B rows, T tokens, V ``vocab_size``.
 """
 
 from dataclasses import dataclass
@@ -12,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. By default it is the likeliest.
+    """Settings for choosing the next token. The default is greedy decoding.
 
     Args:
-        temperature: What logits are divided by. 0 is the argmax, whatever the other settings say.
-        top_k: Only the k likeliest tokens can be drawn, exactly k; none: all.
-        top_p: Only the likeliest tokens that together reach this probability can be drawn; none: all.
-        min_p: Only tokens at least this times as probable as the likeliest can be drawn; none: all.
-        repetition_penalty: Above 1, tokens that were read or written before become less likely.
+        temperature: Divisor of the logits. 0 is greedy (argmax), whatever the other settings are.
+        top_k: Keep only the k most probable tokens, exactly k of them; ``None``: all.
+        top_p: Keep only the most probable tokens that together reach this probability; ``None``: all.
+        min_p: Keep only tokens with at least this fraction of the highest probability; ``None``: all.
+        repetition_penalty: Above 1, tokens that already occur in the row become less probable.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -34,20 +36,22 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature: {self.temperature} is no temperature; give 0 (greedy) or more"
+                f"temperature: {self.temperature} is not a valid temperature; give 0 (greedy) or more"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: {self.top_k} leaves no token; give 1 or more")
-        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if share is not None and not 0.0 < share <= 1.0:
-                raise ValueError(f"{name}: {share} is outside (0, 1]; leave it out to turn it off")
+        for name, fraction in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if fraction is not None and not 0.0 < fraction <= 1.0:
+                raise ValueError(
+                    f"{name}: {fraction} is outside (0, 1]; leave it out to turn it off"
+                )
         if not 0.01 <= self.repetition_penalty <= 100.0:
             raise ValueError(
                 f"repetition_penalty: {self.repetition_penalty} is outside [0.01, 100]; 1 turns it off"
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ``ValueError`` where ``top_k`` is more than there are tokens."""
+        """Raise ``ValueError`` if ``top_k`` is larger than the vocabulary."""
         if self.top_k is not None and self.top_k > vocab_size:
             raise ValueError(
                 f"top_k: {self.top_k} is outside the vocabulary; give 1 to {vocab_size}, or leave it out"
@@ -55,17 +59,17 @@ class SamplingParams:
 
 
 def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of the device; ``ValueError`` where ``seed`` is no number of 64 bits."""
+    """A seeded random generator on ``device``. Raises ``ValueError`` if ``seed`` does not fit in 64 bits."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: {seed} has more than 64 bits; give a smaller one")
     return torch.Generator(device=device).manual_seed(seed)
 
 
 def apply_repetition_penalty(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Logits ``(B, V)`` with those of the tokens in ``ids`` ``(B, T)`` made smaller by ``penalty``.
+    """Logits ``(B, V)``, reduced for the tokens that occur in ``ids`` ``(B, T)``. Ids of -1 are ignored.
 
-    Positive ones are divided, negative ones multiplied by it (Keskar et al. 2019, as transformers has
-    it). An id of -1 is no token.
+    Positive logits are divided by ``penalty``, negative ones multiplied by it (Keskar et al. 2019, as
+    implemented in transformers).
     """
     B, V = logits.shape
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
@@ -74,62 +78,66 @@ def apply_repetition_penalty(logits: Tensor, ids: Tensor, penalty: float) -> Ten
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits ``(B, V)`` divided by ``temperature``, which is > 0, however small.
+    """Logits ``(B, V)`` divided by ``temperature``, which is greater than 0 and may be very small.
 
-    A row that would overflow is divided less its largest logit, which changes no probability but in
-    its last bits; the others are the book's to the bit, and so are the draws.
+    If a row would overflow, its maximum is subtracted first; this changes probabilities only in their last
+    bits. All other rows, and the tokens drawn from them, are bit for bit those of the book.
     """
     temperature = max(temperature, torch.finfo(torch.float32).tiny)
     scaled = logits / temperature
     overflows = (scaled.isinf() & logits.isfinite()).any(dim=-1, keepdim=True)
-    less = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    return torch.where(overflows, less, scaled)
+    shifted = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return torch.where(overflows, shifted, scaled)
 
 
 def top_k_filter(logits: Tensor, top_k: int) -> Tensor:
-    """Logits ``(B, V)`` with all but exactly ``top_k`` a row at -inf; of equal ones the lower ids stay.
+    """Logits ``(B, V)`` with all but exactly ``top_k`` per row set to -inf. Of equal logits the lower ids are kept.
 
-    A mere threshold would keep every tie, and ``top_k=1`` would then not be greedy.
+    A threshold alone would keep all ties, and ``top_k=1`` would then not be greedy.
     """
-    lowest_kept = logits.topk(top_k, dim=-1).values[:, -1:]
-    above = logits > lowest_kept
-    ties = logits == lowest_kept
-    room_for_ties = top_k - above.sum(dim=-1, keepdim=True)
-    kept = above | (ties & (ties.cumsum(dim=-1) <= room_for_ties))
-    return logits.masked_fill(~kept, -torch.inf)
+    threshold = logits.topk(top_k, dim=-1).values[:, -1:]
+    above = logits > threshold
+    ties = logits == threshold
+    num_ties_kept = top_k - above.sum(dim=-1, keepdim=True)
+    keep = above | (ties & (ties.cumsum(dim=-1) <= num_ties_kept))
+    return logits.masked_fill(~keep, -torch.inf)
 
 
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
-    """Logits ``(B, V)`` with only the likeliest tokens left that together reach ``top_p``, at least one."""
-    descending, order = logits.sort(dim=-1, descending=True, stable=True)
-    p = descending.double().softmax(dim=-1)
-    before = p.cumsum(dim=-1) - p  # what the likelier ones reach without this one
-    dropped = before >= top_p
-    dropped[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+    """Logits ``(B, V)`` with all but the most probable tokens that together reach ``top_p`` set to -inf.
+
+    At least one token is kept.
+    """
+    sorted_logits, sorted_ids = logits.sort(dim=-1, descending=True, stable=True)
+    p = sorted_logits.double().softmax(dim=-1)
+    more_probable = p.cumsum(dim=-1) - p  # total probability of the more probable tokens
+    sorted_drop = more_probable >= top_p
+    sorted_drop[:, 0] = False
+    drop = torch.zeros_like(sorted_drop).scatter(1, sorted_ids, sorted_drop)
+    return logits.masked_fill(drop, -torch.inf)
 
 
 def min_p_filter(logits: Tensor, min_p: float) -> Tensor:
-    """Logits ``(B, V)`` with tokens less than ``min_p`` times as probable as the likeliest at -inf."""
+    """Logits ``(B, V)`` with tokens below ``min_p`` × the highest probability of the row set to -inf."""
     p = logits.softmax(dim=-1)
     return logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
 
 
 def probabilities(logits: Tensor, sampling: SamplingParams, ids: Tensor | None = None) -> Tensor:
-    """The distribution ``(B, V)`` a token is drawn from, given logits ``(B, V)`` and the ids before.
+    """Probabilities ``(B, V)`` of the next token, from logits ``(B, V)``.
 
-    At temperature 0 it is 1 at the argmax, the lowest id of equal ones. It is float32 or wider, whatever
-    the logits are: filters and draws would notice bfloat16.
+    At temperature 0 the probability of the argmax is 1 (of equal logits the lowest id). The result is
+    float32 or wider for any dtype of the logits: in bfloat16 the filters and draws would be inexact.
 
     Args:
-        ids: ``(B, T)``, for the repetition penalty; -1 is no token.
+        ids: ``(B, T)``, previous tokens for the repetition penalty; -1 is ignored.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.repetition_penalty != 1.0 and ids is not None:
         logits = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
     if sampling.temperature == 0.0:
-        likeliest = logits.argmax(dim=-1, keepdim=True)
-        return torch.zeros_like(logits).scatter(1, likeliest, 1.0)
+        argmax_ids = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(1, argmax_ids, 1.0)
     logits = apply_temperature(logits, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = top_k_filter(logits, sampling.top_k)
@@ -141,7 +149,7 @@ def probabilities(logits: Tensor, sampling: SamplingParams, ids: Tensor | None =
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy in nats of distributions ``(..., V)``, in double precision; its exp is as many equal tokens."""
+    """Entropy in nats of distributions ``(..., V)``, in float64. exp(entropy) is the effective number of tokens."""
     return torch.special.entr(p.double()).sum(dim=-1)
 
 
@@ -152,33 +160,33 @@ def sample(
     ids: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One id a row, ``(B,)``, from logits ``(B, V)``; temperature 0 draws no random number.
+    """One token id per row, ``(B,)``, sampled from logits ``(B, V)``.
 
-    Without a generator the draw is on torch's global one.
+    Temperature 0 uses no random numbers. Without a ``generator``, torch's global generator is used.
 
     Raises:
-        ValueError: A row has a NaN, or no finite logit at all.
+        ValueError: The maximum of a row is not finite: it has NaN, +inf or only -inf.
     """
     check_finite(logits.amax(dim=-1))
-    return choose(logits, sampling, ids=ids, generator=generator)
+    return sample_unchecked(logits, sampling, ids=ids, generator=generator)
 
 
-def check_finite(largest: Tensor) -> None:
-    """Raises ``ValueError`` where one of the rows' largest logits is no number: a NaN is the largest of all."""
-    if not torch.isfinite(largest).all():
+def check_finite(max_logits: Tensor) -> None:
+    """Raise ``ValueError`` if the maximum logit of a row is not finite. The maximum of a row with NaN is NaN."""
+    if not torch.isfinite(max_logits).all():
         raise ValueError(
             "logits: a row has NaN, +inf or only -inf; the model's weights are damaged"
         )
 
 
-def choose(
+def sample_unchecked(
     logits: Tensor,
     sampling: SamplingParams,
     *,
     ids: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`sample` of logits that are known to be finite: the host does not wait for a GPU."""
+    """:func:`sample` without the check for finite logits, so the host does not wait for the GPU."""
     if sampling.temperature == 0.0:
         if sampling.repetition_penalty != 1.0 and ids is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -191,6 +199,8 @@ def choose(
 
 
 def multinomial_no_sync(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One id a row from distributions ``(B, V)``: what torch.multinomial draws, less its checks of ``p``,
-    for which the host waits twice."""
+    """One id per row drawn from distributions ``(B, V)``: torch.multinomial without its checks of ``p``.
+
+    The draws are the same. The checks would make the host wait for the GPU twice.
+    """
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Generation on text: prompts in, texts out, ended by stop strings, handed on while they grow."""
+"""Text generation from text prompts, with stop strings and streaming."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -14,8 +14,12 @@ from gpt_lightning.model.gpt import GPTModel
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """One continuation. ``text`` begins with the prompt and ends before a stop string; so do the ids,
-    but that the tokens which spelled the stop string are among them."""
+    """One continuation of a prompt.
+
+    Attributes:
+        text: The prompt and its continuation, which ends before the stop string.
+        token_ids: Ids of the prompt and of all generated tokens, those of the stop string included.
+    """
 
     prompt: str
     text: str
@@ -23,37 +27,42 @@ class GeneratedText:
 
 
 class IncrementalDetokenizer:
-    """A row's new tokens as text, of which only what no stop string can take back is shown."""
+    """Decoder of one row's tokens to text while they are generated, up to the first stop string.
+
+    Text that may still turn out to be the beginning of a stop string is not yet shown.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = stop
         self.text = ""
         self.is_over = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._shown = 0
-        self._held_back = max((len(s) - 1 for s in stop), default=0)
+        self._num_shown = 0
+        # number of last characters that may belong to a stop string whose end is not yet generated
+        self._num_withheld = max((len(s) - 1 for s in stop), default=0)
 
     def add(self, token: int) -> None:
         if self.is_over:
             return
-        searched = max(0, len(self.text) - self._held_back)
+        search_start = max(0, len(self.text) - self._num_withheld)
         self.text += self._decoder.decode(decode_bytes([token]))
-        found = [at for s in self.stop if (at := self.text.find(s, searched)) >= 0]
-        if found:
-            self.text = self.text[: min(found)]
+        matches = [i for s in self.stop if (i := self.text.find(s, search_start)) >= 0]
+        if matches:
+            self.text = self.text[: min(matches)]
             self.is_over = True
 
     def finish(self) -> None:
+        """End the text: an incomplete character at the end becomes U+FFFD."""
         if not self.is_over:
             self.text += self._decoder.decode(b"", final=True)
             self.is_over = True
 
-    def take(self) -> str:
-        """What can be shown by now and was not taken before."""
-        end = len(self.text) if self.is_over else len(self.text) - self._held_back
-        new = self.text[self._shown : max(self._shown, end)]
-        self._shown += len(new)
-        return new
+    def pop_text(self) -> str:
+        """New text that can be shown now and was not returned before."""
+        end = len(self.text) if self.is_over else len(self.text) - self._num_withheld
+        new_text = self.text[self._num_shown : max(self._num_shown, end)]
+        self._num_shown += len(new_text)
+        return new_text
 
 
 def generate_texts(
@@ -69,14 +78,14 @@ def generate_texts(
     generator: torch.Generator | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[GeneratedText]:
-    """Continue each prompt ``num_samples`` times; a prompt's samples stand in a row.
+    """Continue each prompt ``num_samples`` times. The samples of a prompt are adjacent in the result.
 
     Args:
-        stop: Strings that end a text and are not part of it.
-        special_tokens: Whether ``<|endoftext|>`` in a prompt is the token.
-        on_text: Told (row, new text) while the texts grow.
+        stop: Strings that end a text; they are not part of it.
+        special_tokens: Whether ``<|endoftext|>`` in a prompt is read as the special token.
+        on_text: Called with (row, new text) while the texts are generated.
 
-    For the rest, and for errors, see :func:`stream_ids`.
+    For the other arguments and for errors see :func:`stream_ids`.
     """
     if not all(stop):
         raise ValueError("stop: is empty; give at least one character")
@@ -84,8 +93,8 @@ def generate_texts(
     rows = [IncrementalDetokenizer(stop) for _ in range(len(prompts) * num_samples)]
     new_ids: list[list[int]] = [[] for _ in rows]
 
-    def tell(row: int) -> None:
-        if on_text is not None and (text := rows[row].take()):
+    def emit(row: int) -> None:
+        if on_text is not None and (text := rows[row].pop_text()):
             on_text(row, text)
 
     steps = stream_ids(
@@ -103,10 +112,10 @@ def generate_texts(
             if token != NO_TOKEN:
                 new_ids[row].append(token)
                 rows[row].add(token)
-                tell(row)
+                emit(row)
     for row, text in enumerate(rows):
         text.finish()
-        tell(row)
+        emit(row)
     return [
         GeneratedText(
             prompts[row // num_samples],

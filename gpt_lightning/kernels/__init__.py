@@ -1,1 +1,1 @@
-"""Triton kernels, used where Triton and a GPU are there."""
+"""Triton kernels for the loss and for decoding. Optional: they need Triton and an NVIDIA GPU."""

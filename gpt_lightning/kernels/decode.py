@@ -1,11 +1,11 @@
-"""The kernels of a step of decoding, in Triton: norm, product, bias, GELU and shortcut are one.
+"""Triton kernels for one decoding step. Each fuses a norm, matrix product, bias, GELU and shortcut.
 
-A kernel that follows another starts when all programs of that are under way (Hopper's programmatic dependent launch,
-EARLY), reads what no kernel writes, which is the weights, and waits then for the other's end. Sums are in float32, in a
-fixed order, so the same step has the same bits.
+A kernel with PDL (programmatic dependent launch, from Hopper on) starts when all programs of the previous kernel have
+started. It first reads what no kernel writes, which is the weights, and then waits for the previous kernel to end.
+Values are accumulated in float32 in a fixed order, so the same step gives the same bits.
 
-Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``, N and K of a weight (N, K). BLOCK_… is a power of 2,
-and what a program has of it.
+Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``; a weight is (N, K). BLOCK_X is the size of a program's
+block in dimension X, a power of 2.
 """
 
 import triton
@@ -14,81 +14,81 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
-    """What follows in the stream may start, to read what nobody writes."""
-    if EARLY:
+def _launch_next(PDL: tl.constexpr):
+    """Allow the next kernel to start. Until this one ends it may only read what no kernel writes."""
+    if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def _wait(EARLY: tl.constexpr):
-    """For what came before in the stream."""
-    if EARLY:
+def _wait_for_previous(PDL: tl.constexpr):
+    """Wait until the previous kernel has ended and its results are visible."""
+    if PDL:
         gdc_wait()
 
 
 @triton.jit
 def embed(
-    tokens, at, padding, tok_emb, pos_emb, x,
-    C: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    tokens, position_ptr, padding, tok_emb, pos_emb, x,
+    C: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (R, C): embeddings of ``tokens`` (R,), those below 0 as 0, and of their positions."""
-    _begin(EARLY)
+    """x (R, C): token embedding of ``tokens`` (R,) plus position embedding. Negative token ids are read as 0."""
+    _launch_next(PDL)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
-    inside = columns < C
+    mask = columns < C
     token = tl.maximum(tl.load(tokens + row), 0)
-    position = tl.load(at)
+    position = tl.load(position_ptr)
     if PADDED:
         position -= tl.load(padding + row)
-    token_part = tl.load(tok_emb + token * C + columns, mask=inside)
-    position_part = tl.load(pos_emb + position * C + columns, mask=inside)
-    sum_of_both = token_part.to(tl.float32) + position_part.to(tl.float32)
-    tl.store(x + row * C + columns, sum_of_both, mask=inside)
+    token_embedding = tl.load(tok_emb + token * C + columns, mask=mask)
+    position_embedding = tl.load(pos_emb + position * C + columns, mask=mask)
+    embedding = token_embedding.to(tl.float32) + position_embedding.to(tl.float32)
+    tl.store(x + row * C + columns, embedding, mask=mask)
 
 
 @triton.jit
-def _tile(weight, n, k, N, K: tl.constexpr):
-    """Rows n (BLOCK_N,) of the weight (N, K), columns k (BLOCK_K,); what lies outside is 0, and not read."""
+def _load_tile(weight, n, k, N, K: tl.constexpr):
+    """Rows n (BLOCK_N,) and columns k (BLOCK_K,) of the weight (N, K); 0 outside of it."""
     mask = (n < N)[:, None] & (k < K)[None, :]
-    where = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    return tl.load(where, mask=mask, other=0.0, eviction_policy="evict_first")
+    pointers = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _product(
-    x, w, scale, shift, before, k, eps, R, K: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
+def _multiply(
+    x, w, scale, shift, addend, k, eps, R, K: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """x (R, K) times the tile w (BLOCK_N, BLOCK_K), and ``before``: (BLOCK_R, BLOCK_N).
+    """``addend`` plus the product of x (R, K) and the tile w (BLOCK_N, BLOCK_K): (BLOCK_R, BLOCK_N).
 
-    With NORM the rows are normalised first, for which the product does not wait: with (x - m) / s · scale (BLOCK_K,) of a
-    row's mean m and deviation s, it is that with x · scale, less m times that with scale, which ``shift`` (BLOCK_N,)
-    is, over s. Its last steps are fma in so many words: where a result is used twice the compiler may compute it twice, and
-    would round but one of them in between.
+    With NORM the rows are normalized. The product does not wait for their mean m and standard deviation s: the product
+    of (x - m) / s · scale with w is that of x · scale with w, minus m times ``shift`` (BLOCK_N,), which is the product of
+    scale (BLOCK_K,) with w, all divided by s. The last steps call fma explicitly: where a result is used twice, the
+    compiler may compute it twice, once with and once without an intermediate rounding.
     """
     inside = k < K
-    if BLOCK_R == 1:  # of one row in two dimensions, for which the compiler finds a better layout
+    if BLOCK_R == 1:  # one row as one dimension, for which the compiler finds a better layout
         v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             mean = tl.sum(v, 0) / K
-            centred = tl.where(inside, v - mean, 0.0)
-            over = tl.rsqrt(tl.sum(centred * centred, 0) / K + eps)
+            centered = tl.where(inside, v - mean, 0.0)
+            rstd = tl.rsqrt(tl.sum(centered * centered, 0) / K + eps)
             y = tl.sum(w.to(tl.float32) * (v * scale)[None, :], 1)
-            y = tl.fma(tl.fma(-mean, shift, y)[None, :], over, before)
+            y = tl.fma(tl.fma(-mean, shift, y)[None, :], rstd, addend)
         else:
-            y = tl.sum(w.to(tl.float32) * v[None, :], 1)[None, :] + before
+            y = tl.sum(w.to(tl.float32) * v[None, :], 1)[None, :] + addend
     else:
         r = tl.arange(0, BLOCK_R)
         mask = (r < R)[:, None] & inside[None, :]
         v = tl.load(x + r[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
         if NORM:
             mean = tl.sum(v, 1) / K
-            centred = tl.where(inside[None, :], v - mean[:, None], 0.0)
-            over = tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)[:, None]
+            centered = tl.where(inside[None, :], v - mean[:, None], 0.0)
+            rstd = tl.rsqrt(tl.sum(centered * centered, 1) / K + eps)[:, None]
             y = tl.sum(w.to(tl.float32)[None, :, :] * (v * scale[None, :])[:, None, :], 2)
-            y = tl.fma(tl.fma(-mean[:, None], shift[None, :], y), over, before)
+            y = tl.fma(tl.fma(-mean[:, None], shift[None, :], y), rstd, addend)
         else:
-            y = tl.sum(w.to(tl.float32)[None, :, :] * v[:, None, :], 2) + before
+            y = tl.sum(w.to(tl.float32)[None, :, :] * v[:, None, :], 2) + addend
     return y
 
 
@@ -96,188 +96,206 @@ def _product(
 def linear(
     x, weight, bias, scale, shift, out, eps, N, R,
     K: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (R, N): x (R, K), normalised if NORM, times weight (N, K), plus bias, through GPT-2's GELU if GELU; if ADD,
-    added to what ``out`` holds."""
+    """out (R, N) = x (R, K) @ weight.T, plus bias if BIAS.
+
+    NORM normalizes x first (see :func:`_multiply`), GELU applies GPT-2's GELU, ADD adds the result to ``out``.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    w = _tile(weight, n, k, N, K)
-    _begin(EARLY)
+    w = _load_tile(weight, n, k, N, K)
+    _launch_next(PDL)
     s, t = 0.0, 0.0
     if NORM:
         s = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
         t = tl.load(shift + n, mask=n < N, other=0.0)
-    before = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    addend = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     if BIAS:
-        before += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    _wait(EARLY)
+        addend += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    _wait_for_previous(PDL)
     r = tl.arange(0, BLOCK_R)
-    target = out + r[:, None] * N + n[None, :]
+    pointers = out + r[:, None] * N + n[None, :]
     mask = (r < R)[:, None] & (n < N)[None, :]
     if ADD:
-        before += tl.load(target, mask=mask, other=0.0)
-    y = _product(x, w, s, t, before, k, eps, R, K, NORM, BLOCK_R)
-    if GELU:  # its tanh form: (1 + tanh(u)) / 2 is sigmoid(2u)
+        addend += tl.load(pointers, mask=mask, other=0.0)
+    y = _multiply(x, w, s, t, addend, k, eps, R, K, NORM, BLOCK_R)
+    if GELU:  # tanh approximation; (1 + tanh(u)) / 2 = sigmoid(2u)
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    tl.store(target, y, mask=mask)
+    tl.store(pointers, y, mask=mask)
 
 
 @triton.jit
-def _cached(cache, of_head, first, end, d, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Positions from ``first`` on, as many as a block has, but none from ``end`` on: (BLOCK_T, BLOCK_D)."""
+def _load_cached(cache, head_offset, first, end, d, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Cached keys or values of BLOCK_T positions from ``first`` on, 0 from ``end`` on: (BLOCK_T, BLOCK_D)."""
     t = first + tl.arange(0, BLOCK_T)
     mask = (t < end)[:, None] & (d < D)[None, :]
-    return tl.load(cache + of_head + t[:, None] * D + d[None, :], mask=mask, other=0.0)
+    return tl.load(cache + head_offset + t[:, None] * D + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _attend(q, k, v, first, end, y, total, largest, BLOCK_T: tl.constexpr):
-    """A block more of keys and values in a softmax that goes on: its sums of values and weights, its largest score."""
-    seen = first + tl.arange(0, BLOCK_T) < end
-    scores = tl.where(seen, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
-    larger = tl.maximum(largest, tl.max(scores, 0))
-    weights = tl.exp(scores - larger)
-    shrink = tl.exp(largest - larger)
-    y = y * shrink + tl.sum(weights[:, None] * v.to(tl.float32), 0)
-    return y, total * shrink + tl.sum(weights, 0), larger
+def _online_attention(q, k, v, first, end, y, weight_sum, max_score, BLOCK_T: tl.constexpr):
+    """One step of the online softmax: add a block of keys and values to the weighted sum ``y`` of values.
+
+    ``weight_sum`` is the sum of the weights so far, ``max_score`` the maximum score, relative to which they are computed.
+    """
+    in_range = first + tl.arange(0, BLOCK_T) < end
+    scores = tl.where(in_range, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
+    new_max = tl.maximum(max_score, tl.max(scores, 0))
+    weights = tl.exp(scores - new_max)
+    rescale = tl.exp(max_score - new_max)
+    y = y * rescale + tl.sum(weights[:, None] * v.to(tl.float32), 0)
+    return y, weight_sum * rescale + tl.sum(weights, 0), new_max
 
 
 @triton.jit
 def attention(
-    qkv, keys, values, at, padding, out, sums, totals, done, scale, T,
+    qkv, keys, values, position_ptr, padding, out, span_values, span_stats, spans_done, scale, max_length,
     C: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPANS: tl.constexpr, BLOCK_SPANS: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out (R, C): one head of one row's query over its cached keys and values (R, H, T, D) and over its own, which are
-    stored at position ``at``.
+    """out (R, C): attention of one query per row over the cached keys and values (R, H, max_length, D) and its own.
 
-    Of many positions a program has SPAN. Each leaves its ``sums`` (R, H, spans, D) and ``totals`` (R, H, spans, 2) of
-    weights and largest scores, and the last of a head, by ``done`` (R, H), adds them up in their order.
+    The query's own key and value are stored in the cache at ``position_ptr``. A program computes one head of one row over
+    a span of SPAN positions (split-K, as in flash decoding). With several spans, each program writes its weighted sum of
+    values to ``span_values`` (R, H, SPANS, D), its sum of weights and maximum score to ``span_stats`` (R, H, SPANS, 2), and
+    counts itself in ``spans_done`` (R, H). The last program of a head combines the spans in their order.
     """
-    _begin(EARLY)
+    _launch_next(PDL)
     head, row, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
-    one = row * tl.num_programs(0) + head
-    of_head = one.to(tl.int64) * T * D
-    position = tl.load(at)
+    head_index = row * tl.num_programs(0) + head
+    head_offset = head_index.to(tl.int64) * max_length * D
+    position = tl.load(position_ptr)
     first = position * 0
     if PADDED:
         first += tl.load(padding + row)
     spans = tl.maximum(tl.cdiv(position - first, SPAN), 1)
     first += span * SPAN
     end = tl.minimum(first + SPAN, position)
-    # of steps before this one, so nobody writes them any more
-    k_before = _cached(keys, of_head, first, end, d, D, BLOCK_T)
-    v_before = _cached(values, of_head, first, end, d, D, BLOCK_T)
-    _wait(EARLY)
+    # these keys and values are from earlier steps: no running kernel writes them
+    k_block = _load_cached(keys, head_offset, first, end, d, D, BLOCK_T)
+    v_block = _load_cached(values, head_offset, first, end, d, D, BLOCK_T)
+    _wait_for_previous(PDL)
     if span < spans:
-        own = qkv + row * 3 * C + head * D + d
-        q = tl.load(own, mask=inside, other=0.0).to(tl.float32) * scale
+        q_pointers = qkv + row * 3 * C + head * D + d
+        q = tl.load(q_pointers, mask=inside, other=0.0).to(tl.float32) * scale
         y = tl.zeros((BLOCK_D,), tl.float32)
-        largest = tl.sum(y, 0) - 1e38
-        total = tl.sum(y, 0)
-        if span == 0:
-            k = tl.load(own + C, mask=inside, other=0.0)
-            v = tl.load(own + 2 * C, mask=inside, other=0.0)
-            tl.store(keys + of_head + position * D + d, k, mask=inside)
-            tl.store(values + of_head + position * D + d, v, mask=inside)
+        max_score = tl.sum(y, 0) - 1e38
+        weight_sum = tl.sum(y, 0)
+        if span == 0:  # this span includes the query's own key and value
+            k = tl.load(q_pointers + C, mask=inside, other=0.0)
+            v = tl.load(q_pointers + 2 * C, mask=inside, other=0.0)
+            tl.store(keys + head_offset + position * D + d, k, mask=inside)
+            tl.store(values + head_offset + position * D + d, v, mask=inside)
             y = v.to(tl.float32)
-            largest = tl.sum(q * k.to(tl.float32), 0)
-            total = total + 1.0
-        y, total, largest = _attend(q, k_before, v_before, first, end, y, total, largest, BLOCK_T)
+            max_score = tl.sum(q * k.to(tl.float32), 0)
+            weight_sum = weight_sum + 1.0
+        y, weight_sum, max_score = _online_attention(
+            q, k_block, v_block, first, end, y, weight_sum, max_score, BLOCK_T
+        )
         first += BLOCK_T
         while first < end:
-            k_before = _cached(keys, of_head, first, end, d, D, BLOCK_T)
-            v_before = _cached(values, of_head, first, end, d, D, BLOCK_T)
-            y, total, largest = _attend(
-                q, k_before, v_before, first, end, y, total, largest, BLOCK_T
+            k_block = _load_cached(keys, head_offset, first, end, d, D, BLOCK_T)
+            v_block = _load_cached(values, head_offset, first, end, d, D, BLOCK_T)
+            y, weight_sum, max_score = _online_attention(
+                q, k_block, v_block, first, end, y, weight_sum, max_score, BLOCK_T
             )
             first += BLOCK_T
-        target = out + row * C + head * D + d
+        out_pointers = out + row * C + head * D + d
         if spans == 1:
-            tl.store(target, y / total, mask=inside)
+            tl.store(out_pointers, y / weight_sum, mask=inside)
         elif SPANS > 1:
-            own_sums = sums + one * SPANS * D + d[None, :]
-            own_totals = totals + one * SPANS * 2
-            tl.store(own_sums + span * D, y[None, :], mask=inside[None, :])
-            tl.store(own_totals + span * 2, total)
-            tl.store(own_totals + span * 2 + 1, largest)
-            tl.debug_barrier()  # all of this program's are written before it is counted
-            if tl.atomic_add(done + one, 1, sem="acq_rel") == spans - 1:
+            head_values = span_values + head_index * SPANS * D + d[None, :]
+            head_stats = span_stats + head_index * SPANS * 2
+            tl.store(head_values + span * D, y[None, :], mask=inside[None, :])
+            tl.store(head_stats + span * 2, weight_sum)
+            tl.store(head_stats + span * 2 + 1, max_score)
+            tl.debug_barrier()  # all threads have written their results before the span is counted
+            if tl.atomic_add(spans_done + head_index, 1, sem="acq_rel") == spans - 1:
                 i = tl.arange(0, BLOCK_SPANS)
-                there = i < spans
-                where = own_totals + i * 2
-                weights = tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
-                scores = tl.load(where + 1, mask=there, other=-1e38, cache_modifier=".cg")
-                grow = tl.exp(scores - tl.max(scores, 0))
-                parts = tl.load(
-                    own_sums + i[:, None] * D,
-                    mask=there[:, None] & inside[None, :],
+                is_span = i < spans
+                stats_pointers = head_stats + i * 2
+                weights = tl.load(stats_pointers, mask=is_span, other=0.0, cache_modifier=".cg")
+                scores = tl.load(
+                    stats_pointers + 1, mask=is_span, other=-1e38, cache_modifier=".cg"
+                )
+                rescale = tl.exp(scores - tl.max(scores, 0))
+                span_y = tl.load(
+                    head_values + i[:, None] * D,
+                    mask=is_span[:, None] & inside[None, :],
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                y = tl.sum(parts * grow[:, None], 0) / tl.sum(weights * grow, 0)
-                tl.store(target, y, mask=inside)
-                tl.store(done + one, 0)
+                y = tl.sum(span_y * rescale[:, None], 0) / tl.sum(weights * rescale, 0)
+                tl.store(out_pointers, y, mask=inside)
+                tl.store(spans_done + head_index, 0)
 
 
 @triton.jit
-def _largest(y, ids):
-    """Of each row of ``y`` (r, n) the largest, or NaN if there is one; and the largest number's id, of equal ones the
-    lowest."""
-    damaged = y != y
-    numbers = tl.where(damaged, float("-inf"), y)
-    best = tl.max(numbers, 1)
-    likeliest = tl.min(tl.where(numbers == best[:, None], ids, 0x7FFFFFFF), 1)
-    return tl.where(tl.max(damaged.to(tl.int32), 1) > 0, float("nan"), best), likeliest
+def _max_and_argmax(y, ids):
+    """Maximum of each row of ``y`` (r, n), NaN if the row has one, and the lowest of ``ids`` at which it is reached.
+
+    The id is that of the maximum without the NaNs.
+    """
+    is_nan = y != y
+    numbers = tl.where(is_nan, float("-inf"), y)
+    row_max = tl.max(numbers, 1)
+    argmax = tl.min(tl.where(numbers == row_max[:, None], ids, 0x7FFFFFFF), 1)
+    return tl.where(tl.max(is_nan.to(tl.int32), 1) > 0, float("nan"), row_max), argmax
 
 
 @triton.jit
 def head(
-    x, weight, bias, scale, shift, logits, best, best_ids, eps, V, R,
-    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, bias, scale, shift, logits, program_max, program_argmax, eps, V, R,
+    K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """logits (R, V) of x (R, K) normalised; and the largest of each program's, and its id (R, programs)."""
+    """logits (R, V) of x (R, K), normalized; and each program's maximum logit and its id, (R, programs)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     ids = program * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    wanted = ids < V
-    w = _tile(weight, ids, k, V, K)
-    _begin(EARLY)
+    is_token = ids < V
+    w = _load_tile(weight, ids, k, V, K)
+    _launch_next(PDL)
     s = tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32)
-    t = tl.load(shift + ids, mask=wanted, other=0.0)
-    b = tl.load(bias + ids, mask=wanted, other=0.0)
-    _wait(EARLY)
-    y = _product(x, w, s, t, b[None, :], k, eps, R, K, True, BLOCK_R)
-    y = y.to(logits.dtype.element_ty)  # what is compared is what is seen
+    t = tl.load(shift + ids, mask=is_token, other=0.0)
+    b = tl.load(bias + ids, mask=is_token, other=0.0)
+    _wait_for_previous(PDL)
+    y = _multiply(x, w, s, t, b[None, :], k, eps, R, K, True, BLOCK_R)
+    y = y.to(
+        logits.dtype.element_ty
+    )  # the argmax is taken of the rounded logits, as a caller would
     r = tl.arange(0, BLOCK_R)
-    mask = (r < R)[:, None] & wanted[None, :]
+    mask = (r < R)[:, None] & is_token[None, :]
     tl.store(logits + r[:, None] * V + ids[None, :], y, mask=mask)
-    y = tl.where(wanted[None, :], y.to(tl.float32), float("-inf"))
-    value, token = _largest(y, ids[None, :])
-    tl.store(best + r * programs + program, value, mask=r < R)
-    tl.store(best_ids + r * programs + program, token, mask=r < R)
+    y = tl.where(is_token[None, :], y.to(tl.float32), float("-inf"))
+    max_logit, argmax = _max_and_argmax(y, ids[None, :])
+    tl.store(program_max + r * programs + program, max_logit, mask=r < R)
+    tl.store(program_argmax + r * programs + program, argmax, mask=r < R)
 
 
 @triton.jit
-def finish(
-    best, best_ids, largest, likeliest, tokens, at, n, T, R,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+def finish_step(
+    program_max, program_argmax, max_logits, argmax_ids, tokens, position_ptr, programs, max_length, R,
+    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The largest of what each program of ``head`` found and its id, to this position's place in (R, T); the id as the
-    next token too, and the next position in ``at``. By one program."""
-    _wait(EARLY)
+    """Reduce the results of ``head`` (R, programs) to one maximum and one id per row, in one program.
+
+    They are written to column ``position`` of ``max_logits`` and ``argmax_ids`` (R, max_length). The ids are also
+    written to ``tokens`` (R,), as the input of the next step, and the position is increased by 1.
+    """
+    _wait_for_previous(PDL)
     r, i = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
-    mask = (r < R)[:, None] & (i < n)[None, :]
-    y = tl.load(best + r[:, None] * n + i[None, :], mask=mask, other=float("-inf"))
-    ids = tl.load(best_ids + r[:, None] * n + i[None, :], mask=mask, other=0x7FFFFFFF)
-    value, token = _largest(y, ids)
-    position = tl.load(at)
-    tl.store(largest + r * T + position, value, mask=r < R)
-    tl.store(likeliest + r * T + position, token.to(tl.int64), mask=r < R)
-    tl.store(tokens + r, token.to(tl.int64), mask=r < R)
-    tl.debug_barrier()  # all have read the position
-    tl.store(at, position + 1)
+    mask = (r < R)[:, None] & (i < programs)[None, :]
+    offsets = r[:, None] * programs + i[None, :]
+    y = tl.load(program_max + offsets, mask=mask, other=float("-inf"))
+    ids = tl.load(program_argmax + offsets, mask=mask, other=0x7FFFFFFF)
+    max_logit, argmax = _max_and_argmax(y, ids)
+    position = tl.load(position_ptr)
+    tl.store(max_logits + r * max_length + position, max_logit, mask=r < R)
+    tl.store(argmax_ids + r * max_length + position, argmax.to(tl.int64), mask=r < R)
+    tl.store(tokens + r, argmax.to(tl.int64), mask=r < R)
+    tl.debug_barrier()  # all threads have read the position
+    tl.store(position_ptr, position + 1)

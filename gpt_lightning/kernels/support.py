@@ -1,4 +1,4 @@
-"""Whether a GPU can run the kernels that are written here, in Triton: of the loss, and of decoding."""
+"""Check whether a device can run our Triton kernels."""
 
 from importlib.util import find_spec
 
@@ -6,7 +6,11 @@ import torch
 
 
 def kernels_unsupported_reason(device: torch.device) -> str | None:
-    """None where there is none: an NVIDIA GPU from Ampere on, and Triton, which comes with torch for CUDA on Linux."""
+    """Why ``device`` cannot run our Triton kernels; ``None`` if it can.
+
+    They need an NVIDIA GPU of the Ampere generation or newer, and Triton, which is installed with torch
+    for CUDA on Linux.
+    """
     if device.type != "cuda":
         return f"the model is on {device.type}"
     if find_spec("triton") is None:

@@ -1,1 +1,1 @@
-"""The model, in plain torch."""
+"""The GPT model and its loss, in plain PyTorch."""

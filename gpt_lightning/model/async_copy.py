@@ -1,21 +1,21 @@
-"""Figures that the host reads once a GPU has computed them, without waiting for what it does meanwhile."""
+"""Copies from a GPU to main memory that do not block the host until they are read."""
 
 import torch
 from torch import Tensor
 
 
 class AsyncHostCopy:
-    """A tensor on its way to main memory; on a CPU it is there, and is that tensor itself."""
+    """Asynchronous copy of a tensor to main memory. A CPU tensor is returned as it is, without a copy."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._here = tensor.to("cpu", non_blocking=True)
-        self._arrived: torch.cuda.Event | None = None
+        self._host_tensor = tensor.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
         if tensor.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tensor.device))
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> Tensor:
-        """Waits for it alone, not for what was asked of the GPU since."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._here
+        """The tensor on the host. Waits for this copy only, not for later work on the GPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host_tensor

@@ -1,4 +1,4 @@
-"""The architecture, in the book's words."""
+"""Model configuration under the book's names, and the four sizes of GPT-2."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -9,26 +9,28 @@ DROP_RATES = ("drop_rate", "attn_drop_rate", "emb_drop_rate")
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT-2 style architecture under the book's configuration keys.
+    """Architecture of a GPT-2 style model, with the book's configuration keys.
 
     Args:
-        vocab_size: Number of token ids, V in shapes.
-        context_length: Number of positions, the longest T the model can read.
-        emb_dim: Width of the residual stream, C in shapes.
+        vocab_size: Number of token ids; V in shapes.
+        context_length: Number of positions, the maximum number of tokens the model can read.
+        emb_dim: Width of the embeddings and of the residual stream; C in shapes.
         n_heads: Attention heads per block; must divide ``emb_dim``.
         n_layers: Number of transformer blocks.
-        drop_rate: Dropout after the embeddings, on the attention weights and before each shortcut.
-        attn_drop_rate: Dropout on the attention weights where it is another: with any, attention leaves its
-            fastest kernels, on a CPU by a factor of 1.5 to 4; none: drop_rate. On a CPU in bfloat16 windows up to
-            512 draw other numbers for it than torch's kernel does.
-        emb_drop_rate: Dropout after the embeddings where it differs; None: drop_rate.
-        qkv_bias: Whether the query, key and value projections have a bias (GPT-2 has, the book not).
-        tied_embeddings: Whether the output head is the token embedding (GPT-2), else it has weights of
-            its own (the book). A tied model starts from GPT-2's initial weights, an untied one from the
-            book's, torch's defaults: with those a tied head would start with logits far too large.
+        drop_rate: Dropout rate after the embeddings, on the attention weights and before each shortcut
+            (residual) connection.
+        attn_drop_rate: Dropout rate on the attention weights; ``None``: ``drop_rate``. Any rate above 0
+            disables the fastest attention kernels; on a CPU attention is then 1.5 to 4 times slower. On a
+            CPU in bfloat16, windows of up to 512 tokens draw other random numbers than torch's fused kernel.
+        emb_drop_rate: Dropout rate after the embeddings; ``None``: ``drop_rate``.
+        qkv_bias: Whether the query, key and value projections have a bias (True in GPT-2, False in the
+            book).
+        tied_embeddings: Whether the output head shares the weights of the token embedding (True in
+            GPT-2, False in the book). A tied model uses GPT-2's initialization, an untied model the
+            book's, which is torch's default: with it the initial logits of a tied head would be far too large.
 
     Raises:
-        ValueError: With the offending values, where no model of this form exists.
+        ValueError: A value is invalid, or ``emb_dim`` is not divisible by ``n_heads``.
     """
 
     vocab_size: int = 50257
@@ -46,7 +48,7 @@ class GPTConfig:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{name}: {value} is no size; give a whole number from 1")
+                raise ValueError(f"{name}: {value} is not a valid size; give a whole number from 1")
         for name in DROP_RATES:
             rate = getattr(self, name)
             if rate is not None and not 0.0 <= rate < 1.0:
@@ -68,16 +70,16 @@ class GPTConfig:
     def differences(
         self, named: Mapping[str, Any], assumed: Collection[str] = ()
     ) -> dict[str, tuple[Any, Any]]:
-        """Keys that decide the weights' names and shapes, with both values, where ``named`` has another.
+        """Keys of ``named`` whose value differs from this config: key → (own value, other value).
 
-        The dropout rates are no such keys: old weights may go on under another dropout. Nor are those of
-        ``assumed``, which were not known but guessed.
+        Only keys that determine the names and shapes of the weights are compared. The dropout rates do
+        not: weights can be used with other rates. Keys in ``assumed`` were guessed and are skipped too.
         """
-        mine = asdict(self)
+        own_values = asdict(self)
         return {
-            name: (mine[name], value)
+            name: (own_values[name], value)
             for name, value in named.items()
-            if name not in (*DROP_RATES, *assumed) and mine[name] != value
+            if name not in (*DROP_RATES, *assumed) and own_values[name] != value
         }
 
 
@@ -93,18 +95,18 @@ GPT2_SIZES: dict[str, GPTConfig] = {
     ]
 }
 
-# the names that Hugging Face and the book give the same four
-_OTHER_NAMES = {
+# names of the same four models on Hugging Face and in the book
+_ALIASES = {
     "gpt2": "gpt2-124M",
     "gpt2-small": "gpt2-124M",
     "gpt2-medium": "gpt2-355M",
     "gpt2-large": "gpt2-774M",
     "gpt2-xl": "gpt2-1558M",
 }
-GPT2_NAMES = (*GPT2_SIZES, *_OTHER_NAMES)
+GPT2_NAMES = (*GPT2_SIZES, *_ALIASES)
 
 
 def gpt2_size(name: str) -> str | None:
-    """The key of :data:`GPT2_SIZES` that a public name of GPT-2 stands for, None for any other name."""
+    """The key of :data:`GPT2_SIZES` for a public name of GPT-2; ``None`` for any other name."""
     name = name.removeprefix("openai-community/")
-    return name if name in GPT2_SIZES else _OTHER_NAMES.get(name)
+    return name if name in GPT2_SIZES else _ALIASES.get(name)

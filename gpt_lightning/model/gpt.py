@@ -1,6 +1,8 @@
-"""The book's ``GPTModel``: the same function and the same random numbers, on torch's fast kernels.
+"""GPT-2 style language model: the book's ``GPTModel``, implemented with PyTorch's fast kernels.
 
-Shapes: B batch, T tokens, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``.
+The same seed gives the same initial weights, the same logits and the same dropout as in the book.
+
+Shapes: B batch size, T tokens, C ``emb_dim``, H ``n_heads``, D = C / H, V ``vocab_size``.
 """
 
 import math
@@ -17,8 +19,8 @@ from gpt_lightning.model.kv_cache import KVCache
 class QKVProjection(nn.Linear):
     """Query, key and value projections in one matrix: ``(B, T, C)`` → ``(B, T, 3C)``.
 
-    Initial weights are drawn as the book draws them, one projection after the other, weight before
-    bias; so a seed gives the weights that it gives in the book.
+    The weights are initialized in the book's order: query, key, value, and of each the weight before
+    the bias. So a seed gives the same weights as the book's three separate layers.
     """
 
     def __init__(self, emb_dim: int, bias: bool) -> None:
@@ -27,13 +29,15 @@ class QKVProjection(nn.Linear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.in_features)
-        for third in range(3):
-            nn.init.kaiming_uniform_(self.weight.chunk(3)[third], a=math.sqrt(5))
+        for i in range(3):  # query, key, value
+            nn.init.kaiming_uniform_(self.weight.chunk(3)[i], a=math.sqrt(5))
             if self.bias is not None:
-                nn.init.uniform_(self.bias.chunk(3)[third], -bound, bound)
+                nn.init.uniform_(self.bias.chunk(3)[i], -bound, bound)
 
 
 class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention with a causal mask."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -45,19 +49,22 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """``(B, T, C)`` → ``(B, T, C)``; with a cache the T tokens follow those it holds.
+        """``(B, T, C)`` → ``(B, T, C)``.
 
-        ``mask`` says who sees whom, ``(B or 1, 1, T, length + T)``; without it the tokens see what came
-        before them and themselves.
+        Args:
+            cache: Keys and values of the previous tokens. Those of the T new tokens are appended.
+            mask: Broadcasts to ``(B, 1, T, length + T)``, where ``length`` is the number of cached tokens.
+                True, or 0 if it is a float mask, where a query (row) attends to a key (column). ``None``:
+                each token attends to itself and to all tokens before it.
         """
         B, T, C = x.shape
-        # (B, T, 3C) → three times (B, H, T, D)
+        # (B, T, 3C) → q, k and v, each (B, H, T, D)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         drop_rate = self.drop_rate if self.training else 0.0
-        if mask is None and self.training and _products_are_faster(q):
-            y = causal_attention_by_products(q, k, v, drop_rate)
+        if mask is None and self.training and _explicit_attention_is_faster(q):
+            y = explicit_causal_attention(q, k, v, drop_rate)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=mask is None and T > 1
@@ -65,21 +72,24 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-def _products_are_faster(q: Tensor) -> bool:
-    """Than torch's fused kernel, forward and backward, and where the weights' memory is small."""
+def _explicit_attention_is_faster(q: Tensor) -> bool:
+    """Whether :func:`explicit_causal_attention` is faster than torch's fused kernel in training.
+
+    It is on CPUs in bfloat16. The limit on T keeps the memory of the ``(B, H, T, T)`` weights small.
+    """
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512
 
 
-def causal_attention_by_products(q: Tensor, k: Tensor, v: Tensor, drop_rate: float) -> Tensor:
-    """``scaled_dot_product_attention`` as two products around a softmax: ``(B, H, T, D)`` each.
+def explicit_causal_attention(q: Tensor, k: Tensor, v: Tensor, drop_rate: float) -> Tensor:
+    """Causal attention as two matrix products and a softmax. Inputs and output are ``(B, H, T, D)``.
 
-    On a CPU that multiplies bfloat16 in hardware it takes a third to half the time of the fused kernel, which
-    converts to float32 block by block. It holds the weights, ``(B, H, T, T)``.
+    On a CPU with bfloat16 instructions it takes a third to half the time of torch's fused kernel, which
+    converts each block to float32. It keeps the attention weights, ``(B, H, T, T)``, in memory.
     """
     B, H, T, D = q.shape
-    unseen = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    causal_mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     scores = torch.baddbmm(
-        unseen.expand(B * H, T, T),
+        causal_mask.expand(B * H, T, T),
         q.reshape(B * H, T, D),
         k.reshape(B * H, T, D).transpose(1, 2),
         alpha=D**-0.5,
@@ -89,6 +99,8 @@ def causal_attention_by_products(q: Tensor, k: Tensor, v: Tensor, drop_rate: flo
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them: ``(B, T, C)`` → ``(B, T, 4C)`` → ``(B, T, C)``."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.layers = nn.Sequential(
@@ -102,6 +114,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Attention and feed-forward network, each with LayerNorm before it and a shortcut around it."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.att = CausalSelfAttention(config, layer)
@@ -113,16 +127,18 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
+        """``(B, T, C)`` → ``(B, T, C)``. For ``cache`` and ``mask`` see :class:`CausalSelfAttention`."""
         x = x + self.drop_shortcut(self.att(self.norm1(x), cache, mask))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
 class GPTModel(nn.Module):
-    """Token ids to logits.
+    """GPT language model: token ids ``(B, T)`` → logits ``(B, T, V)``.
 
     Attributes:
-        activation_checkpointing: Whether training keeps each block's input alone and computes the rest again in
-            the backward pass: a third more work for a fraction of the memory, with the same result.
+        activation_checkpointing: Whether training keeps only the input of each block and recomputes the
+            other activations in the backward pass. The result is the same; training needs a fraction of
+            the memory and a third more computation.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -142,10 +158,13 @@ class GPTModel(nn.Module):
             else nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         )
         if config.tied_embeddings:
-            self._initialise_as_gpt2()
+            self._init_gpt2_weights()
 
-    def _initialise_as_gpt2(self) -> None:
-        """Normal(0, 0.02), biases 0, and what feeds a shortcut narrower by √(2·n_layers) (GPT-2, 2.3)."""
+    def _init_gpt2_weights(self) -> None:
+        """GPT-2's initialization (section 2.3 of the paper): weights from N(0, 0.02), biases 0.
+
+        The standard deviation of layers whose output is added to a shortcut is divided by √(2·n_layers).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -161,19 +180,21 @@ class GPTModel(nn.Module):
         padding: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Token ids ``(B, T)`` → the last block's normalised output ``(B, T, C)``.
-
-        With a cache the T tokens take the positions after those it holds, and are added to it.
+        """Token ids ``(B, T)`` → output of the final LayerNorm ``(B, T, C)``.
 
         Args:
-            padding: ``(B,)``, how many columns at the left of each row, counted from the cache's first,
-                are no tokens. They change nothing: nobody sees them, and positions begin after them.
-            documents: ``(B, T)``, the same number for the tokens of the same document, which follow one another.
-                Each is computed as it would be alone: it sees no other, and its positions begin at 0.
-                Attention then goes through a mask, without its fastest kernels. Not with a cache or padding.
+            cache: Keys and values of the previous tokens. The T new tokens take the next positions, and
+                their keys and values are appended.
+            padding: ``(B,)``, number of padding columns at the left of each row, counted from the first
+                cached token. Padding changes no result: no token attends to it, and positions start
+                after it.
+            documents: ``(B, T)``, document number of each token; tokens of one document are adjacent.
+                Each document is computed as if it were alone: its tokens attend only to each other, and
+                its positions start at 0. This needs an attention mask, which disables the fastest
+                kernels. Not allowed together with ``cache`` or ``padding``.
 
         Raises:
-            ValueError: More positions than ``context_length``.
+            ValueError: There are more positions than ``context_length``.
         """
         assert documents is None or (cache is None and padding is None)
         start = 0 if cache is None else cache.length
@@ -186,15 +207,17 @@ class GPTModel(nn.Module):
         positions = columns[start:]
         mask = None
         if padding is not None:
-            seen = (columns <= positions[:, None]) & (columns >= padding[:, None, None])
-            itself = columns == positions[:, None]  # a padding column sees itself, not nothing
-            mask = (seen | itself)[:, None]  # (B, 1, T, length + T)
+            visible = (columns <= positions[:, None]) & (columns >= padding[:, None, None])
+            # padding attends to itself: a softmax over nothing would be NaN
+            is_self = columns == positions[:, None]
+            mask = (visible | is_self)[:, None]  # (B, 1, T, length + T)
             positions = (positions - padding[:, None]).clamp(min=0)
         elif documents is not None:
-            begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
-            same = documents[:, :, None] == documents[:, None, :]
-            mask = (same & (columns <= columns[:, None]))[:, None]  # (B, 1, T, T)
-            positions = columns - torch.where(begins, columns, 0).cummax(dim=1).values
+            is_first_token = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+            same_document = documents[:, :, None] == documents[:, None, :]
+            mask = (same_document & (columns <= columns[:, None]))[:, None]  # (B, 1, T, T)
+            document_start = torch.where(is_first_token, columns, 0).cummax(dim=1).values
+            positions = columns - document_start
         elif start and end - start > 1:
             mask = columns <= positions[:, None]  # (T, length + T)
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))
@@ -215,7 +238,7 @@ class GPTModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """``(V, C)``, whose product with the features are the logits."""
+        """Weight of the output head, ``(V, C)``: logits = features @ weight.T."""
         if self.out_head is None:
             return self.tok_emb.weight
         assert isinstance(self.out_head, nn.Linear)
@@ -224,5 +247,5 @@ class GPTModel(nn.Module):
     def forward(
         self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
-        """Token ids ``(B, T)`` → logits ``(B, T, V)`` of each position's next token."""
+        """Token ids ``(B, T)`` → logits ``(B, T, V)`` of the next token at each position."""
         return self.head(self.features(idx, cache, documents=documents))

@@ -1,8 +1,8 @@
-"""Peak FLOP/s and memory of GPUs, from the makers' data sheets."""
+"""Peak FLOP/s and memory of GPUs, from the vendors' data sheets."""
 
 import re
 
-# dense 16-bit matrix products, FLOP/s, from the makers' data sheets; by what torch calls the device
+# FLOP/s of dense 16-bit matrix products; the keys occur in torch's device names
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -19,8 +19,8 @@ PEAKS = {
     "RTX 3090": 71e12,
 }
 OLDER_THAN_AMPERE = ("V100", "T4")
-# bytes, from the same; the A100, H100 and V100 with most. Of the gibibytes that the makers sell as GB, 7 % are
-# left out: CUDA itself and gaps take them
+# bytes; of the A100, H100 and V100 the largest model. Vendors' GB are counted as 10⁹ bytes although they are
+# GiB: CUDA itself and fragmentation take the difference of 7 %
 MEMORY = {
     "B200": 180e9,
     "H200": 141e9,
@@ -37,13 +37,16 @@ MEMORY = {
     "RTX 3090": 24e9,
 }
 
-# a word in a device's name that makes it less than the card without: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
-_LESS = re.compile(r"\b(MIG|NVL|Laptop|D)\b")
+# words in a device name that stand for a smaller variant: "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+_SMALLER_VARIANT = re.compile(r"\b(MIG|NVL|Laptop|D)\b")
 
 
 def gpu_value(table: dict[str, float], name: str) -> float | None:
-    """A table's entry by what torch calls the device, in whole words: an L40 is no L4, a slice no whole card."""
+    """Entry of ``table`` for torch's device name; ``None`` for an unknown device or a smaller variant.
+
+    Whole words are compared, so an L40 is not an L4, and a MIG slice is not a full GPU.
+    """
     key = next((key for key in table if re.search(rf"\b{key}\b", name)), None)
-    if key is None or set(_LESS.findall(name)) - set(_LESS.findall(key)):
+    if key is None or set(_SMALLER_VARIANT.findall(name)) - set(_SMALLER_VARIANT.findall(key)):
         return None
     return table[key]

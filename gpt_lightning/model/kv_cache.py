@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far. The caller owns them, so the model stays stateless."""
+"""Key/value cache for generation. The caller owns it, so the model stays stateless."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,26 @@ from gpt_lightning.model.config import GPTConfig
 
 @dataclass
 class KVCache:
-    """Preallocated keys and values of every block, of which the first ``length`` positions are filled.
+    """Preallocated keys and values of every block. The first ``length`` positions are filled.
+
+    Shapes: B batch, H heads, T new tokens, D = ``emb_dim`` / H.
 
     Attributes:
-        keys: Of each block ``(B, n_heads, T_max, emb_dim / n_heads)``. Memory of its own for each, for a compiler
-            would write anew what they shared.
-        values: As ``keys``.
-        length: Positions filled; :class:`~gpt_lightning.model.gpt.GPTModel` advances it.
-        at: ``(1,)``, where the next token goes, on the device; none: at ``length``. With it nothing in a step
-            depends on a number of Python's, as a CUDA graph needs, and ``width`` positions are handed out,
-            filled or not: a mask must hide the others.
-        width: See ``at``.
+        keys: One tensor per block, ``(B, H, max_length, D)``. The tensors do not share memory: a compiler
+            would copy shared memory as a whole when one block writes to it.
+        values: Same shapes as ``keys``.
+        length: Number of filled positions; :class:`~gpt_lightning.model.gpt.GPTModel` advances it.
+        position: ``(1,)``, the position of the next token, as a tensor on the device; ``None``: the
+            position is ``length``. With it no step depends on a Python number, as a CUDA graph
+            requires. :meth:`append` then returns the first ``width`` positions, filled or not, and the
+            caller must mask the unfilled ones.
+        width: Number of positions that :meth:`append` returns if ``position`` is set.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = 0
-    at: Tensor | None = None
+    position: Tensor | None = None
     width: int = 0
 
     @classmethod
@@ -38,7 +41,7 @@ class KVCache:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> "KVCache":
-        """An empty cache for ``max_length`` positions, of which no more than the context are kept."""
+        """An empty cache for ``max_length`` positions, but never for more than ``context_length``."""
         head_dim = config.emb_dim // config.n_heads
         max_length = min(max_length, config.context_length)
         shape = (batch_size, config.n_heads, max_length, head_dim)
@@ -53,7 +56,7 @@ class KVCache:
         return self.keys[0].shape[2]
 
     def repeat(self, times: int) -> "KVCache":
-        """A cache with each row of the batch ``times`` times, one after the other."""
+        """A copy in which each row of the batch appears ``times`` times in succession."""
         return KVCache(
             [keys.repeat_interleave(times, dim=0) for keys in self.keys],
             [values.repeat_interleave(times, dim=0) for values in self.values],
@@ -61,18 +64,18 @@ class KVCache:
         )
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one block's ``(B, H, T, D)`` after ``length``; return all its ``(B, H, length + T, D)``.
+        """Store new keys and values ``(B, H, T, D)`` of one block; return all ``(B, H, length + T, D)``.
 
-        ``length`` itself moves only when every block has stored its part. Where ``at`` is given, T is 1, and
-        what returns is ``(B, H, width, D)``.
+        ``length`` does not change: the model advances it after the last block. If ``position`` is set, T must
+        be 1 and the returned shape is ``(B, H, width, D)``.
         """
-        own = self.keys[layer], self.values[layer]
-        if self.at is not None:
-            for mine, new in zip(own, (keys, values), strict=True):
-                mine.index_copy_(2, self.at, new.to(mine.dtype))
-            return own[0][:, :, : self.width], own[1][:, :, : self.width]
+        cached_keys, cached_values = self.keys[layer], self.values[layer]
+        if self.position is not None:
+            cached_keys.index_copy_(2, self.position, keys.to(cached_keys.dtype))
+            cached_values.index_copy_(2, self.position, values.to(cached_values.dtype))
+            return cached_keys[:, :, : self.width], cached_values[:, :, : self.width]
         end = self.length + keys.shape[2]
         assert end <= self.max_length, f"{end} positions do not fit a cache of {self.max_length}"
-        own[0][:, :, self.length : end] = keys
-        own[1][:, :, self.length : end] = values
-        return own[0][:, :, :end], own[1][:, :, :end]
+        cached_keys[:, :, self.length : end] = keys
+        cached_values[:, :, self.length : end] = values
+        return cached_keys[:, :, :end], cached_values[:, :, :end]

@@ -1,7 +1,7 @@
-"""Next-token cross-entropy, whole or without ever holding all logits.
+"""Cross-entropy loss of the next token, optionally in chunks so that the logits are never all in memory.
 
-N tokens (B × T), C ``emb_dim``, V ``vocab_size``. The logits of N tokens are the largest tensor of a training
-step: at B 4, T 1024 they take 0.8 GB in float32, and as much again for their gradient.
+Symbols: N tokens (B × T), C ``emb_dim``, V ``vocab_size``. The logits are the largest tensor of a training
+step: at B 4, T 1024 and GPT-2's V they take 0.8 GB in float32, and their gradient takes as much again.
 """
 
 import logging
@@ -21,7 +21,7 @@ PAD_VOCABULARY_TO = 64
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats a token: logits ``(B, T, V)``, targets ``(B, T)`` → scalar."""
+    """Mean negative log-likelihood in nats per token: logits ``(B, T, V)``, targets ``(B, T)`` → scalar."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -33,25 +33,27 @@ def chunked_cross_entropy(
     *,
     pad_vocabulary: bool = False,
 ) -> Tensor:
-    """:func:`cross_entropy` of ``features @ weight.T``, of ``chunk_size`` tokens at a time.
+    """:func:`cross_entropy` of the logits ``features @ weight.T``, computed ``chunk_size`` tokens at a time.
 
-    The gradients are computed in the forward pass, where a chunk's logits are at hand, so no logits are kept
-    and none computed twice. It can be differentiated once, by what its scalar is scaled with.
+    The forward pass also computes the gradients, while the logits of a chunk are in memory. So no logits
+    are kept or computed twice. Higher derivatives are not supported.
 
     Args:
-        features: ``(B, T, C)``, the model's last norm.
-        weight: ``(V, C)``, the head's.
+        features: ``(B, T, C)``, output of the model's final norm.
+        weight: ``(V, C)``, the output head.
         targets: ``(B, T)``.
-        chunk_size: Tokens whose logits are held, ``(chunk_size, V)``, in float32 (float64 where the model is), unless
-            a kernel takes them as they are.
-        pad_vocabulary: Whether the product is computed with V rounded up to a multiple of 64, which GPUs
-            are faster at. The extra rows have no probability and no gradient.
+        chunk_size: Number of tokens whose logits are in memory at once, ``(chunk_size, V)``. The loss is
+            computed from them in float32 (float64 for a float64 model), in a copy unless the Triton kernel runs.
+        pad_vocabulary: Whether to round V up to a multiple of 64 in the matrix product, which is faster
+            on GPUs. The padded columns have probability 0 and no gradient.
     """
     dtype = features.dtype
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
     if dtype == torch.float16:
-        dtype = torch.float32  # gradients of a mean are too small for it before they are scaled
+        dtype = (
+            torch.float32
+        )  # float16 cannot represent the small gradients of a mean before loss scaling
     if not torch.is_grad_enabled():
         features, weight = features.detach(), weight.detach()
     loss: Tensor = _ChunkedCrossEntropy.apply(
@@ -67,7 +69,7 @@ def chunked_cross_entropy(
 
 @cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """For a chunk on a GPU; none where it cannot be."""
+    """The Triton kernel for the loss of one chunk; ``None`` if the device cannot run it."""
     if kernels_unsupported_reason(device):
         return None
     try:
@@ -75,17 +77,19 @@ def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
 
         target = torch.zeros(1, dtype=torch.int64, device=device)
         loss_and_gradient_(torch.zeros(1, 8, device=device), target, 8, 1.0)
-    except Exception as error:  # of a compiler or what it needs, of many kinds
+    except Exception as error:  # the compiler and its tools raise errors of many types
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(
-            f"loss_chunk_size: the kernel of a chunk could not be compiled ({cause}); "
-            "the loss is computed without, slower"
+            f"loss_chunk_size: the Triton kernel could not be compiled ({cause}); "
+            "the loss is computed without it, which is slower"
         )
         return None
     return loss_and_gradient_
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Autograd function of :func:`chunked_cross_entropy` on features ``(N, C)`` and targets ``(N,)``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -97,44 +101,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         N, V = len(features), len(weight)
-        wants = ctx.needs_input_grad[:2]
-        kernel = None if dtype == torch.float64 else _kernel(features.device)  # it adds in float32
+        needs_grad = ctx.needs_input_grad[:2]
+        # the kernel accumulates in float32, which is not enough for float64
+        kernel = None if dtype == torch.float64 else _kernel(features.device)
         with torch.autocast(features.device.type, enabled=False):
             x, w = features.to(dtype), weight.to(dtype)
             if pad_vocabulary and V % PAD_VOCABULARY_TO:
                 w = F.pad(w, (0, 0, 0, -V % PAD_VOCABULARY_TO))
-            precise = torch.promote_types(dtype, torch.float32)
-            total = torch.zeros((), dtype=precise, device=x.device)
-            grad_x = torch.empty_like(features) if wants[0] else None
-            # of many chunks, which 16 bits would round to their sum one by one
-            sums = torch.promote_types(weight.dtype, torch.float32)
-            grad_w = torch.zeros(w.shape, dtype=sums, device=w.device) if wants[1] else None
-            # one memory for all chunks: that of each anew would be handed out page by page on a CPU
-            memory = x.new_empty(min(chunk_size, N), len(w))
+            loss_dtype = torch.promote_types(dtype, torch.float32)
+            total = torch.zeros((), dtype=loss_dtype, device=x.device)
+            grad_x = torch.empty_like(features) if needs_grad[0] else None
+            # accumulated over many chunks, so in float32 at least: in 16 bits each addition would round
+            grad_w_dtype = torch.promote_types(weight.dtype, torch.float32)
+            grad_w = (
+                torch.zeros(w.shape, dtype=grad_w_dtype, device=w.device) if needs_grad[1] else None
+            )
+            # all chunks share one buffer: on a CPU, each new one would cost a page fault per page
+            buffer = x.new_empty(min(chunk_size, N), len(w))
             for start in range(0, N, chunk_size):
-                part = slice(start, min(start + chunk_size, N))
-                logits = torch.mm(x[part], w.t(), out=memory[: part.stop - start])
-                if kernel is not None:  # the logits become their gradient
-                    total += kernel(logits, targets[part], V, 1 / N, gradient=any(wants))
-                    _add_gradients(logits, x[part], w, grad_x, grad_w, part)
+                chunk = slice(start, min(start + chunk_size, N))
+                logits = torch.mm(x[chunk], w.t(), out=buffer[: chunk.stop - start])
+                if kernel is not None:  # it replaces the logits by their gradient, in place
+                    total += kernel(logits, targets[chunk], V, 1 / N, gradient=any(needs_grad))
+                    _add_gradients(logits, x[chunk], w, grad_x, grad_w, chunk)
                     continue
-                logits = logits.to(precise)
+                logits = logits.to(loss_dtype)
                 logits[:, V:] = -torch.inf
-                target = targets[part, None]
-                of_target = logits.gather(1, target)
-                largest = logits.amax(dim=-1, keepdim=True)
-                powers = logits.sub_(
-                    largest
-                ).exp_()  # in place, for the logits are larger than a cache
-                z = powers.sum(dim=-1, keepdim=True)
-                total += (z.log() + largest - of_target).sum()
-                if not any(wants):
+                target = targets[chunk, None]
+                target_logit = logits.gather(1, target)
+                max_logit = logits.amax(dim=-1, keepdim=True)
+                # in place, because the logits do not fit into the CPU's cache
+                exps = logits.sub_(max_logit).exp_()
+                z = exps.sum(dim=-1, keepdim=True)
+                total += (z.log() + max_logit - target_logit).sum()
+                if not any(needs_grad):
                     continue
-                # softmax less the one that was right, over N: the gradient by the logits
-                grad = powers.div_(z * N)
+                # gradient by the logits: (softmax - one_hot(target)) / N
+                grad = exps.div_(z * N)
                 grad.scatter_add_(1, target, grad.new_full((1, 1), -1 / N).expand_as(target))
                 grad = grad.to(dtype)
-                _add_gradients(grad, x[part], w, grad_x, grad_w, part)
+                _add_gradients(grad, x[chunk], w, grad_x, grad_w, chunk)
         ctx.save_for_backward(grad_x, None if grad_w is None else grad_w[:V].to(weight.dtype))
         return total / N
 
@@ -145,21 +151,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_gradients(
-    by_logits: Tensor,
+    grad_logits: Tensor,
     x: Tensor,
     w: Tensor,
     grad_x: Tensor | None,
     grad_w: Tensor | None,
-    part: slice,
+    chunk: slice,
 ) -> None:
+    """Write the chunk's rows of ``grad_x``, and add the chunk's share to ``grad_w``."""
     if grad_x is not None:
-        grad_x[part] = by_logits @ w
+        grad_x[chunk] = grad_logits @ w
     if grad_w is None:
         return
     if grad_w.is_cuda and grad_w.dtype != x.dtype:
-        # a GPU's product adds in float32 what it multiplies in bfloat16
-        torch.addmm(grad_w, by_logits.t(), x, out_dtype=grad_w.dtype, out=grad_w)
+        # on a GPU, a product of 16-bit matrices can accumulate in float32
+        torch.addmm(grad_w, grad_logits.t(), x, out_dtype=grad_w.dtype, out=grad_w)
     elif grad_w.dtype == x.dtype:
-        grad_w.addmm_(by_logits.t(), x)
+        grad_w.addmm_(grad_logits.t(), x)
     else:
-        grad_w += by_logits.t() @ x
+        grad_w += grad_logits.t() @ x

@@ -1,7 +1,8 @@
-"""Lightning's names of precisions, and the dtypes they mean."""
+"""Lightning's precision names and the dtypes that they stand for."""
 
 import torch
 
+# name: (dtype of the weights, autocast dtype or None)
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
     "bf16-mixed": (torch.float32, torch.bfloat16),
@@ -10,5 +11,5 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "16-true": (torch.float16, None),
     "64-true": (torch.float64, None),
 }
-# those that Lightning takes with FSDP2
+# the precisions that Lightning supports with FSDP2
 SHARDED_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")

@@ -227,7 +227,7 @@ def _attention_matrix_bytes(shape: StepShape) -> int:
 
 
 def _attends_by_products(shape: StepShape) -> bool:
-    """Whether ``causal_attention_by_products`` runs: on a CPU, for short windows in bfloat16."""
+    """Whether ``explicit_causal_attention`` runs: on a CPU, for short windows in bfloat16."""
     dtype, low = PRECISIONS[shape.precision]
     return shape.device == "cpu" and (low or dtype) == torch.bfloat16 and shape.length <= 512
 

@@ -1,4 +1,4 @@
-"""The step of fixed shapes, which a GPU replays as a graph, gives what the plain path gives."""
+"""The decoding step that a CUDA graph replays gives the same results as the eager model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.generation import cuda_graph as decoding_step
-from gpt_lightning.generation import engine as generate_module
+from gpt_lightning.generation import cuda_graph, engine
 from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, padded_length
 from gpt_lightning.generation.engine import DecodeBackend, stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, multinomial_no_sync
@@ -33,7 +32,7 @@ def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def streamed(model: GPTModel, n: int = 60, **settings: Any) -> list[list[int]]:
+def stream_table(model: GPTModel, n: int = 60, **settings: Any) -> list[list[int]]:
     prompts = settings.pop("prompts", PROMPTS)
     steps = list(stream_ids(model, prompts, n, **{"sampling": SamplingParams(), **settings}))
     return torch.stack(steps, dim=1).tolist()
@@ -42,31 +41,33 @@ def streamed(model: GPTModel, n: int = 60, **settings: Any) -> list[list[int]]:
 @pytest.mark.parametrize("lengths", [[3], [3, 3], [1, 3, 2]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_logits_are_the_plain_paths(
+def test_step_logits_equal_the_models(
     monkeypatch: pytest.MonkeyPatch, model: GPTModel, lengths: list[int], dtype: torch.dtype
 ) -> None:
-    """From the prompt to the last position of the context, over four widths, with padding and without."""
-    monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
-    exact = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
-    own = GPTModel(CONFIG).to(dtype).eval()
-    own.load_state_dict(model.state_dict())
+    """From the prompt to the last position of the context, in four widths, with and without padding."""
+    monkeypatch.setattr(cuda_graph, "FIRST_WIDTH", 8)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
+    model_copy = GPTModel(CONFIG).to(dtype).eval()
+    model_copy.load_state_dict(model.state_dict())
     rows, width = len(lengths), max(lengths)
     ids = torch.randint(101, (rows, 48), generator=make_generator(7))
     padding = None if len(set(lengths)) == 1 else torch.tensor([width - n for n in lengths])
     caches = [KVCache.allocate(CONFIG, rows, 48, dtype=dtype) for _ in range(2)]
     for cache in caches:
         for tensor in (*cache.keys, *cache.values):
-            tensor.fill_(torch.nan)  # what memory holds that nobody wrote
-        own.features(ids[:, :width], cache, padding)
-    plain, fixed = caches
-    step = GraphedDecodeStep(own, fixed, padding)
+            tensor.fill_(torch.nan)  # uninitialized memory may contain NaN
+        model_copy.features(ids[:, :width], cache, padding)
+    eager_cache, step_cache = caches
+    step = GraphedDecodeStep(model_copy, step_cache, padding)
     for at in range(width, 48):
-        expected = own.head(own.features(ids[:, at : at + 1], plain, padding)[:, -1])
-        found = step(ids[:, at])
-        assert fixed.length == plain.length == at + 1
-        torch.testing.assert_close(found, expected, atol=exact, rtol=exact)
-        assert torch.equal(step.largest, found.amax(dim=-1))
-        assert torch.equal(step.likeliest, found.argmax(dim=-1))
+        expected = model_copy.head(
+            model_copy.features(ids[:, at : at + 1], eager_cache, padding)[:, -1]
+        )
+        logits = step(ids[:, at])
+        assert step_cache.length == eager_cache.length == at + 1
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(step.max_logits, logits.amax(dim=-1))
+        assert torch.equal(step.argmax_ids, logits.argmax(dim=-1))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,14 +82,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_tokens_are_the_plain_paths(
+def test_step_tokens_equal_eager_tokens(
     monkeypatch: pytest.MonkeyPatch, model: GPTModel, name: str
 ) -> None:
-    """Prompts of 1, 5 and 13 tokens together, on past the context of 48, where the window slides."""
-    expected = streamed(model, **SETTINGS[name], generator=make_generator(5))
-    monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
+    """Prompts of 1, 5 and 13 tokens in one batch, generated beyond the context of 48."""
+    expected = stream_table(model, **SETTINGS[name], generator=make_generator(5))
+    monkeypatch.setattr(cuda_graph, "FIRST_WIDTH", 8)
     assert (
-        streamed(model, **SETTINGS[name], generator=make_generator(5), backend="cuda_graph")
+        stream_table(model, **SETTINGS[name], generator=make_generator(5), backend="cuda_graph")
         == expected
     )
     if name == "eos":
@@ -99,28 +100,28 @@ def test_tokens_are_the_plain_paths(
 
 
 @pytest.mark.parametrize("at", [0, 3, 40])
-@pytest.mark.parametrize("every", [1, 64])
-def test_damaged_logits_are_refused_with_their_step(
-    monkeypatch: pytest.MonkeyPatch, model: GPTModel, at: int, every: int
+@pytest.mark.parametrize("interval", [1, 64])
+def test_error_of_nan_logits_names_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, model: GPTModel, at: int, interval: int
 ) -> None:
-    """On a GPU one looks at many steps at once; the number is still the first's."""
-    made = generate_module._Finite
-    monkeypatch.setattr(generate_module, "_Finite", lambda *_, **__: made(every))
-    damaged = GPTModel(CONFIG).eval()
-    damaged.load_state_dict(model.state_dict())
+    """Also when many steps are checked at once, as on a GPU."""
+    check = engine._FiniteLogitsCheck
+    monkeypatch.setattr(engine, "_FiniteLogitsCheck", lambda **_: check(interval))
+    broken_model = GPTModel(CONFIG).eval()
+    broken_model.load_state_dict(model.state_dict())
     with torch.no_grad():
-        damaged.pos_emb.weight[2 + at] = torch.nan
+        broken_model.pos_emb.weight[2 + at] = torch.nan
     with pytest.raises(ValueError, match=rf"logits: .*\(new token {at}\)"):
-        streamed(damaged, 44, prompts=[[3, 1, 4]], backend="cuda_graph")
+        stream_table(broken_model, 44, prompts=[[3, 1, 4]], backend="cuda_graph")
 
 
-def test_a_step_that_was_asked_for_runs_under_autocast(model: GPTModel) -> None:
+def test_step_runs_under_autocast(model: GPTModel) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        expected = streamed(model, 5)
-        assert streamed(model, 5, backend="cuda_graph") == expected
+        expected = stream_table(model, 5)
+        assert stream_table(model, 5, backend="cuda_graph") == expected
 
 
-def test_draws_are_torchs() -> None:
+def test_draws_without_sync_equal_torch_multinomial() -> None:
     p = (torch.randn(300, 40, generator=make_generator(1)) * 2).softmax(dim=-1)
     p[:, 7] = 0
     expected = torch.multinomial(p, 1, generator=make_generator(2)).squeeze(1)
@@ -131,12 +132,11 @@ def test_cache_lengths_are_aligned() -> None:
     assert [padded_length(n) for n in (1, 64, 65, 1000)] == [64, 64, 128, 1024]
 
 
-# --- capturing, with a stand-in for CUDA's graphs ---------------------------------------------------
+# --- capture, with a fake CUDA graph ---------------------------------------------------
 
 
-class Graph:
-    """Captures as CUDA does: what is launched meanwhile is remembered and not done; a replay does it,
-    into the same memory."""
+class FakeGraph:
+    """Fake CUDA graph: a capture has no effect on memory; a replay runs the step and writes the same tensors."""
 
     step: GraphedDecodeStep
     captures = 0
@@ -144,81 +144,83 @@ class Graph:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        Graph.captures += 1
-        static = self.step._static
-        assert static.at is not None
-        written = (static.at, self.step._tokens, *static.keys, *static.values)
-        kept = [tensor.clone() for tensor in written]
+        FakeGraph.captures += 1
+        cache = self.step._static_cache
+        assert cache.position is not None
+        written = (cache.position, self.step._tokens, *cache.keys, *cache.values)
+        copies = [tensor.clone() for tensor in written]
         yield
-        for tensor, before in zip(written, kept, strict=True):
+        for tensor, before in zip(written, copies, strict=True):
             tensor.copy_(before)
 
     def replay(self) -> None:
-        Graph.replays += 1
-        assert self.step._found is not None
-        self.step._found.copy_(self.step._forward())
+        FakeGraph.replays += 1
+        assert self.step._graph_logits is not None
+        self.step._graph_logits.copy_(self.step._forward())
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    make = GraphedDecodeStep.__init__
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
+    original_init = GraphedDecodeStep.__init__
 
-    def made(self: GraphedDecodeStep, *arguments: Any, **settings: Any) -> None:
-        make(self, *arguments, **settings)
-        Graph.step = self
+    def init(self: GraphedDecodeStep, *arguments: Any, **settings: Any) -> None:
+        original_init(self, *arguments, **settings)
+        FakeGraph.step = self
 
-    monkeypatch.setattr(GraphedDecodeStep, "__init__", made)
-    for module in (generate_module, decoding_step):
+    monkeypatch.setattr(GraphedDecodeStep, "__init__", init)
+    for module in (engine, cuda_graph):
         monkeypatch.setattr(module, "cuda_graph_unsupported_reason", lambda model: None)
-    monkeypatch.setattr(decoding_step, "FIRST_WIDTH", 8)
+    monkeypatch.setattr(cuda_graph, "FIRST_WIDTH", 8)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.capture())
-    monkeypatch.setattr(decoding_step, "_capture_stream", lambda device: None)
-    monkeypatch.setattr(Graph, "captures", 0)
-    monkeypatch.setattr(Graph, "replays", 0)
-    return Graph
+    monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: None)
+    monkeypatch.setattr(FakeGraph, "captures", 0)
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+    return FakeGraph
 
 
-def test_replayed_steps_are_the_plain_ones(model: GPTModel, request: pytest.FixtureRequest) -> None:
+def test_replayed_steps_equal_eager_steps(model: GPTModel, request: pytest.FixtureRequest) -> None:
     settings = {"num_samples": 2}
-    expected = streamed(model, **settings)
+    expected = stream_table(model, **settings)
     graphs = request.getfixturevalue("graphs")
-    assert streamed(model, **settings) == expected
-    # positions 13 to 47 in widths 16, 32, 48: the first step of each runs and is captured
+    assert stream_table(model, **settings) == expected
+    # positions 13 to 47 in widths 16, 32, 48: the first step of each width runs eagerly
     assert (graphs.captures, graphs.replays) == (3, 35 - 3)
 
 
-def test_without_a_capture_it_goes_on_and_says_so_once(
+@pytest.mark.usefixtures("messages")
+def test_failed_capture_warns_once_and_decoding_continues(
     model: GPTModel,
-    graphs: type[Graph],
+    graphs: type[FakeGraph],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    expected = streamed(model)
-    decoding_step._say_once.cache_clear()
+    expected = stream_table(model)
+    cuda_graph._warn_once.cache_clear()
 
     @contextlib.contextmanager
-    def fails(graph: Graph, **_: Any) -> Iterator[None]:
+    def fails(graph: FakeGraph, **_: Any) -> Iterator[None]:
         raise RuntimeError("CUDA error: operation not permitted\nmore lines")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
     capsys.readouterr()
-    assert streamed(model) == expected
-    assert streamed(model) == expected
+    assert stream_table(model) == expected
+    assert stream_table(model) == expected
     assert capsys.readouterr().err == (
         "gpt_lightning: generate: the step could not be captured as a CUDA graph "
-        "(CUDA error: operation not permitted); it runs without, slower\n"
+        "(CUDA error: operation not permitted); decoding continues without it, more slowly\n"
     )
 
 
-def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing on a CPU; on a GPU no hooks, no autocast."""
-    assert decoding_step.cuda_graph_unsupported_reason(model) == "the model is on cpu"
+def test_capture_is_refused_on_cpu_with_hooks_or_autocast(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cuda_graph.cuda_graph_unsupported_reason(model) == "the model is on cpu"
 
     class OnCuda:
         device = torch.device("cuda")
@@ -226,30 +228,31 @@ def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatc
     other = GPTModel(CONFIG)
     del other.tok_emb.weight
     other.tok_emb.weight = OnCuda()  # type: ignore[assignment]
-    assert decoding_step.cuda_graph_unsupported_reason(other) is None
+    assert cuda_graph.cuda_graph_unsupported_reason(other) is None
     with _autocast(monkeypatch):
-        assert decoding_step.cuda_graph_unsupported_reason(other) == "autocast is on"
+        assert cuda_graph.cuda_graph_unsupported_reason(other) == "autocast is on"
     other.trf_blocks[0].register_forward_pre_hook(lambda *_: None)
-    assert decoding_step.cuda_graph_unsupported_reason(other) == "it has hooks"
+    assert cuda_graph.cuda_graph_unsupported_reason(other) == "it has hooks"
 
 
-def test_a_graph_that_was_asked_for_and_cannot_be_is_said(
+@pytest.mark.usefixtures("messages")
+def test_requested_graph_on_a_cpu_warns_once(
     model: GPTModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    decoding_step._say_once.cache_clear()
-    streamed(model)
+    cuda_graph._warn_once.cache_clear()
+    stream_table(model)
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        streamed(model, backend="cuda_graph")
+        stream_table(model, backend="cuda_graph")
     assert capsys.readouterr().err == (
         "gpt_lightning: generate: the step could not be captured as a CUDA graph (the model is on cpu); "
-        "it runs without, slower\n"
+        "decoding continues without it, more slowly\n"
     )
 
 
 @contextlib.contextmanager
 def _autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch turns CUDA's autocast off where there is no CUDA."""
+    """Fake CUDA autocast: torch disables the real one on a machine without CUDA."""
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         yield
@@ -266,15 +269,16 @@ def _autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         *(("fused", n) for n in ("greedy", "one prompt", "more than the context", "stopped")),
     ],
 )
-def test_graphs_on_a_gpu_give_the_plain_tokens(
+@pytest.mark.usefixtures("messages")
+def test_backends_on_a_gpu_give_eager_tokens(
     capsys: pytest.CaptureFixture[str], model: GPTModel, backend: DecodeBackend, name: str
 ) -> None:
-    own = GPTModel(CONFIG).cuda().eval()
-    own.load_state_dict(model.state_dict())
-    decoding_step._say_once.cache_clear()
-    found = streamed(own, **SETTINGS[name], backend=backend)
+    model_copy = GPTModel(CONFIG).cuda().eval()
+    model_copy.load_state_dict(model.state_dict())
+    cuda_graph._warn_once.cache_clear()
+    tokens = stream_table(model_copy, **SETTINGS[name], backend=backend)
     assert capsys.readouterr().err == ""
-    assert streamed(own, **SETTINGS[name], backend="eager") == found
+    assert stream_table(model_copy, **SETTINGS[name], backend="eager") == tokens
 
 
 @pytest.mark.gpu
@@ -283,12 +287,12 @@ def test_graphs_on_a_gpu_give_the_plain_tokens(
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(), SamplingParams(1.0, top_k=20, top_p=0.9, min_p=0.01)]
 )
-def test_steps_on_a_gpu_do_not_wait(
+def test_steps_on_a_gpu_do_not_synchronize(
     model: GPTModel, sampling: SamplingParams, backend: DecodeBackend
 ) -> None:
-    own = GPTModel(CONFIG).cuda().eval()
-    own.load_state_dict(model.state_dict())
-    steps = stream_ids(own, [[3, 1, 4]], 40, sampling, backend=backend)
+    model_copy = GPTModel(CONFIG).cuda().eval()
+    model_copy.load_state_dict(model.state_dict())
+    steps = stream_ids(model_copy, [[3, 1, 4]], 40, sampling, backend=backend)
     for _ in range(4):
         next(steps)
     try:

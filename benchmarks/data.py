@@ -231,7 +231,7 @@ def main() -> None:
         print(f"{what} opening: {one['seconds']:.3f} s, {one['mb']:.1f} MB")
     peak = {name: run.peak_mb for name, run in runs.items()}
     slope = (peak["2"] - peak["2, half the text"]) / ((size - half_size) / 1000)
-    bars = [
+    targets = [
         at_most("memory: GB at most", max(peak.values()) / 1000, 1.0),
         at_most("memory: MB more for each GB of text", slope, 10.0),
         at_least("speed: two workers / one", ratio(turns["1"], turns["2"]), 1.6),
@@ -243,7 +243,7 @@ def main() -> None:
     print(json.dumps({"benchmark": "data", "machine": description("tiktoken", "numpy"), "megabytes": size,
                       "tokens": tokens, "runs": {name: run._asdict() for name, run in runs.items()},
                       "turns": [{name: run._asdict() for name, run in pair.items()} for pair in pairs],
-                      "opening": opened, "bars": bars}))  # fmt: skip
+                      "opening": opened, "targets": targets}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Decoding in benchmarks/gpu.py: greedy, bfloat16, from a prompt on; the step plain, as a graph of torch's kernels, or
-of our own."""
+"""Decoding in benchmarks/gpu.py: greedy, in bfloat16, with each decode backend, and of transformers."""
 
 import math
 import statistics
@@ -15,7 +14,7 @@ from gpt_lightning.generation.engine import DecodeBackend, stream_ids
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.kv_cache import KVCache
 
-PROMPT, NEW, WARM = 64, 192, 8  # the first WARM new tokens prefill, warm up and capture
+PROMPT, NEW, WARM_UP = 64, 192, 8  # the first WARM_UP new tokens include prefill and capture
 REPEATS = 3
 
 
@@ -38,29 +37,30 @@ def measure(
     prompt: int,
     new: int,
 ) -> dict[str, Any]:
-    """Tokens a second of all rows: after the first WARM, and of whole calls, medians of REPEATS."""
+    """Tokens/s of all rows, after the warm-up and of whole calls: medians of REPEATS."""
     model = ours(config, device, torch.bfloat16)
     ids = prompts(config, batch, prompt).tolist()
     steady, whole = [], []
     for repeat in range(REPEATS + 1):
         synchronize(device)
-        began, reached = time.perf_counter(), {}
+        start, reached = time.perf_counter(), {}
         for i, _ in enumerate(stream_ids(model, ids, new, SamplingParams(), backend=backend), 1):
-            if i in (WARM, new):
+            if i in (WARM_UP, new):
                 synchronize(device)
                 reached[i] = time.perf_counter()
-        ended = time.perf_counter()  # it has let go of its graph, which takes milliseconds
+        ended = time.perf_counter()  # after the graph is freed, which takes milliseconds
         if repeat:
-            steady.append(batch * (new - WARM) / (reached[new] - reached[WARM]))
-            whole.append(batch * new / (ended - began))
-    found = rates(steady, whole) | peak_memory(device)  # before a float32 model is held beside it
-    return found | deviation(config, device, batch, backend, prompt)
+            steady.append(batch * (new - WARM_UP) / (reached[new] - reached[WARM_UP]))
+            whole.append(batch * new / (ended - start))
+    # before the float32 model of the comparison is allocated
+    metrics = rates(steady, whole) | peak_memory(device)
+    return metrics | deviation(config, device, batch, backend, prompt)
 
 
 def transformers(
     config: GPTConfig, device: torch.device, batch: int, prompt: int, new: int
 ) -> dict[str, Any]:
-    """The same of GPT2LMHeadModel.generate; what its first WARM tokens take is measured apart."""
+    """The same for GPT2LMHeadModel.generate. The time of its first WARM_UP tokens is measured separately."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
@@ -79,7 +79,7 @@ def transformers(
 
     def seconds(tokens: int) -> float:
         synchronize(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         with torch.inference_mode():
             model.generate(
                 ids,
@@ -89,14 +89,14 @@ def transformers(
                 do_sample=False,
             )
         synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    seconds(WARM)
+    seconds(WARM_UP)
     steady, whole = [], []
     for _ in range(REPEATS):
-        first, all_of_them = seconds(WARM), seconds(new)
-        steady.append(batch * (new - WARM) / max(all_of_them - first, 1e-9))
-        whole.append(batch * new / all_of_them)
+        first, total = seconds(WARM_UP), seconds(new)
+        steady.append(batch * (new - WARM_UP) / max(total - first, 1e-9))
+        whole.append(batch * new / total)
     return rates(steady, whole)
 
 
@@ -111,46 +111,49 @@ def rates(steady: list[float], whole: list[float]) -> dict[str, Any]:
 def deviation(
     config: GPTConfig, device: torch.device, batch: int, backend: DecodeBackend, prompt: int
 ) -> dict[str, Any]:
-    """How far the logits of 12 steps are from the plain float32 step's that reads the same tokens: the largest
-    difference in standard deviations. Tolerated is twice what the plain bfloat16 step is off by."""
+    """Maximum difference between the logits of 12 steps and those of the eager model in float32.
+
+    Both read the same tokens; the unit is the standard deviation of the logits. The tolerance is twice the deviation
+    of the eager model in bfloat16.
+    """
     steps = 12
     ids = prompts(config, batch, prompt + steps).to(device)
 
-    def logits(dtype: torch.dtype, how: DecodeBackend) -> torch.Tensor:
+    def logits(dtype: torch.dtype, backend: DecodeBackend) -> torch.Tensor:
         model = ours(config, device, dtype)
         cache = KVCache.allocate(config, batch, padded_length(prompt + steps), device, dtype)
         model.features(ids[:, :prompt], cache)
         tokens = ids[:, prompt:].unbind(dim=1)
-        if how == "eager":
+        if backend == "eager":
             return torch.stack(
                 [model.head(model.features(t[:, None], cache)[:, -1]).float() for t in tokens]
             )
-        step = GraphedDecodeStep(model, cache, None, fused=how == "fused")
-        found = torch.stack([step(t).float().clone() for t in tokens])
+        step = GraphedDecodeStep(model, cache, None, fused=backend == "fused")
+        stacked = torch.stack([step(t).float().clone() for t in tokens])
         captured, is_fused = step.is_captured, step.is_fused
         step.close()
         if device.type == "cuda" and not captured:
             raise RuntimeError("the step was not captured as a CUDA graph")
-        if device.type == "cuda" and how == "fused" and not is_fused:
-            raise RuntimeError("the step did not run on our own kernels")
-        return found
+        if device.type == "cuda" and backend == "fused" and not is_fused:
+            raise RuntimeError("the step did not run on the Triton kernels")
+        return stacked
 
-    before = torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         expected = logits(torch.float32, "eager")
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
 
-    def off(how: DecodeBackend) -> float:
-        return float((logits(torch.bfloat16, how) - expected).abs().max() / expected.std())
+    def deviation_of(backend: DecodeBackend) -> float:
+        return float((logits(torch.bfloat16, backend) - expected).abs().max() / expected.std())
 
-    plain = off("eager")
+    eager = deviation_of("eager")
     if backend == "eager":
-        return {"bf16_deviation": plain}
-    found = off(backend)
+        return {"bf16_deviation": eager}
+    value = deviation_of(backend)
     return {
-        "bf16_deviation": plain,
-        "deviation": found if math.isfinite(found) else math.inf,
-        "tolerance": 2 * plain,
+        "bf16_deviation": eager,
+        "deviation": value if math.isfinite(value) else math.inf,
+        "tolerance": 2 * eager,
     }

@@ -114,13 +114,13 @@ def main() -> None:
                 flush=True,
             )
     inside = places.count("inside a save")
-    bars = [
+    targets = [
         at_most("runs that ended with other bits", mismatches, 0),
         at_least("kills", len(places) - places.count("after the end"), arguments.kills),
         at_least("kills inside a save", inside, min(6, arguments.kills * 3 // 10)),
     ]
     print(json.dumps({"benchmark": "kill", "machine": description("lightning"), "seed": arguments.seed,
-                      "kills": {place: places.count(place) for place in set(places)}, "bars": bars}))  # fmt: skip
+                      "kills": {place: places.count(place) for place in set(places)}, "targets": targets}))  # fmt: skip
 
 
 if __name__ == "__main__":

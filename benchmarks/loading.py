@@ -55,7 +55,7 @@ def main() -> None:
     configs = {name: GPT2_SIZES[name] for name in arguments.sizes}
     if arguments.tiny:
         configs = {"tiny": GPTConfig(emb_dim=256, n_heads=4, n_layers=4, tied_embeddings=True)}
-    loads, bars = [], []
+    loads, targets = [], []
     for name, config in configs.items():
         with tempfile.TemporaryDirectory() as scratch:
             whole = Path(scratch) / "hf"
@@ -73,11 +73,13 @@ def main() -> None:
                     f"{name:10} {form:9} {own / 1e9:6.2f} GB, at most {share:.3f} x in {seconds:.1f} s"
                 )
                 loads.append([name, form, arguments.dtype, own, round(share, 4), round(seconds, 2)])
-                bars.append(at_most(f"{name}, {form}: peak / own bytes", share, 1.15))
+                targets.append(at_most(f"{name}, {form}: peak / own bytes", share, 1.15))
                 if form != "hf":
                     source.unlink()
     machine = description("safetensors")
-    print(json.dumps({"benchmark": "loading", "machine": machine, "loads": loads, "bars": bars}))
+    print(
+        json.dumps({"benchmark": "loading", "machine": machine, "loads": loads, "targets": targets})
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every result says about where it was measured, and medians of interleaved repeats."""
+"""Description of the machine, timing with interleaved repeats, and targets."""
 
 import platform
 import statistics
@@ -14,7 +14,7 @@ import torch
 
 
 def description(*packages: str, **peers: str | None) -> dict[str, Any]:
-    """Machine, its GPU where there is one, versions and commit; also of peers, each in the interpreter that is given."""
+    """CPU, GPU, package versions and commit. Versions of ``peers`` are read with the given interpreters."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -36,23 +36,23 @@ def description(*packages: str, **peers: str | None) -> dict[str, Any]:
             versions[package] = version(package)
     for peer, python in peers.items():
         if python:
-            asked = f"from importlib.metadata import version; print(version('{peer}'))"
+            code = f"from importlib.metadata import version; print(version('{peer}'))"
             versions[peer] = subprocess.run(
-                [python, "-c", asked], capture_output=True, text=True, check=True
+                [python, "-c", code], capture_output=True, text=True, check=True
             ).stdout.strip()
-    about = {
+    machine = {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,
     }
-    return about | {"gpu": gpu()} if torch.cuda.is_available() else about
+    return machine | {"gpu": gpu()} if torch.cuda.is_available() else machine
 
 
 def gpu() -> dict[str, Any]:
-    """The first GPU's name, memory and what drives it."""
-    about = torch.cuda.get_device_properties(0)
+    """Name, memory and driver versions of the first GPU."""
+    properties = torch.cuda.get_device_properties(0)
     try:
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
@@ -63,9 +63,9 @@ def gpu() -> dict[str, Any]:
     except OSError:
         driver = ""
     return {
-        "name": about.name,
-        "memory_gb": round(about.total_memory / 1e9, 1),
-        "capability": f"{about.major}.{about.minor}",
+        "name": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "capability": f"{properties.major}.{properties.minor}",
         "driver": driver or "unknown",
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -78,7 +78,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """``memory_gb`` that tensors took on the GPU at most since that was set back; of a CPU nothing."""
+    """``memory_gb``: peak memory of tensors on the GPU since the last reset. Empty on a CPU."""
     if device.type != "cuda":
         return {}
     return {"memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
@@ -87,42 +87,47 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def seconds_a_call(
     work: Callable[[], Any], device: torch.device, seconds: float, groups: int = 5
 ) -> list[float]:
-    """Of each of ``groups`` rows of calls that take about ``seconds`` together; what is warm by now."""
+    """Seconds per call of ``work`` in each of ``groups`` groups, which take about ``seconds`` together.
+
+    ``work`` must be warmed up before.
+    """
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     synchronize(device)
-    calls = max(1, min(1000, round(seconds / groups / (time.perf_counter() - began))))
-    found = []
+    calls = max(1, min(1000, round(seconds / groups / (time.perf_counter() - start))))
+    group_seconds = []
     for _ in range(groups):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(calls):
             work()
         synchronize(device)
-        found.append((time.perf_counter() - began) / calls)
-    return found
+        group_seconds.append((time.perf_counter() - start) / calls)
+    return group_seconds
 
 
-def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way, ``repeats`` times, one after the other in turn; a first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, ``repeats`` times, in turn. A first round is warm-up and not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:
-    """The median of the pairwise ratios: what one turn's weather does, it does to both."""
+    """Median of the pairwise ratios. Load from other processes affects both runs of a pair alike."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def at_least(name: str, value: float, bar: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "at_least": bar, "holds": value >= bar}
+def at_least(name: str, value: float, target: float) -> dict[str, Any]:
+    """A result that passes if ``value`` is at least ``target``."""
+    return {"name": name, "value": round(value, 4), "at_least": target, "passed": value >= target}
 
 
-def at_most(name: str, value: float, bar: float) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "at_most": bar, "holds": value <= bar}
+def at_most(name: str, value: float, target: float) -> dict[str, Any]:
+    """A result that passes if ``value`` is at most ``target``."""
+    return {"name": name, "value": round(value, 4), "at_most": target, "passed": value <= target}

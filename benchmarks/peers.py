@@ -1,9 +1,10 @@
-"""One way to take a training step, or to decode, in a process of its own: training.py and generation.py start it, with
-the interpreter in which the peer is installed. Each line on standard input is answered by the seconds that the way took
-once, "memory" by the process's peak.
+"""One backend of training or decoding in a separate process, with the interpreter in which a peer is installed.
 
-usage: python peers.py train WAY SETTINGS    (SETTINGS: JSON with config, batch, length, precision)
-       python peers.py decode WAY SETTINGS   (SETTINGS: JSON with config, batch, prompt, new, dtype)
+training.py and generation.py start it (worker.py). For each line on standard input it runs the backend once and prints the
+seconds; for the line "memory" it prints the peak memory of the process.
+
+Usage: python peers.py train BACKEND SETTINGS    (SETTINGS: JSON with config, batch, length, precision)
+       python peers.py decode BACKEND SETTINGS   (SETTINGS: JSON with config, batch, prompt, new, dtype)
 """
 
 import json
@@ -39,7 +40,7 @@ def ours(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     return model, loss
 
 
-def of_logits(logits: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
+def loss_of_logits(logits: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
     return lambda inputs, targets: F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten())
 
 
@@ -54,7 +55,7 @@ def transformers(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
             resid_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
         )
     )  # fmt: skip
-    return model, of_logits(lambda inputs: model(inputs).logits)
+    return model, loss_of_logits(lambda inputs: model(inputs).logits)
 
 
 def litgpt(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
@@ -69,7 +70,7 @@ def litgpt(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
             padded_vocab_size=config["vocab_size"], block_size=config["context_length"],
         )
     )  # fmt: skip
-    return model, of_logits(model)
+    return model, loss_of_logits(model)
 
 
 def book(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
@@ -78,24 +79,24 @@ def book(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     from book import BookGPT
 
     model = BookGPT(settings["config"])
-    return model, of_logits(model)
+    return model, loss_of_logits(model)
 
 
 MODELS = {"ours": ours, "transformers": transformers, "litgpt": litgpt, "book": book}
 
 
-def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
+def train_step(backend: str, settings: dict[str, Any]) -> Callable[[], None]:
     torch.manual_seed(0)
-    if way == "ours":
+    if backend == "ours":
         from gpt_lightning.training.hardware import keep_freed_memory
 
         keep_freed_memory()  # as fit does
-    model, loss = MODELS[way](settings)
-    if way == "litgpt":
+    model, loss = MODELS[backend](settings)
+    if backend == "litgpt":
         model.compile()  # as its pretrain command does
     model.train()
     # the book's loop has torch's default AdamW, the others the fused one
-    fused = None if way == "book" else True
+    fused = None if backend == "book" else True
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
     )
@@ -114,30 +115,30 @@ def step_of(way: str, settings: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
-def decoding_of(way: str, settings: dict[str, Any]) -> Callable[[], object]:
-    """Greedy, ``new`` tokens after prompts of ``prompt``; "plain" is a loop over our model and its cache."""
+def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
+    """Greedy decoding of ``new`` tokens after prompts of ``prompt`` tokens. "plain" is a loop over our model and cache."""
     torch.manual_seed(0)
-    model, _ = MODELS["ours" if way == "plain" else way](settings)
+    model, _ = MODELS["ours" if backend == "plain" else backend](settings)
     model = model.to(getattr(torch, settings["dtype"])).eval()
     length, new, config = settings["prompt"], settings["new"], settings["config"]
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(config["vocab_size"], (settings["batch"], length), generator=generator)
-    if way == "transformers":
+    if backend == "transformers":
         return lambda: model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new,
             do_sample=False, use_cache=True, pad_token_id=0,
         )  # fmt: skip
-    if way == "litgpt":
+    if backend == "litgpt":
         from litgpt.generate.base import generate
 
         model.max_seq_length = length + new  # as its own command does
         model.set_kv_cache(batch_size=1)
         return lambda: generate(model, prompt[0], length + new, temperature=0.0)
-    if way == "book":
+    if backend == "book":
         from book import generate
 
         return lambda: generate(model, prompt, new, config["context_length"])
-    if way == "plain":
+    if backend == "plain":
         return lambda: _plain_decoding(model, prompt, new)
     from gpt_lightning.generation.engine import stream_ids
     from gpt_lightning.generation.sampling import SamplingParams
@@ -154,34 +155,34 @@ def _plain_decoding(model: torch.nn.Module, ids: torch.Tensor, new: int) -> torc
     cache = KVCache.allocate(
         model.config, len(ids), ids.shape[1] + new, dtype=model.tok_emb.weight.dtype
     )
-    unread = ids
+    new_ids = ids
     for _ in range(new):
-        unread = model(unread, cache)[:, -1:].argmax(dim=-1)
-        ids = torch.cat((ids, unread), dim=1)
+        new_ids = model(new_ids, cache)[:, -1:].argmax(dim=-1)
+        ids = torch.cat((ids, new_ids), dim=1)
     return ids
 
 
 def peak_memory() -> int:
-    """Bytes resident at most; getrusage's figure has that of the process which started this one in it."""
+    """Peak resident memory in bytes. getrusage would include the peak of the parent process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-TASKS = {"train": step_of, "decode": decoding_of}
+TASKS = {"train": train_step, "decode": decode}
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    task, way, settings = sys.argv[1:]
-    do = TASKS[task](way, json.loads(settings))
+    task, backend, settings = sys.argv[1:]
+    run = TASKS[task](backend, json.loads(settings))
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "memory":
             print(peak_memory(), flush=True)
             continue
-        began = time.perf_counter()
-        do()
-        print(time.perf_counter() - began, flush=True)
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

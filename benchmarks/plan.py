@@ -242,8 +242,8 @@ def main() -> None:
             f"{result['off']:+.1%}",
             flush=True,
         )
-    bars = [at_most(f"{name}: off by", abs(r["off"]), tolerance) for name, r in results.items()]
-    print(json.dumps({"machine": description("lightning"), "runs": results, "bars": bars}))
+    targets = [at_most(f"{name}: off by", abs(r["off"]), tolerance) for name, r in results.items()]
+    print(json.dumps({"machine": description("lightning"), "runs": results, "targets": targets}))
 
 
 if __name__ == "__main__":

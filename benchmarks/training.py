@@ -196,13 +196,13 @@ def book_run(epochs: int) -> tuple[float, float]:
     return walls[0], walls[1]
 
 
-Bars = list[dict[str, Any]]
+Targets = list[dict[str, Any]]
 
 
 def short_windows(
     config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int, precision: str
-) -> tuple[Bars, ModelMeasurement]:
-    """With the bars where it is bf16."""
+) -> tuple[Targets, ModelMeasurement]:
+    """With the targets where it is bf16."""
     here = sys.executable
     shape = {"config": config, "batch": 2, "length": 256, "precision": precision}
     ways = {
@@ -216,20 +216,20 @@ def short_windows(
     found = measure("B2 T256", ways, 512, repeats)
     if precision != "bf16":
         return [], found
-    bars = [
-        at_least(f"{way} / {peer}", ratio(found.seconds[peer], found.seconds[way]), bar)
-        for way, peer, bar in [
+    targets = [
+        at_least(f"{way} / {peer}", ratio(found.seconds[peer], found.seconds[way]), target)
+        for way, peer, target in [
             ("ours, bf16", "transformers, bf16", 1.25),
             ("ours, head not tied, bf16", "the book, float32", 1.6),
         ]
     ]
-    return bars, found
+    return targets, found
 
 
 def long_windows(
     config: dict[str, Any], peers: dict[str, tuple[str, str]], repeats: int, precision: str
-) -> tuple[Bars, ModelMeasurement]:
-    """With the bars where it is bf16."""
+) -> tuple[Targets, ModelMeasurement]:
+    """With the targets where it is bf16."""
     shape = {"config": config, "batch": 4, "length": 1024, "precision": precision}
     best = f"ours, chunked, {precision}"
     ways = {best: (sys.executable, "ours", {**shape, "chunk": 1024})}
@@ -241,7 +241,7 @@ def long_windows(
     peak = max(peak, matrix_peak())
     rate = 4096 / statistics.median(found.seconds[best])
     share = rate * flops_per_token(GPTConfig(**config), 1024) / peak
-    bars = [
+    targets = [
         at_least(
             f"B4 T1024, {best}: share of the bf16 peak, {peak / 1e9:.0f} GFLOP/s", share, 0.65
         ),
@@ -251,7 +251,7 @@ def long_windows(
             0.75,
         ),
     ]
-    return bars, found
+    return targets, found
 
 
 def main() -> None:
@@ -282,29 +282,29 @@ def main() -> None:
     asked = {} if arguments.cost else {"B2 T256": short_windows}
     if arguments.long:
         asked["B4 T1024"] = long_windows
-    bars: Bars = []
+    targets: Targets = []
     rates, memory = {}, {}
     for name, steps in asked.items():
-        held, found = steps(config, peers, arguments.repeats, precision)
-        bars += held
+        step_targets, found = steps(config, peers, arguments.repeats, precision)
+        targets += step_targets
         rates |= {f"{name}: {way}": rate for way, rate in found.rates.items()}
         memory |= {f"{name}: {way}": round(m / 1e9, 2) for way, m in found.memory.items()}
     not_measured = [] if precision == "bf16" else [f"{name}, bf16" for name in asked]
     if not_measured:
-        print("bfloat16 is slower than float32 on this CPU: its bars are not measured")
+        print("bfloat16 is slower than float32 on this CPU: its targets are not measured")
     costs = []
     for _ in range(arguments.repeats):
         blocks = lightnings_cost(400 if arguments.tiny else 3000)
         fit, plain = (1e3 * statistics.median(of_one) for of_one in zip(*blocks, strict=True))
         costs.append(statistics.median(1e3 * (one - other) for one, other in blocks))
         print(f"a very small model: fit {fit:.2f} ms a step, a plain loop {plain:.2f}; between them {costs[-1]:.2f}", flush=True)  # fmt: skip
-    bars.append(at_most("Lightning's cost a step in ms", statistics.median(costs), 0.5))
+    targets.append(at_most("Lightning's cost a step in ms", statistics.median(costs), 0.5))
     if arguments.book_run:
         ours, book = book_run(10)
         print(f"the book's run: {ours:.0f} s, the book's loop {book:.0f} s")
-        bars.append(at_most("verdict.yaml / the book's loop", ours / book, 0.85))
-    for bar in bars:
-        print("holds " if bar["holds"] else "MISSED", bar)
+        targets.append(at_most("verdict.yaml / the book's loop", ours / book, 0.85))
+    for target in targets:
+        print("passed" if target["passed"] else "FAILED", target)
     machine = description("lightning", transformers=arguments.transformers, litgpt=arguments.litgpt)
     print(
         json.dumps(
@@ -314,7 +314,7 @@ def main() -> None:
                 "tokens_per_second": rates,
                 "memory_gb": memory,
                 "lightnings_cost_ms": [round(cost, 3) for cost in costs],
-                "bars": bars,
+                "targets": targets,
                 "not_measured": not_measured,
             }
         )

@@ -64,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.tokens, arguments.draws = 10**7, 2000
-    bars = []
+    targets = []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "tokens")
         with path.open("wb") as file:
@@ -83,13 +83,15 @@ def main() -> None:
                 f"first batch after {first * 1e3:.1f} ms",
                 flush=True,
             )
-            bars += [
+            targets += [
                 at_least(f"{name}: million tokens/s", rate / 1e6, 20.0),
                 at_most(f"{name}: MB of memory", grown, 50.0),
             ]
     sizes = {name: getattr(arguments, name) for name in ("tokens", "draws", "length", "batch_size")}
     print(
-        json.dumps({"benchmark": "windows", "machine": description("numpy"), **sizes, "bars": bars})
+        json.dumps(
+            {"benchmark": "windows", "machine": description("numpy"), **sizes, "targets": targets}
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Processes that take a way of training or decoding each, so that a peer can have an interpreter of its own."""
+"""Worker processes that run one backend of training or decoding each, so that a peer can use another interpreter."""
 
 import json
 import subprocess
@@ -12,15 +12,15 @@ HERE = Path(__file__).resolve().parent
 
 
 class Worker:
-    """A process of peers.py that goes one way, once each time it is asked to."""
+    """A process of peers.py. It runs its backend once for each call of :meth:`go`."""
 
     def __init__(
-        self, task: ComparisonTask, python: str, way: str, settings: dict[str, Any]
+        self, task: ComparisonTask, python: str, backend: str, settings: dict[str, Any]
     ) -> None:
-        self._way = way
+        self._backend = backend
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 — open while the process lives
         self._process = subprocess.Popen(
-            [python, str(HERE / "peers.py"), task, way, json.dumps(settings)],
+            [python, str(HERE / "peers.py"), task, backend, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -29,21 +29,21 @@ class Worker:
         self._read()  # "ready"
 
     def go(self) -> float:
-        """Its seconds."""
+        """Run once; the seconds it took."""
         return float(self._ask("go"))
 
     def peak_memory(self) -> int:
-        """Bytes resident at most so far."""
+        """Peak resident memory of the process so far, in bytes."""
         return int(self._ask("memory"))
 
     def end(self) -> None:
         self._process.communicate()
         self._errors.close()
 
-    def _ask(self, what: str) -> str:
+    def _ask(self, request: str) -> str:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died; reading says why
-            self._process.stdin.write(what + "\n")
+        with suppress(BrokenPipeError):  # the process has died; _read reports why
+            self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
         return self._read()
 
@@ -54,5 +54,5 @@ class Worker:
         code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise RuntimeError(f"{self._way}: ended with {code}: {last}")
+        last = next((line for line in reversed(lines) if line.strip()), "no message")
+        raise RuntimeError(f"{self._backend}: ended with {code}: {last}")

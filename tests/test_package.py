@@ -219,8 +219,8 @@ def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> No
     done = python(f"benchmarks/{name}.py", "--tiny", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["bars"]
-    assert all({"name", "value", "holds"} <= set(bar) for bar in result["bars"])
+    assert result["targets"]
+    assert all({"name", "value", "passed"} <= set(target) for target in result["targets"])
     assert result["machine"]["versions"]["torch"]
 
 

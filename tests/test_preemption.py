@@ -211,7 +211,7 @@ def test_sigkill_again_and_again() -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert all(bar["holds"] for bar in result["bars"]), done.stdout
+    assert all(target["passed"] for target in result["targets"]), done.stdout
 
 
 @pytest.fixture

@@ -192,6 +192,7 @@ def test_replayed_steps_are_the_plain_ones(model: GPTModel, request: pytest.Fixt
     assert (graphs.captures, graphs.replays) == (3, 35 - 3)
 
 
+@pytest.mark.usefixtures("messages")
 def test_without_a_capture_it_goes_on_and_says_so_once(
     model: GPTModel,
     graphs: type[Graph],
@@ -233,6 +234,7 @@ def test_what_cannot_be_captured(model: GPTModel, monkeypatch: pytest.MonkeyPatc
     assert decoding_step.cuda_graph_unsupported_reason(other) == "it has hooks"
 
 
+@pytest.mark.usefixtures("messages")
 def test_a_graph_that_was_asked_for_and_cannot_be_is_said(
     model: GPTModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,7 @@ def test_the_kernel_is_not_asked_in_float64(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(map(torch.equal, gradients(True, torch.float64), expected))
 
 
+@pytest.mark.usefixtures("messages")
 def test_a_kernel_that_cannot_be_compiled_is_done_without(
     kernels_run: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +320,7 @@ def test_damaged_logits_are_seen(fused: ModuleType) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("messages")
 def test_kernels_that_cannot_be_compiled_are_done_without(
     fused: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -277,7 +277,7 @@ def test_figures_that_cannot_be_written_do_not_stop_a_run(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loggers, "_said", set())
+    monkeypatch.setattr(loggers, "_logged_causes", set())
     for name in ("add_scalar", "add_text", "add_figure", "flush", "close"):
         monkeypatch.setattr(SummaryWriter, name, full)
     monkeypatch.setattr(run_files.MetricsCSV, "_append", full)
@@ -409,7 +409,7 @@ def test_a_run_that_was_refused_begins_with_auto(
     assert done.code == 2
     done = command("fit", *arguments)
     assert "--ckpt_path auto starts it again" in done.err
-    assert "--ckpt_path auto to begin it" in command("fit", *arguments, "--ckpt_path=last").err
+    assert "--ckpt_path auto to start it" in command("fit", *arguments, "--ckpt_path=last").err
     fit("--trainer.max_steps=1", "--ckpt_path=auto")
     fit("--trainer.max_steps=2", "--ckpt_path=auto")
     assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 2

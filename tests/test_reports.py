@@ -246,7 +246,7 @@ import logging
 from gpt_lightning.cli.console import progress
 from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.streams import standard_streams
-with standard_streams(run_goes_on=False), log_to_stderr(logging.INFO):
+with standard_streams(ignore_stdout_errors=False), log_to_stderr(logging.INFO):
     with progress("cells", 1) as advance:
         advance()
 """

@@ -438,20 +438,20 @@ def test_what_a_run_logs(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
     rates = logged("tokens_per_second")
     assert list(rates) == [4, 8, 12]  # the first update is not counted
-    for step, seconds in logged("step_seconds").items():
+    for step, seconds in logged("step_time").items():
         assert 0 < seconds < 5
         # an epoch's last update has one batch, not two
         assert rates[step] * seconds * 4 in (
             pytest.approx(2 * 2 * 16 * 4),
             pytest.approx(2 * 16 * 7),
         )
-    assert all(0 <= share < 0.5 for share in logged("loading_share").values())
+    assert all(0 <= share < 0.5 for share in logged("data_wait_fraction").values())
     config = GPTConfig(context_length=16, emb_dim=16, n_heads=2, n_layers=2)
     for step, share in logged("mfu").items():
         assert share == pytest.approx(
             rates[step] * flops.flops_per_token(config, 16) / 1e9, rel=1e-4
         )
-    assert all(0.05 < gigabytes < 20 for gigabytes in logged("memory_gb").values())
+    assert all(0.05 < gigabytes < 20 for gigabytes in logged("peak_memory_gb").values())
 
 
 def test_a_profiler_that_is_asked_for_measures(fit: Command) -> None:

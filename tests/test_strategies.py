@@ -403,7 +403,7 @@ def test_the_slurm_script_with_a_stand_in_for_srun(tmp_path: Path) -> None:
     [
         (["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "trainer.strategy: ddp_spawn is unknown; did you mean ddp?"),
         (["--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy"],
-         "trainer.strategy: ModelParallelStrategy writes no checkpoints"),
+         "trainer.strategy: ModelParallelStrategy does not write checkpoints"),
         (["--trainer.strategy=fsdp"], "trainer.strategy: fsdp is unknown; to shard the model, give --config configs/fsdp.yaml"),
         (["--trainer.strategy=nonsense"], "trainer.strategy: nonsense is unknown; give one of auto, ddp"),
         ([*FSDP, "--trainer.precision=16-mixed"], "Choose a different precision among"),

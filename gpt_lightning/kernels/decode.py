@@ -289,9 +289,8 @@ def finish_step(
     _wait_for_previous(PDL)
     r, i = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     mask = (r < R)[:, None] & (i < programs)[None, :]
-    offsets = r[:, None] * programs + i[None, :]
-    y = tl.load(program_max + offsets, mask=mask, other=float("-inf"))
-    ids = tl.load(program_argmax + offsets, mask=mask, other=0x7FFFFFFF)
+    y = tl.load(program_max + r[:, None] * programs + i[None, :], mask=mask, other=float("-inf"))
+    ids = tl.load(program_argmax + r[:, None] * programs + i[None, :], mask=mask, other=0x7FFFFFFF)
     max_logit, argmax = _max_and_argmax(y, ids)
     position = tl.load(position_ptr)
     tl.store(max_logits + r * max_length + position, max_logit, mask=r < R)

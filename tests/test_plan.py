@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.data.datamodule import nearest_multiple
+from gpt_lightning.data.epochs import nearest_multiple
 from gpt_lightning.model import flops as cost
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.kv_cache import KVCache

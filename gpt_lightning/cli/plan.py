@@ -15,9 +15,8 @@ from gpt_lightning.cli.plan_text import print_plan
 from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT
-from gpt_lightning.data.datamodule import nearest_multiple
 from gpt_lightning.data.dataset import window_count
-from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
+from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, nearest_multiple
 from gpt_lightning.data.token_cache import count_training_tokens
 from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.config import GPT2_SIZES

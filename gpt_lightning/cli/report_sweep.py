@@ -43,6 +43,7 @@ def run(arguments: list[str]) -> None:
 
     from gpt_lightning.data.tokenizer import encode_prompt
     from gpt_lightning.reports import sweep as report
+    from gpt_lightning.reports.sweep_page import html_page
 
     combinations = report.grid(
         settings.temperatures,
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> None:
     if out is not None:
         figure = report.heat_maps(cells, caption)
         figure.savefig(out / "sweep.png", dpi=150)
-        page = report.html_page(cells, loop, caption, _base64_png(figure))
+        page = html_page(cells, loop, caption, _base64_png(figure))
         (out / "sweep.html").write_text(page, encoding="utf-8")
         (out / "sweep.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
         write_csv(

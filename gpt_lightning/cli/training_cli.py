@@ -28,8 +28,9 @@ from gpt_lightning.training.checkpoint_callback import CheckpointCallback, check
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
 from gpt_lightning.training.distributed import check_strategy
 from gpt_lightning.training.evaluation import EvaluationCallback, evaluation_callbacks
-from gpt_lightning.training.lightning_compat import LoopState, use_fast_epoch_loop
+from gpt_lightning.training.lightning_compat import use_fast_epoch_loop
 from gpt_lightning.training.loggers import RunTensorBoardLogger, block_tensorflow
+from gpt_lightning.training.loop_state import LoopState
 from gpt_lightning.training.module import GPTLightningModule, reconcile_config
 from gpt_lightning.training.progress_bar import RunProgressBar
 from gpt_lightning.training.resume import checkpoint_to_resume

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from gpt_lightning.data.dataloader import ResumableDataLoader, Rng
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
-from gpt_lightning.data.epochs import EpochShape, batches_of_epoch
+from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, nearest_multiple
+from gpt_lightning.data.same_windows import check_same_windows
 from gpt_lightning.data.sampler import MixtureSampler
 from gpt_lightning.data.token_cache import read_splits
 from gpt_lightning.data.token_store import is_store
@@ -370,50 +370,3 @@ def _check_mixture(mixture: dict[str, float], rng: Rng) -> None:
             raise ValueError(f"data.mixture: {text} has the weight {weight}; give more than 0")
     if rng == "global":
         raise ValueError("data.mixture: the book's order is for one text; leave out --rng global")
-
-
-# what decides windows → its setting, where that is not data.NAME
-_SETTING_NAMES = {"rng": "rng", "seed": "seed_everything", "shuffled": "trainer.overfit_batches"}
-
-
-def check_same_windows(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compare what decides the windows of a run with what a checkpoint recorded (``TextDataModule.state_dict``).
-
-    Raises:
-        ValueError: A setting or the text differs.
-    """
-    remedy = "resume with what it had, or start a new run with --init_from"
-    for key, now in current.items():
-        before = recorded.get(key)
-        if before == now:
-            continue
-        match key:
-            case "training_sha256" | "validation_sha256":
-                split = key.removesuffix("_sha256")
-                raise ValueError(
-                    f"data.text: the {split} text is not the one that the run had (another text, or another "
-                    f"data.train_ratio); {remedy}"
-                )
-            case "mixture":
-                cause = f"the run has drawn on {_described(before)}, here is {_described(now)}"
-            case "shuffled":
-                cause = f"the run was started {'without' if before else 'with'} it"
-            case _:
-                cause = f"the run has {before}, here is {now}"
-        raise ValueError(f"{_SETTING_NAMES.get(key, f'data.{key}')}: {cause}; {remedy}")
-
-
-def _described(mixture: list[list[float]] | None) -> str:
-    """Windows and weight of each text, in words. None: there is no mixture."""
-    if mixture is None:
-        return "one text"
-    total = sum(weight for _, weight in mixture)
-    return ", ".join(f"{weight / total:.4g} of {count:.0f} windows" for count, weight in mixture)
-
-
-def nearest_multiple(value: int, step: int, maximum: int | None = None) -> int:
-    """The multiple of ``step`` nearest to ``value``, at least ``step``, at most ``maximum``; of two the larger."""
-    times = (value + step // 2) // step
-    if maximum is not None:
-        times = min(times, maximum // step)
-    return max(1, times) * step

@@ -69,3 +69,11 @@ def batches_of_epoch(
     elif limit is not None:
         units = min(limit, units)
     return units * accumulate if whole_steps else units
+
+
+def nearest_multiple(value: int, step: int, maximum: int | None = None) -> int:
+    """The multiple of ``step`` nearest to ``value``, at least ``step``, at most ``maximum``; of two the larger."""
+    times = (value + step // 2) // step
+    if maximum is not None:
+        times = min(times, maximum // step)
+    return max(1, times) * step

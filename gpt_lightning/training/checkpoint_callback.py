@@ -27,6 +27,7 @@ from gpt_lightning.training.distributed import local
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.lightning_compat import dump_checkpoint
 from gpt_lightning.training.loggers import ignore_full_disk
+from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
@@ -64,7 +65,7 @@ def checkpointing(
     ), io
 
 
-class CheckpointCallback(Checkpoint):
+class CheckpointCallback(StepEndCallback, Checkpoint):
     """Callback that saves ``last.ckpt`` and ``best.ckpt``, the checkpoint with the lowest validation loss so far.
 
     Both are written at the same intervals and at the end. Between two saves the best one is a copy in memory,
@@ -107,11 +108,11 @@ class CheckpointCallback(Checkpoint):
         self._being_written: dict[str, Any] | None = (
             None  # a best checkpoint whose save may still fail
         )
-        self._seen_step = -1
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = self._saved_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._saved_step = trainer.global_step
         # On all ranks, so that no rank waits for one that has refused.
         try:
             check_content(dump_checkpoint(trainer))
@@ -153,20 +154,10 @@ class CheckpointCallback(Checkpoint):
                 "--checkpoint.keep_previous false"
             )
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
         # also where max_steps ended it early, and a resumed run would skip the rest of the epoch.
         step = trainer.global_step
-        if step == self._seen_step:
-            return
-        self._seen_step = step
         row = self.losses.row
         if self.save_best and row.get("step") == step - 1 and self._is_lowest(row["val_loss"]):
             self.best_val_loss = row["val_loss"]

@@ -24,6 +24,7 @@ from gpt_lightning.generation.sampling import entropy
 from gpt_lightning.training.loggers import ignore_full_disk, log_metrics
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
@@ -71,7 +72,7 @@ def _uncompiled(module: GPTLightningModule) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
-class EvaluationCallback(Callback):
+class EvaluationCallback(StepEndCallback):
     """The book's ``evaluate_model``: every ``eval_freq`` steps, the losses over some batches of each split.
 
     ``fit`` validates with it, and not with Lightning's validation loop. It prints the book's line, logs ``TAGS``
@@ -108,14 +109,13 @@ class EvaluationCallback(Callback):
         self.rng: Rng = rng
         self.clock = clock or Stopwatch()
         self.row: dict[str, float] = {}
-        self._last_step = -1
         self._grad_norm = math.nan
         self._began = 0.0
         self._tokens = 0
         self._rate = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step - 1
+        super().on_train_start(trainer, pl_module)
         self._began, self._tokens = self.clock.seconds(), 0
 
     def on_before_optimizer_step(
@@ -133,18 +133,20 @@ class EvaluationCallback(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        self._tokens += batch[0].numel() * trainer.world_size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         step = trainer.global_step - 1  # the book counts the first step as step 0
-        due = step != self._last_step and step % self.eval_freq == 0
-        self._last_step = step
-        if due and pl_module.device.type == "cuda":
+        if step % self.eval_freq:
+            return
+        if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        self._tokens += batch[0].numel() * trainer.world_size
-        if due:
-            self._rate = self._tokens / (self.clock.seconds() - self._began)
-            with self.clock.stopped(pl_module.device):
-                self._evaluate(trainer, pl_module, step)
-            self._began, self._tokens = self.clock.seconds(), 0
+        self._rate = self._tokens / (self.clock.seconds() - self._began)
+        with self.clock.stopped(pl_module.device):
+            self._evaluate(trainer, pl_module, step)
+        self._began, self._tokens = self.clock.seconds(), 0
 
     def _evaluate(self, trainer: Trainer, module: GPTLightningModule, step: int) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]

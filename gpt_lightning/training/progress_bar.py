@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from gpt_lightning.training.evaluation import EvaluationCallback
+from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import MaxTokens, epoch_shape
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_UPDATES = 0.1  # between two updates of the bar, and two redraws
 
 
-class RunProgressBar(ProgressBar):
+class RunProgressBar(StepEndCallback, ProgressBar):
     """Progress bar over the whole run, not one per epoch, so that its ETA is the run's."""
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class RunProgressBar(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         total, epoch = total_steps(trainer), epoch_shape(trainer)
         watchers = trainer.callbacks  # type: ignore[attr-defined]
         self._evaluation = next((c for c in watchers if isinstance(c, EvaluationCallback)), None)
@@ -65,14 +67,7 @@ class RunProgressBar(ProgressBar):
             )
         self._start("training", trainer.global_step, total)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         loss = self._evaluation.row.get("val_loss") if self._evaluation else None
         self._advance(trainer.global_step, loss)
 

@@ -101,7 +101,7 @@ def reached_limit(
     loop = checkpoint["loops"]["fit_loop"]
     loaders = loop["state_dict"].get("combined_loader", [])
     batches = loop["epoch_loop.batch_progress"]
-    # the data loader's count is the right one, see lightning_compat.LoopState
+    # the data loader's count is the right one, see loop_state.py
     begun = loaders[0]["epoch"] + 1 if loaders else loop["epoch_progress"]["current"]["started"]
     epochs = begun - (not batches["is_last_batch"])
     for name, done, limit in (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from gpt_lightning.palette import SERIES
 from gpt_lightning.storage.atomic import atomic_output
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import ignore_full_disk
+from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ COUNTS = ("step", "epoch", "tokens_seen")
 COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS)
 
 
-class MetricsCSV(Callback):
+class MetricsCSV(StepEndCallback):
     """Callback that appends each evaluation to ``metrics.csv``, and draws the book's plot at the end.
 
     A resumed run keeps the rows before the step it resumes at, and writes the later ones again.
@@ -88,6 +89,7 @@ class MetricsCSV(Callback):
         self._finished_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._last = self.evaluation.row
         if not trainer.is_global_zero:
             return
@@ -95,14 +97,7 @@ class MetricsCSV(Callback):
             self.rows = [row for row in read_rows(self.path) if row["step"] < trainer.global_step]
         write_rows(self.path, self.rows)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         if not trainer.is_global_zero:
             return
         if self.evaluation.row is not self._last:

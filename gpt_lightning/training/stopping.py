@@ -6,44 +6,34 @@ import signal
 import subprocess
 import threading
 from types import FrameType
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.lightning_compat import can_stop_early
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.step_callback import StepEndCallback
 
 logger = logging.getLogger(__name__)
 
 
-class MaxTokens(Callback):
+class MaxTokens(StepEndCallback):
     """Callback that ends the run with the first optimizer step after which it has seen ``max_tokens`` tokens."""
 
     def __init__(self, max_tokens: int) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens: {max_tokens} is too small; give 1 or more")
         self.max_tokens = max_tokens
-        self._seen_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._end_when_seen(trainer, pl_module)  # a resumed run may be complete
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step != self._seen_step:
-            self._seen_step = trainer.global_step
-            self._end_when_seen(trainer, pl_module)
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        self._end_when_seen(trainer, pl_module)
 
     def _end_when_seen(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, GPTLightningModule)
@@ -88,7 +78,7 @@ def _reads_later(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class GracefulStop(Callback):
+class GracefulStop(StepEndCallback):
     """Callback that stops the run after the current step, on all ranks, when any rank gets a signal.
 
     The signal handler only sets a flag. The ranks compare their flags after each step; with several GPUs they
@@ -104,10 +94,9 @@ class GracefulStop(Callback):
         self.received: signal.Signals | None = None
         self._pending = 0
         self._compared: AsyncHostCopy | None = None
-        self._seen_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if threading.current_thread() is threading.main_thread():
             for signum in EXIT_CODES:
                 signal.signal(signum, self._note)  # Lightning restores the handlers before
@@ -117,17 +106,7 @@ class GracefulStop(Callback):
             signal.default_int_handler(signum, frame)
         self._pending = self._pending or signum
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step == self._seen_step:  # gradients are being accumulated
-            return
-        self._seen_step = trainer.global_step
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         signum = self._from_all_ranks(pl_module.device) if trainer.world_size > 1 else self._pending
         if not signum or self.received is not None:
             return

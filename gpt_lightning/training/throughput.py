@@ -8,13 +8,14 @@ from typing import Any
 
 import psutil
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.model.flops import flops_per_token
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.step_callback import StepEndCallback
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Stopwatch:
             self.resume(device)
 
 
-class SpeedMonitor(Callback):
+class SpeedMonitor(StepEndCallback):
     """Callback that logs the speed of training every ``every_n_steps`` steps, over the steps since the last time.
 
     - ``throughput/tokens_per_second``: over all devices.
@@ -76,13 +77,13 @@ class SpeedMonitor(Callback):
         self.metrics: dict[str, float] = {}
         self._tokens = 0
         self._steps = 0
-        self._seen_step = -1
+        self._length = 0
         self._warms_up = True
         self._began = 0.0
         self._loading = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._warms_up = True
         self._start_interval(trainer)
 
@@ -95,9 +96,10 @@ class SpeedMonitor(Callback):
         batch_idx: int,
     ) -> None:
         self._tokens += batch[0].numel() * trainer.world_size
-        if trainer.global_step == self._seen_step:
-            return
-        self._seen_step = trainer.global_step
+        self._length = batch[0].shape[1]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         self._steps += 1
         # The step alone decides, so that a resumed run logs at the same steps as an uninterrupted run.
         step = trainer.global_step - 1
@@ -108,14 +110,14 @@ class SpeedMonitor(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         if due:
-            self._log(trainer, pl_module, batch[0].shape[1], step)
+            self._log(trainer, pl_module, step)
         self._start_interval(trainer)
 
     def _start_interval(self, trainer: Trainer) -> None:
         self._began, self._loading = self.clock.seconds(), _seconds_waited(trainer)
         self._tokens = self._steps = 0
 
-    def _log(self, trainer: Trainer, module: LightningModule, length: int, step: int) -> None:
+    def _log(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, GPTLightningModule)
         seconds = self.clock.seconds() - self._began
         if not self._has_measured_peak:
@@ -125,7 +127,7 @@ class SpeedMonitor(Callback):
             steps=self._steps,
             seconds=seconds,
             loading_seconds=_seconds_waited(trainer) - self._loading,
-            flops_per_token=flops_per_token(module.config, length),
+            flops_per_token=flops_per_token(module.config, self._length),
             peak=None if self.peak is None else self.peak * trainer.world_size,
         )
         self.metrics["throughput/peak_memory_gb"] = memory_bytes(module.device) / 1e9

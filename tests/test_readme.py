@@ -70,3 +70,14 @@ def test_table_of_digits_is_the_books() -> None:
         (row[:4] for row in cells), key=lambda row: int(row[1])
     )
     assert all(row[2:4] == row[4:6] for row in cells)
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/plan.md", "docs/scaling.md", "benchmarks/README.md"],
+)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)`", text):
+        folders = ("", "gpt_lightning", "tests", "benchmarks")
+        assert any((ROOT / folder / name).is_file() for folder in folders), name

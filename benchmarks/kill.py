@@ -45,7 +45,13 @@ def command(folder: Path, combination: tuple[int, int, str]) -> list[str]:
 
 
 def run_to_the_end(folder: Path, combination: tuple[int, int, str]) -> None:
-    subprocess.run(command(folder, combination), check=True, capture_output=True)
+    finished = subprocess.run(
+        command(folder, combination), check=False, capture_output=True, text=True
+    )
+    if finished.returncode:
+        raise SystemExit(
+            f"{folder.name}, {combination}: exit code {finished.returncode}\n{finished.stderr}"
+        )
 
 
 def kill_once(

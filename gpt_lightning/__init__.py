@@ -12,28 +12,52 @@ if TYPE_CHECKING:
     from gpt_lightning.model.config import GPTConfig
     from gpt_lightning.model.gpt import GPTModel
     from gpt_lightning.pretrained.load import load_model
+    from gpt_lightning.training.build import build_trainer
+    from gpt_lightning.training.config import (
+        CheckpointConfig,
+        EvaluationConfig,
+        RunConfig,
+        ThroughputConfig,
+    )
     from gpt_lightning.training.module import GPTLightningModule
+    from gpt_lightning.training.run import FitResult, fit, validate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "FitResult",
     "GPTConfig",
     "GPTLightningModule",
     "GPTModel",
+    "RunConfig",
     "TextDataModule",
+    "ThroughputConfig",
+    "build_trainer",
+    "fit",
     "generate",
     "generate_simple",
     "load_model",
+    "validate",
 ]
 
 _MODULES = {
+    "CheckpointConfig": "training.config",
+    "EvaluationConfig": "training.config",
+    "FitResult": "training.run",
     "GPTConfig": "model.config",
     "GPTLightningModule": "training.module",
     "GPTModel": "model.gpt",
+    "RunConfig": "training.config",
     "TextDataModule": "data.datamodule",
+    "ThroughputConfig": "training.config",
+    "build_trainer": "training.build",
+    "fit": "training.run",
     "generate": "generation.engine",
     "generate_simple": "generation.engine",
     "load_model": "pretrained.load",
+    "validate": "training.run",
 }
 
 

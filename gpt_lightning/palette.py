@@ -1,4 +1,4 @@
-"""Palette of all figures. Its colors differ for color-blind readers and in gray print.
+"""Palette of all figures. Color-blind readers can tell its colors apart, also in gray print.
 
 It is at the top of the package because training and reports both draw, and neither imports the other.
 """

@@ -82,7 +82,7 @@ def _serve() -> None:
     import torch
     from lightning.pytorch import Trainer  # noqa: F401
 
-    from gpt_lightning.cli import fit, training_cli  # noqa: F401
+    from gpt_lightning.cli import fit  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -14,9 +14,8 @@ from lightning.pytorch.plugins import Precision
 from test_durability import same_bits
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.cli import training_cli
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training import lightning_compat
+from gpt_lightning.training import build, lightning_compat
 from gpt_lightning.training.module import GPTLightningModule
 
 LAST = Path("checkpoints/quickstart/last.ckpt")
@@ -139,7 +138,7 @@ def test_a_step_is_lightnings(
         arguments = [*RECORDED, "--trainer.max_epochs=-1", "--evaluation.eval_freq=3", *settings]
         with monkeypatch.context() as patched:
             if name == "lightnings":
-                patched.setattr(training_cli, "use_fast_epoch_loop", lambda trainer: None)
+                patched.setattr(build, "use_fast_epoch_loop", lambda trainer: None)
             if name == "resumed":
                 fit(*arguments, "--trainer.max_steps=4")
                 monkeypatch.setattr(Record, "seen", [])

@@ -1,1 +1,1 @@
-"""Command line: verbs to functions. The only package that parses arguments and ends a process."""
+"""Command line: parses a command's arguments, runs its function and returns the exit code."""

@@ -1,4 +1,4 @@
-"""Ranks in environment variables, which must be checked before Lightning is imported and reads them."""
+"""Removes stale rank variables (``RANK``, ``SLURM_PROCID``, …) before Lightning is imported and reads them."""
 
 import os
 from collections.abc import MutableMapping

@@ -3,11 +3,9 @@
 import json
 import math
 from dataclasses import asdict
-from typing import Any
 
 import psutil
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
@@ -19,15 +17,17 @@ from gpt_lightning.data.dataset import window_count
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, nearest_multiple
 from gpt_lightning.data.token_cache import count_training_tokens
 from gpt_lightning.kernels.support import kernels_unsupported_reason
-from gpt_lightning.model.config import GPT2_SIZES
+from gpt_lightning.model.config import GPT2_SIZES, GPTConfig
 from gpt_lightning.model.hardware import MEMORY, OLDER_THAN_AMPERE, PEAKS
 from gpt_lightning.model.precision import PRECISIONS, SHARDED_PRECISIONS
 from gpt_lightning.planning.memory import DeviceType, StepShape
 from gpt_lightning.planning.plan import RunSpec, Strategy, plan
 from gpt_lightning.pretrained.load import size_to_download
 from gpt_lightning.storage.cache import cache_folder
+from gpt_lightning.training.build import build_modules
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.module import reconcile_config
+from gpt_lightning.training.start import find_start, was_started
 
 # what fit's process needs beyond plan's: tokenizer, TensorBoard, matplotlib, threads
 IMPORTED_LATER = 120_000_000
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> None:
 
 
 class PlanCLI(TrainingCLI):
-    """Settings as ``fit`` parses them, with module and data, but without a trainer: its devices may be elsewhere.
+    """Settings as ``fit`` parses them, but without a trainer: its devices may be on another machine.
 
     Attributes:
         notes: What the numbers leave out, one line per topic.
@@ -111,23 +111,16 @@ class PlanCLI(TrainingCLI):
         )
         add("--json", action="store_true", help="Print one JSON object and nothing else.")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
-
-    def _adopt_architecture(self) -> None:
-        config = self.config
-        if config.ckpt_path == "auto":
-            config.ckpt_path = "last" if self._was_started() else None
-        size = size_to_download(config.init_from) if config.init_from else None
-        if size is not None and not config.ckpt_path:  # known before it is downloaded
-            linked = [f"--rng={config.rng}", f"--seed_everything={config.seed_everything}"]
-            given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
-            named = given.get("model", {}).get("config") or {}
-            what = f"init_from: {config.init_from}"
-            adopted = reconcile_config(what, GPT2_SIZES[size], named)
-            config.model.config = Namespace(**asdict(adopted))
-        else:
-            super()._adopt_architecture()
+    def _architecture(self) -> GPTConfig:
+        """The architecture of the run's weights; that of GPT-2 is known before it is downloaded."""
+        config = self.run_config()
+        resumes = config.ckpt_path and (config.ckpt_path != "auto" or was_started(config.folder))
+        size = None if resumes else size_to_download(config.init_from or "")
+        if size is None:
+            return find_start(config).architecture
+        return reconcile_config(
+            f"init_from: {config.init_from}", GPT2_SIZES[size], config.architecture
+        )
 
     def spec(self) -> RunSpec:
         config, trainer, data = self.config, self.config.trainer, self.config.data
@@ -139,7 +132,8 @@ class PlanCLI(TrainingCLI):
                 f"trainer.precision: plan does not know {precision}; {suggest(precision or '', PRECISIONS)}"
             )
         strategy, bucket_view = self._strategy(devices, precision)
-        architecture = self.model.config
+        architecture = self._architecture()
+        build_modules(self.run_config(), architecture)  # they check their settings
         length = data.context_length or architecture.context_length
         if length > architecture.context_length:
             raise ValueError(
@@ -165,7 +159,7 @@ class PlanCLI(TrainingCLI):
             micro_batches=micro_batches,
             global_batch_is_given=is_given,
             bucket_view=bucket_view,
-            keep_freed_memory=bool(config.keep_freed_memory),
+            keep_freed_memory=config.keep_freed_memory is not False,
             base=psutil.Process().memory_info().rss + IMPORTED_LATER if step.device == "cpu" else 0,
             keep_best=saves and config.checkpoint.save_best,
             keep_previous=saves and config.checkpoint.keep_previous,

@@ -1,4 +1,4 @@
-"""``report``: the chapter's exercises about a model's texts. Each report has a module."""
+"""``report``: the exercises about generated texts; chooses the report and defines the options they share."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal

@@ -1,4 +1,4 @@
-"""Standard output and standard error that do not end a command by surprise.
+"""Standard output and error that survive closed pipes, full disks and characters that they cannot encode.
 
 Characters that a stream cannot encode are replaced by escapes. On a terminal, standard error also escapes control
 characters, because a path or a prompt may contain any. A stream that cannot be written (a closed pipe, a full disk,

@@ -43,12 +43,6 @@ _DDP_FLAGS = (
     "static_graph",
     "broadcast_buffers",
 )
-# part of a message of Lightning → our message
-_LIGHTNING_ERRORS = {
-    "No supported gpu backend found": "trainer.accelerator: no GPU is available; give cpu, or auto",
-    "should be an int > 0": "trainer.devices: on a CPU it is the number of processes; give a number, such as 1",
-    "can not run on your system": "trainer.accelerator: it is not available; give cpu, or auto",
-}
 
 
 def check_trainer(trainer: Namespace, *, trains: bool = False) -> None:
@@ -100,15 +94,6 @@ def _check_ddp(strategy: Any) -> None:
             raise ValueError(
                 f"trainer.strategy.{name}: {value} is not true or false; give one of them"
             )
-
-
-def explain_trainer(error: Exception) -> str:
-    """One line for an error that the Trainer raises about its settings."""
-    message = " ".join(str(error).split())
-    for part, line in _LIGHTNING_ERRORS.items():
-        if part in message:
-            return line
-    return f"trainer: {message}"
 
 
 def _suggest_choice(setting: str, value: str) -> str:

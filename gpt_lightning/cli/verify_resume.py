@@ -81,15 +81,17 @@ def _plan_of_short_run(
     fit_arguments: list[str], steps: int, more_steps: int, kills: int
 ) -> tuple["ShortRun", str]:
     """The plan of a short run for the settings of ``fit``, and a line that describes it."""
-    from gpt_lightning.cli.fit import setup_data_early
     from gpt_lightning.cli.training_cli import TrainingCLI
+    from gpt_lightning.training.build import build_run
+    from gpt_lightning.training.run import setup_data_early
     from gpt_lightning.training.verify_resume import Limit, plan_short_run
 
     cli = TrainingCLI("fit", fit_arguments, run.__doc__)
     if cli.config.ckpt_path:
         raise ValueError("ckpt_path: verify-resume trains new runs; leave it out")
-    setup_data_early(cli)
-    data, trainer = cli.datamodule, cli.trainer
+    built = build_run(cli.run_config())
+    setup_data_early(built)
+    data, trainer = built.datamodule, built.trainer
     epoch = data.epoch_shape()
     by_trainer = epoch.steps_of_run(trainer.max_steps, trainer.max_epochs)
     by_tokens = epoch.steps_for(cli.config.max_tokens) if cli.config.max_tokens else None

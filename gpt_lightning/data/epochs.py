@@ -1,4 +1,4 @@
-"""How many batches, optimizer steps and tokens an epoch has, and so a run: for ``fit`` and ``plan`` alike."""
+"""Number of batches, optimizer steps and tokens of an epoch and of a run; used by ``fit`` and ``plan``."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Check that a resumed run has the windows that its checkpoint had."""
+"""Check that a resumed run reads the same windows as the run that saved its checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Triton kernels for one decoding step. Each fuses a norm, matrix product, bias, GELU and shortcut.
+"""Triton kernels for one decoding step. A linear layer is one kernel with its norm, bias, GELU and shortcut.
 
 A kernel with PDL (programmatic dependent launch, from Hopper on) starts when all programs of the previous kernel have
 started. It first reads what no kernel writes, which is the weights, and then waits for the previous kernel to end.

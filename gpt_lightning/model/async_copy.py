@@ -1,4 +1,4 @@
-"""Copies from a GPU to main memory that do not block the host until they are read."""
+"""Asynchronous copies from a GPU to main memory: the host waits only when it reads the result."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The type that all weight formats are read into, :class:`ModelWeights`, and our own checkpoints."""
+""":class:`ModelWeights`, the type that every format is read into, and the reader of our own checkpoints."""
 
 import ctypes
 import mmap

@@ -1,4 +1,4 @@
-"""Exercise 5.1: frequencies of next tokens under temperature, sampled and exact.
+"""Exercise 5.1: how often each next token is drawn at several temperatures, beside its exact probability.
 
 V is the size of the vocabulary, S the number of samples.
 """

@@ -1,1 +1,1 @@
-"""What runs under Lightning."""
+"""Training with Lightning: settings, module, callbacks, checkpoints, resuming."""

@@ -1,11 +1,12 @@
-"""When checkpoints are saved: ``last.ckpt`` at intervals and when the run stops, ``best.ckpt`` with it."""
+"""When ``last.ckpt`` and ``best.ckpt`` (lowest validation loss) are saved."""
 
 import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,8 +24,8 @@ from gpt_lightning.training.checkpoint_io import (
     copy_of,
     remove_leftovers,
 )
+from gpt_lightning.training.config import OnFailure
 from gpt_lightning.training.distributed import local
-from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.lightning_compat import dump_checkpoint
 from gpt_lightning.training.loggers import ignore_full_disk
 from gpt_lightning.training.step_callback import StepEndCallback
@@ -32,37 +33,6 @@ from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
 logger = logging.getLogger(__name__)
-
-OnFailure = Literal["continue", "stop"]
-
-
-def checkpointing(
-    folder: Path,
-    losses: EvaluationCallback,
-    clock: Stopwatch,
-    every_n_train_steps: int | None = None,
-    save_best: bool = True,
-    keep_previous: bool = True,
-    async_save: bool = False,
-    on_failure: OnFailure = "continue",
-) -> tuple["CheckpointCallback", AtomicCheckpointIO]:
-    """Build the callback and the writer of the settings ``checkpoint.*``.
-
-    Args:
-        folder: Folder of the run.
-        losses: Callback that evaluates the run.
-        clock: Stopwatch that is stopped during a save.
-        every_n_train_steps: Optimizer steps between two saves of last.ckpt; null = at the end of each epoch.
-        save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss; needs memory for one checkpoint.
-        keep_previous: Keep the last.ckpt before as previous.ckpt, in case the newest one is damaged.
-        async_save: Continue training while a copy is written; needs memory for one checkpoint.
-        on_failure: After a failed save, for example on a full disk: 'continue' and try again at the next
-            interval, or 'stop'. The checkpoint before stays intact in both cases.
-    """
-    io = AtomicCheckpointIO(async_save, keep_previous)
-    return CheckpointCallback(
-        folder, io, losses, clock, every_n_train_steps, save_best, on_failure
-    ), io
 
 
 class CheckpointCallback(StepEndCallback, Checkpoint):
@@ -75,7 +45,6 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
     Args:
         folder: Folder of the run.
         io: Writer of the files.
-        losses: Callback whose val_loss decides which checkpoint is the best.
         clock: Stopwatch that is stopped during a save.
         every_n_train_steps: Optimizer steps between two saves; ``None``: at the end of each epoch.
         save_best: Whether the best checkpoint is kept too.
@@ -86,7 +55,6 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self,
         folder: Path,
         io: AtomicCheckpointIO,
-        losses: EvaluationCallback,
         clock: Stopwatch,
         every_n_train_steps: int | None = None,
         save_best: bool = True,
@@ -98,12 +66,12 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             )
         self.folder = folder
         self.io = io
-        self.losses = losses
         self.clock = clock
         self.every_n_train_steps = every_n_train_steps
         self.save_best = save_best
         self.on_failure = on_failure
         self.best_val_loss: float | None = None
+        self._val_loss = math.nan  # of the current step, if it was evaluated
         self._best: dict[str, Any] | None = None  # not yet written
         self._being_written: dict[str, Any] | None = (
             None  # a best checkpoint whose save may still fail
@@ -154,13 +122,17 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                 "--checkpoint.keep_previous false"
             )
 
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        self._val_loss = metrics["val_loss"]
+
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
         # also where max_steps ended it early, and a resumed run would skip the rest of the epoch.
-        step = trainer.global_step
-        row = self.losses.row
-        if self.save_best and row.get("step") == step - 1 and self._is_lowest(row["val_loss"]):
-            self.best_val_loss = row["val_loss"]
+        val_loss, self._val_loss = self._val_loss, math.nan
+        if self.save_best and self._is_lowest(val_loss):
+            self.best_val_loss = val_loss
             self._best = self._being_written = None  # memory for the copy
             with self.clock.stopped(pl_module.device):
                 self._best = copy_of(dump_checkpoint(trainer))

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -35,6 +36,11 @@ from gpt_lightning.training.lightning_compat import (
     forks_processes,
     set_data_parallel_size,
 )
+
+
+def is_rank_zero() -> bool:
+    """Return whether this is rank 0; before Lightning starts its processes, from the launcher's environment."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 def init_elastic_process_group(trainer: Trainer) -> None:

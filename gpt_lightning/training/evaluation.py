@@ -1,12 +1,13 @@
-"""Evaluation during training: the losses on the book's line, and sample texts."""
+"""Evaluation during training: losses and sample texts, printed and logged; ``TAGS`` are their TensorBoard tags."""
 
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,34 +32,20 @@ from gpt_lightning.training.throughput import Stopwatch
 logger = logging.getLogger(__name__)
 
 
-def evaluation_callbacks(
-    eval_freq: int = 5,
-    eval_iter: int | None = 5,
-    prompt: str | None = "Every effort moves you",
-    max_new_tokens: int = 50,
-    log_next_token: bool = False,
-    rng: Rng = "step",
-    clock: Stopwatch | None = None,
-) -> list[Callback]:
-    """Build the callbacks of the settings ``evaluation.*``.
+@runtime_checkable
+class EvaluationListener(Protocol):
+    """Callback that is told the metrics of each evaluation; any callback of the trainer that has this method."""
 
-    Args:
-        eval_freq: Optimizer steps between two evaluations; the first one follows the first step.
-        eval_iter: Batches of each split that an evaluation reads on each device; with data.global_batch_size or
-            data.global_batch_tokens, global batches; null = all windows.
-        prompt: Text that the greedy sample after each epoch continues; null = no samples.
-        max_new_tokens: Tokens of that sample.
-        log_next_token: Log the entropy of the prompt's next-token distribution with each evaluation.
-        rng: 'step' does not change the run's random numbers, 'global' draws from them as the book does.
-        clock: Stopwatch that is stopped meanwhile.
-    """
-    losses = EvaluationCallback(eval_freq, eval_iter, rng, clock)
-    if prompt is None:
-        if log_next_token:
-            raise ValueError("evaluation.log_next_token: needs evaluation.prompt; give some text")
-        return [losses]
-    evaluation = losses if log_next_token else None
-    return [losses, SampleTextCallback(prompt, max_new_tokens, rng, evaluation, clock)]
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        """Act on an evaluation, before any ``on_step_end`` of its step.
+
+        Args:
+            metrics: ``EvaluationCallback.TAGS`` with ``step``, counted from 0, ``epoch``, counted from 1, and
+                ``seen_epochs``, a fraction.
+        """
+        ...
 
 
 def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
@@ -76,7 +63,7 @@ class EvaluationCallback(StepEndCallback):
     """The book's ``evaluate_model``: every ``eval_freq`` steps, the losses over some batches of each split.
 
     ``fit`` validates with it, and not with Lightning's validation loop. It prints the book's line, logs ``TAGS``
-    to the trainer's loggers, and keeps the last metrics as ``row``.
+    to the trainer's loggers, and calls ``on_evaluation`` of each :class:`EvaluationListener` among the callbacks.
 
     With ``rng="step"`` each evaluation reads the same training windows, and every token has the same weight.
     With ``rng="global"`` it reads the windows in a new random order and takes the mean of the batches' means,
@@ -108,7 +95,6 @@ class EvaluationCallback(StepEndCallback):
         self.eval_iter = eval_iter
         self.rng: Rng = rng
         self.clock = clock or Stopwatch()
-        self.row: dict[str, float] = {}
         self._grad_norm = math.nan
         self._began = 0.0
         self._tokens = 0
@@ -144,11 +130,19 @@ class EvaluationCallback(StepEndCallback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         self._rate = self._tokens / (self.clock.seconds() - self._began)
+        seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
         with self.clock.stopped(pl_module.device):
-            self._evaluate(trainer, pl_module, step)
+            metrics = {"step": step, "epoch": trainer.current_epoch + 1, "seen_epochs": seen_epochs}
+            metrics |= self._evaluate(trainer, pl_module, step)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EvaluationListener):
+                callback.on_evaluation(trainer, pl_module, metrics)
         self._began, self._tokens = self.clock.seconds(), 0
 
-    def _evaluate(self, trainer: Trainer, module: GPTLightningModule, step: int) -> None:
+    def _evaluate(
+        self, trainer: Trainer, module: GPTLightningModule, step: int
+    ) -> dict[str, float]:
+        """Compute, print and log the metrics ``TAGS``."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, TextDataModule), "EvaluationCallback needs a TextDataModule"
         with _random_numbers(self.rng), torch.no_grad():
@@ -156,7 +150,6 @@ class EvaluationCallback(StepEndCallback):
             train_loss = self._mean_loss(trainer, module, data.train_dataloader())
             val_loss = self._mean_loss(trainer, module, data.validation_windows())
             module.train()
-        epoch = trainer.current_epoch + 1
         values = [
             train_loss,
             val_loss,
@@ -166,16 +159,17 @@ class EvaluationCallback(StepEndCallback):
             module.tokens_seen,
             self._rate,
         ]
-        self.row = {"step": step, "epoch": epoch, **dict(zip(self.TAGS, values, strict=True))}
+        metrics = dict(zip(self.TAGS, values, strict=True))
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         trainer.callback_metrics.update((tag, torch.tensor(loss)) for tag, loss in losses.items())
         if trainer.is_global_zero:
             print(
-                f"Ep {epoch} (Step {step:06d}): "
+                f"Ep {trainer.current_epoch + 1} (Step {step:06d}): "
                 f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}",
                 flush=True,
             )
-        log_metrics(trainer, {tag: self.row[tag] for tag in self.TAGS}, step)
+        log_metrics(trainer, metrics, step)
+        return metrics
 
     def _mean_loss(
         self, trainer: Trainer, module: GPTLightningModule, loader: ResumableDataLoader
@@ -195,7 +189,7 @@ class EvaluationCallback(StepEndCallback):
 class SampleTextCallback(Callback):
     """Callback that prints a greedy continuation of ``prompt`` after each epoch, and logs it to TensorBoard.
 
-    With ``evaluation``, it also logs the prompt's next-token distribution at temperature 1 after each evaluation:
+    With ``log_next_token``, it also logs the prompt's next-token distribution at temperature 1 after each evaluation:
     its entropy (nats), exp(entropy) (tokens), and the largest probability.
     """
 
@@ -210,8 +204,9 @@ class SampleTextCallback(Callback):
         prompt: str,
         max_new_tokens: int = 50,
         rng: Rng = "step",
-        evaluation: EvaluationCallback | None = None,
         clock: Stopwatch | None = None,
+        *,
+        log_next_token: bool = False,
     ) -> None:
         if not prompt:
             raise ValueError("evaluation.prompt: is empty; give some text, or null for no samples")
@@ -222,9 +217,8 @@ class SampleTextCallback(Callback):
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
         self.rng: Rng = rng
-        self.evaluation = evaluation
         self.clock = clock or Stopwatch()
-        self._last_row: dict[str, float] = {}
+        self.log_next_token = log_next_token
         self._sampled_step = -1
 
     def on_train_batch_end(
@@ -235,15 +229,17 @@ class SampleTextCallback(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        row = self.evaluation.row if self.evaluation else self._last_row
-        if row is not self._last_row and row:
-            self._last_row = row
-            self._log_next_token(trainer, pl_module, int(row["step"]))
         # Not in on_train_epoch_end: the checkpoint of an epoch's last batch is saved after its sample was printed.
         if trainer.is_last_batch:
             self._sample(trainer, pl_module, trainer.global_step - 1)
         elif ends_run(trainer):
             self._sample_of_cut_epoch(trainer, pl_module)
+
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        if self.log_next_token:
+            self._log_next_token(trainer, pl_module, int(metrics["step"]))
 
     def _log_next_token(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, GPTLightningModule)

@@ -71,7 +71,7 @@ SubprocessLauncher = _SubprocessScriptLauncher
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
     """Return the checkpoint that ``trainer.save_checkpoint`` would write now."""
-    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint()
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     return checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Metrics to a trainer's loggers. A full disk costs metrics, and does not stop the run."""
+"""Sending metrics to the trainer's loggers. If the disk is full they are lost, and the run continues."""
 
 import logging
 import sys

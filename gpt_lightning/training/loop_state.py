@@ -1,4 +1,4 @@
-"""Lightning's loop counters in a checkpoint, in one form.
+"""Lightning's loop counters in a checkpoint, corrected so that every checkpoint means the same position.
 
 A checkpoint is a position after a batch of an epoch. ``batch_progress`` says whether the hooks at the end of the batch
 have run: ``completed`` is one behind ``ready`` if they have not, as in ``on_train_batch_end``, where runs are saved.

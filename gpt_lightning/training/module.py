@@ -1,4 +1,4 @@
-"""``GPTModel`` as a LightningModule: training step, optimizer, validation, state of a run."""
+"""``GPTModel`` as a LightningModule: training step, optimizer, gradient clipping, validation, state of a run."""
 
 import math
 from collections.abc import Collection, Mapping

@@ -1,4 +1,4 @@
-"""AdamW: parameter groups, the learning rate of a step, the gradient norm, moments by parameter name."""
+"""AdamW, the learning rate of a step, the gradient norm, and loading of saved moments."""
 
 import math
 from typing import Any

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import MaxTokens, epoch_shape
 
@@ -33,7 +33,6 @@ class RunProgressBar(StepEndCallback, ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._evaluation: EvaluationCallback | None = None
         self._bar: Progress | None = None
         self._total: int | None = None
         self._began = 0.0
@@ -52,8 +51,6 @@ class RunProgressBar(StepEndCallback, ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         total, epoch = total_steps(trainer), epoch_shape(trainer)
-        watchers = trainer.callbacks  # type: ignore[attr-defined]
-        self._evaluation = next((c for c in watchers if isinstance(c, EvaluationCallback)), None)
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in pl_module.parameters())
             logger.info(
@@ -67,9 +64,13 @@ class RunProgressBar(StepEndCallback, ProgressBar):
             )
         self._start("training", trainer.global_step, total)
 
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        self._val_loss = metrics["val_loss"]
+
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        loss = self._evaluation.row.get("val_loss") if self._evaluation else None
-        self._advance(trainer.global_step, loss)
+        self._advance(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -89,7 +90,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
     ) -> None:
         if trainer.state.fn == "validate":
             done = sum(trainer.num_val_batches[:dataloader_idx]) + batch_idx + 1
-            self._advance(int(done), None)
+            self._advance(int(done))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -101,12 +102,12 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         self._stop()
 
     def _start(self, what: str, done: int, total: int | None) -> None:
-        self._total, self._first = total, done
+        self._total, self._first, self._done, self._val_loss = total, done, done, None
         self._began = self._last_line = time.monotonic()
         # Messages are escaped on a terminal; the bar's own control characters are not.
         console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
         # A dumb terminal (TERM=dumb) cannot redraw a line.
-        quiet = not self._enabled or not logger.isEnabledFor(logging.INFO)
+        quiet = not self._enabled or logging.getLogger("gpt_lightning").level > logging.INFO
         if quiet or not console.is_terminal or console.is_dumb_terminal:
             return
         self._bar = Progress(
@@ -122,16 +123,15 @@ class RunProgressBar(StepEndCallback, ProgressBar):
             refresh_per_second=1 / SECONDS_BETWEEN_UPDATES,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
-        self._done, self._val_loss = done, None
         self._bar.add_task(what, total=total, completed=done, note="")
         self._bar.start()
 
-    def _advance(self, done: int, val_loss: float | None) -> None:
+    def _advance(self, done: int) -> None:
         if not self._enabled:
             return
         now = time.monotonic()
         if self._bar is not None:
-            self._done, self._val_loss = done, val_loss
+            self._done = done
             if now - self._shown >= SECONDS_BETWEEN_UPDATES:
                 self._shown = now
                 self._show()
@@ -157,7 +157,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Updates after which the run ends, by ``max_steps``, ``max_epochs`` or ``max_tokens``; None: by none of them."""
+    """Return the step that ends the run, by ``max_steps``, ``max_epochs`` or ``max_tokens``; ``None`` if none does."""
     epoch = epoch_shape(trainer)
     if epoch is None:
         return trainer.max_steps if trainer.max_steps >= 0 else None

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest valid one, or the one that ``--ckpt_path`` names."""
+"""The checkpoint that a resumed run reads: the newest valid one, ``best.ckpt`` or a path."""
 
 import logging
 from collections.abc import Mapping

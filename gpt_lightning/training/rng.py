@@ -1,4 +1,4 @@
-"""The two kinds of reproducible runs.
+"""Random numbers of a run: a seed per micro-batch (``rng: step``), or one global generator (``rng: global``).
 
 ``rng="step"`` (default): before every micro-batch torch's generators are seeded with a pure function of
 (seed, step, micro-batch, rank). Dropout then does not depend on other users of the generators, nor on where a run

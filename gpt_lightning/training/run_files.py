@@ -2,23 +2,28 @@
 
 import csv
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, is_dataclass
 from enum import Enum
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.palette import SERIES
-from gpt_lightning.storage.atomic import atomic_output
+from gpt_lightning.storage.atomic import atomic_output, write_text
+from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import ignore_full_disk
+from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
 
@@ -29,36 +34,78 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Callback that saves a new run's settings as config.yaml; a resumed run keeps the file it has."""
+class SaveRunConfig(Callback):
+    """Callback that saves a new run's settings as config.yaml; a resumed run keeps the file it has.
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
-        super().__init__(parser, config, save_to_log_dir=False)
-        self.folder = folder
+    Args:
+        config: Settings that name the folder, and the weights that the run starts from.
+        settings: Result of :func:`recorded_settings`.
+    """
 
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        path = self.folder / "config.yaml"
-        if path.exists():
+    def __init__(self, config: RunConfig, settings: Mapping[str, Any]) -> None:
+        self.path = config.folder / "config.yaml"
+        self.settings = settings
+        self.header = ""
+        if config.init_from:
+            with_optimizer = " --init_optimizer true" if config.init_optimizer else ""
+            self.header = f"# started with --init_from {config.init_from}{with_optimizer}\n"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or self.path.exists():
             return
-        config = self.config.clone()
-        for once in (
-            "config",
-            "ckpt_path",
-            "init_from",
-            "init_optimizer",
-            "allow_import",
-        ):  # actions of one command, not settings of the run
-            config.pop(once, None)
-        header = ""
-        if self.config.init_from:
-            with_optimizer = " --init_optimizer true" if self.config.init_optimizer else ""
-            header = f"# started with --init_from {self.config.init_from}{with_optimizer}\n"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # the default of Lightning's Timer is an Enum where a string is expected
-        yaml.SafeDumper.add_multi_representer(
-            Enum, lambda dumper, enum: dumper.represent_data(enum.value)
-        )
-        path.write_text(header + self.parser.dump(config, skip_validation=True), encoding="utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, self.header + dump_settings(self.settings))
+
+
+def recorded_settings(
+    config: RunConfig, architecture: GPTConfig, trainer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the settings of a run as config.yaml has them: with defaults, and with the architecture of its weights.
+
+    What only one command does, such as resuming, is left out. So are values of ``config.trainer`` that are Python
+    objects; ``trainer`` has the settings that describe them.
+    """
+    settings = {
+        key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for key, value in vars(config).items()
+        if key not in ("ckpt_path", "init_from", "init_optimizer")
+    }
+    linked = ("seed", "rng")  # settings of the run set them
+    for name, kind in (("model", GPTLightningModule), ("data", TextDataModule)):
+        defaults = {
+            key: parameter.default
+            for key, parameter in signature(kind).parameters.items()
+            if key not in linked and parameter.default is not Parameter.empty
+        }
+        settings[name] = {**defaults, **settings[name]}
+    settings["model"] = {"config": asdict(architecture)} | {
+        key: value for key, value in settings["model"].items() if key != "config"
+    }
+    if trainer is None:
+        trainer = {key: value for key, value in config.trainer.items() if _is_plain(value)}
+    settings["trainer"] = dict(trainer)
+    return settings
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether YAML has the value as a number, text, list or mapping."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | Enum)
+
+
+class _SettingsDumper(yaml.SafeDumper):
+    """YAML of settings; an Enum, which is the default of Lightning's Timer, is written as its value."""
+
+
+_SettingsDumper.add_multi_representer(Enum, lambda dumper, enum: dumper.represent_data(enum.value))
+
+
+def dump_settings(settings: Mapping[str, Any]) -> str:
+    """Return settings as YAML."""
+    return yaml.dump(dict(settings), Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 Row = dict[str, float]
@@ -73,43 +120,34 @@ class MetricsCSV(StepEndCallback):
 
     Args:
         folder: Folder of the run.
-        evaluation: Callback whose rows are written.
         hparams: Settings to show in TensorBoard in addition to the module's, by group.
     """
 
-    def __init__(
-        self, folder: Path, evaluation: EvaluationCallback, hparams: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, hparams: dict[str, Any] | None = None) -> None:
         self.path = folder / "metrics.csv"
         self.figure_path = folder / "loss.png"
-        self.evaluation = evaluation
         self.hparams = hparams or {}
         self.rows: list[Row] = []
-        self._last: Row = {}
         self._finished_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last = self.evaluation.row
         if not trainer.is_global_zero:
             return
         if self.path.exists():
             self.rows = [row for row in read_rows(self.path) if row["step"] < trainer.global_step]
         write_rows(self.path, self.rows)
 
-    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        if self.evaluation.row is not self._last:
-            self._last = self.evaluation.row
-            seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(
-                trainer.num_training_batches
-            )
-            self.rows.append({**self._last, "seen_epochs": seen_epochs})
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    ) -> None:
+        if trainer.is_global_zero:
+            self.rows.append(dict(metrics))
             ignore_full_disk(self._append)
-        if ends_run(
-            trainer
-        ):  # before the last checkpoint is saved: a run that is killed after it is complete
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        # before the last checkpoint is saved: a run that is killed after it is complete
+        if trainer.is_global_zero and ends_run(trainer):
             self._finish(trainer, pl_module)
 
     def _append(self) -> None:

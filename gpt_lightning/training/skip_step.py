@@ -5,7 +5,7 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.model.async_copy import AsyncHostCopy
+from gpt_lightning.training.config import OnBadStep
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optimizer import norm_is_certainly_finite
 
 logger = logging.getLogger(__name__)
 
-OnBadStep = Literal["stop", "skip"]
 SPIKE_STEPS, SPIKE_SIGMA = 128, 6.0  # as OLMo-core skips
 
 

@@ -1,4 +1,4 @@
-"""Chunk of an input, about a megabyte, that one thread of ``prepare`` tokenizes, and where reading resumes after it."""
+"""A chunk of an input, about a megabyte, that one thread tokenizes, and the position where the next one starts."""
 
 from dataclasses import dataclass
 from hashlib import blake2b

@@ -1,4 +1,4 @@
-"""Chunks of inputs to token ids: the work of a thread of ``prepare``."""
+"""Converts chunks to token ids in a thread of ``prepare``: parses rows of JSON, then tokenizes their texts."""
 
 import json
 from collections.abc import Iterator

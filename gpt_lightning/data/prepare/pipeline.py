@@ -1,4 +1,4 @@
-"""Any amount of text to a token store, in bounded memory, by threads: tiktoken releases the GIL.
+"""Pipeline of ``prepare``: reads, tokenizes in threads and writes a token store, in bounded memory.
 
 Chunks are tokenized in parallel and written in order, so the store is a function of the inputs and the
 settings alone, however often it was interrupted: see ``token_store.py``.

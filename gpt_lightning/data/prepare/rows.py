@@ -1,4 +1,4 @@
-"""Lines of JSON, parquet tables and folders of ``datasets`` to chunks: a row is a document."""
+"""Reads JSONL, parquet and folders of ``datasets`` as chunks; a row is a document."""
 
 from collections.abc import Iterator, Sequence
 from typing import IO, Any

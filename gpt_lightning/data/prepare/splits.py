@@ -1,4 +1,4 @@
-"""Training or validation: what is known before anything is tokenized."""
+"""Splits of ``prepare``: checks that neither is empty, and finds where training ends, before tokenizing."""
 
 from collections.abc import Sequence
 from dataclasses import replace

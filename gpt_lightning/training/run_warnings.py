@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.hardware import measured_peak
 
 # settings of Lightning's own validation → their default values
@@ -18,26 +18,26 @@ _VALIDATION_DEFAULTS = {
 
 
 def run_warnings(
-    config: Namespace,
+    config: RunConfig,
     trainer: Trainer,
     architecture: GPTConfig,
-    arguments: list[str],
     *,
     keeps_freed_memory: bool,
 ) -> Iterator[str]:
     """Warnings for a run that is about to start, one line each.
 
     Args:
-        arguments: The command line, which tells whether the user gave a setting that equals its default.
         keeps_freed_memory: Whether ``keep_freed_memory`` has an effect in this process.
     """
-    given = any(argument.startswith("--keep_freed_memory") for argument in arguments)
-    if config.keep_freed_memory and given and not keeps_freed_memory:
+    if config.keep_freed_memory and not keeps_freed_memory:
         yield "keep_freed_memory: has no effect here; it needs a CPU run with glibc's malloc"
-    if config.model.compile and max(architecture.drop_rate, architecture.attention_drop_rate) > 0:
+    if (
+        config.model.get("compile")
+        and max(architecture.drop_rate, architecture.attention_drop_rate) > 0
+    ):
         book = ", so the losses are not the book's" if config.rng == "global" else ""
         yield f"model.compile: compiled blocks draw other random numbers for dropout than uncompiled ones{book}"
-    if trainer.strategy.root_device.type == "cuda" and config.model.loss_chunk_size is None:
+    if trainer.strategy.root_device.type == "cuda" and config.model.get("loss_chunk_size") is None:
         yield (
             "model.loss_chunk_size: without it the loss of all tokens is computed at once; 8192 (tokens) is faster on a "
             "GPU, with the same result up to rounding"
@@ -45,12 +45,12 @@ def run_warnings(
     yield from precision_warnings(trainer)
     if trainer.limit_val_batches == 0:
         for name, defaults in _VALIDATION_DEFAULTS.items():
-            if config.trainer[name] not in defaults:
+            if config.trainer.get(name, defaults[0]) not in defaults:
                 yield (
                     f"trainer.{name}: has no effect, because evaluation.eval_freq sets when losses are computed; "
                     "give trainer.limit_val_batches if Lightning shall validate too"
                 )
-    if config.trainer.log_every_n_steps is not None and not config.trainer.callbacks:
+    if config.trainer.get("log_every_n_steps") is not None and not config.trainer.get("callbacks"):
         yield (
             "trainer.log_every_n_steps: has no effect, because evaluation.eval_freq and throughput.every_n_steps set "
             "when metrics are logged"

@@ -1,0 +1,153 @@
+"""Settings of a run as dataclasses: the same names in Python, in YAML and on the command line."""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt_lightning.data.dataloader import Rng
+from gpt_lightning.model.config import GPTConfig
+
+OnBadStep = Literal["stop", "skip"]
+OnFailure = Literal["continue", "stop"]
+
+RUNS = Path("checkpoints")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Settings ``evaluation.*``: the losses during training, and the sample text after each epoch.
+
+    Args:
+        eval_freq: Optimizer steps between two evaluations; the first one follows the first step.
+        eval_iter: Batches of each split that an evaluation reads on each device; with data.global_batch_size or
+            data.global_batch_tokens, global batches; null = all windows.
+        prompt: Text that the greedy sample after each epoch continues; null = no samples.
+        max_new_tokens: Tokens of that sample.
+        log_next_token: Log the entropy of the prompt's next-token distribution with each evaluation.
+    """
+
+    eval_freq: int = 5
+    eval_iter: int | None = 5
+    prompt: str | None = "Every effort moves you"
+    max_new_tokens: int = 50
+    log_next_token: bool = False
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Settings ``checkpoint.*``: which checkpoints a run saves, and when.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two saves of last.ckpt; null = at the end of each epoch.
+        save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss; needs memory for one checkpoint.
+        keep_previous: Keep the last.ckpt before as previous.ckpt, in case the newest one is damaged.
+        async_save: Continue training while a copy is written; needs memory for one checkpoint.
+        on_failure: After a failed save, for example on a full disk: 'continue' and try again at the next
+            interval, or 'stop'. The checkpoint before stays intact in both cases.
+    """
+
+    every_n_train_steps: int | None = None
+    save_best: bool = True
+    keep_previous: bool = True
+    async_save: bool = False
+    on_failure: OnFailure = "continue"
+
+
+@dataclass(kw_only=True)
+class ThroughputConfig:
+    """Settings ``throughput.*``: the log of the training speed.
+
+    Args:
+        every_n_steps: Optimizer steps between two log entries of tokens per second, MFU and memory.
+    """
+
+    every_n_steps: int = 50
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Settings of a run.
+
+    Args:
+        run: Name of the run: its files are in checkpoints/NAME.
+        seed_everything: Seed of the initial weights, the order of the windows and dropout.
+        rng: Source of random numbers: step = computed from seed and step; global = torch's global generator, as in
+            the book.
+        ckpt_path: Checkpoint from which the run resumes: last, best or a path; auto = last if it exists, else a new
+            run.
+        init_from: SOURCE of a new run's initial weights: a run, a checkpoint, GPT-2's files, or a name such as
+            gpt2-124M.
+        init_optimizer: true = also load the optimizer's state from --init_from.
+        max_tokens: Training tokens after which the run ends, unless trainer.max_epochs or trainer.max_steps ends it
+            earlier; null = no limit.
+        keep_freed_memory: true = on a CPU, the process keeps the memory that a step frees for the next step: steps
+            take a quarter less time and up to 40 percent more memory; null = true where it has an effect.
+        bad_steps: Action after a loss or gradient that is not finite: stop = end the run before the optimizer step;
+            skip = leave the optimizer step out.
+        max_bad_steps: Number of skipped optimizer steps in a row after which the run stops.
+        skip_spikes: true = also skip an optimizer step whose loss or gradient norm is 6 standard deviations above
+            those of the last 128 steps.
+        evaluation: Losses during training and sample texts.
+        checkpoint: Which checkpoints are saved, and when.
+        throughput: Log of the training speed.
+        model: Arguments of :class:`gpt_lightning.GPTLightningModule`. ``config`` is a ``GPTConfig``, or a dict of
+            its keys; keys that are left out come from the weights that the run starts from, else from the defaults.
+        data: Arguments of :class:`gpt_lightning.TextDataModule`.
+        trainer: Arguments of ``lightning.pytorch.Trainer``.
+
+    Raises:
+        ValueError: The name or the seed cannot be used.
+    """
+
+    run: str = "run"
+    seed_everything: int = 123
+    rng: Rng = "step"
+    ckpt_path: str | None = None
+    init_from: str | None = None
+    init_optimizer: bool = False
+    max_tokens: int | None = None
+    keep_freed_memory: bool | None = None
+    bad_steps: OnBadStep = "stop"
+    max_bad_steps: int = 10
+    skip_spikes: bool = False
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.run):
+            raise ValueError(
+                f"run: {self.run} is not a folder's name; give letters, digits, '.', '_', '-'"
+            )
+        if not 0 <= self.seed_everything < 2**32:
+            raise ValueError(
+                f"seed_everything: {self.seed_everything} is out of range; give 0 to {2**32 - 1}"
+            )
+        if self.ckpt_path is not None:
+            self.ckpt_path = os.fspath(self.ckpt_path)
+        if self.init_from is not None:
+            self.init_from = os.fspath(self.init_from)
+
+    @property
+    def folder(self) -> Path:
+        """``checkpoints/RUN`` under ``trainer.default_root_dir``, or under the working directory."""
+        root = os.path.expanduser(self.trainer.get("default_root_dir") or ".")
+        return Path(root) / RUNS / self.run
+
+    @property
+    def source(self) -> str | None:
+        """Existing weights that ``ckpt_path`` or ``init_from`` names; ``None`` if neither is given."""
+        if self.ckpt_path in ("last", "best"):
+            return str(self.folder / self.ckpt_path)
+        return self.ckpt_path or self.init_from
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Keys of ``model.config`` that are given."""
+        given = self.model.get("config") or {}
+        return asdict(given) if isinstance(given, GPTConfig) else dict(given)

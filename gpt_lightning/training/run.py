@@ -1,0 +1,220 @@
+"""``fit`` and ``validate``: the checks before the first step, the run, and its result."""
+
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.pretrained.load import find_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.build import BuiltRun, build_run
+from gpt_lightning.training.config import RunConfig
+from gpt_lightning.training.distributed import (
+    init_elastic_process_group,
+    is_rank_zero,
+    terminate_ranks_on_error,
+)
+from gpt_lightning.training.hardware import keep_freed_memory
+from gpt_lightning.training.resume import reached_limit
+from gpt_lightning.training.run_lock import RunLock
+from gpt_lightning.training.run_warnings import precision_warnings, run_warnings
+from gpt_lightning.training.start import was_started
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of :func:`fit`.
+
+    Attributes:
+        folder: Folder of the run; ``load_model(str(folder))`` reads its model.
+        stopped_by: Signal that stopped the run early; ``None`` if there was none.
+        metrics: Losses of the last evaluation, by their names in the logs; empty if nothing was trained.
+    """
+
+    folder: Path
+    stopped_by: signal.Signals | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def fit(config: RunConfig, *, recorded_trainer: Mapping[str, Any] | None = None) -> FitResult:
+    """Train a model, as the command ``fit`` does. The first of these that is given decides what the run starts from:
+
+    1. ``ckpt_path``: the same run resumes, with its weights, optimizer, data position and random numbers.
+    2. ``init_from``: a new run with existing weights, and existing moments with ``init_optimizer``.
+    3. Neither: a new run with random weights.
+
+    A signal stops the run after the current step and saves it. A second Ctrl-C stops it at once.
+
+    Args:
+        recorded_trainer: ``config.trainer`` as config.yaml records it, where it holds Python objects.
+
+    Raises:
+        ValueError, OSError: A setting cannot be used; the message is one line, and nothing was written.
+        FloatingPointError: A loss or a gradient is not finite.
+        KeyboardInterrupt: The run was stopped at once.
+    """
+    with RunLock() as lock:
+        if is_rank_zero() and not config.trainer.get("fast_dev_run"):
+            lock.acquire(config.folder)
+        built = build_run(config, recorded_trainer=recorded_trainer)
+        if _is_finished(built):
+            return FitResult(config.folder)
+        return _train(built)
+
+
+def _train(built: BuiltRun) -> FitResult:
+    config, trainer, folder = built.config, built.trainer, built.config.folder
+    if is_rank_zero():
+        if built.start.checkpoint is None and config.ckpt_path != "auto":
+            _ensure_new_run(folder)
+        if built.checkpoints is not None:
+            built.checkpoints.check_disk_space(built.module.config, str(trainer.precision))
+        setup_data_early(built)
+        _check_compiler(built)
+    init_elastic_process_group(trainer)
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    keeps = config.keep_freed_memory is not False and on_cpu and keep_freed_memory()
+    if is_rank_zero():
+        for warning in run_warnings(config, trainer, built.module.config, keeps_freed_memory=keeps):
+            logger.warning(warning)
+    try:
+        with terminate_ranks_on_error(trainer):
+            # trainer.ckpt_path is set
+            trainer.fit(built.module, datamodule=built.datamodule, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
+    except SystemExit as error:
+        if _is_interrupt(error):
+            raise KeyboardInterrupt(f"{folder}: --ckpt_path last resumes it") from error
+        if trainer.is_global_zero:
+            logger.info(f"{folder}: ended by sys.exit({error.code!r}), not by its settings")
+        raise
+    stopped_by = built.stop.received
+    if trainer.is_global_zero:
+        if stopped_by is not None:
+            built.stop.requeue()
+            logger.info(f"{folder}: stopped; --ckpt_path last resumes it")
+        else:
+            logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return FitResult(folder, stopped_by, metrics)
+
+
+def _is_interrupt(error: SystemExit) -> bool:
+    """Return whether Lightning made this exit from Ctrl-C; a callback may call ``sys.exit(1)`` too."""
+    return error.code == 1 and isinstance(error.__context__, KeyboardInterrupt)
+
+
+def _is_finished(built: BuiltRun) -> bool:
+    """Return whether the run has reached its end before, and log it; nothing is written then."""
+    if built.start.checkpoint is None:
+        return False
+    trainer, config = built.trainer, built.config
+    checkpoint = read_checkpoint(built.start.checkpoint)
+    reached = reached_limit(checkpoint, trainer.max_steps, trainer.max_epochs, config.max_tokens)
+    if reached is None:
+        return False
+    if is_rank_zero():
+        limit, setting = reached
+        option = setting if setting == "max_tokens" else f"trainer.{setting}"
+        logger.info(
+            f"{config.folder}: already finished ({limit}); to train further, give a larger --{option}"
+        )
+    return True
+
+
+def _ensure_new_run(folder: Path) -> None:
+    if not (folder / "config.yaml").exists():
+        return
+    remedy = "resume it with --ckpt_path last"
+    if not was_started(folder):
+        remedy = "it stopped before its first checkpoint, so --ckpt_path auto starts it again"
+    raise ValueError(
+        f"run: {folder} holds a run already; {remedy}, or give this run another name with --run NAME"
+    )
+
+
+def setup_data_early(built: BuiltRun, stage: str = "fit") -> None:
+    """Read the text before anything is written; Lightning would create the loggers' files first."""
+    built.trainer.strategy.connect(built.module)
+    built.datamodule.trainer = built.trainer
+    built.datamodule.setup(stage)
+    if built.start.checkpoint is not None:
+        _check_position(built.datamodule, read_checkpoint(built.start.checkpoint))
+
+
+def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
+    """Refuse data that differ from the checkpoint's before TensorBoard's files are changed."""
+    recorded = checkpoint.get(type(data).__qualname__)
+    if recorded is None:
+        logger.warning(
+            "ckpt_path: the checkpoint does not record its data (it was written by an earlier version), so the text is "
+            "not verified"
+        )
+    else:
+        data.load_state_dict(recorded)
+    for position in checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+        data.train_dataloader().load_state_dict(position)
+
+
+def _check_compiler(built: BuiltRun) -> None:
+    """Compile something small, to report a missing compiler in one line before the first step."""
+    if not built.module.compile_blocks:
+        return
+    try:
+        torch.compile(lambda x: x * x)(torch.zeros(1, device=built.trainer.strategy.root_device))
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.compile: {cause}; install what is missing, or leave it out"
+        ) from error
+
+
+def validate(config: RunConfig) -> dict[str, Any]:
+    """Compute loss and perplexity of a model on both splits of a text; every token has the same weight.
+
+    The weights are those of ``ckpt_path`` (last, best or a path), else of ``init_from``.
+
+    Returns:
+        Losses, perplexities, bits per byte and tokens of both splits, with the names of ``validate --json``, and
+        what they were measured on: ``source``, ``text`` and its windows.
+
+    Raises:
+        ValueError, OSError: A setting cannot be used; the message is one line.
+    """
+    if config.source is None:
+        raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
+    built = build_run(config, trains=False)
+    trainer = built.trainer
+    if is_rank_zero():
+        setup_data_early(built, "validate")
+        _check_compiler(built)
+        for warning in precision_warnings(trainer):
+            logger.warning(warning)
+    init_elastic_process_group(trainer)
+    try:
+        with terminate_ranks_on_error(trainer):
+            trainer.validate(built.module, datamodule=built.datamodule, verbose=False)
+    except SystemExit as error:
+        if _is_interrupt(error):
+            raise KeyboardInterrupt from error
+        raise
+    metrics: dict[str, Any] = {
+        name: value.item() for name, value in trainer.callback_metrics.items()
+    }
+    for split in ("train", "val"):
+        metrics[f"{split}_tokens"] = int(metrics[f"{split}_tokens"])
+    source = config.source
+    with suppress(FileNotFoundError):  # not one of our checkpoints
+        source = os.path.relpath(find_checkpoint(source))
+    return {**metrics, "source": source, **built.datamodule.described()}

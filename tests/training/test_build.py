@@ -1,0 +1,236 @@
+"""The Python interface: ``RunConfig``, ``build_trainer`` and ``fit`` do what the command does."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import gpt_lightning
+from gpt_lightning import CheckpointConfig, EvaluationConfig, RunConfig, build_trainer
+from gpt_lightning.cli.main import main
+from gpt_lightning.training.build import CALLBACK_ORDER
+from gpt_lightning.training.evaluation import EvaluationCallback
+from gpt_lightning.training.verify_resume import compare_checkpoints
+
+ARCHITECTURE = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+
+
+def small_run(folder: Path, name: str = "run", max_steps: int = 12) -> RunConfig:
+    """Run of a second, in Python."""
+    return RunConfig(
+        run=name,
+        model={"config": dict(ARCHITECTURE)},
+        data={"text": "sample", "train_ratio": 0.1, "stride": 40},
+        trainer={"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": str(folder)},
+        evaluation=EvaluationConfig(eval_iter=2, max_new_tokens=3),
+    )
+
+
+def small_command(folder: Path, name: str = "command", max_steps: int = 12) -> list[str]:
+    """The same run as arguments of the command."""
+    return [
+        "fit", f"--run={name}", *(f"--model.config.{k}={v}" for k, v in ARCHITECTURE.items()),
+        "--data.text=sample", "--data.train_ratio=0.1", "--data.stride=40", "--trainer.accelerator=cpu",
+        f"--trainer.max_steps={max_steps}", f"--trainer.default_root_dir={folder}",
+        "--evaluation.eval_iter=2", "--evaluation.max_new_tokens=3",
+    ]  # fmt: skip
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert [part.difference for part in compare_checkpoints(one, other)] == [""] * 3
+
+
+def test_python_and_command_train_the_same_bits(tmp_path: Path) -> None:
+    result = gpt_lightning.fit(small_run(tmp_path))
+    assert main(small_command(tmp_path)) == 0
+    assert result.folder == tmp_path / "checkpoints" / "run"
+    assert result.stopped_by is None
+    command = tmp_path / "checkpoints" / "command"
+    assert_same_bits(result.folder / "last.ckpt", command / "last.ckpt")
+    losses = (command / "metrics.csv").read_text().splitlines()[-1].split(",")
+    assert [result.metrics[name] for name in ("train_loss", "val_loss")] == pytest.approx(
+        [float(value) for value in losses[3:5]]
+    )
+
+
+def test_command_continues_what_python_recorded(tmp_path: Path) -> None:
+    """``config.yaml`` of a run from Python starts the same run as a command."""
+    folder = gpt_lightning.fit(small_run(tmp_path)).folder
+    assert main(["fit", f"--config={folder / 'config.yaml'}", "--run=again"]) == 0
+    assert_same_bits(folder / "last.ckpt", folder.with_name("again") / "last.ckpt")
+
+
+NOTEBOOK = """
+import sys
+from lightning.pytorch import Callback
+from gpt_lightning import EvaluationConfig, RunConfig, build_trainer
+
+class Slow(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        import time
+        time.sleep(0.1)
+        print("step", trainer.global_step, flush=True)
+
+resume, steps = sys.argv[1:]
+config = RunConfig(
+    run="run",
+    model={"config": dict(context_length=16, emb_dim=16, n_heads=2, n_layers=1)},
+    data={"text": "sample", "train_ratio": 0.1, "stride": 40},
+    trainer={"accelerator": "cpu", "max_steps": 12, "callbacks": [Slow()]},
+    evaluation=EvaluationConfig(eval_iter=2, max_new_tokens=3),
+    ckpt_path=resume or None,
+)
+trainer, module, datamodule = build_trainer(config)
+trainer.fit(module, datamodule=datamodule)
+print("ended after", trainer.global_step, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupted_script_resumes_to_the_bits_of_the_command(tmp_path: Path) -> None:
+    """Ctrl-C in a script that uses ``build_trainer`` saves the run; the script resumes it."""
+    (tmp_path / "script.py").write_text(NOTEBOOK)
+
+    def start(resume: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "script.py", resume, "12"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    process = start("")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "step 4\n":
+            break
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    stopped_after = int(rest.splitlines()[-1].removeprefix("ended after "))
+    assert 4 <= stopped_after < 12
+    output, errors = start("last").communicate(timeout=60)
+    assert output.splitlines()[-1] == "ended after 12", errors
+    assert f"step {stopped_after}\n" not in output
+    assert main(small_command(tmp_path)) == 0
+    runs = tmp_path / "checkpoints"
+    assert_same_bits(runs / "run" / "last.ckpt", runs / "command" / "last.ckpt")
+
+
+def test_fit_resumes_and_knows_a_finished_run(tmp_path: Path) -> None:
+    folder = gpt_lightning.fit(small_run(tmp_path, max_steps=5)).folder
+    longer = small_run(tmp_path)
+    longer.ckpt_path = "last"
+    assert gpt_lightning.fit(longer).metrics
+    before = (folder / "last.ckpt").read_bytes()
+    assert gpt_lightning.fit(longer).metrics == {}  # it has reached its end
+    assert (folder / "last.ckpt").read_bytes() == before
+    gpt_lightning.fit(small_run(tmp_path, "straight"))
+    assert_same_bits(folder / "last.ckpt", folder.with_name("straight") / "last.ckpt")
+
+
+def test_validate_measures_the_best_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_run(tmp_path)
+    gpt_lightning.fit(config)
+    config.ckpt_path = "best"
+    result = gpt_lightning.validate(config)
+    capsys.readouterr()
+    code = main(["validate", f"--init_from={config.folder / 'best.ckpt'}", "--json",
+                 "--trainer.accelerator=cpu"])  # fmt: skip
+    assert code == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "a/b"}, "run: a/b is not a folder's name"),
+        ({"seed_everything": -1}, "seed_everything: -1 is out of range"),
+        ({"ckpt_path": "last"}, "ckpt_path: the run has no"),
+        ({"model": {"config": {"emb_dim": 10, "n_heads": 3}}}, "n_heads"),
+        ({"data": {"text": "sample", "batch_size": 0}}, "data.batch_size: 0 is too small"),
+        ({"trainer": {"accelerator": "gpu5"}}, "trainer: "),
+        ({"evaluation": EvaluationConfig(eval_freq=0)}, "evaluation.eval_freq: 0 is too small"),
+        (
+            {"evaluation": EvaluationConfig(prompt=None, log_next_token=True)},
+            "evaluation.log_next_token: needs evaluation.prompt",
+        ),
+        (
+            {"checkpoint": CheckpointConfig(every_n_train_steps=0)},
+            "checkpoint.every_n_train_steps: 0 is too small",
+        ),
+        (
+            {"trainer": {"callbacks": [EvaluationCallback()], "accelerator": "cpu"}},
+            "trainer.callbacks: EvaluationCallback is part of every run",
+        ),
+    ],
+)
+def test_wrong_setting_is_one_line_and_writes_nothing(
+    change: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        gpt_lightning.fit(RunConfig(**change))  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Listener(Callback):
+    """Callback of a user that acts on evaluations."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]
+    ) -> None:
+        self.metrics.append(dict(metrics))
+
+
+def test_callbacks_of_a_user_receive_each_evaluation(tmp_path: Path) -> None:
+    listener = Listener()
+    config = small_run(tmp_path)
+    config.trainer["callbacks"] = [listener]
+    folder = gpt_lightning.fit(config).folder
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
+    assert [
+        ",".join(str(row[name]) for name in header.split(",")) for row in listener.metrics
+    ] == rows
+    assert [row["step"] for row in listener.metrics] == [0, 5, 10]
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recorded["trainer"].keys() == {"accelerator", "max_steps", "default_root_dir"}
+
+
+def test_callbacks_act_in_the_stated_order(tmp_path: Path) -> None:
+    """The user's callbacks act first, and the checkpoint is saved last."""
+    config = small_run(tmp_path)
+    config.max_tokens = 1000
+    config.trainer["callbacks"] = [Listener()]
+    trainer, _, _ = build_trainer(config)
+    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert kinds == [Listener, *CALLBACK_ORDER]
+
+
+def test_locked_folder_is_refused(tmp_path: Path) -> None:
+    """``fit`` locks the folder of its run."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt_lightning", *small_command(tmp_path, "run", max_steps=100_000)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        metrics = tmp_path / "checkpoints" / "run" / "metrics.csv"
+        deadline = time.monotonic() + 60
+        while not metrics.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match="is being trained by process"):
+            gpt_lightning.fit(small_run(tmp_path))
+    finally:
+        process.kill()
+        process.wait()

@@ -1,6 +1,6 @@
 """Trainer, module and data module from the settings of a run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ def build_run(
     """Build the objects of a run.
 
     Args:
-        trains: Whether the run trains; otherwise it validates.
+        trains: Whether the run trains; otherwise it validates, and only module, data and trainer matter.
         recorded_trainer: ``config.trainer`` as config.yaml records it, where it holds Python objects.
 
     Raises:
@@ -99,54 +99,45 @@ def build_run(
     module, datamodule = build_modules(config, start.architecture)
     if start.weights is not None:
         module.initialize_from(start.weights, with_optimizer=config.init_optimizer)
-    settings = dict(config.trainer)
-    stop = GracefulStop()
-    callbacks = _as_list(settings.pop("callbacks", None))
-    _check_users_callbacks(callbacks)
-    plugins = _as_list(settings.pop("plugins", None))
+    stop, clock = GracefulStop(), Stopwatch()
+    io = AtomicCheckpointIO(config.checkpoint.async_save, config.checkpoint.keep_previous)
     checkpoints = None
-    if settings.get("enable_progress_bar") is not False:
+    if trains and writes_files(config) and config.trainer.get("enable_checkpointing") is not False:
+        checkpoints = CheckpointCallback(
+            config.folder,
+            io,
+            clock,
+            every_n_train_steps=config.checkpoint.every_n_train_steps,
+            save_best=config.checkpoint.save_best,
+            on_failure=config.checkpoint.on_failure,
+        )
+    callbacks = _users_callbacks(config)
+    if config.trainer.get("enable_progress_bar") is not False:
         callbacks.append(RunProgressBar())
     if trains:
-        writes = not settings.get("fast_dev_run")
-        no_limit = settings.get("max_epochs") is None and settings.get("max_steps", -1) in (
-            -1,
-            None,
-        )
-        if config.max_tokens is not None and no_limit:
-            settings["max_epochs"] = -1  # else Lightning ends after 1,000
-        if settings.get("limit_val_batches") is None:
-            settings["limit_val_batches"] = 0  # EvaluationCallback validates, not Lightning's loop
-        clock = Stopwatch()
-        io = AtomicCheckpointIO(config.checkpoint.async_save, config.checkpoint.keep_previous)
-        plugins.append(io)
         callbacks += [*_training_callbacks(config, clock), stop]
-        if writes:
-            recorded = recorded_settings(config, start.architecture, recorded_trainer)
-            callbacks += [
-                SaveRunConfig(config, recorded),
-                MetricsCSV(config.folder, {"data": {**recorded["data"], **_seeds(config)}}),
-            ]
-        if writes and settings.get("enable_checkpointing") is not False:
-            checkpoints = CheckpointCallback(
-                config.folder,
-                io,
-                clock,
-                every_n_train_steps=config.checkpoint.every_n_train_steps,
-                save_best=config.checkpoint.save_best,
-                on_failure=config.checkpoint.on_failure,
-            )
+        if writes_files(config):
+            callbacks += _file_callbacks(config, start.architecture, recorded_trainer)
+        if checkpoints is not None:
             callbacks.append(checkpoints)
-    settings["callbacks"] = _in_order(callbacks)
-    settings["logger"] = _loggers(config, start, settings.get("logger")) if trains else False
-    settings["plugins"] = plugins
-    settings["enable_checkpointing"] = checkpoints is not None
-    settings["enable_model_summary"] = bool(settings.get("enable_model_summary"))
+    settings = {
+        **config.trainer,
+        **(_limits(config) if trains else {}),
+        "callbacks": sorted(callbacks, key=_position),
+        "plugins": [*_as_list(config.trainer.get("plugins")), *([io] if trains else [])],
+        "logger": _logger(config, start) if trains else False,
+        "enable_checkpointing": checkpoints is not None,
+        "enable_model_summary": bool(config.trainer.get("enable_model_summary")),
+    }
     trainer = _make_trainer(settings)
-    assert trainer.callbacks == _in_order(trainer.callbacks), "Lightning changed the order"  # type: ignore[attr-defined]
     if start.checkpoint is not None:
         trainer.ckpt_path = start.checkpoint
     return BuiltRun(config, start, trainer, module, datamodule, stop, checkpoints)
+
+
+def writes_files(config: RunConfig) -> bool:
+    """Return whether the run has a folder; Lightning's ``fast_dev_run`` writes nothing."""
+    return not config.trainer.get("fast_dev_run")
 
 
 def build_modules(
@@ -194,22 +185,42 @@ def _training_callbacks(config: RunConfig, clock: Stopwatch) -> list[Callback]:
     return callbacks
 
 
-def _in_order(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Sort callbacks by ``CALLBACK_ORDER``; all others come first, in the order they have."""
+def _file_callbacks(
+    config: RunConfig, architecture: GPTConfig, recorded_trainer: Mapping[str, Any] | None
+) -> list[Callback]:
+    """Callbacks that write the files beside the checkpoints."""
+    recorded = recorded_settings(config, architecture, recorded_trainer)
+    data = {**recorded["data"], **_seeds(config)}
+    return [SaveRunConfig(config, recorded), MetricsCSV(config.folder, {"data": data})]
 
-    def position(callback: Callback) -> int:
-        kind = type(callback)
-        return CALLBACK_ORDER.index(kind) if kind in CALLBACK_ORDER else -1
 
-    return sorted(callbacks, key=position)
-
-
-def _check_users_callbacks(callbacks: Iterable[Callback]) -> None:
+def _users_callbacks(config: RunConfig) -> list[Callback]:
+    callbacks: list[Callback] = _as_list(config.trainer.get("callbacks"))
     for callback in callbacks:
         if type(callback) in CALLBACK_ORDER:
             raise ValueError(
                 f"trainer.callbacks: {type(callback).__name__} is part of every run; leave it out"
             )
+    return callbacks
+
+
+def _position(callback: Callback) -> int:
+    """Return the position in ``CALLBACK_ORDER``; the user's callbacks come first."""
+    kind = type(callback)
+    return CALLBACK_ORDER.index(kind) if kind in CALLBACK_ORDER else -1
+
+
+def _limits(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of the trainer whose default is another one here than in Lightning."""
+    limits: dict[str, Any] = {}
+    ends_by_itself = config.trainer.get("max_epochs") is not None or config.trainer.get(
+        "max_steps"
+    ) not in (None, -1)
+    if config.max_tokens is not None and not ends_by_itself:
+        limits["max_epochs"] = -1  # else Lightning ends after 1,000
+    if config.trainer.get("limit_val_batches") is None:
+        limits["limit_val_batches"] = 0  # EvaluationCallback validates, not Lightning's loop
+    return limits
 
 
 def _make_trainer(settings: dict[str, Any]) -> Trainer:
@@ -233,6 +244,8 @@ def _make_trainer(settings: dict[str, Any]) -> Trainer:
             "(RANK, LOCAL_RANK or SLURM_PROCID), but the run has one device; give --trainer.devices, or unset "
             "the variable"
         )
+    positions = [position for c in trainer.callbacks if (position := _position(c)) >= 0]  # type: ignore[attr-defined]
+    assert positions == sorted(positions), "Lightning has changed the order of the callbacks"
     check_strategy(trainer.strategy)
     use_fast_epoch_loop(trainer)
     return trainer
@@ -247,8 +260,9 @@ def _explain_trainer(error: Exception) -> str:
     return f"trainer: {message}"
 
 
-def _loggers(config: RunConfig, start: Start, chosen: Any) -> Any:
+def _logger(config: RunConfig, start: Start) -> Any:
     """Return the loggers that the settings name, or TensorBoard's in the run's folder."""
+    chosen = config.trainer.get("logger")
     if chosen is not None and chosen is not True:
         return chosen
     block_tensorflow()

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.build import BuiltRun, build_run
+from gpt_lightning.training.build import BuiltRun, build_run, writes_files
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import (
     init_elastic_process_group,
@@ -64,7 +64,7 @@ def fit(config: RunConfig, *, recorded_trainer: Mapping[str, Any] | None = None)
         KeyboardInterrupt: The run was stopped at once.
     """
     with RunLock() as lock:
-        if is_rank_zero() and not config.trainer.get("fast_dev_run"):
+        if is_rank_zero() and writes_files(config):
             lock.acquire(config.folder)
         built = build_run(config, recorded_trainer=recorded_trainer)
         if _is_finished(built):

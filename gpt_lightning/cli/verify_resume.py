@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--kills",
         type=int,
-        help="Number of kills, each followed by a resume; default: 3, but at most M.",
+        help="Number of kills, each followed by a resume; default: 3, but not more than M.",
     )
     add("--out", help="An empty folder that keeps both runs; default: a temporary folder.")
     add("--json", action="store_true", help="Print one JSON object and nothing else.")

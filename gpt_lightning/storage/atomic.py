@@ -13,7 +13,7 @@ def atomic_output(
 ) -> Iterator[Path]:
     """Temporary path beside ``dest``, to write a file or a folder under; at the end it is renamed to ``dest``.
 
-    It is removed where an error is raised.
+    It is removed if an error is raised.
 
     Args:
         concurrent: Whether several processes may write ``dest`` at once; each then has another temporary path.
@@ -92,7 +92,7 @@ def _fsync_all(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, where there is one."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

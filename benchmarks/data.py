@@ -1,8 +1,8 @@
-"""What preparing a corpus costs: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
+"""Time and memory to prepare a corpus: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
 
-A varied text that it makes itself, half plain text, half JSON lines, is prepared by one, two and
-four workers, and by two that are killed five times; and a store of 10⁹ tokens (a sparse file) is opened, from
-which windows.py draws. The last line is JSON.
+The benchmark generates a varied text, half plain text and half JSON lines. It prepares the text with one, two and four
+workers, and with two workers and five SIGKILLs; all stores must be the same. It also opens a store of 10⁹ tokens (a
+sparse file) and measures time and memory. The last line is JSON.
 """
 
 import argparse
@@ -40,25 +40,26 @@ with open("/proc/self/status") as file:
 sys.exit(code)
 """
 
-# seconds to open, growth of resident memory
+# prints the seconds to open a store, and the growth of the process in MB
 OPEN = """
 import json, sys, time
 from gpt_lightning.data.token_cache import read_splits
 
-def resident():
+def memory_mb():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS:"))
 
-before, began = resident(), time.perf_counter()
+before, start = memory_mb(), time.perf_counter()
 parts, _ = read_splits(sys.argv[1], 1.0)
-print(json.dumps({"seconds": time.perf_counter() - began, "mb": resident() - before}))
+print(json.dumps({"seconds": time.perf_counter() - start, "mb": memory_mb() - before}))
 """
 
 
 def make_text(folder: Path, megabytes: float, seed: int = 0) -> list[str]:
-    """Two plain texts and two files of JSON lines, a quarter of the megabytes each.
+    """Write two plain texts and two files of JSON lines, with a quarter of the megabytes each.
 
-    Words by Zipf's law of 130,000, the sample story's first, numbers, names, paragraphs, some Cyrillic; documents of 200 bytes to 2 MB.
+    The words follow Zipf's law. There are 130,000 of them, those of the sample story first, with numbers, capitalized
+    words and a few words in other scripts. Documents have 200 bytes to 2 MB.
     """
     rng = random.Random(seed)
     words = ["".join(rng.choices(LETTERS, range(27, 1, -1), k=rng.choice([2, 3, 4, 5, 5, 6, 7, 9, 12])))
@@ -90,13 +91,13 @@ def make_text(folder: Path, megabytes: float, seed: int = 0) -> list[str]:
     return [str(path) for path in paths]
 
 
-def arguments_for(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> list[str]:
+def prepare_arguments(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> list[str]:
     return ["prepare", *inputs, f"--out={out}", f"--workers={workers}",
             f"--shard_tokens={shard_tokens}", "--json"]  # fmt: skip
 
 
 class Run(NamedTuple):
-    """Seconds it took, MB of memory at most, and the share of the machine that other processes took."""
+    """Seconds, peak memory in MB, and the fraction of the machine's CPU time that other processes used."""
 
     seconds: float
     peak_mb: float
@@ -104,22 +105,24 @@ class Run(NamedTuple):
 
 
 def prepare(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> Run:
-    before, own_before = busy(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.perf_counter()
+    machine_before, usage_before = cpu_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", PREPARE, *arguments_for(inputs, out, workers, shard_tokens)],
+        [sys.executable, "-c", PREPARE, *prepare_arguments(inputs, out, workers, shard_tokens)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    took = time.perf_counter() - began
-    after, own = busy(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    own_seconds = own.ru_utime + own.ru_stime - own_before.ru_utime - own_before.ru_stime
-    others = max(0.0, after - before - own_seconds) / (took * (os.cpu_count() or 1))
+    elapsed = time.perf_counter() - start
+    machine, usage = cpu_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    child_seconds = (usage.ru_utime + usage.ru_stime) - (
+        usage_before.ru_utime + usage_before.ru_stime
+    )
+    others = max(0.0, machine - machine_before - child_seconds) / (elapsed * (os.cpu_count() or 1))
     result, peak = done.stdout.splitlines()
     return Run(json.loads(result)["seconds"], int(peak) * 1024 / 1e6, round(others, 3))
 
 
-def busy() -> float:
-    """Seconds that the machine's processors were at work."""
+def cpu_seconds() -> float:
+    """CPU seconds that all processes of the machine have used."""
     user, nice, system, _, _, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split()[1:9]
     )
@@ -127,7 +130,10 @@ def busy() -> float:
 
 
 def quiet_pair(inputs: list[str], folder: Path, shard_tokens: int, attempts: int) -> dict[str, Run]:
-    """By one worker and by two, again where others took more than a twentieth of the machine; the quietest."""
+    """Runs with one and with two workers; each is the one of up to ``attempts`` with the least load by others.
+
+    A run is repeated if other processes used more than 5 % of the machine.
+    """
     best: dict[str, Run] = {}
     for workers in ("1", "2"):
         for attempt in range(attempts):
@@ -142,14 +148,19 @@ def quiet_pair(inputs: list[str], folder: Path, shard_tokens: int, attempts: int
 
 
 def prepare_and_kill(inputs: list[str], out: Path, shard_tokens: int, wait: float) -> int:
-    """Killed ``KILLS`` times, each time with a shard more, and brought to its end; returns the kills."""
+    """Run ``prepare``, kill it ``KILLS`` times, each time after one more shard, and let it finish. Returns the kills."""
     rng = random.Random(1)
     kills = 0
-    command = [sys.executable, "-m", "gpt_lightning", *arguments_for(inputs, out, 2, shard_tokens)]
+    command = [
+        sys.executable,
+        "-m",
+        "gpt_lightning",
+        *prepare_arguments(inputs, out, 2, shard_tokens),
+    ]
     for _ in range(KILLS):
-        begun = len(list(out.glob("*.bin")))
+        shards_before = len(list(out.glob("*.bin")))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("*.bin"))) <= begun:
+        while process.poll() is None and len(list(out.glob("*.bin"))) <= shards_before:
             time.sleep(0.002)
         time.sleep(rng.random() * wait)
         process.send_signal(signal.SIGKILL)
@@ -158,7 +169,7 @@ def prepare_and_kill(inputs: list[str], out: Path, shard_tokens: int, wait: floa
     return kills
 
 
-def sums(folder: Path) -> str:
+def folder_checksum(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -167,7 +178,7 @@ def sums(folder: Path) -> str:
 
 
 def open_twice(folder: Path, tokens: int) -> list[dict[str, float]]:
-    """A store of one sparse shard; the first time its sum is taken."""
+    """Measure twice how a store of one sparse shard is opened. The first time, its checksum is computed."""
     folder.mkdir()
     shard = folder / "train-00000.bin"
     with shard.open("wb") as file:
@@ -178,71 +189,76 @@ def open_twice(folder: Path, tokens: int) -> list[dict[str, float]]:
     manifest = {"tokenizer": TOKENIZER, "settings": {"val_ratio": 0.0},
                 "shards": {"train": shards, "val": []}}  # fmt: skip
     write_self_checksummed(folder / "manifest.json", KIND, manifest)
-    found = []
+    measurements = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True
         )
-        found.append(json.loads(done.stdout))
-    return found
+        measurements.append(json.loads(done.stdout))
+    return measurements
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=float, default=1000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="little text, to see that it runs")
+    parser.add_argument("--megabytes", type=float, default=1000, help="size of the text")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="pairs of runs on a twentieth of the text"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="use a short text, to test that the benchmark runs"
+    )
     arguments = parser.parse_args()
     megabytes = 4 if arguments.tiny else arguments.megabytes
     shard_tokens = 50_000 if arguments.tiny else 10_000_000
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark-") as name:
         scratch = Path(name).resolve()
         os.environ["GPT_LIGHTNING_CACHE"] = str(scratch / "cache")
-        whole = make_text(scratch / "whole", megabytes)
-        half = whole[:2]
-        part = make_text(scratch / "part", megabytes / 20)
-        size = sum(Path(path).stat().st_size for path in whole) / 1e6
+        text = make_text(scratch / "text", megabytes)
+        half = text[:2]
+        short_text = make_text(scratch / "short", megabytes / 20)
+        size = sum(Path(path).stat().st_size for path in text) / 1e6
         half_size = sum(Path(path).stat().st_size for path in half) / 1e6
-        print(f"{size:,.0f} MB of text are made", flush=True)
+        print(f"{size:,.0f} MB of text", flush=True)
 
         (scratch / "out").mkdir()
-        runs = quiet_pair(whole, scratch / "out", shard_tokens, attempts=2)
-        runs["4"] = prepare(whole, scratch / "out" / "4", 4, shard_tokens)
-        found = {f"{workers} workers": sums(scratch / "out" / workers) for workers in runs}
+        runs = quiet_pair(text, scratch / "out", shard_tokens, attempts=2)
+        runs["4"] = prepare(text, scratch / "out" / "4", 4, shard_tokens)
+        checksums = {
+            f"{workers} workers": folder_checksum(scratch / "out" / workers) for workers in runs
+        }
         tokens = sum(path.stat().st_size for path in (scratch / "out" / "1").glob("*.bin")) // 2
         for workers, run in runs.items():
             print(f"{workers} workers: {run.seconds:.1f} s, {size / run.seconds:.1f} MB/s, {run.peak_mb:.0f} MB "
-                  f"of memory; others took {run.others:.0%} of the machine", flush=True)  # fmt: skip
+                  f"of memory; other processes used {run.others:.0%} of the machine", flush=True)  # fmt: skip
         runs["2, half the text"] = prepare(half, scratch / "half", 2, shard_tokens)
-        kills = prepare_and_kill(whole, scratch / "killed", shard_tokens, megabytes / 500)
-        found["killed"] = sums(scratch / "killed")
-        print(
-            f"{kills} kills: {'the same' if len(set(found.values())) == 1 else found}", flush=True
-        )
+        kills = prepare_and_kill(text, scratch / "killed", shard_tokens, megabytes / 500)
+        checksums["killed"] = folder_checksum(scratch / "killed")
+        are_same = len(set(checksums.values())) == 1
+        print(f"{kills} kills: {'the same store' if are_same else checksums}", flush=True)
 
         pairs = []
-        for turn in range(arguments.repeats):
-            (scratch / f"turn-{turn}").mkdir()
-            pairs.append(quiet_pair(part, scratch / f"turn-{turn}", shard_tokens, attempts=3))
-        turns = {workers: [pair[workers].seconds for pair in pairs] for workers in ("1", "2")}
+        for repeat in range(arguments.repeats):
+            folder = scratch / f"pair-{repeat}"
+            folder.mkdir()
+            pairs.append(quiet_pair(short_text, folder, shard_tokens, attempts=3))
+        seconds = {workers: [pair[workers].seconds for pair in pairs] for workers in ("1", "2")}
         opened = open_twice(scratch / "sparse", 10**7 if arguments.tiny else 10**9)
-    first, second = opened
-    for what, one in [("first", first), ("second", second)]:
-        print(f"{what} opening: {one['seconds']:.3f} s, {one['mb']:.1f} MB")
+    for name, opening in zip(("first", "second"), opened, strict=True):
+        print(f"{name} opening: {opening['seconds']:.3f} s, {opening['mb']:.1f} MB")
     peak = {name: run.peak_mb for name, run in runs.items()}
     slope = (peak["2"] - peak["2, half the text"]) / ((size - half_size) / 1000)
     targets = [
-        at_most("memory: GB at most", max(peak.values()) / 1000, 1.0),
-        at_most("memory: MB more for each GB of text", slope, 10.0),
-        at_least("speed: two workers / one", ratio(turns["1"], turns["2"]), 1.6),
+        at_most("peak memory in GB", max(peak.values()) / 1000, 1.0),
+        at_most("MB of memory per GB of text", slope, 10.0),
+        at_least("speed: two workers / one", ratio(seconds["1"], seconds["2"]), 1.6),
         at_least("speed: two workers / one, all of the text", runs["1"].seconds / runs["2"].seconds, 1.6),
-        at_most("stores that differ, of 1, 2, 4 workers and killed", len(set(found.values())) - 1, 0),
+        at_most("different stores from 1, 2, 4 workers and after kills", len(set(checksums.values())) - 1, 0),
         at_least("kills", kills, KILLS),
-        at_most("opening 10⁹ tokens: MB more", max(o["mb"] for o in opened), 50),
+        at_most("opening 10⁹ tokens: MB of memory", max(opening["mb"] for opening in opened), 50),
     ]  # fmt: skip
     print(json.dumps({"benchmark": "data", "machine": description("tiktoken", "numpy"), "megabytes": size,
                       "tokens": tokens, "runs": {name: run._asdict() for name, run in runs.items()},
-                      "turns": [{name: run._asdict() for name, run in pair.items()} for pair in pairs],
+                      "pairs": [{name: run._asdict() for name, run in pair.items()} for pair in pairs],
                       "opening": opened, "targets": targets}))  # fmt: skip
 
 

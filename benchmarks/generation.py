@@ -133,7 +133,7 @@ def main() -> None:
         *(seconds_per_token(config, 930, [64, 900], 40) for _ in range(arguments.repeats)),
         strict=True,
     )
-    targets.append(at_most("seconds a token at 900 / at 64", ratio(late, early), 1.15))
+    targets.append(at_most("seconds per token at 900 / at 64", ratio(late, early), 1.15))
     for target in targets:
         print("passed" if target["passed"] else "FAILED", target)
     result = {

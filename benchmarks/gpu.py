@@ -28,7 +28,7 @@ import gpu_decoding
 import gpu_training
 import torch
 from gpu_training import TrainingVariant, ablation, large_ablation, measure
-from machine import at_least, at_most, description, peak_memory, seconds_a_call
+from machine import at_least, at_most, description, peak_memory, seconds_per_call
 
 from gpt_lightning import GPTConfig
 from gpt_lightning.generation.cuda_graph import MAX_FUSED_ROWS
@@ -155,13 +155,13 @@ def hardware_limits(device: torch.device, size: int, copied: int, seconds: float
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)
-        each = seconds_a_call(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds)
+        each = seconds_per_call(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds)
         limits[f"{name}_flop_per_s"] = 2 * size**3 / statistics.median(each)
     torch.set_float32_matmul_precision("highest")
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    each = seconds_a_call(lambda: target.copy_(source), device, seconds)
+    each = seconds_per_call(lambda: target.copy_(source), device, seconds)
     limits["copied_bytes_per_s"] = 2 * copied / statistics.median(each)
     return limits
 
@@ -283,7 +283,7 @@ def without_dropout(config: GPTConfig) -> GPTConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--minutes", type=float, default=8.5, help="time limit of the whole benchmark"
+        "--minutes", type=float, default=8.5, help="time limit of the complete benchmark"
     )
     parser.add_argument("--only", choices=["training", "decoding"])
     parser.add_argument("--out", type=Path, help="JSON, written after each variant")

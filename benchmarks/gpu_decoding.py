@@ -1,4 +1,4 @@
-"""Decoding in benchmarks/gpu.py: greedy, in bfloat16, with each decode backend, and of transformers."""
+"""Decoding in benchmarks/gpu.py: greedy, in bfloat16, with each decode backend and with transformers."""
 
 import math
 import statistics
@@ -37,10 +37,10 @@ def measure(
     prompt: int,
     new: int,
 ) -> dict[str, Any]:
-    """Tokens/s of all rows, after the warm-up and of whole calls: medians of REPEATS."""
+    """Tokens/s of all rows, medians of REPEATS: after the warm-up, and of complete calls, with prefill and capture."""
     model = ours(config, device, torch.bfloat16)
     ids = prompts(config, batch, prompt).tolist()
-    steady, whole = [], []
+    steady, complete = [], []
     for repeat in range(REPEATS + 1):
         synchronize(device)
         start, reached = time.perf_counter(), {}
@@ -48,12 +48,12 @@ def measure(
             if i in (WARM_UP, new):
                 synchronize(device)
                 reached[i] = time.perf_counter()
-        ended = time.perf_counter()  # after the graph is freed, which takes milliseconds
+        end = time.perf_counter()  # after the graph is freed, which takes milliseconds
         if repeat:
             steady.append(batch * (new - WARM_UP) / (reached[new] - reached[WARM_UP]))
-            whole.append(batch * new / (ended - start))
+            complete.append(batch * new / (end - start))
     # before the float32 model of the comparison is allocated
-    metrics = rates(steady, whole) | peak_memory(device)
+    metrics = rates(steady, complete) | peak_memory(device)
     return metrics | deviation(config, device, batch, backend, prompt)
 
 
@@ -92,18 +92,21 @@ def transformers(
         return time.perf_counter() - start
 
     seconds(WARM_UP)
-    steady, whole = [], []
+    steady, complete = [], []
     for _ in range(REPEATS):
         first, total = seconds(WARM_UP), seconds(new)
         steady.append(batch * (new - WARM_UP) / max(total - first, 1e-9))
-        whole.append(batch * new / total)
-    return rates(steady, whole)
+        complete.append(batch * new / total)
+    return rates(steady, complete)
 
 
-def rates(steady: list[float], whole: list[float]) -> dict[str, Any]:
+def rates(steady: list[float], complete: list[float]) -> dict[str, Any]:
     return {
-        name: [round(r, 1) for r in (statistics.median(each), min(each), max(each))]
-        for name, each in (("tokens_per_second", steady), ("whole_calls", whole))
+        name: [round(rate, 1) for rate in (statistics.median(values), min(values), max(values))]
+        for name, values in (
+            ("tokens_per_second", steady),
+            ("tokens_per_second_with_prefill", complete),
+        )
     }
 
 

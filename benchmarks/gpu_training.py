@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from machine import seconds_a_call
+from machine import seconds_per_call
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,7 +44,7 @@ class TrainingVariant:
         kernel: Whether to use the Triton kernel for the loss if it is supported, as ``fit`` does.
         cudnn: Whether to force cuDNN's attention.
         lr: Learning rate. The losses in float32 must fall smoothly, for there is no warm-up.
-        seconds: Expected duration of the whole variant.
+        seconds: Expected duration of the variant, in seconds.
     """
 
     name: str
@@ -250,7 +250,7 @@ def measure(
     try:
         step = training_step(variant, config, rows, length, device)
         losses = torch.stack([step() for _ in range(STEPS)]).tolist()
-        each = seconds_a_call(step, device, seconds)
+        each = seconds_per_call(step, device, seconds)
     finally:
         torch.set_float32_matmul_precision(before)
     rates = sorted(variant.batch * length / one for one in each)

@@ -1,7 +1,7 @@
-"""Memory and time of loading: python benchmarks/loading.py [--sizes gpt2-355M gpt2-1558M] [--tiny]
+"""Memory and time to load weights: python benchmarks/loading.py [--sizes gpt2-355M gpt2-1558M] [--dtype float32] [--tiny]
 
-Random weights of each size, written in three forms to a temporary folder (up to 20 GB of disk) and loaded in
-a process of its own each. The last line is JSON.
+Random weights of each size are written in three formats to a temporary folder (up to 20 GB of disk). Each file is
+loaded in a separate process. The last line is JSON.
 """
 
 import argparse
@@ -20,22 +20,22 @@ from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.weights import ModelWeights
 
-SUFFIXES = {"hf": "", "lightning": ".ckpt", "book": ".pth"}
+SUFFIXES = {"hf": "", "lightning": ".ckpt", "book": ".pth"}  # of each format
 
-# what loading took more than the process had, over the model's own bytes; and its seconds
+# prints the bytes of the model, the growth of the process's peak memory as a fraction of them, and the seconds
 CHILD = """
 import sys, time, torch
 from gpt_lightning import load_model
 import gpt_lightning.model.gpt
-def resident(what):
+def memory(kind):
     with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(what))
-torch.zeros(64, 64) @ torch.zeros(64, 64)
-before, began = resident("VmRSS:"), time.perf_counter()
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(kind))
+torch.zeros(64, 64) @ torch.zeros(64, 64)  # loads the libraries
+before, start = memory("VmRSS:"), time.perf_counter()
 model = load_model(sys.argv[1])
-seconds = time.perf_counter() - began
-own = sum(p.numel() * p.element_size() for p in model.parameters())
-print(own, (resident("VmHWM:") - before) / own, seconds)
+seconds = time.perf_counter() - start
+model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+print(model_bytes, (memory("VmHWM:") - before) / model_bytes, seconds)
 """
 
 
@@ -50,7 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=["gpt2-355M", "gpt2-1558M"])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use a small model, to test that the benchmark runs"
+    )
     arguments = parser.parse_args()
     configs = {name: GPT2_SIZES[name] for name in arguments.sizes}
     if arguments.tiny:
@@ -58,23 +60,28 @@ def main() -> None:
     loads, targets = [], []
     for name, config in configs.items():
         with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) / "hf"
-            write(config, getattr(torch, arguments.dtype), whole)
-            for form, suffix in SUFFIXES.items():
-                source = Path(scratch) / f"{form}{suffix}"
-                if form != "hf":
-                    convert(str(whole), source, form)
+            folder = Path(scratch) / "hf"
+            write(config, getattr(torch, arguments.dtype), folder)
+            for weight_format, suffix in SUFFIXES.items():
+                source = Path(scratch) / f"{weight_format}{suffix}"
+                if weight_format != "hf":
+                    convert(str(folder), source, weight_format)
                 done = subprocess.run(
                     [sys.executable, "-c", CHILD, str(source)],
                     capture_output=True, text=True, check=True,
                 )  # fmt: skip
-                own, share, seconds = map(float, done.stdout.split())
+                model_bytes, fraction, seconds = map(float, done.stdout.split())
                 print(
-                    f"{name:10} {form:9} {own / 1e9:6.2f} GB, at most {share:.3f} x in {seconds:.1f} s"
+                    f"{name:10} {weight_format:9} {model_bytes / 1e9:6.2f} GB, peak memory {fraction:.3f} of that, "
+                    f"{seconds:.1f} s"
                 )
-                loads.append([name, form, arguments.dtype, own, round(share, 4), round(seconds, 2)])
-                targets.append(at_most(f"{name}, {form}: peak / own bytes", share, 1.15))
-                if form != "hf":
+                loads.append(
+                    [name, weight_format, arguments.dtype, model_bytes, round(fraction, 4), round(seconds, 2)]
+                )  # fmt: skip
+                targets.append(
+                    at_most(f"{name}, {weight_format}: peak memory / model bytes", fraction, 1.15)
+                )
+                if weight_format != "hf":
                     source.unlink()
     machine = description("safetensors")
     print(

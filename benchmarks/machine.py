@@ -84,7 +84,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
 
 
-def seconds_a_call(
+def seconds_per_call(
     work: Callable[[], Any], device: torch.device, seconds: float, groups: int = 5
 ) -> list[float]:
     """Seconds per call of ``work`` in each of ``groups`` groups, which take about ``seconds`` together.

@@ -1,10 +1,10 @@
 """Compare `plan` with real runs: python benchmarks/plan.py [--gpu] [--tiny]
 
-First the table of docs/plan.md is printed, GPT-2's four sizes on 1, 8 and 64 GPUs; with --table nothing else. Then
-`fit` runs on the CPU with three configurations, three times each, in separate processes. The median of a
-configuration's peak resident sets is compared with what `plan` predicts for the same command. With --gpu `fit` runs
-on the GPU instead, once with each of five configurations, and the peak of `torch.cuda.max_memory_allocated` is
-compared. The last line is JSON.
+First the table of docs/plan.md is printed: GPT-2's four sizes on 1, 8 and 64 GPUs. With --table that is all. Then
+`fit` runs on the CPU with three configurations, three times each, in separate processes. For each configuration the
+median of the peak resident sets is compared with what `plan` predicts for the same command. With --gpu `fit` runs on
+the GPU instead, once with each of five configurations, and the peak of `torch.cuda.max_memory_allocated` is compared.
+The last line is JSON.
 """
 
 import argparse
@@ -30,11 +30,11 @@ ROOT = Path(__file__).parent.parent
 GPU = "H100"
 TOKENS = 10_000_000_000
 WINDOWS, LENGTH, BATCH_SIZE = 512, 1024, 8  # 524,288 tokens per step
-# share of the measured memory; less on a GPU, where only tensors are counted
+# maximum deviation as a fraction of the measured memory; smaller on a GPU, where only tensors are counted
 TOLERANCE, TOLERANCE_ON_GPU = 0.20, 0.10
-REPEATS = 3  # a CPU's allocator keeps another amount in each run
+REPEATS = 3  # on a CPU, because malloc keeps a different amount of memory in each run
 
-# what the three configurations have in common: 3 steps of a model of 29 million parameters
+# settings of all three configurations: 3 steps of a model with 29 million parameters
 COMMON = [
     f"--config={ROOT}/configs/quickstart.yaml",
     "--trainer.accelerator=cpu",
@@ -60,7 +60,7 @@ TINY = [
 ]
 RUNS = {
     "float32": ["--checkpoint.save_best=false"],
-    # a CPU without instructions for bfloat16 multiplies it sixty times slower: small windows
+    # small windows, because a CPU without instructions for bfloat16 multiplies it sixty times slower than float32
     "bf16-mixed, best.ckpt kept, batch 1": [
         "--trainer.precision=bf16-mixed",
         "--model.config.context_length=128",
@@ -74,7 +74,7 @@ RUNS = {
     ],
 }
 
-# on a GPU: GPT-2 124M, windows of 1,024
+# settings of all configurations on a GPU: GPT-2 124M, windows of 1,024
 ON_GPU = [
     f"--config={ROOT}/configs/quickstart.yaml",
     "--trainer.accelerator=gpu",
@@ -117,8 +117,8 @@ GPU_RUNS = {
     ],
 }
 
-# runs the given command and prints the peak resident set of the process; not getrusage's, which includes that of
-# the process from which it was forked
+# runs the given command and prints the peak resident set of the process; getrusage would include the peak of the
+# parent process
 CHILD = """
 import sys
 from gpt_lightning.cli.main import main
@@ -144,7 +144,7 @@ STRATEGIES: list[tuple[int, Strategy]] = [
 
 
 def planned(size: str, devices: int, strategy: Strategy) -> Plan:
-    """A plan as of ``configs/pretrain-124M.yaml``, without chunks of the loss, on GPUs of 80 GB."""
+    """The plan of ``configs/pretrain-124M.yaml`` with another size, without a chunked loss, on GPUs with 80 GB."""
     step = StepShape(
         replace(GPT2_SIZES[size], drop_rate=0.0),
         BATCH_SIZE,
@@ -157,6 +157,7 @@ def planned(size: str, devices: int, strategy: Strategy) -> Plan:
     return plan(spec, tokens=TOKENS, peak_flops=PEAKS[GPU], device_memory=int(MEMORY[GPU]))
 
 
+# column of the table → the parts of the plan's memory that it shows
 COLUMNS = {
     "weights": ("weights",),
     "gradients": ("gradients",),
@@ -173,15 +174,15 @@ def table(
     strategies: Sequence[tuple[int, Strategy]] = STRATEGIES,
 ) -> str:
     """The table in Markdown, in GB of 10⁹ bytes."""
-    head = ["size", "devices", "", *COLUMNS, "total", "hours"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    header = ["size", "devices", "", *COLUMNS, "total", "hours"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     names = {"single": "", "ddp": "DDP", "fsdp": "FSDP2"}
     for size, (devices, strategy) in product(sizes, strategies):
         result = planned(size, devices, strategy)
         memory = dict(result.memory)
-        shown = [sum(memory.pop(name, 0) for name in parts) for parts in COLUMNS.values()]
+        columns = [sum(memory.pop(name, 0) for name in parts) for parts in COLUMNS.values()]
         assert not memory, f"no column shows {memory}"
-        numbers = [f"{part / 1e9:.2f}" for part in (*shown, result.total)]
+        numbers = [f"{column / 1e9:.2f}" for column in (*columns, result.total)]
         assert result.hours is not None
         fits = "" if result.fits else " (too much)"
         lines.append(
@@ -192,22 +193,25 @@ def table(
 
 
 def compare(settings: Sequence[str], *, on_gpu: bool = False) -> dict[str, Any]:
-    """Bytes that ``plan`` predicts and that ``fit`` takes, of the same command; on a CPU the median of some runs."""
+    """Compare the bytes that ``plan`` predicts with those that ``fit`` uses, for the same settings.
+
+    On a CPU the result is the median of REPEATS runs.
+    """
     child, gpu = (CHILD_ON_GPU, [f"--gpu={GPU}"]) if on_gpu else (CHILD, [])
     runs = []
     with tempfile.TemporaryDirectory() as folder:
-        predicted = _output(["-m", "gpt_lightning", "plan", *settings, *gpu, "--json"], folder)
-    counted = json.loads(predicted)
+        output = _output(["-m", "gpt_lightning", "plan", *settings, *gpu, "--json"], folder)
+    predicted = json.loads(output)
     for _ in range(1 if on_gpu else REPEATS):
         with tempfile.TemporaryDirectory() as folder:
             runs.append(int(_output(["-c", child, "fit", *settings], folder).splitlines()[-1]))
     measured = median(runs)
     return {
-        "counted": counted["total"],
+        "counted": predicted["total"],
         "measured": measured,
         "runs": runs,
-        "off": counted["total"] / measured - 1,
-        "memory": counted["memory"],
+        "off": predicted["total"] / measured - 1,
+        "memory": predicted["memory"],
     }
 
 
@@ -222,9 +226,11 @@ def _output(command: list[str], folder: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", action="store_true", help="print the table alone")
-    parser.add_argument("--gpu", action="store_true", help="on a CUDA GPU")
-    parser.add_argument("--tiny", action="store_true", help="toy models, to see that it runs")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--gpu", action="store_true", help="run on a CUDA GPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use toy models, to test that the benchmark runs"
+    )
     options = parser.parse_args()
     if not options.gpu:
         print(table())
@@ -238,11 +244,14 @@ def main() -> None:
             [*common, *settings, *(TINY if options.tiny else [])], on_gpu=options.gpu
         )
         print(
-            f"{name}: {result['counted'] / 1e9:.2f} GB counted, {result['measured'] / 1e9:.2f} measured, "
+            f"{name}: {result['counted'] / 1e9:.2f} GB predicted, {result['measured'] / 1e9:.2f} GB measured, "
             f"{result['off']:+.1%}",
             flush=True,
         )
-    targets = [at_most(f"{name}: off by", abs(r["off"]), tolerance) for name, r in results.items()]
+    targets = [
+        at_most(f"{name}: deviation", abs(result["off"]), tolerance)
+        for name, result in results.items()
+    ]
     print(json.dumps({"machine": description("lightning"), "runs": results, "targets": targets}))
 
 

@@ -1,6 +1,6 @@
-"""What waits before anything begins: python benchmarks/startup.py [--repeats 9] [--tiny]
+"""Start-up time of imports and of help texts: python benchmarks/startup.py [--repeats 9] [--tiny]
 
-Seconds of fresh processes, one after the other in turn: imports, and commands that train nothing. The last line is JSON.
+Each import and each command runs in a new process, and the processes take turns. The last line is JSON.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from functools import partial
 
 from machine import at_most, description, interleaved, ratio
 
-WAYS = {
+# name → arguments of the interpreter
+PROCESSES = {
     "import torch": ["-c", "import torch"],
     "import gpt_lightning": ["-c", "import gpt_lightning"],
     "from gpt_lightning import GPTModel, load_model, generate": [
@@ -30,24 +31,26 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tiny", action="store_true", help="without fit's help, the slowest")
+    parser.add_argument(
+        "--tiny", action="store_true", help="leave out the slowest: the help of fit"
+    )
     arguments = parser.parse_args()
-    ways = dict(WAYS)
+    processes = dict(PROCESSES)
     if arguments.tiny:
-        del ways["python -m gpt_lightning fit --help"]
+        del processes["python -m gpt_lightning fit --help"]
     with tempfile.TemporaryDirectory() as scratch:
         run = partial(subprocess.run, check=True, capture_output=True, cwd=scratch)
         seconds = interleaved(
-            {way: partial(run, [sys.executable, *how]) for way, how in ways.items()},
+            {name: partial(run, [sys.executable, *options]) for name, options in processes.items()},
             arguments.repeats,
         )
     medians = {}
-    for way, values in seconds.items():
-        medians[way] = round(statistics.median(values), 3)
-        print(f"{way:58} {medians[way]:6.2f} s ({min(values):.2f} – {max(values):.2f})")
+    for name, values in seconds.items():
+        medians[name] = round(statistics.median(values), 3)
+        print(f"{name:58} {medians[name]:6.2f} s ({min(values):.2f} – {max(values):.2f})")
     targets = [
-        at_most(f"{way} / import torch", ratio(seconds[way], seconds["import torch"]), 1.1)
-        for way in list(ways)[1:3]
+        at_most(f"{name} / import torch", ratio(seconds[name], seconds["import torch"]), 1.1)
+        for name in list(processes)[1:3]
     ]
     for target in targets:
         print("passed" if target["passed"] else "FAILED", target)

@@ -1,8 +1,8 @@
-"""Drawing windows from a store of 10^9 tokens: python benchmarks/windows.py [--tiny]
+"""Speed and memory of the data loader on a store of 10^9 tokens: python benchmarks/windows.py [--tiny]
 
-A sparse file, mapped in ten parts as shards are; 10^6 windows of 1024 tokens in a random order, in batches as
-training gets them. In a process of its own each: one that reads as it goes, one with two workers, and one that
-draws on two such stores as a mixture. The last line is JSON.
+The store is a sparse file, which is memory-mapped in ten parts, as the shards of a store are. The loader reads 10^6
+windows of 1024 tokens in random order, in batches, as in training. It runs in three separate processes: without workers,
+with two workers, and without workers on a mixture of two such stores. The last line is JSON.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import at_least, at_most, description
 
-# tokens a second, MB that the process grew by at most, and the seconds to the first batch
+# prints tokens per second, the largest growth of the process in MB, and the seconds to the first batch
 CHILD = """
 import sys, time
 import numpy as np
@@ -22,35 +22,36 @@ from gpt_lightning.data.sampler import MixtureSampler
 from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
 
-def resident(what):
+def memory_mb(kind):
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1000 for line in file if line.startswith(what))
+        return next(int(line.split()[1]) / 1000 for line in file if line.startswith(kind))
 
 path, tokens, draws, length, batch_size, workers, stores = sys.argv[1], *map(int, sys.argv[2:])
 
 def loader(tokens):
     cuts = np.linspace(0, tokens, 11).astype(int)
     parts = [np.memmap(path, "<u2", "r", 2 * int(a), (int(b - a),)) for a, b in zip(cuts, cuts[1:])]
-    own = [WindowDataset(parts, length, length // 2) for _ in range(stores)]
-    mixture = MixtureSampler([len(w) for w in own], [0.7, 0.3], 1) if stores > 1 else None
-    return ResumableDataLoader(ConcatWindowDataset(own) if mixture else own[0], batch_size, shuffle=True, drop_last=True,
-                        seed=1, num_workers=workers, mixture=mixture)
+    datasets = [WindowDataset(parts, length, length // 2) for _ in range(stores)]
+    mixture = MixtureSampler([len(d) for d in datasets], [0.7, 0.3], 1) if stores > 1 else None
+    dataset = ConcatWindowDataset(datasets) if mixture else datasets[0]
+    return ResumableDataLoader(dataset, batch_size, shuffle=True, drop_last=True, seed=1, num_workers=workers,
+                               mixture=mixture)
 
 for _ in zip(range(9), loader(20 * length * batch_size)):  # warm-up: threads, torch
     pass
-before, began = resident("VmRSS:"), time.perf_counter()
+before, start = memory_mb("VmRSS:"), time.perf_counter()
 batches = iter(loader(tokens))
 next(batches)
-first = time.perf_counter() - began
-drawn, most, began = 0, 0.0, time.perf_counter()
+first = time.perf_counter() - start
+drawn, growth, start = 0, 0.0, time.perf_counter()
 for i, (inputs, _) in enumerate(batches):
     drawn += len(inputs)
     if i % 500 == 0:
-        most = max(most, resident("VmRSS:") - before)
+        growth = max(growth, memory_mb("VmRSS:") - before)
     if drawn >= draws:
         break
-seconds = time.perf_counter() - began
-print(drawn * length / seconds, max(most, resident("VmHWM:") - before), first)
+seconds = time.perf_counter() - start
+print(drawn * length / seconds, max(growth, memory_mb("VmHWM:") - before), first)
 """
 
 
@@ -60,7 +61,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10**6)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--tiny", action="store_true", help="a small store, to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use a small store, to test that the benchmark runs"
+    )
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.tokens, arguments.draws = 10**7, 2000
@@ -77,15 +80,15 @@ def main() -> None:
                 [sys.executable, "-c", CHILD, str(path), *map(str, (*sizes, workers, stores))],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
-            rate, grown, first = map(float, done.stdout.split())
+            rate, growth, first = map(float, done.stdout.split())
             print(
-                f"{name:17} {rate / 1e6:6.1f} million tokens/s, {grown:5.1f} MB more, "
+                f"{name:17} {rate / 1e6:6.1f} million tokens/s, {growth:5.1f} MB more, "
                 f"first batch after {first * 1e3:.1f} ms",
                 flush=True,
             )
             targets += [
                 at_least(f"{name}: million tokens/s", rate / 1e6, 20.0),
-                at_most(f"{name}: MB of memory", grown, 50.0),
+                at_most(f"{name}: MB of memory", growth, 50.0),
             ]
     sizes = {name: getattr(arguments, name) for name in ("tokens", "draws", "length", "batch_size")}
     print(

@@ -7,11 +7,12 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_lightning.data.unicode import printable
+from gpt_lightning.storage.atomic import created_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -201,17 +202,25 @@ def value_or_all(value: object) -> str:
     return "all" if value is None else f"{value}"
 
 
-def writable_folder(name: str) -> Path:
-    """The folder of ``--out``, created if necessary; ``OSError`` if no file can be written there."""
+@contextmanager
+def output_folder(name: str) -> Iterator[Path]:
+    """The folder of ``--out``, created if necessary. A command that fails before it writes leaves no new folder.
+
+    Raises:
+        OSError: No file can be written there.
+    """
     folder = Path(os.path.expanduser(name))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"out: {name} cannot be written ({error.strerror}); give another") from error
-    return folder
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(created_folder(folder))
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"out: {name} cannot be written ({error.strerror}); give another"
+            ) from error
+        yield folder
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -129,7 +129,7 @@ def _run(arguments: list[str]) -> int:
 def _hide_transformers() -> None:
     """Make torchmetrics believe that transformers is not installed.
 
-    Lightning imports torchmetrics, which imports transformers where it can: a fifth of the start-up time. The only
+    Lightning imports torchmetrics, which imports transformers if it is installed: a fifth of the start-up time. The only
     loss is torchmetrics' text scores that need transformers, which this package does not use.
     """
     from lightning_utilities.core import imports

@@ -85,7 +85,7 @@ def _described(result: dict[str, Any]) -> str:
 
 
 class _Progress:
-    """Progress on stderr: a bar on a terminal, else a plain line at intervals."""
+    """Progress on stderr: a bar on a terminal, otherwise a plain line at intervals."""
 
     def __init__(self) -> None:
         self._bar = byte_progress()

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.cli.console import print_table, value_or_all, writable_folder, write_csv
+from gpt_lightning.cli.console import output_folder, print_table, value_or_all, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
@@ -26,10 +28,14 @@ def run(arguments: list[str]) -> None:
     the most likely next tokens of a model.
     """
     settings = parse(_parser(), arguments)
+    with output_folder(settings.out) if settings.out else nullcontext() as out:
+        _report(settings, out)
 
+
+def _report(settings: Namespace, out: Path | None) -> None:
+    """Draw the samples, write the report to ``out`` and print it."""
     from gpt_lightning.reports import sampling
 
-    out = writable_folder(settings.out) if settings.out else None
     tokens, logits, row_ids = _distribution(settings)
     combinations = _combinations(settings, sampling.BOOK_TEMPERATURES)
     rows, distributions = sampling.frequencies(

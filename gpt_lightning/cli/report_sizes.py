@@ -1,13 +1,15 @@
 """``report sizes``: exercise 5.6, a comparison of models of different sizes."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.cli.console import print_table, progress, writable_folder, write_csv
+from gpt_lightning.cli.console import output_folder, print_table, progress, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import report_parser
 from gpt_lightning.data.unicode import printable
@@ -35,12 +37,16 @@ def run(arguments: list[str]) -> None:
         raise ValueError(
             f"train_ratio: {settings.train_ratio} leaves a split empty; give 0.9, for example"
         )
+    with output_folder(settings.out) if settings.out else nullcontext() as out:
+        _report(settings, out)
 
+
+def _report(settings: Namespace, out: Path | None) -> None:
+    """Measure the models, write the report to ``out`` and print it."""
     from gpt_lightning.cli.generate import resolve_device
     from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.reports import model_comparison as report
 
-    out = writable_folder(settings.out) if settings.out else None
     task = report.ComparisonTask(
         prompt=settings.prompt,
         sampling=SamplingParams(settings.temperature, settings.top_k, settings.top_p),

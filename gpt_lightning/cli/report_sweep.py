@@ -4,19 +4,21 @@ import base64
 import io
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from gpt_lightning.cli.console import (
+    output_folder,
     print_table,
     print_texts,
     progress,
     value_or_all,
-    writable_folder,
     write_csv,
 )
 from gpt_lightning.cli.parsing import parse
@@ -40,7 +42,12 @@ def run(arguments: list[str]) -> None:
         raise ValueError("from: is missing; give the model with --from SOURCE")
     if not settings.prompt:
         raise ValueError("prompt: is empty; give some text with --prompt")
+    with output_folder(settings.out) if settings.out else nullcontext() as out:
+        _report(settings, out)
 
+
+def _report(settings: Namespace, out: Path | None) -> None:
+    """Generate the texts, write the report to ``out`` and print it."""
     from gpt_lightning.data.tokenizer import encode_prompt
     from gpt_lightning.reports import sweep as report
     from gpt_lightning.reports.sweep_page import html_page
@@ -50,7 +57,6 @@ def run(arguments: list[str]) -> None:
         [k or None for k in settings.top_k],
         [None] if settings.top_p is None else settings.top_p,
     )
-    out = writable_folder(settings.out) if settings.out else None
     model = load_model_of(settings)
     with progress("cells", len(combinations)) as advance:
         cells = report.sweep(

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt_lightning.cli.errors import explain
@@ -45,14 +44,17 @@ def run(arguments: list[str]) -> int:
             f"kills: {options.kills} do not fit into {options.more_steps} steps; give fewer kills, or "
             "a larger --more_steps"
         )
-    from gpt_lightning.cli.console import writable_folder
+    from gpt_lightning.cli.console import output_folder
     from gpt_lightning.training.verify_resume import verify_resume
 
     def log_step(description: str) -> None:
         logger.info(f"verify-resume: {description}")
 
-    with _terminated_by_exit(), tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch:
-        folder = writable_folder(options.out) if options.out else Path(scratch)
+    with (
+        _terminated_by_exit(),
+        tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch,
+        output_folder(options.out or scratch) as folder,
+    ):
         if any(folder.iterdir()):
             raise ValueError(f"out: {folder} is not empty; give another folder")
         plan, description = _plan_of_short_run(
@@ -156,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--kills",
         type=int,
-        help="Number of kills, each followed by a resume; default: 3, but at most M.",
+        help="Number of kills, each followed by a resume; default: 3, but not more than M.",
     )
     add("--out", help="An empty folder that keeps both runs; default: a temporary folder.")
     add("--json", action="store_true", help="Print one JSON object and nothing else.")

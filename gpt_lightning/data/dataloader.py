@@ -54,7 +54,7 @@ class ResumableDataLoader:
         drop_last: Whether a last batch that is shorter than the others is left out.
         accumulate: Batches of an optimizer step. An epoch resumes only between two steps.
         whole_steps: Whether a last step of fewer batches is left out too.
-        max_batches: Batches after which an epoch ends (Lightning's ``limit_train_batches``). None: all. ``len``
+        max_batches: Batches after which an epoch ends (Lightning's ``limit_train_batches``). ``None``: all. ``len``
             ignores it.
         num_workers: Threads that read batches ahead. 0: batches are read when they are needed, several small
             ones together. The batches are the same.
@@ -170,8 +170,8 @@ class ResumableDataLoader:
         per_call = max(1, _INDICES_PER_CALL // self.batch_size)
         of_rank = self.rank * self.batch_size + np.arange(self.batch_size)
         for first in range(batches.start, batches.stop, per_call):
-            numbers = np.arange(first, min(first + per_call, batches.stop))
-            positions = numbers[:, None] * self.windows_per_batch + of_rank
+            batch_indices = np.arange(first, min(first + per_call, batches.stop))
+            positions = batch_indices[:, None] * self.windows_per_batch + of_rank
             exists = positions < len(self.windows)
             if exists.all():
                 yield from permutation(positions.ravel()).reshape(positions.shape)

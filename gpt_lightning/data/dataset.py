@@ -153,9 +153,9 @@ class ConcatWindowDataset:
     def read(self, indices: Indices) -> NDArray[np.int64]:
         """As :meth:`WindowDataset.read`."""
         windows = np.empty((len(indices), self.shape[1]), dtype=np.int64)
-        numbers = np.searchsorted(self._ends, indices, side="right")
-        for k in np.unique(numbers):
-            of_dataset = numbers == k
+        dataset_indices = np.searchsorted(self._ends, indices, side="right")
+        for k in np.unique(dataset_indices):
+            of_dataset = dataset_indices == k
             first = self._ends[k] - len(self.datasets[k])
             windows[of_dataset] = self.datasets[k].read(indices[of_dataset] - first)
         return windows

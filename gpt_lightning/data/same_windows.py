@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# what decides windows → its setting, where that is not data.NAME
+# what decides windows → its setting, if that is not data.NAME
 _SETTING_NAMES = {"rng": "rng", "seed": "seed_everything", "shuffled": "trainer.overfit_batches"}
 
 
@@ -35,7 +35,7 @@ def check_same_windows(recorded: Mapping[str, Any], current: Mapping[str, Any]) 
 
 
 def _described(mixture: list[list[float]] | None) -> str:
-    """Windows and weight of each text, in words. None: there is no mixture."""
+    """Windows and weight of each text, in words. ``None``: there is no mixture."""
     if mixture is None:
         return "one text"
     total = sum(weight for _, weight in mixture)

@@ -37,10 +37,10 @@ def shuffled(n: int, seed: int) -> Permutation:
 
 
 class FeistelPermutation:
-    """Permutation of 0, …, n - 1 that is computed where it is needed, and takes no memory.
+    """Permutation of 0, …, n - 1 that is computed position by position and needs no memory.
 
     A position is written as two digits, the first of a and the second of b values, a ≈ b ≈ √n. Each round adds
-    a hash of one digit to the other. That can be undone, so the whole is a bijection (a Feistel network over
+    a hash of one digit to the other. That can be undone, so all rounds together are a bijection (a Feistel network over
     two digits: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). A result from n to a·b - 1, of
     which there are fewer than a, is permuted again until it is below n.
     """
@@ -78,7 +78,7 @@ class MixtureSampler:
     """Endless stream of windows of several texts, each drawn by its weight; a function of the position alone.
 
     A pattern of 65,536 positions repeats. Each text has its share of it, rounded to whole positions, at even
-    distances; so any stretch of the stream is mixed like the whole. Each text has its own epochs: its draws
+    distances; so any part of the stream has the same proportions. Each text has its own epochs: its draws
     see each of its windows once in a random order, then each once in another order, and so on.
 
     Args:
@@ -94,9 +94,9 @@ class MixtureSampler:
         self._offsets = np.cumsum([0, *counts[:-1]])
         # when each draw of each text is due, as a fraction of a period
         due = np.concatenate([(np.arange(share) + 0.5) / share for share in self.shares])
-        order = np.argsort(due, kind="stable")
-        self._text = np.repeat(np.arange(len(counts)), self.shares)[order]
-        self._draw = np.concatenate([np.arange(share) for share in self.shares])[order]
+        by_due = np.argsort(due, kind="stable")
+        self._text = np.repeat(np.arange(len(counts)), self.shares)[by_due]
+        self._draw = np.concatenate([np.arange(share) for share in self.shares])[by_due]
         self._permutations: dict[int, tuple[int, Permutation]] = {}
 
     def __call__(self, positions: Indices) -> Indices:

@@ -79,7 +79,7 @@ def read_splits(text: str, train_ratio: float) -> Splits:
 
 
 def count_training_tokens(text: str, train_ratio: float) -> int:
-    """Number of training tokens of :func:`read_splits`, from the manifest of a store where there is one.
+    """Number of training tokens of :func:`read_splits`, from the manifest if it is a store.
 
     Nothing is written, so a long text that is not in the cache is tokenized each time.
 
@@ -146,7 +146,7 @@ def _warn_if_long(path: Path) -> None:
 def _cached_store(
     path: Path, train_ratio: float, sha256: Callable[[Path], str] = cached_sha256
 ) -> Path | None:
-    """Folder of the tokens of a long text in the cache. None: the text is short, or does not exist."""
+    """Folder of the tokens of a long text in the cache. ``None``: the text is short, or does not exist."""
     try:
         files = text_files(path)
         if sum(file.stat().st_size for file in files) < MIN_CACHED_BYTES:

@@ -44,7 +44,7 @@ def vocabulary_file(name: str) -> str:
 
 
 def vocabulary_bytes(name: str) -> bytes:
-    """Content of ``vocab.bpe`` or ``encoder.json``; ``ValueError`` where its checksum is wrong."""
+    """Content of ``vocab.bpe`` or ``encoder.json``; ``ValueError`` if its checksum is wrong."""
     path = Path(vocabulary_file(name))
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256[name]:

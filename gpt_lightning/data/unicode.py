@@ -43,7 +43,7 @@ def line_ends(text: str) -> str:
 
 
 def decoding_problem(error: UnicodeDecodeError, at: int | None = None) -> str:
-    """Why bytes are not UTF-8. ``at``: the bad byte's offset in its file, where it is not ``error.start``."""
+    """Why bytes are not UTF-8. ``at``: the bad byte's offset in its file, if it is not ``error.start``."""
     at = error.start if at is None else at
     if at == 0:
         for mark, encoding in _OTHER_ENCODINGS.items():

@@ -25,7 +25,7 @@ from gpt_lightning.pretrained.http_download import (
     root_cause,
     verify,
 )
-from gpt_lightning.storage.atomic import move_into_place
+from gpt_lightning.storage.atomic import created_folder, move_into_place
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 
@@ -143,19 +143,19 @@ def download(
     """
     files = HUB_FILES if host == "hub" else OPENAI_FILES
     folder = folder or download_folder(name, host)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise OSError(
-            f"download: another process is downloading into {folder}; wait for it"
-        ) from error
-    try:
-        _download(name, host, files, folder, mirror, on_bytes, on_damage, pause)
-    finally:
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
+    with created_folder(folder):
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OSError(
+                f"download: another process is downloading into {folder}; wait for it"
+            ) from error
+        try:
+            _download(name, host, files, folder, mirror, on_bytes, on_damage, pause)
+        finally:
+            lock.release()
+            (folder / ".lock").unlink(missing_ok=True)
     return folder
 
 

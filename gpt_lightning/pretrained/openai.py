@@ -143,20 +143,20 @@ def _as_safetensors(folder: Path) -> Path:
     for name in (INDEX, DATA):
         with (folder / name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
-    kept = cache_folder() / "from-tensorflow" / key.hexdigest()
-    if not kept.exists() or damaged_files(kept):
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as scratch:
-            written = Path(scratch) / kept.name
+    cached = cache_folder() / "from-tensorflow" / key.hexdigest()
+    if not cached.exists() or damaged_files(cached):
+        shutil.rmtree(cached, ignore_errors=True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".") as scratch:
+            written = Path(scratch) / cached.name
             written.mkdir()
             _run_tensorflow("read", folder / CHECKPOINT, written / WEIGHTS)
             write_manifest(written, [WEIGHTS])
             with suppress(OSError):  # another process was as far
-                written.rename(kept)
-            if not kept.exists():
-                raise OSError(f"{kept}: cannot be written; is there room?")
-    return kept / WEIGHTS
+                written.rename(cached)
+            if not cached.exists():
+                raise OSError(f"{cached}: cannot be written; free disk space")
+    return cached / WEIGHTS
 
 
 def _run_tensorflow(action: str, source: Path, target: Path) -> None:

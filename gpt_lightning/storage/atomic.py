@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,7 +13,7 @@ def atomic_output(
 ) -> Iterator[Path]:
     """Temporary path beside ``dest``, to write a file or a folder under; at the end it is renamed to ``dest``.
 
-    It is removed where an error is raised.
+    It is removed if an error is raised.
 
     Args:
         concurrent: Whether several processes may write ``dest`` at once; each then has another temporary path.
@@ -44,6 +44,19 @@ def move_into_place(
     os.replace(temporary, dest)
     if durable:
         fsync(dest.parent)  # a rename is durable when its folder is
+
+
+@contextmanager
+def created_folder(folder: Path) -> Iterator[None]:
+    """Create a folder with its missing parents. At the end, those that are still empty are removed."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def write_text(dest: Path, text: str, *, concurrent: bool = False, durable: bool = True) -> None:
@@ -79,7 +92,7 @@ def _fsync_all(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, where there is one."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``GPT_LIGHTNING_CACHE`` where it is set, else ``~/.cache/gpt_lightning``.
+    """``GPT_LIGHTNING_CACHE`` if it is set, otherwise ``~/.cache/gpt_lightning``.
 
     Raises:
         ValueError: The user has no home folder.

@@ -76,7 +76,7 @@ def write_manifest(folder: Path, names: Iterable[str]) -> None:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Recorded files of a folder of weights that are missing or changed; empty where it has no manifest.
+    """Recorded files of a folder of weights that are missing or changed; empty if it has no manifest.
 
     Raises:
         ValueError: The manifest itself is damaged.
@@ -101,7 +101,7 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def check_manifest(folder: Path) -> None:
-    """``ValueError`` where a recorded file of a folder of weights is damaged."""
+    """``ValueError`` if a recorded file of a folder of weights is damaged."""
     if damaged := damaged_files(folder):
         raise ValueError(
             f"{folder / damaged[0]}: is missing or damaged: it is not what {MANIFEST} beside it "

@@ -20,6 +20,7 @@ from torch import Tensor
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.storage.atomic import created_folder
 from gpt_lightning.training.checkpoint_io import LAST
 
 logger = logging.getLogger(__name__)
@@ -165,8 +166,6 @@ def verify_resume(
         RuntimeError: A run failed for another reason.
     """
     straight, cut = folder / "straight", folder / "cut"
-    for run_folder in (straight, cut):
-        run_folder.mkdir(parents=True, exist_ok=True)
     common = [
         *fit_arguments,
         f"--run={RUN_NAME}",
@@ -203,15 +202,16 @@ def _run_fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> 
     ]
     # on a terminal the run shows its own progress bar
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True
-    )
-    try:
-        _, messages = process.communicate()
-    finally:
-        # the other ranks after a kill, or all processes after Ctrl-C
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with created_folder(folder):  # fit may refuse its arguments and write nothing
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True
+        )
+        try:
+            _, messages = process.communicate()
+        finally:
+            # the other ranks after a kill, or all processes after Ctrl-C
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if kill_at is not None and process.returncode:
         return
     if process.returncode:

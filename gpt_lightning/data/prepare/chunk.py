@@ -30,12 +30,12 @@ class TextChunk:
 
     Attributes:
         content: Bytes of a plain text or of lines; a list of rows, or Arrow's array of them.
-        at: Where it begins.
+        at: Position of its start.
         after: Where reading resumes after it.
         done: Bytes on disk that were read so far, of all inputs.
-        split: The split of all of it. None: the content, or the offset, of each document decides.
+        split: The split of all of it. ``None``: the content, or the offset, of each document decides.
         part: Whether it is a part of a long document; ``begins`` is True for the first part.
-        problem: Why the document cannot be read, in place of its content.
+        problem: Why the document cannot be read, instead of its content.
     """
 
     source: InputFile

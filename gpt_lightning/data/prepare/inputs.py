@@ -40,7 +40,7 @@ class InputFile:
 
     Attributes:
         sha256: Checksum of the file; for a folder, of its files' checksums.
-        train_until: Where the training split ends, as offset (uncompressed bytes) or row. None: the content
+        train_until: Where the training split ends, as offset (uncompressed bytes) or row. ``None``: the content
             of each document decides.
     """
 

@@ -7,7 +7,7 @@ settings alone, however often it was interrupted: see ``token_store.py``.
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from gpt_lightning.data.token_store import (
     was_written_here,
 )
 from gpt_lightning.data.tokenizer import token_ranks
-from gpt_lightning.storage.atomic import temporary_path
+from gpt_lightning.storage.atomic import created_folder, temporary_path
 from gpt_lightning.storage.checksum import MANIFEST
 
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
@@ -283,19 +283,15 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Lock the folder, and make it if it is missing; a new folder that stays empty is removed."""
-    new = [path for path in (out, *out.parents) if not path.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"{out}: another prepare is writing it; wait for that") from error
-    try:
-        yield
-    finally:
-        (out / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):
-            for path in new:
-                path.rmdir()
+    """Lock the folder, and create it if it is missing; a new folder that stays empty is removed."""
+    with created_folder(out):
+        lock = FileLock(out / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"{out}: another prepare is writing it; wait for that") from error
+        try:
+            yield
+        finally:
+            (out / _LOCK).unlink(missing_ok=True)
+            lock.release()

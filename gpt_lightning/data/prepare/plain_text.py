@@ -1,6 +1,6 @@
 """Plain texts to chunks. ``<|endoftext|>`` separates their documents.
 
-A long document is cut where the tokens of the parts are the tokens of the whole: before white space that does
+A long document is cut where the parts have the same tokens as the complete document: before white space that does
 not follow white space. By GPT-2's pattern no token spans such a cut, and no token before it depends on the text
 after it.
 """

@@ -61,7 +61,7 @@ TINY = [
 RUNS = {
     "float32": ["--checkpoint.save_best=false"],
     # small windows, because a CPU without instructions for bfloat16 multiplies it sixty times slower than float32
-    "bf16-mixed, best.ckpt kept, batch 1": [
+    "bf16-mixed, batch 1": [
         "--trainer.precision=bf16-mixed",
         "--model.config.context_length=128",
         "--data.batch_size=1",

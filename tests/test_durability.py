@@ -79,6 +79,7 @@ from gpt_lightning.training.resume import latest_valid_checkpoint
 
 folder = Path(sys.argv[1])
 old, new = small_checkpoint(1), small_checkpoint(2)
+best = {"also_named": "best.ckpt"}
 
 def dying_at(point):
     passed = []
@@ -112,12 +113,12 @@ while True:
     point += 1
     run = folder / str(point)
     io = module.AtomicCheckpointIO()
-    for step in (0, 1):
-        io.save_checkpoint(small_checkpoint(step), run / "last.ckpt")
+    for step, options in ((0, best), (1, None)):
+        io.save_checkpoint(small_checkpoint(step), run / "last.ckpt", options)
     child = os.fork()
     if not child:
         dying_at(point)
-        io.save_checkpoint(new, run / "last.ckpt")
+        io.save_checkpoint(new, run / "last.ckpt", best)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     found = latest_valid_checkpoint(run)
@@ -125,6 +126,10 @@ while True:
     whole = same_bits(state, old) or same_bits(state, new)
     assert whole and found.name == "last.ckpt", (point, found)
     assert not code or same_bits(read_checkpoint(run / "last.ckpt"), state)
+    # best.ckpt is never ahead of last.ckpt
+    kept = read_checkpoint(run / "best.ckpt")
+    assert same_bits(kept, small_checkpoint(0)) or same_bits(kept, state), point
+    assert code or same_bits(kept, new)
     # the next save goes on from whatever was left, and leaves nothing over
     module.remove_leftovers(run)
     later = module.AtomicCheckpointIO()
@@ -132,8 +137,11 @@ while True:
     later.save_checkpoint(small_checkpoint(3), run / "last.ckpt")
     assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(3))
     assert same_bits(read_checkpoint(run / "previous.ckpt"), state)
-    assert module.corruption_reason(run / "previous.ckpt", module.read_manifest(run)) == ""
-    assert {p.name for p in run.iterdir()} == {"last.ckpt", "previous.ckpt", "manifest.json"}
+    assert same_bits(read_checkpoint(run / "best.ckpt"), kept)
+    for name in ("previous.ckpt", "best.ckpt"):
+        assert module.corruption_reason(run / name, module.read_manifest(run)) == ""
+    names = {"last.ckpt", "previous.ckpt", "best.ckpt", "manifest.json"}
+    assert {p.name for p in run.iterdir()} == names
     if code == 0:
         break
     assert code == 137
@@ -220,18 +228,17 @@ def test_a_disk_full_at_thirty_points(tmp_path: Path, way: str) -> None:
 
 
 class FullDisk(Callback):
-    """The second file fails, as on a full disk; of the best model where only that is named."""
+    """The second save fails, as on a full disk."""
 
-    only = ""
+    failing_save = 2
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
         real, saves = io._write, []
 
         def write(checkpoint: Any, path: Path) -> None:
-            if self.only in path.name:
-                saves.append(path)
-            if len(saves) == (1 if self.only else 2) and self.only in path.name:
+            saves.append(path)
+            if len(saves) == self.failing_save:
                 raise OSError(28, "No space left on device")
             real(checkpoint, path)
 
@@ -257,14 +264,55 @@ def test_the_last_save_is_tried_again_at_the_end(fit: Command, asynchronous: str
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_best_is_tried_again_too(
+def test_a_checkpoint_that_was_not_saved_is_not_the_best(
     fit: Command, asynchronous: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FullDisk, "only", "best")
-    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.save_best=true",
-        f"--checkpoint.async_save={asynchronous}", "--evaluation.eval_freq=100")  # fmt: skip
-    best = read_checkpoint(RUN / "best.ckpt")
-    assert best["global_step"] == 1
+    """All losses are the same, so that the first one is the lowest; its save fails."""
+    monkeypatch.setattr(FullDisk, "failing_save", 1)
+    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.save_best=true", "--model.lr=0",
+        f"--checkpoint.async_save={asynchronous}", "--evaluation.eval_freq=1")  # fmt: skip
+    assert read_checkpoint(RUN / "best.ckpt")["global_step"] == 2
+    assert read_checkpoint(RUN / "last.ckpt")["global_step"] == 4
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_best_stays_when_last_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    def link(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    io, last, best = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    io.save_checkpoint(small_checkpoint(1), last, {"also_named": "best.ckpt"})
+    assert best.samefile(last) == has_links
+    for step in (2, 3, 4):
+        io.save_checkpoint(small_checkpoint(step), last)
+        assert same_bits(read_checkpoint(best), small_checkpoint(1))
+        assert same_bits(read_checkpoint(last), small_checkpoint(step))
+        assert corruption_reason(best, read_manifest(tmp_path)) == ""
+    assert not io.failures
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("before", ["no best.ckpt", "an older best.ckpt"])
+def test_a_run_killed_before_best_got_its_name_gives_it_when_resumed(
+    fit: Command, before: str
+) -> None:
+    """Evaluations follow steps 1 and 3, and the second one is better."""
+    arguments = ["--evaluation.eval_freq=2", "--checkpoint.every_n_train_steps=100"]
+    fit("--trainer.max_steps=1", *arguments)
+    older = (RUN / "best.ckpt").read_bytes()
+    fit("--trainer.max_steps=3", *arguments, "--ckpt_path=last")
+    assert (RUN / "best.ckpt").samefile(RUN / "last.ckpt")
+    (RUN / "best.ckpt").unlink()
+    if before == "an older best.ckpt":
+        (RUN / "best.ckpt").write_bytes(older)
+    fit("--trainer.max_steps=4", *arguments, "--ckpt_path=last")
+    assert read_checkpoint(RUN / "best.ckpt")["global_step"] == 3
+    assert corruption_reason(RUN / "best.ckpt", read_manifest(RUN)) == ""
+    assert read_checkpoint(RUN / "last.ckpt")["global_step"] == 4
 
 
 def test_figures_that_cannot_be_written_do_not_stop_a_run(

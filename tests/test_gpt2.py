@@ -195,22 +195,32 @@ print(sorted(name for name in sys.modules if name.split(".")[0] == "tensorflow")
     assert list(Path("checkpoints/gpt2").glob("events.out.tfevents*"))
 
 
-# prints how much the peak memory of loading exceeds the memory before, over the size of the model. The small
-# model before it lets torch import what it needs for the meta device, about 80 MB.
+# prints how much the peak memory of loading exceeds the memory before, over the size of the model. Counted is
+# anonymous memory, which a process needs: the resident set also counts pages of the mapped file that the process has
+# read, but they are the system's cache, which it frees when memory runs low. The small model before it lets torch
+# import what it needs for the meta device, about 80 MB.
 _PEAK = """
-import resource, sys, torch
+import sys, threading, torch
 from gpt_lightning import GPTConfig, GPTModel, load_model
-def resident():
+def anonymous():
     with open("/proc/self/status") as file:
-        return {line.split()[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Vm")}
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
+def watch():
+    while not is_loaded.wait(0.001):
+        seen.append(anonymous())
 dtype = getattr(torch, sys.argv[2])
 torch.zeros(64, 64, dtype=dtype) @ torch.zeros(64, 64, dtype=dtype)
 with torch.device("meta"):
     GPTModel(GPTConfig(emb_dim=4, n_heads=2, n_layers=1, tied_embeddings=True))
-before = resident()["VmRSS:"]
+before, seen, is_loaded = anonymous(), [], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
 model = load_model(sys.argv[1], dtype=dtype)
+seen.append(anonymous())
+is_loaded.set()
+watcher.join()
 size = sum(p.numel() * p.element_size() for p in model.parameters())
-print((resident()["VmHWM:"] - before) / size)
+print((max(seen) - before) / size)
 """
 
 

@@ -78,7 +78,6 @@ PRIVATE_NAMES = {
     "generation/cuda_graph.py": "_forward_hooks _forward_pre_hooks",
     "model/packed_linear.py": "_linear_pointwise _reorder_linear_weight",
     "pretrained/book.py": "_metadata",
-    "pretrained/weights.py": "_pytree",
     "training/checkpoint_io.py": "_pytree",
     "training/distributed.py": "_pytree",
 }

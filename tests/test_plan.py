@@ -636,9 +636,20 @@ def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
     for batch, nearest in (("size=5", "6"), ("tokens=100", "96"), ("tokens=80", "96")):
         arguments = [*settings, f"--data.global_batch_{batch}"]
         said = command("fit", *arguments).err, command("plan", *arguments).err
-        # windows or tokens, as each names them
         assert said[0].rstrip().endswith(nearest)
-        assert f" {6 if batch == 'tokens=80' else nearest}" in said[1]
+        assert said[1] == said[0]
+
+
+def test_fit_and_plan_refuse_an_accumulation_that_contradicts_the_global_batch(
+    command: Command,
+) -> None:
+    arguments = [QUICKSTART, *SMALL, "--data.global_batch_size=4",
+                 "--trainer.accumulate_grad_batches=3"]  # fmt: skip
+    said = command("fit", *arguments).err, command("plan", *arguments).err
+    assert said[0].startswith(
+        "gpt_lightning: error: trainer.accumulate_grad_batches: 3 contradicts"
+    )
+    assert said[1] == said[0]
 
 
 def test_a_nearest_batch_is_of_no_more_windows_than_there_are(command: Command) -> None:
@@ -654,8 +665,8 @@ def test_a_batch_that_does_not_divide_the_global_one(command: Command) -> None:
     done = command("plan", f"--config={PRETRAIN}", "--gpu=H100", "--data.batch_size=24")
     assert done.code == 2
     assert (
-        "data.batch_size: 24 windows on 1 device(s) do not divide the global batch of 512"
-        in done.err
+        "data.global_batch_tokens: 524288 cannot be split over 1 device(s) with a batch_size of 24; "
+        "the nearest that can is 516096" in done.err
     )
 
 

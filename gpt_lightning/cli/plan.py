@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from functools import cached_property
 
 import psutil
 import torch
@@ -14,7 +15,7 @@ from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT
 from gpt_lightning.data.dataset import window_count
-from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, nearest_multiple
+from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, global_batch, window_length
 from gpt_lightning.data.token_cache import count_training_tokens
 from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.config import GPT2_SIZES, GPTConfig
@@ -111,7 +112,8 @@ class PlanCLI(TrainingCLI):
         )
         add("--json", action="store_true", help="Print one JSON object and nothing else.")
 
-    def _architecture(self) -> GPTConfig:
+    @cached_property
+    def architecture(self) -> GPTConfig:
         """The architecture of the run's weights; that of GPT-2 is known before it is downloaded."""
         config = self.run_config()
         resumes = config.ckpt_path and (config.ckpt_path != "auto" or was_started(config.folder))
@@ -132,14 +134,9 @@ class PlanCLI(TrainingCLI):
                 f"trainer.precision: plan does not know {precision}; {suggest(precision or '', PRECISIONS)}"
             )
         strategy, bucket_view = self._strategy(devices, precision)
-        architecture = self._architecture()
+        architecture = self.architecture
         build_modules(self.run_config(), architecture)  # they check their settings
-        length = data.context_length or architecture.context_length
-        if length > architecture.context_length:
-            raise ValueError(
-                f"data.context_length: {length} is more than the model's "
-                f"{architecture.context_length}; leave it out to take the model's"
-            )
+        length = window_length(data.context_length, architecture.context_length)
         step = StepShape(
             config=architecture,
             batch_size=data.batch_size,
@@ -238,24 +235,15 @@ class PlanCLI(TrainingCLI):
     def _micro_batches(self, batch_size: int, length: int, devices: int) -> tuple[int, bool]:
         """Micro-batches of a step on each device, and whether they follow from a global batch."""
         data = self.config.data
-        windows = data.get("global_batch_size")
-        windows_per_batch = batch_size * devices
-        if tokens := data.get("global_batch_tokens"):
-            if tokens % length:
-                raise ValueError(
-                    f"data.global_batch_tokens: {tokens} is not a multiple of the {length} tokens of a window; give "
-                    f"{nearest_multiple(tokens, length * windows_per_batch)}"
-                )
-            windows = tokens // length
-        if not windows:
-            return int(self.config.trainer.accumulate_grad_batches or 1), False
-        if windows % windows_per_batch:
-            raise ValueError(
-                f"data.batch_size: {batch_size} windows on {devices} device(s) do not divide the global batch "
-                f"of {windows}; give a data.batch_size that does, or a global batch of "
-                f"{nearest_multiple(windows, windows_per_batch)} windows"
-            )
-        return windows // windows_per_batch, True
+        given = int(self.config.trainer.accumulate_grad_batches or 1)
+        if data.global_batch_size is None and data.global_batch_tokens is None:
+            return given, False
+        windows = self._train_windows
+        step = global_batch(
+            data.global_batch_size, data.global_batch_tokens, length, batch_size * devices, windows
+        )
+        assert step is not None
+        return step.micro_batches(batch_size, devices, given, windows), True
 
     def length(self, spec: RunSpec, epoch: EpochShape | None) -> tuple[int | None, int | None]:
         """Tokens and optimizer steps of the run, as ``fit`` counts them; None: not known."""
@@ -280,7 +268,7 @@ class PlanCLI(TrainingCLI):
 
     def epoch(self, spec: RunSpec) -> EpochShape | None:
         """An epoch of the run; None: its text is not here."""
-        windows, trainer = self._windows(spec), self.config.trainer
+        windows, trainer = self._train_windows, self.config.trainer
         if windows is None:
             return None
         batches = batches_of_epoch(
@@ -298,13 +286,14 @@ class PlanCLI(TrainingCLI):
             return None
         return spec.epoch(batches)
 
-    def _windows(self, spec: RunSpec) -> int | None:
+    @cached_property
+    def _train_windows(self) -> int | None:
         """Training windows; None: the text is not here, or cannot be read."""
         data = self.config.data
+        length = window_length(data.context_length, self.architecture.context_length)
         texts = list(data.mixture) if data.mixture else [data.text]
         if "verdict" in texts and not (cache_folder() / VERDICT).exists():
             return None
-        length = spec.step.length
         try:
             counts = [count_training_tokens(text, data.train_ratio) for text in texts]
         except (ValueError, OSError) as error:

@@ -9,7 +9,13 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 from gpt_lightning.data.dataloader import ResumableDataLoader, Rng
 from gpt_lightning.data.dataset import ConcatWindowDataset, WindowDataset
-from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, nearest_multiple
+from gpt_lightning.data.epochs import (
+    EpochShape,
+    GlobalBatch,
+    batches_of_epoch,
+    global_batch,
+    window_length,
+)
 from gpt_lightning.data.same_windows import check_same_windows
 from gpt_lightning.data.sampler import MixtureSampler
 from gpt_lightning.data.token_cache import read_splits
@@ -127,7 +133,7 @@ class TextDataModule(LightningDataModule):
     def _cut_windows(self, texts: list[str]) -> None:
         length = self._length()
         if self.trainer is not None:
-            self._check_model(length)
+            self._check_model()
         of_texts = []
         for text in texts:
             splits = read_splits(text, self.train_ratio)._asdict()
@@ -175,28 +181,18 @@ class TextDataModule(LightningDataModule):
                 f"data.batch_size: {self.batch_size} on {world_size} device(s) is more than "
                 f"the {count} training windows; make it smaller"
             )
-        size = self._global_batch()
-        if size is None:
+        step = self._global_batch()
+        if step is None:
             return
-        name, unit = self._named_batch()
-        if size > count:
+        if step.windows > count:
             raise ValueError(
-                f"data.{name}: {size * unit} is more than the {count} training windows"
-                f"{f' of {unit} tokens' if unit > 1 else ''}; make it smaller"
+                f"{step.setting}: {step.windows * step.unit} is more than the {count} training windows"
+                f"{f' of {step.unit} tokens' if step.unit > 1 else ''}; make it smaller"
             )
-        if size % per_batch:
-            raise ValueError(
-                f"data.{name}: {size * unit} cannot be split over {world_size} device(s) with a batch_size of "
-                f"{self.batch_size}; the nearest that can is {nearest_multiple(size, per_batch, count) * unit}"
-            )
+        given = self.trainer.accumulate_grad_batches if self.trainer else 1
+        accumulate = step.micro_batches(self.batch_size, world_size, given, count)
         if self.trainer is None:
             return
-        accumulate, given = size // per_batch, self.trainer.accumulate_grad_batches
-        if given not in (1, accumulate):
-            raise ValueError(
-                f"trainer.accumulate_grad_batches: {given} contradicts data.{name} {size * unit}, which is "
-                f"{accumulate} batches of {self.batch_size} on {world_size} device(s); leave it out"
-            )
         self.trainer.accumulate_grad_batches = accumulate
         limit = (
             self.trainer.limit_train_batches
@@ -206,7 +202,7 @@ class TextDataModule(LightningDataModule):
         )
         if not batches and limit:
             raise ValueError(
-                f"trainer.limit_train_batches: {limit} leaves none of the {count // size} optimizer steps of an epoch; "
+                f"trainer.limit_train_batches: {limit} leaves none of the {count // step.windows} optimizer steps of an epoch; "
                 "give more"
             )
         self.trainer.limit_train_batches = batches
@@ -223,31 +219,20 @@ class TextDataModule(LightningDataModule):
 
     def _accumulate(self) -> int:
         """Batches per optimizer step."""
-        if (size := self._global_batch()) is not None:
-            return size // self.windows_per_batch
+        if (step := self._global_batch()) is not None:
+            return step.windows // self.windows_per_batch
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
-    def _global_batch(self) -> int | None:
-        """Windows of the global batch. None: none is given."""
-        if self.global_batch_tokens is None:
-            return self.global_batch_size
-        windows, rest = divmod(self.global_batch_tokens, self._length())
-        if rest:
-            length = self._length()
-            max_tokens = sum(self._counts) * length or None  # None: there are no windows yet
-            step = length * self.windows_per_batch
-            raise ValueError(
-                f"data.global_batch_tokens: {self.global_batch_tokens} is not a multiple of the window length, "
-                f"{length} tokens; the nearest multiple is "
-                f"{nearest_multiple(self.global_batch_tokens, step, max_tokens)}"
-            )
-        return windows
-
-    def _named_batch(self) -> tuple[str, int]:
-        """The setting that gives the global batch, and how much of it one window is."""
-        if self.global_batch_tokens is None:
-            return "global_batch_size", 1
-        return "global_batch_tokens", self._length()
+    def _global_batch(self) -> GlobalBatch | None:
+        if self.global_batch_size is None and self.global_batch_tokens is None:
+            return None  # needs no window length
+        return global_batch(
+            self.global_batch_size,
+            self.global_batch_tokens,
+            self._length(),
+            self.windows_per_batch,
+            sum(self._counts) or None,
+        )
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Training windows in a random order; a last batch that would be short is dropped, as in the book.
@@ -340,18 +325,14 @@ class TextDataModule(LightningDataModule):
     def _length(self) -> int:
         return self.context_length or int(self._model_config().context_length)
 
-    def _check_model(self, length: int) -> None:
+    def _check_model(self) -> None:
         model = self._model_config()
         if model.vocab_size < VOCAB_SIZE:
             raise ValueError(
                 f"model.config.vocab_size: {model.vocab_size} is less than the tokenizer's "
                 f"{VOCAB_SIZE}; give that or more"
             )
-        if length > model.context_length:
-            raise ValueError(
-                f"data.context_length: {length} is more than the model's {model.context_length}; "
-                "leave it out to take the model's"
-            )
+        window_length(self.context_length, model.context_length)
 
     def _model_config(self) -> Any:
         """The GPTConfig of the model that the trainer trains on this data."""

@@ -1,4 +1,4 @@
-"""Number of batches, optimizer steps and tokens of an epoch and of a run; used by ``fit`` and ``plan``."""
+"""How many windows, batches, optimizer steps and tokens an epoch and a run have, for both ``fit`` and ``plan``."""
 
 from dataclasses import dataclass
 
@@ -42,6 +42,92 @@ class EpochShape:
         if max_epochs is not None and max_epochs >= 0:
             limits.append(max_epochs * self.steps)
         return min(limits, default=None)
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The windows of an optimizer step, over all devices and accumulated micro-batches.
+
+    Attributes:
+        setting: Name of the setting that gives them.
+        windows: How many.
+        unit: How much of the setting one window is: 1, or its tokens.
+    """
+
+    setting: str
+    windows: int
+    unit: int
+
+    def micro_batches(
+        self, batch_size: int, devices: int, given: int = 1, max_windows: int | None = None
+    ) -> int:
+        """Return the micro-batches of a step on each device.
+
+        Args:
+            batch_size: Windows of a micro-batch on one device.
+            given: ``trainer.accumulate_grad_batches``; 1 is its default.
+            max_windows: Training windows; ``None``: not known.
+
+        Raises:
+            ValueError: The batch cannot be split, or ``given`` contradicts it.
+        """
+        micro_batches, rest = divmod(self.windows, batch_size * devices)
+        size = self.windows * self.unit
+        if rest:
+            nearest = nearest_multiple(self.windows, batch_size * devices, max_windows)
+            raise ValueError(
+                f"{self.setting}: {size} cannot be split over {devices} device(s) with a batch_size of "
+                f"{batch_size}; the nearest that can is {nearest * self.unit}"
+            )
+        if given not in (1, micro_batches):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: {given} contradicts {self.setting} {size}, which is "
+                f"{micro_batches} batches of {batch_size} on {devices} device(s); leave it out"
+            )
+        return micro_batches
+
+
+def global_batch(
+    size: int | None,
+    tokens: int | None,
+    length: int,
+    windows_per_batch: int,
+    max_windows: int | None = None,
+) -> GlobalBatch | None:
+    """Return the batch of ``data.global_batch_size`` or ``data.global_batch_tokens``; ``None`` if neither is given.
+
+    Args:
+        length: Tokens of a window.
+        windows_per_batch: Windows of a micro-batch on all devices.
+        max_windows: Training windows; ``None``: not known.
+
+    Raises:
+        ValueError: The tokens are not complete windows.
+    """
+    if tokens is None:
+        return None if size is None else GlobalBatch("data.global_batch_size", size, 1)
+    if tokens % length:
+        max_tokens = None if max_windows is None else max_windows * length
+        raise ValueError(
+            f"data.global_batch_tokens: {tokens} is not a multiple of the window length, {length} tokens; "
+            f"the nearest multiple is {nearest_multiple(tokens, length * windows_per_batch, max_tokens)}"
+        )
+    return GlobalBatch("data.global_batch_tokens", tokens // length, length)
+
+
+def window_length(context_length: int | None, model_context_length: int) -> int:
+    """Return the tokens of a window: ``data.context_length``, or as many as the model reads.
+
+    Raises:
+        ValueError: The model reads fewer.
+    """
+    length = context_length or model_context_length
+    if length > model_context_length:
+        raise ValueError(
+            f"data.context_length: {length} is more than the model's {model_context_length}; "
+            "leave it out to take the model's"
+        )
+    return length
 
 
 def batches_of_epoch(

@@ -12,7 +12,7 @@ rounds up or keeps, nor the workspaces that kernels allocate and free.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -98,113 +98,294 @@ def _itemsizes(precision: str) -> tuple[int, int, bool]:
 
 
 def _moments(shape: StepShape) -> Iterator[MemoryBreakdown]:
-    """The moments of a step at which its memory can be highest."""
-    config, chunked = shape.config, shape.loss_chunk_size is not None
-    C, V, L = config.emb_dim, config.vocab_size, config.n_layers
+    """The moments of a step at which its memory can be highest, in their order."""
+    yield _end_of_forward(shape)
+    if shape.loss_chunk_size is None:
+        yield from _start_of_backward(shape)
+    for done in (0, shape.config.n_layers - 1):
+        yield from _backward_of_block(shape, done)
+    yield _backward_of_embeddings(shape)
+    if shape.shards > 1:
+        yield _reduction_of_rest(shape)
+    yield _optimizer_step(shape)
+
+
+# --- what several moments have in common ----------------------------------------------------------
+
+
+class _Letters(NamedTuple):
+    """The letters of this module's docstring that are not in :class:`StepShape`."""
+
+    C: int
+    V: int
+    L: int
+    N: int
+    w: int
+    a: int
+    mixed: bool
+
+
+def _letters(shape: StepShape) -> _Letters:
+    config = shape.config
     N = shape.batch_size * shape.length
-    w, a, mixed = _itemsizes(shape.precision)
-    accumulate, sharded, tied = shape.accumulate, shape.shards > 1, config.tied_embeddings
+    return _Letters(
+        config.emb_dim, config.vocab_size, config.n_layers, N, *_itemsizes(shape.precision)
+    )
 
-    # parameters: of one block, and of the rest: embeddings (V + positions)·C, head V·C, last norm 2C
-    block = cost.block_parameters(config)
-    rest = cost.parameters(config) - L * block
+
+class _Parameters(NamedTuple):
+    """Numbers of parameters.
+
+    Attributes:
+        block: Of one block.
+        rest: Of the embeddings (V + positions)·C, a separate head V·C and the last norm 2C.
+        block_share, rest_share: This device's share of them; FSDP2 rounds each up.
+        share: This device's share of the model.
+    """
+
+    block: int
+    rest: int
+    block_share: int
+    rest_share: int
+    share: int
+
+
+def _parameters(shape: StepShape) -> _Parameters:
+    L, block = shape.config.n_layers, cost.block_parameters(shape.config)
+    rest = cost.parameters(shape.config) - L * block
     block_share, rest_share = ceil(block / shape.shards), ceil(rest / shape.shards)
-    share = L * block_share + rest_share
-    empty = MemoryBreakdown(weights=w * share, moments=2 * w * share)
+    return _Parameters(block, rest, block_share, rest_share, L * block_share + rest_share)
 
-    # gradients: all of them wait for the next forward pass, which ends before they are zeroed. FSDP2 keeps
-    # complete ones until the last micro-batch, and a shard of the rest's until its own backward pass
-    gradients, gathered = w * share, 0
-    if sharded:
-        gathered = a * (rest + block)  # the rest all the time, blocks one by one
-        if accumulate:
-            gradients = w * rest_share
-            gathered += w * (rest + L * block)
-    at_backward = gradients if accumulate else w * rest_share * sharded
 
-    # autocast's copies: four matrices of 12C² a block, and 8C + 3C biases, which it keeps until its forward
-    # pass ends; the head's V·C
-    matrices, biases = 12 * C * C, block - 12 * C * C - 4 * C
-    head_copy = a * V * C * (mixed and not chunked and not sharded)
-    block_copies = a * matrices * (mixed and not sharded)
-    forward_copies = L * (matrices + biases) * a * (mixed and not sharded)
-    backward_copies = 0 if shape.activation_checkpointing else L * block_copies
+def _weights_and_moments(shape: StepShape) -> MemoryBreakdown:
+    """What a device holds at every moment."""
+    weights = _letters(shape).w * _parameters(shape).share
+    return MemoryBreakdown(weights=weights, moments=2 * weights)
 
-    # activations: a block keeps all that its backward pass needs, or its input N·C alone
+
+def _old_gradients(shape: StepShape) -> int:
+    """Gradients during the forward pass: those of the step or micro-batch before, which are zeroed after it.
+
+    Between micro-batches FSDP2 has complete ones, see :func:`_gathered`, and a shard of the rest's.
+    """
+    w, p = _letters(shape).w, _parameters(shape)
+    return w * (p.rest_share if shape.shards > 1 and shape.accumulate else p.share)
+
+
+def _gradients_at_backward(shape: StepShape) -> int:
+    """Gradients when the backward pass begins; FSDP2 keeps a shard of the rest's until it gets to them."""
+    if shape.accumulate:
+        return _old_gradients(shape)
+    return _letters(shape).w * _parameters(shape).rest_share * (shape.shards > 1)
+
+
+def _gathered(shape: StepShape) -> int:
+    """FSDP2's complete weights: the rest's all the time, the blocks' one by one.
+
+    With several micro-batches also the complete gradients, until the last one reduces and shards them.
+    """
+    if shape.shards == 1:
+        return 0
+    w, a, p = _letters(shape).w, _letters(shape).a, _parameters(shape)
+    gradients = w * (p.rest + shape.config.n_layers * p.block) * shape.accumulate
+    return a * (p.rest + p.block) + gradients
+
+
+class _Copies(NamedTuple):
+    """Bytes of the weights that autocast has cast; with FSDP2 the gathered weights have that type already.
+
+    Attributes:
+        forward: All blocks' until the forward pass ends: four matrices of 12C² and biases of 8C + 3C each.
+        block: One block's matrices, which its backward pass needs.
+        head: The head's V·C; the loss by chunks has its own.
+    """
+
+    forward: int
+    block: int
+    head: int
+
+
+def _copies(shape: StepShape) -> _Copies:
+    C, V, L, _, _, a, mixed = _letters(shape)
+    if not mixed or shape.shards > 1:
+        return _Copies(0, 0, 0)
+    matrices, norms = 12 * C * C, 4 * C
+    forward = L * (_parameters(shape).block - norms) * a
+    return _Copies(forward, a * matrices, a * V * C * (shape.loss_chunk_size is None))
+
+
+class _Activations(NamedTuple):
+    """Bytes that wait for the backward pass.
+
+    Attributes:
+        in_block: All that one block needs for its backward pass.
+        of_block: What it keeps until then: the same, or its input N·C with activation checkpointing.
+        embedding_mask: Dropout's mask of the embeddings.
+        total: Of all blocks, that mask, and the last norm's input and statistics (its mean and 1/σ).
+        features: The last norm's output.
+    """
+
+    in_block: int
+    of_block: int
+    embedding_mask: int
+    total: int
+    features: int
+
+
+def _activations(shape: StepShape) -> _Activations:
+    C, _, L, N, w, _, _ = _letters(shape)
     in_block = N * _block_bytes_per_token(shape)
     of_block = N * C * w if shape.activation_checkpointing else in_block
-    statistics = 2 * max(4, w)  # a norm's mean and 1/σ
-    embedding_mask = _mask_bytes(shape, w) * C * (config.embedding_drop_rate > 0)
-    activations = L * of_block + N * (C * w + statistics + embedding_mask)
-    features = N * C * w  # the last norm's output
+    statistics = 2 * max(4, w)
+    mask = N * _mask_bytes(shape, w) * C * (shape.config.embedding_drop_rate > 0)
+    total = L * of_block + N * (C * w + statistics) + mask
+    return _Activations(in_block, of_block, mask, total, N * C * w)
 
-    if chunked:
-        at_loss, head_gradient = _chunked_loss(shape)
-        yield replace(
-            empty, gradients=gradients, copies=forward_copies, gathered=gathered,
-            activations=activations + features, loss=at_loss, phase="loss",
-        )  # fmt: skip
+
+# --- the moments ----------------------------------------------------------------------------------
+
+
+def _end_of_forward(shape: StepShape) -> MemoryBreakdown:
+    """The loss's forward pass, while all activations and the gradients of the step before are there."""
+    copies, activations = _copies(shape), _activations(shape)
+    if shape.loss_chunk_size is None:
+        loss = _logit_bytes(shape)[0] * _logits(shape) + _cast_features(shape)
     else:
-        # bytes of a logit: at the end of the forward pass logits and their log-softmax, then the gradients by
-        # both beside it. Autocast computes the loss in float32: a GPU casts the log-softmax, a CPU the logits
-        forward, backward = 2 * w, 3 * w
-        if mixed:
-            forward, backward = (8, 10) if shape.device == "cuda" else (10, 12)
-        cast_features = N * C * a * mixed
-        head_gradient = w * V * C
+        loss = _chunked_loss(shape)[0]
+    return replace(
+        _weights_and_moments(shape),
+        gradients=_old_gradients(shape),
+        copies=copies.forward + copies.head,
+        gathered=_gathered(shape),
+        activations=activations.total + activations.features,
+        loss=loss,
+        phase="loss",
+    )
+
+
+def _start_of_backward(shape: StepShape) -> Iterator[MemoryBreakdown]:
+    """The loss's backward pass without chunks: first inside the loss, then in the product with the head."""
+    C, V, L, N, _, a, mixed = _letters(shape)
+    copies, activations = _copies(shape), _activations(shape)
+    blocks = 0 if shape.activation_checkpointing else L * copies.block
+    inside_loss = _logit_bytes(shape)[1] * _logits(shape)
+    # the gradients by logits (N, V), by features (N, C) and by the head (V, C)
+    by_head = a * (N * V + N * C + V * C)
+    for loss in (inside_loss, by_head):
         yield replace(
-            empty, gradients=gradients, copies=forward_copies + head_copy, gathered=gathered,
-            activations=activations + features, loss=forward * N * V + cast_features, phase="loss",
-        )  # fmt: skip
-        # the last: the gradients by logits (N, V), by features (N, C) and by the head (V, C)
-        for loss in (backward * N * V, a * (N * V + N * C + V * C)):
-            yield replace(
-                empty, gradients=at_backward, copies=backward_copies + head_copy, gathered=gathered,
-                activations=activations + features * (not mixed), loss=loss + cast_features,
-                phase="loss",
-            )  # fmt: skip
+            _weights_and_moments(shape),
+            gradients=_gradients_at_backward(shape),
+            copies=blocks + copies.head,
+            gathered=_gathered(shape),
+            activations=activations.total + activations.features * (not mixed),
+            loss=loss + _cast_features(shape),
+            phase="loss",
+        )
 
-    # backward pass: the last block's, while all activations are there, and the first's, while all gradients
-    # are. A tied head's gradient waits for the embedding's, as does FSDP2's. Widest are the gradients by the
-    # feed-forward's 4C hidden values, beside those by its output (autocast: cast) and by its matrix of 4C²
-    by_activations = N * C * (w + a * mixed + 4 * a) + 4 * C * C * a
-    by_attention = N * (C * (w + a) + 2 * _attention_matrix_bytes(shape))
-    waiting = head_gradient if tied or (sharded and not accumulate) else 0
-    untied_head = 0 if tied or sharded else V * C
-    for done in (0, L - 1):
-        so_far = w * (done * block_share + 2 * C + untied_head)
-        moment = replace(
-            empty,
-            gradients=at_backward if accumulate else so_far,
-            copies=block_copies if shape.activation_checkpointing else (L - done) * block_copies,
-            # FSDP2 has the next block prefetched and the gradients of the one before being reduced
-            gathered=gathered + block * sharded * (a * (done < L - 1) + w * (done > 0)),
-            activations=(L - done) * of_block + N * embedding_mask,
-            backward=waiting + by_activations,
-            phase="backward",
-        )  # fmt: skip
-        if shape.activation_checkpointing:
-            moment = replace(moment, activations=moment.activations + in_block - N * C * w)
-        yield moment
-        # attention's turn: the feed-forward's tensors are freed, its norm's input (C) and 9C
-        remaining = moment.activations - N * C * (w + 9 * a)
-        yield replace(moment, activations=remaining, backward=waiting + by_attention)
-    # the embeddings': a dense gradient (V, C) of the gradient (N, C), and its sum with a tied head's
-    so_far = w * (L * block_share + (rest_share if sharded or not tied else 0))
-    yield replace(
-        empty, gradients=at_backward if accumulate else so_far,
-        gathered=(a + w * accumulate) * rest * sharded,
-        backward=waiting + w * (N * C + V * C + V * C * tied), phase="backward",
-    )  # fmt: skip
 
-    if (
-        sharded
-    ):  # the rest's gradients are reduced together: complete ones and a copy, without the weights
-        yield replace(empty, gradients=w * share, gathered=2 * w * rest, phase="backward")
+def _logits(shape: StepShape) -> int:
+    return _letters(shape).N * shape.config.vocab_size
 
-    # float16's optimizer is not fused on a GPU: one value per weight more
-    unfused = w * share * (shape.precision == "16-mixed" and shape.device == "cuda")
-    yield replace(empty, gradients=w * share, optimizer_step=unfused, phase="optimizer step")
+
+def _logit_bytes(shape: StepShape) -> tuple[int, int]:
+    """Bytes per logit in the loss's forward and backward pass.
+
+    Logits and their log-softmax, then also the gradients by both. Autocast computes the loss in float32: a GPU
+    casts the log-softmax, a CPU the logits.
+    """
+    w, mixed = _letters(shape).w, _letters(shape).mixed
+    if not mixed:
+        return 2 * w, 3 * w
+    return (8, 10) if shape.device == "cuda" else (10, 12)
+
+
+def _cast_features(shape: StepShape) -> int:
+    """Bytes of the features (N, C) that autocast has cast for the head."""
+    C, _, _, N, _, a, mixed = _letters(shape)
+    return N * C * a * mixed
+
+
+def _backward_of_block(shape: StepShape, done: int) -> Iterator[MemoryBreakdown]:
+    """The backward pass of a block's feed-forward, then of its attention, after ``done`` other blocks.
+
+    Of the last block (0 done), because all activations are there, and of the first, because all gradients are.
+    """
+    C, V, L, N, w, a, mixed = _letters(shape)
+    p, activations, sharded = _parameters(shape), _activations(shape), shape.shards > 1
+    left = L - done
+    untied_head = 0 if shape.config.tied_embeddings or sharded else V * C
+    gradients = w * (done * p.block_share + 2 * C + untied_head)
+    # FSDP2 has the next block prefetched and the gradients of the one before being reduced
+    in_transit = p.block * sharded * (a * (done < L - 1) + w * (done > 0))
+    # with activation checkpointing the block has computed its activations again
+    computed_again = (activations.in_block - N * C * w) * shape.activation_checkpointing
+    kept = left * activations.of_block + activations.embedding_mask + computed_again
+    # widest are the gradients by the feed-forward's 4C hidden values, beside those by its output (autocast:
+    # cast) and by its matrix of 4C²
+    feed_forward = N * C * (w + a * mixed + 4 * a) + 4 * C * C * a
+    attention = N * (C * (w + a) + 2 * _attention_matrix_bytes(shape))
+    moment = replace(
+        _weights_and_moments(shape),
+        gradients=_gradients_at_backward(shape) if shape.accumulate else gradients,
+        copies=_copies(shape).block * (1 if shape.activation_checkpointing else left),
+        gathered=_gathered(shape) + in_transit,
+        phase="backward",
+    )
+    waiting = _waiting_head_gradient(shape)
+    yield replace(moment, activations=kept, backward=waiting + feed_forward)
+    # before attention's turn the feed-forward's tensors are freed: its norm's input (C) and 9C
+    kept -= N * C * (w + 9 * a)
+    yield replace(moment, activations=kept, backward=waiting + attention)
+
+
+def _waiting_head_gradient(shape: StepShape) -> int:
+    """Bytes of the head's gradient, if it has to wait for the embedding's: a tied head's, and FSDP2's."""
+    if not shape.config.tied_embeddings and (shape.shards == 1 or shape.accumulate):
+        return 0
+    if shape.loss_chunk_size is None:
+        return _letters(shape).w * shape.config.vocab_size * shape.config.emb_dim
+    return _chunked_loss(shape)[1]
+
+
+def _backward_of_embeddings(shape: StepShape) -> MemoryBreakdown:
+    """The end of the backward pass: a dense gradient (V, C) of the gradient (N, C), and its sum with a tied head's."""
+    C, V, L, N, w, a, _ = _letters(shape)
+    p, sharded, tied = _parameters(shape), shape.shards > 1, shape.config.tied_embeddings
+    gradients = w * (L * p.block_share + (p.rest_share if sharded or not tied else 0))
+    embedding = w * (N * C + V * C + V * C * tied)
+    return replace(
+        _weights_and_moments(shape),
+        gradients=_gradients_at_backward(shape) if shape.accumulate else gradients,
+        gathered=(a + w * shape.accumulate) * p.rest * sharded,
+        backward=_waiting_head_gradient(shape) + embedding,
+        phase="backward",
+    )
+
+
+def _reduction_of_rest(shape: StepShape) -> MemoryBreakdown:
+    """FSDP2 reduces the rest's gradients together: complete ones and a copy, without the weights."""
+    w, p = _letters(shape).w, _parameters(shape)
+    return replace(
+        _weights_and_moments(shape),
+        gradients=w * p.share,
+        gathered=2 * w * p.rest,
+        phase="backward",
+    )
+
+
+def _optimizer_step(shape: StepShape) -> MemoryBreakdown:
+    """The optimizer step; float16's is not fused on a GPU and takes one value per weight more."""
+    held = _weights_and_moments(shape)
+    unfused = shape.precision == "16-mixed" and shape.device == "cuda"
+    return replace(
+        held,
+        gradients=held.weights,
+        optimizer_step=held.weights * unfused,
+        phase="optimizer step",
+    )
+
+
+# --- what blocks and the loss keep ----------------------------------------------------------------
 
 
 def _mask_bytes(shape: StepShape, itemsize: int) -> int:

@@ -34,7 +34,7 @@ class RunSpec:
         bucket_view: Whether DDP's gradients are views of its buckets, not copied to them.
         base: Bytes of the process itself, Python and its libraries; 0 on a GPU.
         keep_freed_memory: Whether a CPU's process keeps what a step has freed.
-        keep_best: Whether best.ckpt is kept; until it is written it is a copy in main memory.
+        keep_best: Whether best.ckpt is kept.
         keep_previous: Whether previous.ckpt is.
         async_save: Whether a copy is written while training continues.
     """
@@ -222,8 +222,8 @@ def checkpoint_bytes(spec: RunSpec) -> int:
 
 
 def _checkpoint_copies(spec: RunSpec) -> int:
-    """Bytes in main memory: of the best one, the one being written, and FSDP2's complete one."""
-    copies = spec.keep_best + spec.async_save + (spec.strategy == "fsdp")
+    """Bytes in main memory: of the one being written, and FSDP2's complete one."""
+    copies = spec.async_save + (spec.strategy == "fsdp")
     return copies * checkpoint_bytes(spec)
 
 
@@ -231,8 +231,8 @@ def nearest_that_fits(spec: RunSpec, limit: int) -> tuple[SuggestedChange | None
     """The fewest changes after which a device holds at most ``limit`` bytes, at the same global batch.
 
     The order is, one change alone, then two together and so on: a smaller batch with more accumulation, the loss
-    by chunks, activation checkpointing, FSDP2, bf16-mixed, no copy of the best checkpoint. Where all of them are
-    not enough: None, and the least that remains.
+    by chunks, activation checkpointing, FSDP2, bf16-mixed, no asynchronous save. Where all of them are not
+    enough: None, and the least that remains.
     """
     levers = _levers(spec)
     least = _least(spec, levers)
@@ -267,7 +267,7 @@ def _levers(spec: RunSpec) -> list[str]:
         and spec.strategy != "fsdp"
         and step.precision in SHARDED_PRECISIONS,
         "bf16": step.precision == "32-true",
-        "no copies": step.device == "cpu" and (spec.keep_best or spec.async_save),
+        "no copy": step.device == "cpu" and spec.async_save,
     }
     return [lever for lever, is_possible in possible.items() if is_possible]
 
@@ -314,9 +314,9 @@ def _changed(spec: RunSpec, levers: tuple[str, ...]) -> tuple[RunSpec, list[str]
             case "bf16":
                 step = replace(step, precision="bf16-mixed")
                 options.append("--trainer.precision bf16-mixed")
-            case "no copies":
-                spec = replace(spec, keep_best=False, async_save=False)
-                options += ["--checkpoint.save_best false", "--checkpoint.async_save false"]
+            case "no copy":
+                spec = replace(spec, async_save=False)
+                options.append("--checkpoint.async_save false")
     return replace(spec, step=step), options
 
 

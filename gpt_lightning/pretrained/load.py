@@ -20,7 +20,6 @@ from gpt_lightning.pretrained.openai import is_openai, read_openai
 from gpt_lightning.pretrained.weights import (
     ModelWeights,
     is_lightning,
-    page_releaser,
     pop_weights,
     read_lightning,
     read_torch,
@@ -228,19 +227,15 @@ def _read_file(path: Path, n_heads: int | None) -> ModelWeights:
     verify_zip_checksums(path)
     content = read_torch(path)
     if is_lightning(content):
-        weights = read_lightning(content, path)
-    elif is_book(content):
-        weights = read_book(content, path, n_heads)
-    elif is_nanogpt(content):
-        weights = read_nanogpt(content, path)
-    else:
-        raise ValueError(
-            f"{path}: is not a gpt_lightning checkpoint, the book's model.pth or model_and_optimizer.pth, or "
-            "nanoGPT's ckpt.pt; give another"
-        )
-    release_pages = page_releaser(content)
-    release_pages()
-    return replace(weights, release_pages=release_pages)
+        return read_lightning(content, path)
+    if is_book(content):
+        return read_book(content, path, n_heads)
+    if is_nanogpt(content):
+        return read_nanogpt(content, path)
+    raise ValueError(
+        f"{path}: is not a gpt_lightning checkpoint, the book's model.pth or model_and_optimizer.pth, or "
+        "nanoGPT's ckpt.pt; give another"
+    )
 
 
 def _check_shapes(weights: ModelWeights, source: str) -> None:

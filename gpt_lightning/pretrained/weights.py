@@ -1,12 +1,10 @@
 """:class:`ModelWeights`, the type that every format is read into, and the reader of our own checkpoints."""
 
-import ctypes
-import mmap
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from importlib.metadata import version
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gpt_lightning.model.config import GPTConfig
 
@@ -34,7 +31,6 @@ class ModelWeights:
         assumed: Keys of ``config`` that the file does not contain. Another value is no contradiction.
         warnings: What a user should know about how the files were read, one line each.
         other_tokenizer: Why GPT-2's tokenizer does not fit this model. ``None``: it fits.
-        release_pages: Frees the memory of the file's pages that were read so far, see :func:`page_releaser`.
     """
 
     config: GPTConfig
@@ -43,14 +39,13 @@ class ModelWeights:
     assumed: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     other_tokenizer: str | None = None
-    release_pages: Callable[[], object] = lambda: None
 
 
 def pop_weights(weights: ModelWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Remove the tensors from ``weights`` and return them contiguous, in ``dtype``.
 
-    Each tensor is read, transposed and converted alone, then the file's pages are released. So memory holds
-    the result and one more tensor at most.
+    Each tensor is read, transposed and converted alone, so memory holds the result and one more tensor at most.
+    Pages of a mapped file are not counted: they are the system's cache, which it frees when memory runs low.
 
     Args:
         dtype: ``None``: :func:`stored_dtype`.
@@ -59,7 +54,6 @@ def pop_weights(weights: ModelWeights, dtype: torch.dtype | None = None) -> dict
     tensors = {}
     for name in list(weights.state_dict):
         tensors[name] = _contiguous(weights.state_dict.pop(name), dtype)
-        weights.release_pages()
     return tensors
 
 
@@ -188,28 +182,6 @@ def read_torch(path: Path) -> Any:
         raise ValueError(
             f"{path}: is not a torch.save file, or is damaged; give another"
         ) from error
-
-
-def page_releaser(content: Any) -> Callable[[], object]:
-    """Return a function that frees the memory of the pages that :func:`read_torch` has mapped for ``content``.
-
-    All tensors of a file share one mapping. Its pages stay in memory once they are read, even after their
-    tensor was copied and deleted. A released page is read again when it is needed; none was written to.
-    This works on Linux. Elsewhere the function does nothing, and the system frees pages when memory runs low.
-    """
-    tensor = next((leaf for leaf in tree_leaves(content) if isinstance(leaf, Tensor)), None)
-    maps = Path("/proc/self/maps")
-    if tensor is None or not maps.exists():
-        return lambda: None
-    address = tensor.untyped_storage().data_ptr()
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        span, access, _, _, inode = line.split()[:5]
-        start, end = (int(bound, 16) for bound in span.split("-"))
-        if start <= address < end and access.endswith("p") and inode != "0":
-            madvise = ctypes.CDLL(None).madvise
-            arguments = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-            return lambda: madvise(*arguments, mmap.MADV_DONTNEED)
-    return lambda: None
 
 
 def is_lightning(content: Any) -> bool:

@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gpt_lightning.training.checkpoint_io import (
     PREVIOUS,
     AtomicCheckpointIO,
     check_content,
-    copy_of,
+    link_or_copy,
     remove_leftovers,
 )
 from gpt_lightning.training.config import OnFailure
@@ -35,12 +36,25 @@ from gpt_lightning.training.throughput import Stopwatch
 logger = logging.getLogger(__name__)
 
 
-class CheckpointCallback(StepEndCallback, Checkpoint):
-    """Callback that saves ``last.ckpt`` and ``best.ckpt``, the checkpoint with the lowest validation loss so far.
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """Lowest validation loss that was saved, and the step that has it; infinite and ``None`` if there is none."""
 
-    Both are written at the same intervals and at the end. Between two saves the best one is a copy in memory,
-    because early in a run every evaluation is the best so far; a killed run reaches it again when it resumes.
-    The ``last`` of Lightning's ``ModelCheckpoint`` is its last best one, which may be many steps old.
+    val_loss: float = math.inf
+    step: int | None = None
+
+
+class CheckpointCallback(StepEndCallback, Checkpoint):
+    """Callback that saves ``last.ckpt``, and keeps the one with the lowest validation loss so far as ``best.ckpt``.
+
+    It saves at intervals, when the run ends, and after each evaluation that is the best so far. The best one is
+    saved as ``last.ckpt`` first, which then gets the second name ``best.ckpt``: a hard link, or a copy on a file
+    system without hard links. A run that was killed between the two names gets the second one when it resumes, so
+    that best.ckpt is always the one of an uninterrupted run at the same step.
+
+    Early in a run nearly every evaluation is the best so far, so nearly every evaluation saves. A save that fails
+    does not count: the next evaluations are compared with the best one that was saved before. The ``last`` of
+    Lightning's ``ModelCheckpoint`` is its last best one, which may be many steps old.
 
     Args:
         folder: Folder of the run.
@@ -70,12 +84,9 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.save_best = save_best
         self.on_failure = on_failure
-        self.best_val_loss: float | None = None
-        self._val_loss = math.nan  # of the current step, if it was evaluated
-        self._best: dict[str, Any] | None = None  # not yet written
-        self._being_written: dict[str, Any] | None = (
-            None  # a best checkpoint whose save may still fail
-        )
+        self._evaluated = (-1, math.inf)  # steps and val_loss at the last evaluation
+        self._best = BestCheckpoint()
+        self._best_before = BestCheckpoint()  # stays the best one if the current save fails
         self._saved_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,6 +101,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             raise SystemExit(2) from None
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
+            self._restore_best(trainer)
 
     def check_disk_space(self, config: GPTConfig, precision: str) -> None:
         """Check that the disk has space for the files that the run keeps and the one that is being written.
@@ -125,19 +137,13 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
     def on_evaluation(
         self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
     ) -> None:
-        self._val_loss = metrics["val_loss"]
+        self._evaluated = (trainer.global_step, metrics["val_loss"])
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
         # also where max_steps ended it early, and a resumed run would skip the rest of the epoch.
-        val_loss, self._val_loss = self._val_loss, math.nan
-        if self.save_best and self._is_lowest(val_loss):
-            self.best_val_loss = val_loss
-            self._best = self._being_written = None  # memory for the copy
-            with self.clock.stopped(pl_module.device):
-                self._best = copy_of(dump_checkpoint(trainer))
         ends = ends_run(trainer)
-        if ends or self._is_due(trainer):
+        if ends or self._is_due(trainer) or self._is_best(trainer):
             with self.clock.stopped(pl_module.device):
                 self._save(trainer, pl_module, ends=ends)
 
@@ -147,10 +153,19 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         if not self._is_written(trainer, ends=False) or trainer.global_step != self._saved_step:
             self._save(trainer, pl_module, ends=True)
 
-    def _is_lowest(self, val_loss: float) -> bool:
-        if self.best_val_loss is None:
-            return math.isfinite(val_loss)
-        return val_loss < self.best_val_loss
+    def _is_best(self, trainer: Trainer) -> bool:
+        """Return whether this step was just evaluated, with the lowest validation loss so far."""
+        step, val_loss = self._evaluated
+        return self.save_best and step == trainer.global_step and val_loss < self._best.val_loss
+
+    def _restore_best(self, trainer: Trainer) -> None:
+        """Name the resumed checkpoint best.ckpt if it is the best one; the run may have been killed just before."""
+        if not self.save_best or self._best.step != trainer.global_step:
+            return
+        path, best = Path(str(trainer.ckpt_path)), self.folder / BEST
+        is_there = best.exists() and best.samefile(path)
+        if not is_there and path.resolve().parent == self.folder.resolve():
+            link_or_copy(path, best)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_train_steps is None:
@@ -167,10 +182,16 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         # Flush the loggers first: a process that is killed after the save loses what they buffer.
         for logger in trainer.loggers:
             ignore_full_disk(logger.save)
-        if self._best is not None:
-            self._being_written, self._best = self._best, None
-            trainer.strategy.save_checkpoint(self._being_written, self.folder / BEST)
-        trainer.save_checkpoint(self.folder / LAST)
+        self.io.finish()
+        self._is_written(trainer, ends=False)
+        self._best_before, is_best = self._best, self._is_best(trainer)
+        if is_best:
+            self._best = BestCheckpoint(val_loss=self._evaluated[1], step=trainer.global_step)
+        trainer.save_checkpoint(
+            self.folder / LAST,
+            weights_only=False,
+            storage_options={"also_named": BEST} if is_best else None,
+        )
         self._saved_step = trainer.global_step
         if ends:
             self.io.finish()
@@ -187,8 +208,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         if trainer.strategy.reduce_boolean_decision(not failures, all=True):
             return True
         self._saved_step = -1
-        if self._best is None:  # saved again with the next one, unless a better one comes
-            self._best = self._being_written
+        self._best = self._best_before
         failure = next(iter(failures.values()), None)
         if ends or self.on_failure == "stop":
             if failure is None:
@@ -199,7 +219,10 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_val_loss": self.best_val_loss}
+        return {"best_val_loss": self._best.val_loss, "best_step": self._best.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_val_loss = state_dict["best_val_loss"]
+        val_loss = state_dict["best_val_loss"]
+        self._best = BestCheckpoint(
+            math.inf if val_loss is None else val_loss, state_dict.get("best_step")
+        )

@@ -1,14 +1,16 @@
 """Checkpoints on disk: written atomically, verified against their checksums when they are read.
 
 A save writes a temporary file, syncs it, records its checksum in ``manifest.json``, keeps the current ``last.ckpt``
-as ``previous.ckpt``, renames the temporary file, and syncs the folder. At every moment each checkpoint is complete,
-and its checksum is recorded.
+as ``previous.ckpt``, renames the temporary file, and syncs the folder. Then ``best.ckpt`` may become a second name of
+the new ``last.ckpt``. At every moment each checkpoint is complete, and its checksum is recorded. No file is changed in
+place, so that a name keeps its content when another name of the same file is replaced.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksums
-from gpt_lightning.storage.atomic import fsync, temporary_path
+from gpt_lightning.storage.atomic import atomic_output, fsync, temporary_path
 from gpt_lightning.storage.checksum import (
     CHECKPOINTS,
     MANIFEST,
@@ -67,12 +69,14 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
+        """Save a checkpoint, and with ``storage_options={"also_named": NAME}`` give it a second name beside it."""
         self.finish()
+        also_named = storage_options["also_named"] if storage_options else None
         if self._writer is None:
-            self._attempt(checkpoint, Path(path))
+            self._attempt(checkpoint, Path(path), also_named)
         else:
-            copied = copy_of(checkpoint)
-            self._pending = self._writer.submit(self._attempt, copied, Path(path))
+            copied = _on_cpu(checkpoint)
+            self._pending = self._writer.submit(self._attempt, copied, Path(path), also_named)
 
     def finish(self) -> None:
         """Wait for the current save."""
@@ -97,9 +101,13 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
-    def _attempt(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _attempt(self, checkpoint: dict[str, Any], path: Path, also_named: str | None) -> None:
         try:
             self._write(checkpoint, path)
+            if also_named is not None:
+                saved, path = path, path.with_name(also_named)  # a failure is this name's
+                link_or_copy(saved, path)
+                self._checksums[also_named] = self._checksums[saved.name]
         except (
             OSError,
             RuntimeError,
@@ -158,7 +166,7 @@ def remove_leftovers(folder: Path) -> None:
         temporary_path(folder / name).unlink(missing_ok=True)
 
 
-def copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def _on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return a copy whose tensors are in main memory."""
     copied: dict[str, Any] = tree_map_only(
         Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint
@@ -242,19 +250,28 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
 
 def _rotate_previous(folder: Path) -> None:
     """Give last.ckpt the name previous.ckpt too; at every moment the file has a name."""
-    temporary = temporary_path(folder / PREVIOUS)
-    temporary.unlink(missing_ok=True)
     try:
-        os.link(folder / LAST, temporary)
+        _link(folder / LAST, folder / PREVIOUS)
     except FileNotFoundError:
         raise
     except OSError:  # a file system without hard links
         os.replace(folder / LAST, folder / PREVIOUS)
-    else:
-        os.replace(temporary, folder / PREVIOUS)
-        temporary.unlink(
-            missing_ok=True
-        )  # renaming between two names of the same file does nothing
+
+
+def link_or_copy(path: Path, name: Path) -> None:
+    """Give a file a second name, durably; a copy gets it on a file system without hard links."""
+    try:
+        _link(path, name)
+    except OSError:
+        with atomic_output(name) as temporary:
+            shutil.copyfile(path, temporary)
+    fsync(name.parent)
+
+
+def _link(path: Path, name: Path) -> None:
+    with atomic_output(name, durable=False) as temporary:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
 
 
 def _entry(file: str, size: int, sha256: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,7 +330,8 @@ def read_manifest(folder: Path) -> list[dict[str, Any]] | None:
 
 def corruption_reason(path: Path, entries: list[dict[str, Any]] | None) -> str:
     """Return what is wrong with a checkpoint; empty if it is valid."""
-    recorded = [e for e in entries or [] if e["file"] == path.name or path.name == PREVIOUS]
+    # previous.ckpt and best.ckpt have the entry that they got as last.ckpt
+    recorded = [e for e in entries or [] if e["file"] == path.name or path.name in (PREVIOUS, BEST)]
     if recorded:
         size = path.stat().st_size
         if not any(e["bytes"] == size for e in entries or []):

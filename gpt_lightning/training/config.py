@@ -41,7 +41,8 @@ class CheckpointConfig:
 
     Args:
         every_n_train_steps: Optimizer steps between two saves of last.ckpt; null = at the end of each epoch.
-        save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss; needs memory for one checkpoint.
+        save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss. Each evaluation that is the best so
+            far saves a checkpoint; with a large model, evaluate less often (evaluation.eval_freq).
         keep_previous: Keep the last.ckpt before as previous.ckpt, in case the newest one is damaged.
         async_save: Continue training while a copy is written; needs memory for one checkpoint.
         on_failure: After a failed save, for example on a full disk: 'continue' and try again at the next

@@ -163,6 +163,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         gathered: dict[str, Any] = tree_map_only(DTensor, gather, state)
         return gathered if self.is_global_zero else {}
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        # Lightning's refuses storage_options, because it may write another format
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:

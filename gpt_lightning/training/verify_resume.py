@@ -171,6 +171,7 @@ def verify_resume(
         f"--run={RUN_NAME}",
         *plan.limits,
         f"--checkpoint.every_n_train_steps={plan.save_every}",
+        "--checkpoint.save_best=false",  # each best evaluation would save, and a kill lose no steps
     ]
     on_run(f"{plan.steps} steps without interruption")
     _run_fit(common, straight)

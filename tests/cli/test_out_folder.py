@@ -30,7 +30,7 @@ VERIFY_RESUME = f"verify-resume --config={ROOT}/configs/quickstart.yaml {shlex.j
         ("download gpt2-124M --host=openai --mirror=nonsense --out=a/b", "cannot be downloaded"),
         ("download gpt2-124M --host=hub --mirror=nonsense --out=a/b", "cannot be downloaded"),
         (f"{VERIFY_RESUME} --model.lrr=1 --out=a/b", "model.lrr: is not a setting"),
-        (f"{VERIFY_RESUME} --ckpt_path=last --out=a/b", "ckpt_path: the run has no"),
+        (f"{VERIFY_RESUME} --ckpt_path=last --out=a/b", "ckpt_path: verify-resume trains new runs"),
         (f"{VERIFY_RESUME} --trainer.devices=0 --out=a/b", "trainer.devices"),
         (f"{VERIFY_RESUME} --evaluation.top_k=0 --out=a/b", "top_k"),
         ("plan --data.text=sample --mfu=2", "mfu: 2.0 is not a share"),

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from helpers import ENVIRONMENT
+
 POINTS = (
     "batch",  # before a batch
     "evaluation",  # between the losses of the two splits
@@ -43,10 +45,9 @@ class Runs:
     """The process that forks."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -68,11 +69,6 @@ class Runs:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(json.loads(self._process.stdout.readline()))
-
-
-def _python_path() -> str:
-    here = str(Path(__file__).parent)
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 # --- the process ----------------------------------------------------------------------------------

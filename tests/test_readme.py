@@ -4,7 +4,8 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, Command, reference
+
+from helpers import ROOT, Command, reference
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(

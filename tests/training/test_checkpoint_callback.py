@@ -1,0 +1,147 @@
+"""When checkpoints are saved, and what happens when a save fails."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import RemovesFiles
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.resume import latest_valid_checkpoint
+from helpers import ROOT, SMALL, Command
+from runs import RUN, THREE_EPOCHS, same_runs, same_weights
+
+
+def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
+    fit(
+        "--trainer.max_steps=12", "--evaluation.eval_freq=2", "--model.lr=0.3"
+    )  # soon goes up again
+    rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    losses = {
+        int(row.split(",")[0]): float(row.split(",")[header.index("val_loss")]) for row in rows[1:]
+    }
+    best_step = min(losses, key=lambda step: losses[step])
+    assert best_step != max(losses)
+    best = torch.load("checkpoints/quickstart/best.ckpt", weights_only=True)
+    assert best["global_step"] == best_step + 1
+
+
+def test_asynchronous_save_changes_nothing(fit: Command) -> None:
+    fit("--run=waiting", *THREE_EPOCHS)
+    fit("--run=background", *THREE_EPOCHS, "--checkpoint.async_save=true")
+    assert same_runs("waiting", "background")
+    for name in ("last", "best"):
+        assert same_weights(
+            f"checkpoints/waiting/{name}.ckpt", f"checkpoints/background/{name}.ckpt"
+        )
+
+
+FULL_DISK = (f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.FullDisk",
+             "--checkpoint.save_best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_failed_last_save_is_repeated_at_the_end(fit: Command, asynchronous: str) -> None:
+    """The second epoch's save fails, and the run is ended there by something that has no step."""
+    arguments = [a for a in FULL_DISK if "every_n" not in a]
+    fit("--trainer.max_epochs=9", f"--checkpoint.async_save={asynchronous}", *arguments,
+        f"--trainer.callbacks+={__name__}.StopAfterTwoEpochs")  # fmt: skip
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 14
+
+
+class FullDisk(Callback):
+    """The second file fails, as on a full disk; of the best model where only that is named."""
+
+    only = ""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        io = trainer.strategy.checkpoint_io
+        real, saves = io._write, []
+
+        def write(checkpoint: Any, path: Path) -> None:
+            if self.only in path.name:
+                saves.append(path)
+            if len(saves) == (1 if self.only else 2) and self.only in path.name:
+                raise OSError(28, "No space left on device")
+            real(checkpoint, path)
+
+        io._write = write
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_failed_save_of_the_best_model_is_repeated(
+    fit: Command, asynchronous: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FullDisk, "only", "best")
+    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.save_best=true",
+        f"--checkpoint.async_save={asynchronous}", "--evaluation.eval_freq=100")  # fmt: skip
+    best = read_checkpoint(RUN / "best.ckpt")
+    assert best["global_step"] == 1
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_training_continues_after_a_full_disk(fit: Command, asynchronous: str) -> None:
+    result = fit("--trainer.max_steps=4", f"--checkpoint.async_save={asynchronous}", *FULL_DISK)
+    lines = [line for line in result.err.splitlines() if "No space left" in line]
+    assert len(lines) == 1
+    assert "last.ckpt: cannot be written" in lines[0]
+    assert "training continues" in lines[0]
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 4
+
+
+def test_training_stops_after_a_full_disk_if_asked(command: Command, fit: Command) -> None:
+    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, *FULL_DISK,
+                   "--trainer.max_steps=4", "--checkpoint.on_failure=stop")  # fmt: skip
+    assert result.code == 2
+    assert "No space left on device" in result.err.splitlines()[-1]
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 1
+    fit("--trainer.max_steps=4", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["last.ckpt"], ["last.ckpt", "previous.ckpt", "best.ckpt"], ["manifest.json", "last.ckpt"]],
+)
+def test_removed_files_are_saved_again_at_once(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    monkeypatch.setattr(RemovesFiles, "names", names)
+    result = fit("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1", "--evaluation.eval_freq=1",
+               f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.RemovesFiles")  # fmt: skip
+    assert f"{RUN / 'last.ckpt'} is gone" in result.err
+    assert "cannot be written" not in result.err
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 3
+    fit("--trainer.max_steps=5", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16-true", 2), ("32-true", 4), ("64-true", 8)])
+def test_needed_disk_space_depends_on_the_precision(
+    fit: Command, command: Command, monkeypatch: pytest.MonkeyPatch, precision: str, size: int
+) -> None:
+    fit("--run=real", "--trainer.max_steps=1", f"--trainer.precision={precision}")
+    real = Path("checkpoints/real/last.ckpt").stat().st_size
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 98 // 100))
+    arguments = ["fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1",
+                 f"--trainer.precision={precision}"]  # fmt: skip
+    result = command(*arguments)
+    assert result.code == 2
+    assert f"for 4 files of {real / 1e9:.2f} GB" in result.err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 102 // 100))
+    assert command(*arguments).code == 0
+
+
+def test_missing_disk_space_is_refused_before_the_first_step(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
+    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+                   "--trainer.max_steps=1")  # fmt: skip
+    assert result.code == 2
+    assert "needs 0.08 GB for 4 files of 0.02 GB, 0.03 GB are free" in result.err.splitlines()[-1]
+    assert not RUN.exists()

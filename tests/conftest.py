@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.main import main
-from helpers import ROOT, SHARED, SMALL_QUICKSTART, Command, CommandResult
+from gpt_lightning.data import corpus
+from gpt_lightning.storage.cache import cache_folder
+from helpers import ROOT, SMALL_QUICKSTART, Command, CommandResult
+
+NO_VERDICT = (
+    "The Verdict is neither in ../shared/data nor in the user's cache, and it cannot be downloaded "
+    f"from {corpus.VERDICT_URL}"
+)
 
 
 @pytest.fixture
@@ -97,15 +105,26 @@ def plan_benchmark() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def verdict() -> Path:
-    """The Verdict, from ../shared or the user's cache."""
-    cache = Path(os.environ.get("GPT_LIGHTNING_CACHE", Path.home() / ".cache/gpt_lightning"))
-    for path in (SHARED / "data" / "the-verdict.txt", cache / "the-verdict.txt"):
-        if path.exists():
-            return path
-    pytest.skip(f"The Verdict is neither in {SHARED / 'data'} nor in {cache}")
+    """The Verdict: in ../shared/data, in the user's cache, or downloaded into it."""
+    shared = ROOT.parent / "shared" / "data" / corpus.VERDICT
+    if shared.exists():
+        return shared
+    with suppress(ValueError, OSError):
+        corpus.read_corpus("verdict")
+        return cache_folder() / corpus.VERDICT
+    pytest.skip(NO_VERDICT)
 
 
 @pytest.fixture
-def verdict_in_cache(command: Command, verdict: Path, tmp_path: Path) -> None:
+def verdict_in_cache(
+    verdict: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "cache").mkdir()
-    shutil.copy(verdict, tmp_path / "cache" / "the-verdict.txt")
+    shutil.copy(verdict, tmp_path / "cache" / corpus.VERDICT)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [r for r in terminalreporter.getreports("skipped") if NO_VERDICT in str(r.longrepr)]
+    if skipped:
+        tests = "1 test was" if len(skipped) == 1 else f"{len(skipped)} tests were"
+        terminalreporter.write_line(f"{tests} not run: {NO_VERDICT}", yellow=True)

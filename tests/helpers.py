@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.dataloader import ResumableDataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 # a subprocess imports the package and the helpers of this folder; like a test, it has one core
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
@@ -151,9 +149,8 @@ SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def reference(name: str) -> dict[str, Any]:
-    path = SHARED / "reference" / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
+    """Recorded digits of the book's code."""
+    path = ROOT / "tests" / "data" / "reference" / name
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 

@@ -238,4 +238,4 @@ def test_first_rows_of_the_124m_run_equal_the_books(command: Command) -> None:
         assert f"{row['train_loss']:.3f}" == f"{train_loss:.3f}"
         assert f"{row['val_loss']:.3f}" == f"{val_loss:.3f}"
     samples = [line for line in result.out.splitlines() if line.startswith("Every effort")]
-    assert samples[0] == reference("verdict_run.json")["samples_after_epoch"][0]
+    assert samples[0] == reference("verdict_run.json")["sample_after_first_epoch"]

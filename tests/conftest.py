@@ -34,6 +34,12 @@ NO_VERDICT = (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of this process are not synced: no test cuts the power, and a slow disk takes long."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -42,6 +48,16 @@ def command(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+    from gpt_lightning.training import run_files
+
+    draw = run_files.figure_to_array
+
+    def draw_few_pixels(figure: Any) -> Any:
+        figure.set_dpi(20)
+        return draw(figure)
+
+    monkeypatch.setattr(run_files, "figure_to_array", draw_few_pixels)
 
     def run(*arguments: str) -> CommandResult:
         capsys.readouterr()

@@ -25,7 +25,7 @@ QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 SMALL = [
     "--trainer.accelerator=cpu",
     "--model.config.context_length=16",
-    "--model.config.emb_dim=16",
+    "--model.config.emb_dim=8",
     "--model.config.n_heads=2",
     "--model.config.n_layers=2",
     "--data.text=sample",
@@ -35,6 +35,13 @@ SMALL = [
     "--evaluation.eval_iter=2",
     "--evaluation.max_new_tokens=5",
 ]
+
+# a still smaller model on top of SMALL, for tests with many steps and checkpoints
+TINY_MODEL = (
+    "--model.config.emb_dim=4",
+    "--model.config.n_heads=1",
+    "--model.config.n_layers=1",
+)
 
 
 @dataclass(frozen=True)

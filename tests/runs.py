@@ -8,6 +8,7 @@ import torch
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.pretrained.weights import read_checkpoint
+from helpers import TINY_MODEL
 
 RUN = Path("checkpoints/quickstart")
 
@@ -72,6 +73,7 @@ THREE_EPOCHS = (
     "--trainer.max_epochs=3",
     "--model.config.drop_rate=0.1",
     "--evaluation.eval_freq=1",
+    *TINY_MODEL,
 )
 
 
@@ -86,7 +88,7 @@ def file_times(folder: Path) -> dict[str, tuple[int, int]]:
 
 BARE = ("--model.config.drop_rate=0", "--evaluation.prompt=null", "--evaluation.eval_freq=100",
         "--evaluation.eval_iter=1", "--checkpoint.save_best=false", "--model.warmup_steps=0",
-        "--trainer.logger=false")  # fmt: skip
+        "--trainer.logger=false", *TINY_MODEL)  # fmt: skip
 
 
 def last_checkpoint(run: str) -> dict[str, Any]:

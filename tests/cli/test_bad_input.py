@@ -138,7 +138,7 @@ def test_full_disk_leaves_the_previous_checkpoint(command: Command, tmp_path: Pa
     before = last.read_bytes()
     limited = (
         "import resource, sys; from gpt_lightning.cli.main import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); sys.exit(main(sys.argv[1:]))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); sys.exit(main(sys.argv[1:]))"
     )
     more = ("--trainer.max_steps=2", "--ckpt_path=last")
     result = python("-c", limited, *arguments, *more, cwd=tmp_path)

@@ -15,7 +15,14 @@ from runs import (
 )
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RANK",
+        pytest.param("LOCAL_RANK", marks=pytest.mark.slow),
+        pytest.param("SLURM_PROCID", marks=pytest.mark.slow),
+    ],
+)
 def test_leftover_rank_is_ignored(tmp_path: Path, name: str) -> None:
     """The run as without it: events, samples, and a finished run that is not overwritten."""
     fit = ("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, "--trainer.max_steps=2")
@@ -38,7 +45,7 @@ def test_rank_of_a_launcher_with_one_device_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_ranks_set_by_a_launcher_are_kept() -> None:
+def test_ranks_set_by_a_launcher_are_kept_and_stale_ones_removed() -> None:
     for launcher in (
         {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
         {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2"},
@@ -47,9 +54,10 @@ def test_ranks_set_by_a_launcher_are_kept() -> None:
         environment = dict(launcher)
         remove_stale_ranks(environment)
         assert environment == launcher
-    environment = {"RANK": "1", "SLURM_PROCID": "1", "HOME": "/"}
-    remove_stale_ranks(environment)
-    assert environment == {"HOME": "/"}
+    for stale in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        environment = {stale: "1", "HOME": "/"}
+        remove_stale_ranks(environment)
+        assert environment == {"HOME": "/"}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from helpers import ROOT, SMALL, Command, python
 
 
 def test_validate_does_not_depend_on_the_batch_size(fit: Command, command: Command) -> None:
-    fit("--trainer.max_steps=3")
+    fit("--trainer.max_steps=3", "--data.stride=160")
     config = "--config=checkpoints/quickstart/config.yaml"
     results = []
     for batch_size in (1, 7):
@@ -42,7 +42,7 @@ def test_validate_does_not_depend_on_the_batch_size(fit: Command, command: Comma
 def test_validate_without_a_config_measures_the_runs_own_text(
     fit: Command, command: Command, tmp_path: Path
 ) -> None:
-    (tmp_path / "my.txt").write_text("A text of its own, line by line. " * 100, encoding="utf-8")
+    (tmp_path / "my.txt").write_text("A text of its own, line by line. " * 30, encoding="utf-8")
     fit("--trainer.max_steps=2", "--data.text=my.txt", "--data.stride=7", "--data.train_ratio=0.6")
     config = "--config=checkpoints/quickstart/config.yaml"
     expected = json.loads(command("validate", config, "--ckpt_path=last", "--json").out)
@@ -59,15 +59,15 @@ def test_validate_without_a_config_measures_the_runs_own_text(
     # what is asked for wins
     other = json.loads(
         command("validate", "--ckpt_path=last", "--run=quickstart", "--json", "--data.text=sample",
-                "--data.train_ratio=0.5").out
+                "--data.train_ratio=0.9").out
     )  # fmt: skip
     assert (other["text"], other["stride"]) == ("sample", 7)
     assert other["val_windows"] > expected["val_windows"]
 
 
 def test_validate_measures_the_given_run(fit: Command, command: Command) -> None:
-    fit("--trainer.max_steps=1")
-    fit("--run=new", "--init_from=checkpoints/quickstart", "--trainer.max_steps=9", "--model.lr=0.1",
+    fit("--trainer.max_steps=1", "--data.stride=160")
+    fit("--run=new", "--data.stride=160", "--init_from=checkpoints/quickstart", "--trainer.max_steps=9", "--model.lr=0.1",
         "--model.warmup_steps=0")  # fmt: skip
     config = "--config=checkpoints/new/config.yaml"
     assert Path("checkpoints/new/config.yaml").read_text().startswith("# started with --init_from")

@@ -46,7 +46,7 @@ def losses_by_transformers(model: Any, text: str, length: int) -> dict[str, floa
 
 
 @pytest.mark.usefixtures("verdict_in_cache")
-def test_losses_equal_transformers_for_any_batch_size_and_two_processes(
+def test_losses_equal_transformers_for_any_batch_size(
     gpt2: Any, command: Command, verdict: Path
 ) -> None:
     expected = losses_by_transformers(gpt2, verdict.read_text(encoding="utf-8"), 256)
@@ -54,7 +54,12 @@ def test_losses_equal_transformers_for_any_batch_size_and_two_processes(
         metrics = validated_losses(command, "--init_from=gpt2", *arguments)
         ours = {key: metrics[key] for key in expected}
         assert ours == pytest.approx(expected, abs=1e-5, rel=1e-6)
-        assert metrics["train_tokens"] == expected["train_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("verdict_in_cache")
+def test_losses_of_two_processes_equal_transformers(gpt2: Any, verdict: Path) -> None:
+    expected = losses_by_transformers(gpt2, verdict.read_text(encoding="utf-8"), 256)
     result = python("-m", "gpt_lightning", "validate", *GPT2, "--json", "--init_from=gpt2",
                   "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=3")  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.reports import model_comparison
 from helpers import (
     Command,
@@ -23,14 +24,18 @@ def sizes(command: Command, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-def test_report_sizes_measures_each_model(gpt2: Any, command: Command, tmp_path: Path) -> None:
+def test_report_sizes_measures_each_model(
+    gpt2: Any, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.1)
+    Path("short.txt").write_text(read_corpus("sample")[:5000], encoding="utf-8")
     random_gpt2(tmp_path / "wider", emb_dim=48, n_positions=512)
-    small, wide = sizes(command, "--from", "gpt2", "wider", "--text=sample", "--out=out",
+    small, wide = sizes(command, "--from", "gpt2", "wider", "--text=short.txt", "--out=out",
                         "--context_length=64", "--num_samples=2", "--max_new_tokens=6")["models"]  # fmt: skip
     assert small["parameters"] == sum(p.numel() for p in gpt2.parameters())
     assert small["file_bytes"] == (tmp_path / "gpt2" / "model.safetensors").stat().st_size
     expected = validated_losses(
-        command, "--init_from=gpt2", "--data.text=sample", "--data.context_length=64"
+        command, "--init_from=gpt2", "--data.text=short.txt", "--data.context_length=64"
     )
     for name in ("train_loss", "val_loss", "train_perplexity", "val_perplexity"):
         assert small[name] == pytest.approx(expected[name], rel=1e-5)
@@ -53,7 +58,10 @@ def test_report_sizes_measures_each_model(gpt2: Any, command: Command, tmp_path:
     assert [sample["text"] for sample in json.loads(result.out)["samples"]] == small["samples"]
 
 
-def test_model_that_does_not_fit_is_skipped(gpt2: Any, command: Command, tmp_path: Path) -> None:
+def test_model_that_does_not_fit_is_skipped(
+    gpt2: Any, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.1)
     random_gpt2(tmp_path / "wider", emb_dim=48)
     arguments = ("--from", "gpt2", "wider", "--max_new_tokens=2", "--num_samples=1")
     small, wide = sizes(command, *arguments, "--max_memory=0.013")["models"]

@@ -17,12 +17,12 @@ from runs import (
 
 pytestmark = pytest.mark.usefixtures("verdict_in_cache")
 
-TINY_MODEL = {"context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 2}
+BOOK_MODEL = {"context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 2}
 
 
 def verdict_fit(command: Command, *arguments: str, **model: Any) -> list[dict[str, float]]:
     """``fit`` on verdict.yaml, made tiny; the rows of its metrics.csv."""
-    sizes = [f"--model.config.{key}={value}" for key, value in {**TINY_MODEL, **model}.items()]
+    sizes = [f"--model.config.{key}={value}" for key, value in {**BOOK_MODEL, **model}.items()]
     result = command(
         "fit",
         f"--config={ROOT}/configs/verdict.yaml",
@@ -149,7 +149,7 @@ def test_exercise_5_4_from_the_file_of_the_books_code(command: Command, verdict:
 def test_other_settings_give_the_books_digits(
     command: Command, verdict: Path, changes: dict[str, Any]
 ) -> None:
-    model = {"drop_rate": 0.1, "qkv_bias": False, **TINY_MODEL}
+    model = {"drop_rate": 0.1, "qkv_bias": False, **BOOK_MODEL}
     model |= {key: value for key, value in changes.items() if key in model}
     rest = {"seed": 123, "stride": model["context_length"], "batch_size": 4, "train_ratio": 0.9}
     rest |= {"eval_freq": 5, "eval_iter": 3, "weight_decay": 0.1}
@@ -214,8 +214,12 @@ def verdict_fit_resumed(command: Command) -> list[dict[str, float]]:
 )
 def test_run_in_the_books_mode_resumes_exactly(command: Command, cut: list[str]) -> None:
     """From an epoch's end, and in the middle of one: the order's seed and the generator are saved."""
-    straight = verdict_fit(command, "--run=straight", "--trainer.max_epochs=2")
-    verdict_fit(command, "--run=cut", *cut)
+    small = {"context_length": 16, "emb_dim": 16}
+    settings = ["--data.stride=64", *cut]
+    straight = verdict_fit(
+        command, "--run=straight", "--data.stride=64", "--trainer.max_epochs=2", **small
+    )
+    verdict_fit(command, "--run=cut", *settings, **small)
     resumed = verdict_fit_resumed(command)
     assert column(resumed, "train_loss") == column(straight, "train_loss")
     assert column(resumed, "val_loss") == column(straight, "val_loss")

@@ -139,9 +139,9 @@ def test_missing_disk_space_is_refused_before_the_first_step(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15_000_000))
     result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
                    "--trainer.max_steps=1")  # fmt: skip
     assert result.code == 2
-    assert "needs 0.08 GB for 4 files of 0.02 GB, 0.03 GB are free" in result.err.splitlines()[-1]
+    assert "needs 0.04 GB for 4 files of 0.01 GB, 0.01 GB are free" in result.err.splitlines()[-1]
     assert not RUN.exists()

@@ -41,9 +41,9 @@ def test_checkpoints_hold_tensors_and_primitives_only(fit: Command) -> None:
     fit("--trainer.max_epochs=1")
     for name in ("last", "best"):
         checkpoint = torch.load(f"checkpoints/quickstart/{name}.ckpt", weights_only=True)
-        assert checkpoint["hyper_parameters"]["config"]["emb_dim"] == 16
+        assert checkpoint["hyper_parameters"]["config"]["emb_dim"] == 8
     module = GPTLightningModule.load_from_checkpoint("checkpoints/quickstart/last.ckpt")
-    assert module.config.emb_dim == 16
+    assert module.config.emb_dim == 8
     assert not list(Path("checkpoints/quickstart").glob(".*"))
 
 

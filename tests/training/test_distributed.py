@@ -162,7 +162,7 @@ def test_fsdp2_gathers_bf16_and_keeps_float32(folder: Path) -> None:
         f"--trainer.callbacks+={__name__}.Precisions")  # fmt: skip
     for rank in (0, 1):
         assert json.loads((folder / f"precisions-{rank}.json").read_text()) == {
-            "lies": "torch.float32", "share": 32, "computes": "torch.bfloat16", "gathered": 64,
+            "lies": "torch.float32", "share": 16, "computes": "torch.bfloat16", "gathered": 32,
             "gradient": "torch.float32"}  # fmt: skip
     for a, b in zip(rows(folder, "bf16"), rows(folder, "bf16-shards"), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-3)

@@ -16,6 +16,7 @@ from helpers import (
     ENVIRONMENT,
     ROOT,
     SMALL,
+    TINY_MODEL,
     Command,
     python,
 )
@@ -25,7 +26,7 @@ from runs import (
 )
 
 RECORDED = [f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Record",
-            "--trainer.log_every_n_steps=1"]  # fmt: skip
+            "--trainer.log_every_n_steps=1", *TINY_MODEL]  # fmt: skip
 
 
 class Record(Callback):

@@ -25,7 +25,7 @@ from runs import (
 )
 
 TINY_RUN = [
-    f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--run=r", "--model.config.emb_dim=8",
+    f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--run=r", "--model.config.emb_dim=4",
     "--model.config.n_layers=1", "--model.config.n_heads=1", "--model.config.drop_rate=0.1",
     "--evaluation.eval_freq=2", "--throughput.every_n_steps=3", "--evaluation.log_next_token=true",
     "--trainer.callbacks+=gpt_lightning.training.verify_resume.WindowRecorder",

@@ -18,6 +18,7 @@ from gpt_lightning.training.skip_step import SkipBadSteps
 from helpers import (
     ROOT,
     SMALL,
+    TINY_MODEL,
     Command,
 )
 from runs import (
@@ -77,7 +78,7 @@ def watched_fit(command: Command, *arguments: str) -> Any:
     return command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
                    f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Watch",
                    "--trainer.max_steps=6", "--trainer.max_epochs=-1",
-                   "--model.config.drop_rate=0.1", "--checkpoint.every_n_train_steps=1",
+                   "--model.config.drop_rate=0.1", "--checkpoint.every_n_train_steps=1", *TINY_MODEL,
                    *arguments)  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.throughput import Stopwatch, speed_metrics
-from helpers import Command
+from helpers import TINY_MODEL, Command
 
 
 def test_speed_metrics() -> None:
@@ -78,7 +78,7 @@ def test_throughput_excludes_what_is_not_training(
     # an epoch has 15 updates
     fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
         "--evaluation.eval_freq=1", "--evaluation.log_next_token=true", "--trainer.limit_val_batches=2",
-        "--checkpoint.every_n_train_steps=3")  # fmt: skip
+        "--checkpoint.every_n_train_steps=3", *TINY_MODEL)  # fmt: skip
     assert result == {"training_step", *(name for _, name in kinds)}
     events = EventAccumulator("checkpoints/quickstart").Reload()
     steps = [event.value for event in events.Scalars("throughput/step_time")]
@@ -107,7 +107,7 @@ def test_run_logs_its_throughput(fit: Command, monkeypatch: pytest.MonkeyPatch) 
             pytest.approx(2 * 16 * 7),
         )
     assert all(0 <= share < 0.5 for share in logged("data_wait_fraction").values())
-    config = GPTConfig(context_length=16, emb_dim=16, n_heads=2, n_layers=2)
+    config = GPTConfig(context_length=16, emb_dim=8, n_heads=2, n_layers=2)
     for step, share in logged("mfu").items():
         assert share == pytest.approx(
             rates[step] * flops.flops_per_token(config, 16) / 1e9, rel=1e-4

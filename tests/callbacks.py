@@ -1,4 +1,4 @@
-"""Callbacks that disturb a run of several test files."""
+"""Callbacks for runs of several test files."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from runs import RUN
 
 
 class RemovesFiles(Callback):
-    """Takes files of the run away after its second step, as a user or another program may."""
+    """Callback that removes files of the run after its second step, as a user may do."""
 
     names: ClassVar[list[str]] = []
 

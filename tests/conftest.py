@@ -36,7 +36,7 @@ NO_VERDICT = (
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of this process are not synced: no test cuts the power, and a slow disk takes long."""
+    """Files of the tests' process are not synced: no test needs it, and it takes long on a slow disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

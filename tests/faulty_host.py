@@ -1,4 +1,4 @@
-"""A server whose downloads fail as the tests want."""
+"""A server with faults that the tests choose."""
 
 import base64
 import hashlib

@@ -62,7 +62,7 @@ class Runs:
         self._process.communicate(timeout=60)
 
     def run(self, folder: Path, arguments: list[str], stop: Stop | None = None) -> int:
-        """``gpt_lightning ARGUMENTS`` in ``folder``; the exit code, or less the signal that ended it."""
+        """Run ``gpt_lightning ARGUMENTS`` in ``folder``; return the exit code, or minus the signal that ended it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"folder": str(folder), "arguments": arguments, "stop": stop}
@@ -91,7 +91,7 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> None:
-    """In a fork, which ends here."""
+    """Run the command in a fork, which ends here."""
     from gpt_lightning.cli.main import main
 
     code = 99
@@ -111,7 +111,7 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _stop_at(stop: Stop) -> None:
-    """Have the process send itself the signal at its point."""
+    """Let the process send the signal to itself at the given point."""
     from lightning.pytorch.loops.fit_loop import _FitLoop
 
     from gpt_lightning.training import checkpoint_callback, checkpoint_io, evaluation

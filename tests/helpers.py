@@ -71,7 +71,7 @@ def some_tokens(n: int) -> np.ndarray:
 
 
 def window_numbers(loader: ResumableDataLoader, passes: int = 1) -> list[list[int]]:
-    """Of the windows of each batch."""
+    """Numbers of the windows of each batch."""
     return [loader.handed_out.tolist() for _ in range(passes) for _ in loader]
 
 
@@ -85,7 +85,7 @@ def tiny_model() -> GPTModel:
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """A bit flipped, a page zeroed, the end cut off, bytes put in, or a piece moved."""
+    """``content`` with a flipped bit, a zeroed page, a lost end, inserted bytes or a moved part."""
     if not content:
         return b"?"
     at = rng.randrange(len(content))
@@ -163,7 +163,7 @@ def reference(name: str) -> dict[str, Any]:
 
 
 def python(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """This Python in a process of its own, which fails the test where it hangs."""
+    """Run this Python in a subprocess; a timeout fails the test."""
     settings.setdefault("timeout", 300)
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, **settings

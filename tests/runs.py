@@ -11,9 +11,22 @@ from gpt_lightning.pretrained.weights import read_checkpoint
 from helpers import TINY_MODEL
 
 RUN = Path("checkpoints/quickstart")
+LAST = RUN / "last.ckpt"
+# settings on top of SMALL
+THREE_EPOCHS = (
+    "--trainer.max_epochs=3",
+    "--model.config.drop_rate=0.1",
+    "--evaluation.eval_freq=1",
+    *TINY_MODEL,
+)
+# without dropout, warm-up, samples, best checkpoint and TensorBoard
+BARE = ("--model.config.drop_rate=0", "--evaluation.prompt=null", "--evaluation.eval_freq=100",
+        "--evaluation.eval_iter=1", "--checkpoint.save_best=false", "--model.warmup_steps=0",
+        "--trainer.logger=false", *TINY_MODEL)  # fmt: skip
 
 
 def same_bits(a: Any, b: Any) -> bool:
+    """Whether two nested containers hold the same values; tensors bit by bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -24,7 +37,7 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def small_checkpoint(step: int) -> dict[str, Any]:
-    """All that a checkpoint of ours has, with few numbers in it."""
+    """A complete checkpoint of a very small model."""
     torch.manual_seed(step)
     config = {"vocab_size": 40, "context_length": 4, "emb_dim": 8, "n_heads": 2, "n_layers": 1,
               "drop_rate": 0.0, "qkv_bias": False, "tied_embeddings": False}  # fmt: skip
@@ -45,18 +58,16 @@ def small_checkpoint(step: int) -> dict[str, Any]:
     }
 
 
-def same_weights(one: str, other: str) -> bool:
-    a, b = (torch.load(path, weights_only=True) for path in (one, other))
-    return all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"]) and (
-        a["optimizer_states"][0]["state"].keys() == b["optimizer_states"][0]["state"].keys()
-    ) and all(
-        torch.equal(value, b["optimizer_states"][0]["state"][i][key])
-        for i, state in a["optimizer_states"][0]["state"].items()
-        for key, value in state.items()
-    )  # fmt: skip
+def same_weights(one: Path | str, other: Path | str) -> bool:
+    """Whether two checkpoints hold the same weights and optimizer state."""
+    first, second = (torch.load(path, weights_only=True) for path in (one, other))
+    return same_bits(first["state_dict"], second["state_dict"]) and same_bits(
+        first["optimizer_states"][0]["state"], second["optimizer_states"][0]["state"]
+    )
 
 
 def losses(run: str) -> list[list[str]]:
+    """Steps, epochs, losses and tokens of a run, as metrics.csv has them."""
     header, *rows = Path(f"checkpoints/{run}/metrics.csv").read_text().splitlines()
     kept = ("step", "epoch", "train_loss", "val_loss", "tokens_seen")
     places = [header.split(",").index(name) for name in kept]
@@ -64,21 +75,14 @@ def losses(run: str) -> list[list[str]]:
 
 
 def same_runs(one: str, other: str) -> bool:
+    """Whether two runs have the same losses, last weights and optimizer state."""
     return losses(one) == losses(other) and same_weights(
         f"checkpoints/{one}/last.ckpt", f"checkpoints/{other}/last.ckpt"
     )
 
 
-THREE_EPOCHS = (
-    "--trainer.max_epochs=3",
-    "--model.config.drop_rate=0.1",
-    "--evaluation.eval_freq=1",
-    *TINY_MODEL,
-)
-
-
 def file_times(folder: Path) -> dict[str, tuple[int, int]]:
-    """Each file's size and time."""
+    """Size and time of each file in a folder."""
     return {
         str(path): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -86,23 +90,17 @@ def file_times(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-BARE = ("--model.config.drop_rate=0", "--evaluation.prompt=null", "--evaluation.eval_freq=100",
-        "--evaluation.eval_iter=1", "--checkpoint.save_best=false", "--model.warmup_steps=0",
-        "--trainer.logger=false", *TINY_MODEL)  # fmt: skip
-
-
 def last_checkpoint(run: str) -> dict[str, Any]:
+    """Content of the last checkpoint of a run."""
     return dict(read_checkpoint(Path(f"checkpoints/{run}/last.ckpt")))
 
 
 def same_checkpoints(one: str, other: str) -> bool:
+    """Whether the last checkpoints of two runs are equal in all that verify-resume compares."""
     from gpt_lightning.training.verify_resume import compare_checkpoints
 
     files = [Path(f"checkpoints/{run}/last.ckpt") for run in (one, other)]
     return not any(part.difference for part in compare_checkpoints(*files))
-
-
-LAST = Path("checkpoints/quickstart/last.ckpt")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

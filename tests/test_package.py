@@ -1,4 +1,4 @@
-"""What the package promises about itself: its layers, its imports, its start."""
+"""The package: its layers, its imports, its start."""
 
 import ast
 import os
@@ -63,6 +63,17 @@ def test_imports_run_downwards(path: Path) -> None:
         assert rooms - AT_TOP <= LAYERS[place.split("/")[0]]
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "tests").rglob("*.py")),
+    ids=lambda p: p.relative_to(ROOT / "tests").as_posix(),
+)
+def test_no_test_imports_from_a_test_file(path: Path) -> None:
+    """What several test files use is in helpers.py and the modules beside it."""
+    parts = {part for name in imported(path) for part in name.split(".")}
+    assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
+
+
 # the private names of other packages that the package uses outside training/lightning_compat.py
 PRIVATE_NAMES = {
     # jsonargparse has no public access to a parser's options and their types
@@ -117,7 +128,7 @@ def names_we_define(path: Path) -> set[str]:
 
 
 def test_private_names_of_libraries_are_the_listed_ones() -> None:
-    """A new one belongs in training/lightning_compat.py; one that is gone leaves the list."""
+    """A new name belongs in training/lightning_compat.py; a name that is no longer used leaves the list."""
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "lightning_compat.py"]
     ours = {"_asdict"}.union(*map(names_we_define, files))
     used = {path.relative_to(PACKAGE).as_posix(): private_names(path) - ours for path in files}
@@ -151,7 +162,7 @@ def test_help_imports_no_more_than_it_needs(verb: str, option: str, left_out: se
 
 
 def processor_seconds(*arguments: str) -> float:
-    """The least of three; other processes' work beside it takes none of them."""
+    """The least processor time of three runs."""
     taken = []
     for _ in range(3):
         before = os.times()

@@ -1,4 +1,4 @@
-"""README's commands parse, its tree is the tree, its links into the code exist."""
+"""README: its commands parse, its tree equals the package, the files it names exist."""
 
 import re
 import shlex

@@ -42,7 +42,7 @@ def write_lines(path: Path, texts: Sequence[str], field: str = "text") -> Path:
 
 
 def awkward_text(rng: random.Random, size: int) -> str:
-    """Text in which a cut in the wrong place shows: runs of all kinds of white space, and what clings to it."""
+    """Text whose tokens change if it is cut in a wrong place: all kinds of white space and their neighbors."""
     parts = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x85", "\x1c", "a", "Ünï",
              "'s", "'", "don't", "42", "7", "...", "!", "🦜", "語", "。", "word", "Every", "\u200b", "e\u0301"]  # fmt: skip
     return "".join(rng.choice(parts) for _ in range(size))
@@ -84,7 +84,7 @@ SHARDS = PrepareConfig(val_ratio=0.2, shard_tokens=5000)
 def interrupted_everywhere(
     inputs: list[str], out: Path, settings: PrepareConfig, every: int, *, skip: bool = False
 ) -> int:
-    """Prepare, interrupted ``every`` pieces; returns how many times."""
+    """Prepare with an interrupt after each ``every`` chunks; return the number of interrupts."""
     for times in range(1000):
         seen = 0
 
@@ -106,7 +106,7 @@ GOOD = b'{"text": "good"}\n'
 
 
 def as_earlier_version(store: Path, name: str) -> None:
-    """A manifest or progress without a kind, with a format; shards are called .u16."""
+    """Rewrite a manifest or progress as an earlier version wrote it: with a format, shards named .u16."""
     content = json.loads((store / name).read_text().replace(".bin", ".u16"))
     del content["sha256"], content["kind"]
     content = {"format": token_store.KIND, **content}

@@ -1,4 +1,4 @@
-"""Files of weights: written, changed and damaged."""
+"""Files of weights, and changes to them."""
 
 import json
 import os

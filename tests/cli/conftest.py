@@ -10,7 +10,7 @@ from helpers import QUICKSTART, SMALL, Command, CommandResult
 
 @pytest.fixture
 def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
-    """``fit`` on a small setting; whatever it was refused for, it left no run behind."""
+    """``fit`` with small settings, which must not leave a run."""
 
     def run(*arguments: str) -> CommandResult:
         return command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1", *arguments)

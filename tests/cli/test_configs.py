@@ -60,7 +60,7 @@ def test_header_of_the_recipe_equals_the_plan(command: Command) -> None:
 
 
 def test_recipe_runs_on_one_device(fit: Command, command: Command) -> None:
-    """As it is but for its size: a model and a text that train in a second."""
+    """With a small model and text."""
     result = command(
         "fit", f"--config={PRETRAIN}", *SMALL, "--trainer.max_steps=2", "--model.warmup_steps=1",
         "--model.decay_steps=2", "--model.compile=false", "--data.global_batch_tokens=128",

@@ -40,7 +40,7 @@ def test_run_without_checkpoints(fit: Command) -> None:
 
 
 def test_default_that_is_an_enum_is_saved_in_the_configuration(fit: Command) -> None:
-    """Timer's interval is an enum where a string is expected; the run's own configuration begins it anew."""
+    """Timer's interval is an enum where a string is expected; the saved configuration starts another run."""
     fit("--trainer.max_steps=1", "--trainer.callbacks+=lightning.pytorch.callbacks.Timer",
         "--trainer.callbacks.duration=00:00:05:00", f"--allow_import={__name__}",
         f"--trainer.callbacks+={__name__}.OfAKind")  # fmt: skip
@@ -93,7 +93,7 @@ def test_limit_without_a_complete_step_is_refused(command: Command) -> None:
 def test_store_without_validation_is_refused_alone_but_not_in_a_mixture(
     fit: Command, command: Command, tmp_path: Path
 ) -> None:
-    """It can be a part of a mixture; alone it is refused, with the remedy that helps."""
+    """The error names the remedy."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"{i} one two three " * 20}) for i in range(20)))
     assert command("prepare", str(rows), "--out=store", "--val_ratio=0").code == 0

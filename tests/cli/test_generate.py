@@ -122,7 +122,7 @@ def test_texts_of_the_command_line_have_priority_over_a_config(
     arguments: list[str],
     prompts: list[str],
 ) -> None:
-    """A config may hold a text or a list; the command line has priority wherever --config is."""
+    """A config may hold a text or a list; the command line has priority at any position of --config."""
     (tmp_path / "mine.yaml").write_text(config, encoding="utf-8")
     (tmp_path / "p.txt").write_text("from a file", encoding="utf-8")
     options = ["--config=mine.yaml" if each == "CONFIG" else each for each in arguments]

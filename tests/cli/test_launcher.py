@@ -24,7 +24,7 @@ from runs import (
     ],
 )
 def test_leftover_rank_is_ignored(tmp_path: Path, name: str) -> None:
-    """The run as without it: events, samples, and a finished run that is not overwritten."""
+    """Events and samples are written, and a finished run is not overwritten."""
     fit = ("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, "--trainer.max_steps=2")
     environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {name: "1"}
     result = python(*fit, cwd=tmp_path, env=environment)

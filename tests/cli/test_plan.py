@@ -40,7 +40,7 @@ def everything_under(folder: Path) -> dict[str, int]:
 
 
 def test_epochs_of_a_long_text_or_a_store_are_counted_without_writing(command: Command) -> None:
-    """By plan alone, by fit's tokens in the cache, and by a manifest."""
+    """From the text, from the tokens that fit cached, and from a manifest."""
     text = Path("long.txt")
     text.write_text("The quick brown fox is 9 years old.\n" * 32_000, encoding="utf-8")
     settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", "--data.stride=20000"]

@@ -31,7 +31,7 @@ from helpers import Command
 def test_settings_without_effect_are_reported(
     fit: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
 ) -> None:
-    """Once each, and in no run whose settings all count. As where there is no glibc."""
+    """Once each. Freed memory cannot be kept, as without glibc."""
     monkeypatch.setattr(fit_module, "keep_freed_memory", lambda: False)
     lines = fit("--trainer.max_steps=1", *arguments).err.splitlines()
     warnings = [line for line in lines if line.startswith("gpt_lightning: ")]
@@ -55,7 +55,7 @@ def test_slow_bfloat16_on_a_cpu_is_reported(
 def test_dropout_in_compiled_blocks_is_reported(
     fit: Command, monkeypatch: pytest.MonkeyPatch, rng: str, dropout: float
 ) -> None:
-    compiled = mock.Mock()  # for time
+    compiled = mock.Mock()  # compiling takes long
     monkeypatch.setattr(TransformerBlock, "compile", compiled)
     monkeypatch.setattr(fit_module, "_check_compiler", lambda cli: None)
     err = fit("--trainer.max_steps=1", "--model.compile=true", "--model.config.drop_rate=0",

@@ -79,7 +79,7 @@ def test_null_setting_is_refused(refused_fit: Command, command: Command, tmp_pat
 
 
 def test_integer_stays_an_integer() -> None:
-    """One batch is 1, all batches are 1.0; which of both typing tries first depends on what is imported."""
+    """1 is one batch and 1.0 is all batches; which type is tried first depends on the imports."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--batches", type=Union[float, int, None])  # noqa: UP007
     for given, value in {"1": 1, "1.0": 1.0, "null": None}.items():

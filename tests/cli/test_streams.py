@@ -186,7 +186,7 @@ def test_run_trains_unbuffered_on_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_errors_are_escaped_on_a_terminal() -> None:
-    """A path may hold an escape sequence; what an error says of it reaches a terminal escaped."""
+    """A path may hold an escape sequence, which an error message escapes."""
     import pty
 
     pid, terminal = pty.fork()

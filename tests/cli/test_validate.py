@@ -56,7 +56,7 @@ def test_validate_without_a_config_measures_the_runs_own_text(
         assert found == expected
     found = json.loads(command("validate", "--ckpt_path=last", "--run=quickstart", "--json").out)
     assert found == expected
-    # what is asked for wins
+    # given settings have priority
     other = json.loads(
         command("validate", "--ckpt_path=last", "--run=quickstart", "--json", "--data.text=sample",
                 "--data.train_ratio=0.9").out
@@ -98,7 +98,7 @@ def test_interrupted_validation(command: Command, fit: Command) -> None:
 def test_two_processes_validate_a_number_of_windows_that_does_not_divide(
     fit: Command, tmp_path: Path, batch_size: int
 ) -> None:
-    """15 windows: at the end one rank has a batch less, or a shorter one. The losses of one, and nothing hangs."""
+    """With 15 windows one rank has one batch less, or a shorter one; the losses equal those of one process."""
     fit("--trainer.max_steps=2")
     validate = ("-m", "gpt_lightning", "validate", "--config=checkpoints/quickstart/config.yaml",
                 "--ckpt_path=last", "--json", f"--data.batch_size={batch_size}")  # fmt: skip

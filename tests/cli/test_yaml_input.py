@@ -1,4 +1,4 @@
-"""YAML files: what is no mapping of settings, is too large, or gives a key twice, is refused."""
+"""YAML files: files that are not a mapping of settings, are too large or give a key twice are refused."""
 
 import os
 import random
@@ -57,7 +57,7 @@ def test_key_given_twice_is_refused(refused_fit: Command, command: Command, tmp_
     for verb in ("generate", "prepare", "convert", "report sampling", "report sweep", "plan"):
         result = command(*verb.split(), "--config=mine.yaml")
         assert_refused(result, "mine.yaml: seed is given twice, in lines 1 and 3; keep one of them")
-    # text that looks like it stays text
+    # a text that looks like a mapping stays a text
     text = "--evaluation.prompt={a: 1, a: 2}"
     assert_refused(refused_fit(text, "--trainer.max_epochs=-2"), "trainer.max_epochs: -2")
 
@@ -120,7 +120,7 @@ def test_group_without_settings_is_refused(
 
 
 def test_mutated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> None:
-    """A changed setting may well be a setting; what is none is one line, and no file is made."""
+    """The mutated file is valid, or refused in one line without writing a file."""
     original = (ROOT / "configs" / "quickstart.yaml").read_bytes()
     rng = random.Random("yaml")
     refused = 0
@@ -140,7 +140,7 @@ def test_mutated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> No
 
 
 def test_truncated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> None:
-    """Through a real fit: what parses may still be half a configuration."""
+    """Through a real fit, because half a configuration may be valid YAML."""
     lines = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8").splitlines()
     contents = ["\n".join(lines[:count]) for count in range(1, len(lines))]
     contents += [f"{group}: null\n" for group in ("trainer", "checkpoint", "data", "model")]

@@ -16,7 +16,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A text of many pieces with a long document in the middle, lines, and a folder."""
+    """Inputs: a text of many chunks with a long document, rows, and a folder."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 4000)
     short = "<|endoftext|>".join(PARAGRAPHS[:20])
     (tmp_path / "a.txt").write_text(f"{short}<|endoftext|>{SAMPLE * 2}<|endoftext|>{short} end")

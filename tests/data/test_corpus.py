@@ -80,7 +80,7 @@ def test_hidden_files_and_second_links_are_left_out(
     (warning,) = caplog.messages
     hidden = "3 hidden files or folders (._a.txt, .git, .ipynb_checkpoints)"
     assert f"texts: left out: {hidden}, 2 links to files already read (c.txt, d.md)" in warning
-    (tmp_path / ".texts").mkdir()  # what is named is read
+    (tmp_path / ".texts").mkdir()  # a hidden file that is named is read
     (tmp_path / ".texts" / "a.txt").write_text("named")
     (tmp_path / ".b.txt").write_text("named too")
     assert read_corpus(str(tmp_path / ".texts")) == "named"

@@ -18,7 +18,7 @@ from helpers import flatten, some_tokens, window_numbers
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_global_order_equals_that_of_torchs_dataloader(shuffle: bool, drop_last: bool) -> None:
-    """The same batches, and torch's global generator left in the same state, pass after pass."""
+    """The batches are equal in each epoch, and so is the state of torch's global generator."""
     tokens = some_tokens(400)
     ours = ResumableDataLoader(
         WindowDataset([tokens], 8, 8), 4, shuffle=shuffle, drop_last=drop_last, rng="global"
@@ -42,7 +42,7 @@ def loader(n: int = 43, **settings: object) -> ResumableDataLoader:
 def test_step_order_is_a_function_of_seed_and_epoch() -> None:
     def two_epochs(seed: int) -> list[list[list[int]]]:
         one = loader(seed=seed)
-        torch.rand(3)  # the global generator has no say
+        torch.rand(3)  # the global generator has no effect
         return [[x.tolist() for x, _ in one] for _ in range(2)]
 
     state = torch.get_rng_state()
@@ -58,7 +58,7 @@ def test_step_order_is_a_function_of_seed_and_epoch() -> None:
 @pytest.mark.parametrize("rng", ["step", "global"])
 @pytest.mark.parametrize("cut", [0, 1, 7, 13, 14])
 def test_resumed_loader_gives_the_remaining_batches(rng: str, cut: int) -> None:
-    """Cut after ``cut`` of 14 batches of the second epoch: the rest of it and the third are the same."""
+    """Stopped after ``cut`` of the 14 batches of the second epoch: its rest and the third epoch are equal."""
     torch.manual_seed(3)
     whole = loader(rng=rng)
     list(whole)
@@ -85,7 +85,7 @@ def test_resumed_loader_gives_the_remaining_batches(rng: str, cut: int) -> None:
 def test_resumed_loader_may_have_another_batch_size(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the order as an array and computed; with another batch size, and in the passes after."""
+    """With the order in memory and computed, and in later epochs."""
     monkeypatch.setattr(loader_module, "MAX_IN_MEMORY", most)
 
     def loader(batch_size: int) -> ResumableDataLoader:
@@ -106,7 +106,7 @@ def test_resumed_loader_may_have_another_batch_size(
 
 
 def test_saved_position_without_a_kind_of_order_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epoch goes on in the order of an array, whatever their number."""
+    """The epoch continues in the order in memory, with any number of windows."""
     monkeypatch.setattr(loader_module, "MAX_IN_MEMORY", 10)
     loader = ResumableDataLoader(
         WindowDataset([some_tokens(49)], 4, 4), 3, shuffle=True, drop_last=True
@@ -118,7 +118,7 @@ def test_saved_position_without_a_kind_of_order_resumes(monkeypatch: pytest.Monk
 
 
 def test_resumed_mixture_gives_the_remaining_batches() -> None:
-    """In the middle of its second epoch, in batches of another size; its stream runs on through epochs."""
+    """Within the second epoch, with another batch size; the mixture continues over epochs."""
     counts = [7, 30]
 
     def loader(batch_size: int, accumulate: int) -> ResumableDataLoader:
@@ -156,7 +156,7 @@ def test_ranks_share_one_stream(world_size: int, n: int) -> None:
 
 @pytest.mark.parametrize(("batch_size", "ranks"), [(2, 2), (5, 2), (3, 4), (7, 3)])
 def test_ranks_read_equally_many_batches_and_each_window_once(batch_size: int, ranks: int) -> None:
-    """A rank with a batch less would let the others wait for its share of the weights."""
+    """The other ranks would wait for a rank with fewer batches."""
     view = WindowDataset([np.arange(60, dtype=np.uint16)], 4, 3)
     seen = []
     counts = set()
@@ -177,7 +177,7 @@ def test_ranks_read_equally_many_batches_and_each_window_once(batch_size: int, r
 def test_ranks_get_equally_many_batches_even_if_some_are_empty(
     world_size: int, batch_size: int
 ) -> None:
-    """Also where the last batch has nothing for a rank, or there are more ranks than windows."""
+    """The last batch may be empty for a rank, and there may be more ranks than windows."""
     for n in (1, 2, 7, 16, 17):
         windows = WindowDataset([some_tokens(4 * n + 1)], 4, 4)
         of_ranks = [
@@ -201,7 +201,7 @@ def test_an_epoch_reads_every_window_once() -> None:
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("rng", ["step", "global"])
 def test_workers_read_the_same_batches(num_workers: int, rng: str) -> None:
-    """Also those of a pass that is left early, and of one that is resumed."""
+    """In complete, interrupted and resumed epochs."""
 
     def passes(workers: int) -> list[list[list[int]]]:
         torch.manual_seed(7)

@@ -26,7 +26,7 @@ from runs import (
 def data_of_rank(
     world_size: int, rank: int, length: int = 8, limit: float | None = None, **settings: Any
 ) -> TextDataModule:
-    """Of one of several processes, which need not be there."""
+    """Data module of one rank of several, without processes."""
     data = TextDataModule(**{"text": "sample", "train_ratio": 0.1, **settings})
     trainer = SimpleNamespace(
         world_size=world_size, global_rank=rank, local_rank=rank, accumulate_grad_batches=1,
@@ -42,7 +42,7 @@ def data_of_rank(
 def windows_of_steps(
     world_size: int, batch_size: int, workers: int, **settings: Any
 ) -> list[list[int]]:
-    """The windows of each update of two epochs, over all ranks and accumulated batches."""
+    """Windows of each step of two epochs, over all ranks and accumulated batches."""
     of_ranks = []
     for rank in range(world_size):
         data = data_of_rank(
@@ -70,7 +70,7 @@ def test_steps_read_the_same_windows_on_any_number_of_devices(
     expected = windows_of_steps(1, 1, 0, **settings)
     assert len(expected) == 2 * (len(data_of_rank(1, 0, **settings)._windows["training"]) // 32) > 3
     assert all(len(update) == 32 for update in expected)
-    if source != "mixture":  # nothing twice in an epoch
+    if source != "mixture":  # no window twice in an epoch
         for epoch in (expected[: len(expected) // 2], expected[len(expected) // 2 :]):
             assert len(set(flatten(epoch))) == len(flatten(epoch))
     for world_size, batch_size, workers in itertools.product((1, 2, 4, 8), (1, 2, 4), (0, 1, 2)):
@@ -81,7 +81,7 @@ def test_steps_read_the_same_windows_on_any_number_of_devices(
 def test_a_limit_counts_optimizer_steps_for_any_batch_size(
     limit: float, updates_an_epoch: int | None
 ) -> None:
-    """With a global batch: all updates of all devices and batch sizes have its windows."""
+    """With a global batch, each step has its number of windows on any devices."""
     settings = {"global_batch_size": 32, "stride": 3}
     whole = len(windows_of_steps(1, 1, 0, **settings)) // 2
     assert whole > 3

@@ -41,7 +41,7 @@ def test_windows_over_several_arrays_equal_those_over_one(
 
 
 def test_pages_of_a_mapped_file_are_released(tmp_path: Path) -> None:
-    """Windows from all over 400 MB, of which a fault makes 64 kB resident."""
+    """Windows from all parts of a file of 400 MB, of which a page fault loads 64 kB."""
     path, n = tmp_path / "tokens", 2 * 10**8
     with path.open("wb") as file:
         file.truncate(2 * n)

@@ -14,7 +14,7 @@ from gpt_lightning.data.sampler import FeistelPermutation, MixtureSampler, shuff
 def test_permutation_is_a_bijection(n: int) -> None:
     order = FeistelPermutation(n, 7)(np.arange(n))
     assert np.array_equal(np.sort(order), np.arange(n))
-    # of each place alone, in any order of asking
+    # single positions in any order
     some = np.random.default_rng(0).integers(0, n, 50)
     assert np.array_equal(FeistelPermutation(n, 7)(some), order[some])
     if n > 30:
@@ -22,14 +22,14 @@ def test_permutation_is_a_bijection(n: int) -> None:
 
 
 def chi_squared(observed: np.ndarray) -> float:
-    """In standard deviations from what uniform counts have."""
+    """Chi-squared statistic of uniform counts, in standard deviations."""
     expected, freedom = observed.mean(), observed.size - 1
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
 
 
 @pytest.mark.parametrize("make", [FeistelPermutation, shuffled])
 def test_permutation_passes_tests_of_randomness(make: Callable[[int, int], Any]) -> None:
-    """As randperm does: where the stretches of a pass fall, what follows what, over places and over seeds."""
+    """As randperm does: positions of the parts of an epoch, successive windows, single positions over seeds."""
     n = 100_003
     order = make(n, 3)(np.arange(n))
     stretches, thirds = np.arange(n) * 50 // n, order * 50 // n
@@ -38,7 +38,7 @@ def test_permutation_passes_tests_of_randomness(make: Callable[[int, int], Any])
     assert abs(chi_squared(np.bincount(steps * 1000 // n))) < 5
     assert np.unique(steps).size > 0.6 * n  # 1 - 1/e
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / math.sqrt(n)
-    # the same few places under many seeds, in a small n where a weak order would show
+    # the same positions under many seeds, with a small n where a weak permutation is visible
     orders = np.stack([make(12, seed)(np.arange(12)) for seed in range(6000)])
     for place in range(12):
         assert abs(chi_squared(np.bincount(orders[:, place], minlength=12))) < 5
@@ -54,14 +54,14 @@ def test_mixture_draws_by_weight_and_reads_all_of_each_source() -> None:
     drawn = mixture(places)
     sources = np.searchsorted(np.cumsum(counts), drawn, side="right")
     for k, (count, share) in enumerate(zip(counts, shares, strict=True)):
-        # of any stretch each source has its share, to two windows
+        # each source has its share of any part, up to two windows
         so_far = np.cumsum(sources == k)
         assert np.abs(so_far - share * (places + 1)).max() < 2.0 + 1e-4 * 3
         own = drawn[sources == k] - sum(counts[:k])
         whole = own[: len(own) // count * count].reshape(-1, count)
         assert np.array_equal(np.sort(whole, axis=1), np.tile(np.arange(count), (len(whole), 1)))
         assert not np.array_equal(whole[0], whole[1])
-    # of each place alone, far away too
+    # single positions, also very large ones
     some = np.random.default_rng(0).permutation(places)[:300]
     assert np.array_equal(MixtureSampler(counts, [0.2, 0.5, 0.3], seed=4)(some), drawn[some])
     assert not np.array_equal(MixtureSampler(counts, [2, 5, 3], seed=5)(places), drawn)

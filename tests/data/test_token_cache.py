@@ -17,7 +17,7 @@ from token_stores import SAMPLE
 def test_tokens_of_a_long_text_come_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tokens come from the cache afterwards; another text or ratio is another store."""
+    """Another text or ratio has another store."""
     monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 1000)
     path = tmp_path / "mine.txt"
     path.write_text(SAMPLE)
@@ -29,7 +29,7 @@ def test_tokens_of_a_long_text_come_from_the_cache(
             token_cache.read_splits(str(path), 0.6)
     assert [a.tolist() for (a,) in first] == [a.tolist() for (a,) in again]
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "_READER", "1")  # what another version has kept
+        patched.setattr(token_cache, "_READER", "1")  # as another version wrote it
         patched.setattr(token_cache, "read_corpus", None)
         with pytest.raises(TypeError):
             token_cache.read_splits(str(path), 0.5)
@@ -50,7 +50,7 @@ def test_tokens_of_a_long_text_come_from_the_cache(
 def test_damaged_cached_tokens_are_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
-    """A store in the cache that is damaged is made again: the tokens are always the text's."""
+    """The tokens always equal those of the text."""
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 100)
     text = tmp_path / "mine.txt"
@@ -77,7 +77,7 @@ def test_damaged_cached_tokens_are_made_again(
     assert made_again > 150
     assert isinstance(token_cache.read_splits(str(text), 0.8).training[0], np.memmap)
     assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == [folder.name]
-    # without a place for it, it goes without
+    # without a cache folder the text is tokenized
     shutil.rmtree(tmp_path / "cache" / "tokens")
     (tmp_path / "cache" / "tokens").write_text("a file")
     assert are_right(token_cache.read_splits(str(text), 0.8))

@@ -44,7 +44,7 @@ def test_damaged_store_is_refused(prepared: Path, what: str) -> None:
 def test_checksum_of_a_shard_is_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not by the process that opens what prepare has written here; again when it has changed."""
+    """The process that prepared a store does not compute it again; a changed shard is computed again."""
     monkeypatch.setattr(checksum, "MIN_CACHED_BYTES", 0)
     write_lines(tmp_path / "rows.jsonl", PARAGRAPHS)
     prepare([str(tmp_path / "rows.jsonl")], tmp_path / "store", PrepareConfig())

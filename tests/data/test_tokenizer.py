@@ -26,7 +26,7 @@ def test_tokenizer_is_that_of_gpt2() -> None:
 
 
 def test_too_many_blanks_are_refused() -> None:
-    """For which tiktoken's regular expression has no stack."""
+    """They overflow the stack of tiktoken's regular expressions."""
     for encode in (encode_corpus, encode_prompt):
         with pytest.raises(
             ValueError, match="has more blanks in a row than the tokenizer can read"
@@ -35,7 +35,7 @@ def test_too_many_blanks_are_refused() -> None:
 
 
 def test_each_thread_has_its_own_encoding() -> None:
-    """With one for all, two threads need up to 1.6 times the processor time of one: see its docstring."""
+    """A shared encoding costs two threads up to 1.6 times the processor time: see its docstring."""
     with ThreadPoolExecutor(1) as pool:
         of_another = pool.submit(gpt2_encoding).result()
     assert gpt2_encoding() is gpt2_encoding() is not of_another
@@ -61,7 +61,7 @@ def test_surrogate_pairs_are_one_character() -> None:
 
 
 def test_documents_encoded_together_equal_documents_encoded_alone() -> None:
-    """Though joined, and though they may hold parts of the mark, or all of it."""
+    """Documents may hold a part of the EOT delimiter or all of it."""
     rng = random.Random(4)
     parts = ["<|", "endoftext", "|>", "<|endoftext|>", " ", "\n", "a", "<", ">"]
     for _ in range(300):

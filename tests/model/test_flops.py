@@ -19,7 +19,7 @@ from gpt_lightning.model.kv_cache import KVCache
     [("gpt2-124M", 50304, 854.7e6), ("gpt2-1558M", 50304, 10.274e9)],
 )
 def test_flops_equal_those_torch_counts(name: str, padded: int, expected: float) -> None:
-    """By FlopCounterMode on the meta device: nothing is computed."""
+    """FlopCounterMode on the meta device computes nothing."""
     config = GPT2_SIZES[name]
     config = GPTConfig(**{**vars(config), "vocab_size": padded, "drop_rate": 0.0})
     with torch.device("meta"):

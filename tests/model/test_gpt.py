@@ -124,7 +124,7 @@ def test_too_many_positions_are_refused() -> None:
 
 
 def test_documents_in_one_window_equal_separate_windows() -> None:
-    """Two and three of them, the first without its beginning, and a mark right after a mark."""
+    """Two and three documents, the first without its start, and two successive EOT delimiters."""
     model = tiny_model()
     ids = torch.randint(0, 50256, (3, 24), generator=torch.Generator().manual_seed(2))
     for row, places in enumerate([[9], [5, 14], [3, 4, 23]]):
@@ -155,7 +155,7 @@ def test_no_gradient_crosses_a_document_boundary() -> None:
 
 @pytest.mark.parametrize("length", [2, 33, 512])
 def test_explicit_attention_equals_torch_attention(length: int) -> None:
-    """Values and gradients to 1e-5 of torch's, in float32; the same tokens are hidden."""
+    """Values and gradients agree to 1e-5 in float32, and the same tokens are masked."""
     generator = torch.Generator().manual_seed(3)
     found = []
     parts = [torch.randn(2, 3, length, 8, generator=generator) for _ in range(3)]

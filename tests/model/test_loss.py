@@ -13,7 +13,7 @@ from gpt_lightning.training.optimizer import global_grad_norm
 @pytest.mark.parametrize("chunk_size", [1, 7, 24, 1000])
 @pytest.mark.parametrize("pad_vocabulary", [False, True])
 def test_chunked_loss_equals_the_loss(chunk_size: int, pad_vocabulary: bool) -> None:
-    """Value and gradients to 1e-5, in float32 and under autocast to what bfloat16 keeps."""
+    """Value and gradients agree to 1e-5 in float32, and to the precision of bfloat16 under autocast."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 12, 16, generator=generator)
     w = torch.randn(301, 16, generator=generator) * 0.3
@@ -36,7 +36,7 @@ def test_chunked_loss_equals_the_loss(chunk_size: int, pad_vocabulary: bool) -> 
 
 
 def test_chunked_loss_and_gradient_norm_stay_in_float64() -> None:
-    """The loss by chunks, its gradients, and the gradients' norm."""
+    """Loss, gradients and their norm agree to the precision of float64."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 12, 16, generator=generator, dtype=torch.float64)
     w = torch.randn(301, 16, generator=generator, dtype=torch.float64)
@@ -59,7 +59,7 @@ def test_chunked_loss_and_gradient_norm_stay_in_float64() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("pad_vocabulary", [False, True])
 def test_chunked_gradients_in_bf16_are_exact(device: str, pad_vocabulary: bool) -> None:
-    """Of many chunks, under autocast as ``fit`` takes it, to what bfloat16 keeps of what is multiplied."""
+    """With many chunks, under autocast as in ``fit``, to the precision of bfloat16."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(4, 64, 64, generator=generator)
     w = torch.randn(301, 64, generator=generator) * 0.3
@@ -77,7 +77,7 @@ def test_chunked_gradients_in_bf16_are_exact(device: str, pad_vocabulary: bool) 
 
 
 def test_chunked_loss_in_bf16_is_as_exact_as_the_loss() -> None:
-    """However many the chunks: their gradients by the head's weight are summed in float32."""
+    """The gradients of the head's weight are summed in float32 over any number of chunks."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(1, 2048, 16, generator=generator).bfloat16()
     w = (torch.randn(100, 16, generator=generator) * 0.3).bfloat16()
@@ -109,7 +109,7 @@ def test_chunks_have_at_most_the_given_size(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_chunked_loss_keeps_no_logits() -> None:
-    """What stays for the backward pass is of the features' and the weight's shape."""
+    """The tensors kept for the backward pass have the shapes of the features and the weight."""
     x = torch.randn(1, 512, 8, requires_grad=True)
     w = torch.randn(5000, 8, requires_grad=True)
     kept: list[int] = []
@@ -121,7 +121,7 @@ def test_chunked_loss_keeps_no_logits() -> None:
 
 
 def test_chunked_loss_in_float16_keeps_small_gradients() -> None:
-    """A scaler's factor comes after the gradients are computed: what float16 had lost would stay lost."""
+    """The factor of a scaler comes after the gradients are computed, too late for what float16 loses."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 256, 16, generator=generator, requires_grad=True)
     w = (torch.randn(20000, 16, generator=generator) * 0.02).requires_grad_()
@@ -153,7 +153,7 @@ def test_chunked_loss_computes_no_gradient_that_is_not_required() -> None:
 @pytest.mark.parametrize("chunk", [None, 24])
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
 def test_twenty_steps_in_bf16_equal_those_in_float32(chunk: int | None, drop_rate: float) -> None:
-    """To what 8 bits of mantissa keep of a loss; with dropout further off, for it draws other numbers."""
+    """To 8 bits of mantissa; less exact with dropout, which draws other numbers."""
     config = GPTConfig(vocab_size=211, context_length=32, emb_dim=32, n_heads=4, n_layers=2,
                        drop_rate=drop_rate, tied_embeddings=True)  # fmt: skip
     ids = torch.randint(211, (4, 33), generator=torch.Generator().manual_seed(1))

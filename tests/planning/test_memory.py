@@ -27,7 +27,7 @@ SMALL_CONFIG = GPTConfig(
 @pytest.mark.parametrize("drop_rate", [0.0, 0.1])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_predicted_activations_equal_what_autograd_keeps(drop_rate: float, precision: str) -> None:
-    """Of a real forward pass: every storage that is kept for the backward one, once, weights left out."""
+    """Each storage of a real forward pass that is kept for the backward pass, without the weights."""
     config = replace(SMALL_CONFIG, drop_rate=drop_rate)
     counted = step_memory(StepShape(config, 2, 16, precision=precision))
     assert counted.phase == "loss"  # when all is kept
@@ -49,7 +49,7 @@ def test_predicted_activations_equal_what_autograd_keeps(drop_rate: float, preci
     for tensor in (*model.parameters(), idx):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     cast = 0
-    if precision == "bf16-mixed":  # what autocast keeps to the end of its pass, and autograd not
+    if precision == "bf16-mixed":  # kept by autocast to the end of its pass, but not by autograd
         cast = config.vocab_size * config.emb_dim + sum(
             p.numel() for n, p in model.named_parameters() if n.endswith("bias") and "norm" not in n
         )
@@ -126,7 +126,7 @@ def test_memory_of_a_step_is_linear_in_windows(accumulate: bool, shards: int) ->
 
 
 def test_dropout_keeps_the_attention_matrix_on_a_cpu_but_not_on_a_gpu() -> None:
-    """Twice T × T a head, its dropout and both products: in float32 three of them."""
+    """Three matrices of T × T per head in float32: weights, dropout and their product."""
     config = replace(SMALL_CONFIG, context_length=256, n_layers=2)
     kept = {}
     for rate in (0.0, 0.1):
@@ -168,7 +168,7 @@ def operations_of_the_loss(device: str) -> list[tuple[str, list[torch.dtype]]]:
 
 
 def test_autocast_casts_the_log_softmax_on_a_gpu_and_the_logits_on_a_cpu() -> None:
-    """Which makes 2 + 4 + 4 bytes per logit of the one and 4 + 4 + 4 of the other."""
+    """This gives 2 + 4 + 4 bytes per logit on a GPU and 4 + 4 + 4 on a CPU."""
     low, full = [torch.bfloat16], [torch.float32]
     assert operations_of_the_loss("cuda") == [
         ("aten._log_softmax.default", low),
@@ -183,7 +183,7 @@ def test_autocast_casts_the_log_softmax_on_a_gpu_and_the_logits_on_a_cpu() -> No
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_loss_in_autocast_on_a_gpu_takes_ten_bytes_per_logit(precision: str) -> None:
-    """Softmax's logarithm in 2, its copy in float32 and the copy's gradient."""
+    """The logarithm of softmax in 2 bytes, its copy in float32 and the gradient of the copy."""
     config = replace(SMALL_CONFIG, vocab_size=20000)
     counted = step_memory(StepShape(config, 32, 16, precision=precision, device="cuda"))
     assert counted.phase == "loss"
@@ -211,7 +211,7 @@ def test_chunked_loss_and_checkpointing_keep_what_is_predicted() -> None:
 
 
 def test_optimizer_step_in_float16_is_not_fused() -> None:
-    """The optimizer that is not fused takes one more value per weight, which shows in the smallest step."""
+    """It takes one more value per weight, which is visible in the smallest step."""
     step = StepShape(replace(SMALL_CONFIG, n_layers=1), 1, 1, precision="16-mixed", device="cuda")
     lines, when = memory(RunSpec(step))
     assert when == "optimizer step"

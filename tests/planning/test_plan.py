@@ -204,7 +204,7 @@ def test_run_that_cannot_fit_is_reported_with_its_least_memory(command: Command)
 
 
 def test_gpu_without_our_kernels_needs_more_memory(command: Command) -> None:
-    """A chunk's logits in float32, beside them as they were multiplied."""
+    """It holds the logits of a chunk also in float32."""
     old, new = (
         plan_as_json(
             command, f"--config={PRETRAIN}", f"--gpu={gpu}", "--trainer.precision=bf16-mixed"

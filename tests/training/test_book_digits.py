@@ -21,7 +21,7 @@ BOOK_MODEL = {"context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 2}
 
 
 def verdict_fit(command: Command, *arguments: str, **model: Any) -> list[dict[str, float]]:
-    """``fit`` on verdict.yaml, made tiny; the rows of its metrics.csv."""
+    """Rows of metrics.csv after ``fit`` on verdict.yaml with a tiny model."""
     sizes = [f"--model.config.{key}={value}" for key, value in {**BOOK_MODEL, **model}.items()]
     result = command(
         "fit",
@@ -94,7 +94,7 @@ def test_tiny_run_and_exercise_5_4(command: Command) -> None:
 
 
 def test_exercise_5_4_from_the_file_of_the_books_code(command: Command, verdict: Path) -> None:
-    """Trained and saved by the book's code, gone on with by ours."""
+    """Ours continues a training that the book's code saved."""
     expected = reference("tiny_run.json")
     run = book.new_run(expected["model"], **expected["optimizer"], seed=expected["seed"])
     loaders = book.loaders(
@@ -213,7 +213,7 @@ def verdict_fit_resumed(command: Command) -> list[dict[str, float]]:
     ],
 )
 def test_run_in_the_books_mode_resumes_exactly(command: Command, cut: list[str]) -> None:
-    """From an epoch's end, and in the middle of one: the order's seed and the generator are saved."""
+    """At the end of an epoch and within one: the seed of the order and the generator are saved."""
     small = {"context_length": 16, "emb_dim": 16}
     settings = ["--data.stride=64", *cut]
     straight = verdict_fit(
@@ -229,7 +229,7 @@ def test_run_in_the_books_mode_resumes_exactly(command: Command, cut: list[str])
 
 @pytest.mark.slow
 def test_first_rows_of_the_124m_run_equal_the_books(command: Command) -> None:
-    """The first three rows of the real thing; the whole run's table is in README."""
+    """The first three rows of the real run; the table of the complete run is in README."""
     result = command(
         "fit", f"--config={ROOT}/configs/verdict.yaml", "--trainer.max_steps=11",
         "--checkpoint.save_best=false",

@@ -18,7 +18,7 @@ from runs import RUN, THREE_EPOCHS, same_runs, same_weights
 def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
     fit(
         "--trainer.max_steps=12", "--evaluation.eval_freq=2", "--model.lr=0.3"
-    )  # soon goes up again
+    )  # which soon raises the loss again
     rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
     losses = {
@@ -46,7 +46,7 @@ FULL_DISK = (f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Ful
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_failed_last_save_is_repeated_at_the_end(fit: Command, asynchronous: str) -> None:
-    """The second epoch's save fails, and the run is ended there by something that has no step."""
+    """The save at the end of the second epoch fails, and a callback stops the run there."""
     arguments = [a for a in FULL_DISK if "every_n" not in a]
     fit("--trainer.max_epochs=9", f"--checkpoint.async_save={asynchronous}", *arguments,
         f"--trainer.callbacks+={__name__}.StopAfterTwoEpochs")  # fmt: skip
@@ -54,7 +54,7 @@ def test_failed_last_save_is_repeated_at_the_end(fit: Command, asynchronous: str
 
 
 class FullDisk(Callback):
-    """The second file fails, as on a full disk; of the best model where only that is named."""
+    """Callback whose second written file fails as on a full disk; with ``only``, the first file of that name."""
 
     only = ""
 

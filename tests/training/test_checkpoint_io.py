@@ -103,7 +103,7 @@ while True:
     whole = same_bits(state, old) or same_bits(state, new)
     assert whole and found.name == "last.ckpt", (point, found)
     assert not code or same_bits(read_checkpoint(run / "last.ckpt"), state)
-    # the next save goes on from whatever was left, and leaves nothing over
+    # the next save works with what is left, and removes it
     module.remove_leftovers(run)
     later = module.AtomicCheckpointIO()
     later.load_checkpoint(found)
@@ -136,7 +136,7 @@ def test_save_writes_syncs_records_renames_and_syncs(
     order: list[str] = []
 
     def name_of(what: Any) -> str:
-        """Of a path, or of what an open file's number stands for."""
+        """Name of a path or of an open file descriptor."""
         if not isinstance(what, int):
             return Path(what).name
         there = (tmp_path, *tmp_path.iterdir())
@@ -206,7 +206,7 @@ def test_failed_first_save_is_reported(tmp_path: Path) -> None:
 def test_manifest_of_an_earlier_version_is_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It had no kind and no checksum over itself."""
+    """Its manifest has no kind and no checksum of itself."""
     AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
     entries = read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text(json.dumps({"checkpoints": entries}, indent=1) + "\n")
@@ -259,7 +259,7 @@ MUTATIONS = 2000
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[], Any]]]:
-    """What is mutated, and what reads it: it gives the content as it was, or refuses."""
+    """Files to mutate, and functions that read them: they return the original content or refuse."""
     folder = tmp_path_factory.mktemp("targets")
     run, hf = folder / "run", folder / "hf"
     io = AtomicCheckpointIO()

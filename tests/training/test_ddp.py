@@ -41,7 +41,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_rank_without_windows_takes_part_in_fsdp2(tmp_path: Path) -> None:
-    """FSDP2 gathers each block's weights from all ranks: one that had no batch would leave the other waiting."""
+    """FSDP2 gathers the weights of a block from all ranks, so a rank without a batch must take part."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     result = python(*launch, "sharded.py", cwd=tmp_path, timeout=60)
@@ -50,7 +50,7 @@ def test_rank_without_windows_takes_part_in_fsdp2(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_run_of_two_processes_resumes_in_one_process(fit: Command, tmp_path: Path) -> None:
-    """At an equal global batch of 4, cut in mid-epoch: two processes, then one; and evaluations between."""
+    """With a global batch of 4, stopped within an epoch: two processes, then one, with evaluations."""
     common = (*BARE, "--data.global_batch_size=4", "--data.batch_size=1", "--evaluation.eval_freq=1",
               "--evaluation.eval_iter=null")  # fmt: skip
     fit(*common, "--run=one", "--trainer.max_steps=7")
@@ -72,7 +72,7 @@ def test_run_of_two_processes_resumes_in_one_process(fit: Command, tmp_path: Pat
 
 @pytest.mark.slow
 def test_ddp_run_equals_a_run_of_one_process(fit: Command, tmp_path: Path) -> None:
-    """DDP on two CPU processes: the losses of one process at the same global batch, also when resumed."""
+    """The losses equal those of one process with the same global batch, also after a resume."""
     base = ("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL)
     extra = (
         "--evaluation.eval_freq=2",

@@ -26,7 +26,7 @@ from helpers import (
 DDP_CONFIG = (f"--config={ROOT}/configs/ddp.yaml", "--trainer.devices=2")
 
 
-# windows that no split of the validation text comes out even with, and a bound that every gradient meets
+# the number of validation windows never divides evenly, and each gradient is clipped
 RUN_SETTINGS = (
     "--model.config.drop_rate=0", "--evaluation.eval_freq=1", "--evaluation.eval_iter=null",
     "--trainer.max_epochs=-1", "--trainer.gradient_clip_val=0.1", "--data.train_ratio=0.5", "--data.stride=103",
@@ -36,20 +36,20 @@ RUN_SETTINGS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the run ``one``: 20 updates of two micro-batches in one process."""
+    """Folder with the run ``one``: 20 steps of two micro-batches in one process."""
     place = tmp_path_factory.mktemp("strategies")
     run_fit(place, "one", "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=2")
     return place
 
 
 def run_fit(folder: Path, run: str, *arguments: str) -> None:
-    """The command in ``folder``, with 4 windows a micro-batch over all its processes."""
+    """Run ``fit`` in ``folder``, with 4 windows per micro-batch over all processes."""
     batch = 2 if "--trainer.devices=2" in arguments else 4
     result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, *RUN_SETTINGS, f"--data.batch_size={batch}",
                   f"--run={run}", *arguments, cwd=folder, env=ENVIRONMENT, timeout=120)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Warning" not in result.stderr
-    # one process tells, whichever way they are started
+    # only rank 0 prints
     assert result.stderr.count(" parameters on ") == result.stderr.count(": done;") == 1
     steps = [line.split(")")[0] for line in result.stdout.splitlines() if line.startswith("Ep ")]
     assert len(steps) == len(set(steps))
@@ -68,7 +68,7 @@ def last_path(folder: Path, run: str) -> Path:
 
 
 def assert_same_content(path: Path, other: Path) -> None:
-    """The same keys, types and shapes throughout, and weights and moments to rounding."""
+    """Both have the same keys, types and shapes, and equal weights and moments up to rounding."""
     a, b = read_checkpoint(path), read_checkpoint(other)
     assert list(a) == list(b)
     assert list(a["state_dict"]) == list(b["state_dict"])
@@ -85,7 +85,7 @@ def assert_same_content(path: Path, other: Path) -> None:
 
 
 def assert_same_run(folder: Path, run: str, other: str, tolerance: float = 1e-5) -> None:
-    """Losses, learning rates and gradient norms of each update, and what both left."""
+    """Losses, learning rates and gradient norms of each step, and the last checkpoints, are equal."""
     ours, theirs = rows(folder, run), rows(folder, other)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -145,7 +145,7 @@ def test_checkpoint_of_fsdp2_is_read_by_all_commands(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", ["norm", "value"])
 def test_settings_of_the_model_compose_with_shards(folder: Path, clip: str) -> None:
-    """Tied embeddings, loss by chunks, both ways of clipping; fsdp.yaml itself checkpoints activations."""
+    """Tied embeddings, chunked loss, both kinds of clipping; fsdp.yaml checkpoints activations."""
     settings = ("--model.config.tied_embeddings=true", "--model.loss_chunk_size=7",
                 f"--trainer.gradient_clip_algorithm={clip}", "--trainer.max_steps=4",
                 "--trainer.gradient_clip_val=0.01")  # fmt: skip
@@ -230,7 +230,7 @@ def validated(folder: Path, *arguments: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_validation_counts_each_window_once(folder: Path) -> None:
-    """Whatever is left for the last batch, down to nothing for the second process."""
+    """The last batch may be smaller, or empty for the second process."""
     alone = validated(folder, "--init_from=checkpoints/one", "--data.batch_size=4")
     for arguments in ([*FSDP, "--data.batch_size=5"], [*DDP_CONFIG, "--data.batch_size=70"]):
         figures = validated(folder, "--init_from=checkpoints/one", *arguments)
@@ -288,7 +288,7 @@ exit $code
 
 @pytest.mark.slow
 def test_slurm_script_with_a_substitute_for_srun(tmp_path: Path) -> None:
-    """SLURM's warning to both tasks: the run is saved, the job requeued, and the same script goes on with it."""
+    """SLURM warns both tasks: the run is saved, the job requeued, and the same script resumes it."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, content in [("srun", SRUN), ("scontrol", '#!/bin/sh\necho "$@" >> asked\n')]:

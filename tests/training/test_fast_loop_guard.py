@@ -11,7 +11,7 @@ from gpt_lightning.training import lightning_compat
 
 
 class Small(LightningModule):
-    """A linear model with a training step, to compare the loops with."""
+    """Linear model with a training step, to compare the loops."""
 
     returned: Any = "loss"
     skip_epoch_at: int | None = None

@@ -14,7 +14,7 @@ from gpt_lightning.training.hardware import measured_peak
 def test_peak_is_measured_by_a_product_that_is_quick(
     monkeypatch: pytest.MonkeyPatch, each: float, size: int
 ) -> None:
-    """A product that takes a second is not followed by a larger one."""
+    """A slow product is not followed by a larger one."""
     clock = itertools.count(step=each)
     monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert measured_peak(torch.float32, 300) == pytest.approx(2 * size**3 / each)

@@ -26,7 +26,7 @@ STEPS = 400
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """By update; one that was done twice must have been the same twice."""
+    """Hashes by step; a repeated step must give the same hash."""
     found: dict[str, str] = {}
     for line in (folder / "hashes").read_text().splitlines():
         step, value = line.split()
@@ -53,7 +53,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The run that is never stopped, long enough for all that are."""
+    """Hashes of a run that is never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     process = start(folder, f"--trainer.max_steps={STEPS}")
     _, output = process.communicate(timeout=300)
@@ -79,7 +79,7 @@ def is_training(folder: Path) -> Callable[[], bool]:
 def stop_and_resume(
     folder: Path, signum: signal.Signals, rank: int | None, expected: dict[str, str]
 ) -> None:
-    """Signal the process of ``rank``; none: there is but one. Then three more updates."""
+    """Send a signal to the process of ``rank`` (``None``: one process), then resume for three steps."""
     processes = DDP if rank is not None else []
     process = start(folder, f"--trainer.max_steps={STEPS}", *processes)
     wait_until(is_training(folder))
@@ -147,7 +147,7 @@ def test_signal_to_one_of_two_processes_stops_both(
 
 
 def test_second_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:
-    """Here the first is noted in an update that takes very long."""
+    """The first interrupt comes in a step that takes very long."""
     folder = tmp_path / "run"
     process = start(folder, f"--trainer.callbacks+={__name__}.VeryLong")
     wait_until((folder / "asleep").exists)
@@ -184,7 +184,7 @@ def test_slurm_job_is_requeued_after_the_save(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_repeatedly_killed_run_resumes_exactly() -> None:
-    """benchmarks/kill.py, with fewer kills than there."""
+    """benchmarks/kill.py with few kills."""
     completed = python(
         str(ROOT / "benchmarks" / "kill.py"), "--kills=8", "--combinations=3", timeout=900
     )

@@ -30,7 +30,7 @@ RECORDED = [f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Reco
 
 
 class Record(Callback):
-    """What each hook of a step sees."""
+    """Callback that records what each hook of a step sees."""
 
     seen: list[Any] = []  # noqa: RUF012
 
@@ -41,7 +41,7 @@ class Record(Callback):
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         module.configure_model()
-        if self.logs:  # from within the forward pass too
+        if self.logs:  # log within the forward pass too
             module.model.register_forward_hook(
                 lambda model, args, out: (
                     module.log("largest", out.max()) if module.training else None
@@ -92,7 +92,7 @@ class Record(Callback):
 
 
 def _kept(seen: list[Any]) -> list[Any]:
-    """What a hook saw, but for what no checkpoint has: Lightning's means over an epoch, and old gradients."""
+    """What a hook saw, without what no checkpoint holds: Lightning's means over an epoch, old gradients."""
     if seen[0] in ("epoch_end", "validated", "zero_grad"):
         return seen[:-1]
     if seen[0] == "end":
@@ -104,7 +104,7 @@ def _kept(seen: list[Any]) -> list[Any]:
     "settings",
     [
         [],
-        # epochs end within an update
+        # epochs end within an accumulation
         ["--trainer.accumulate_grad_batches=3", "--trainer.gradient_clip_val=0.5"],
         ["--trainer.precision=bf16-mixed", "--model.config.drop_rate=0.2"],
         ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"],
@@ -114,7 +114,7 @@ def _kept(seen: list[Any]) -> list[Any]:
             "--trainer.callbacks+=GradientAccumulationScheduler",
             "--trainer.callbacks.scheduling={0: 2, 1: 3}",
         ],
-        # saved in later hooks than ours, and resumed with Lightning's validation due
+        # saved by later hooks than ours; Lightning's validation follows the resume
         [
             "--trainer.limit_val_batches=2",
             "--trainer.val_check_interval=2",
@@ -137,7 +137,7 @@ def _kept(seen: list[Any]) -> list[Any]:
 def test_fast_loop_equals_lightnings_loop(
     settings: list[str], fit: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With ours and with Lightning's loop without a stop; and with ours stopped after 4 updates and resumed."""
+    """Three runs: our loop, Lightning's loop, and our loop stopped after 4 steps and resumed."""
     runs = {}
     for name in ("own", "lightnings", "resumed"):
         (tmp_path / name).mkdir()
@@ -171,7 +171,7 @@ def test_fast_loop_equals_lightnings_loop(
 def test_run_with_scheduled_accumulation_resumes_with_the_next_epoch(
     fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many updates an epoch has is not known as it begins."""
+    """The number of steps of an epoch is not known when it starts."""
     settings = [*RECORDED, "--checkpoint.every_n_train_steps=1000",
                 "--trainer.callbacks+=GradientAccumulationScheduler",
                 "--trainer.callbacks.scheduling={0: 2}"]  # fmt: skip
@@ -236,7 +236,7 @@ def test_fast_loop_of_two_processes_equals_lightnings_loop(tmp_path: Path, strat
 
 
 def test_overridden_hooks_are_called() -> None:
-    """A callback's own, an inherited one, and one that was set on the object."""
+    """Hooks of a callback's class, of its base class, and set on the object."""
 
     class Watcher(Callback):
         def on_after_backward(self, *arguments: Any) -> None:

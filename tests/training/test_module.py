@@ -28,7 +28,7 @@ def test_run_in_float64_with_chunked_loss_equals_the_run_without(fit: Command) -
     for name, tensor in whole["state_dict"].items():
         assert tensor.dtype == torch.float64
         torch.testing.assert_close(chunks["state_dict"][name], tensor, atol=1e-12, rtol=1e-9)
-    # as they are, also where another run begins with them
+    # another run starts with exactly these weights
     fit(
         "--run=again",
         *settings,
@@ -55,7 +55,7 @@ def trained(fit: Command, name: str, *arguments: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "module", "does_it", "exact"),
+    ("arguments", "module", "function", "exact"),
     [
         (["--model.loss_chunk_size=10"], module, "chunked_cross_entropy", False),
         (["--model.activation_checkpointing=true"], gpt, "checkpoint", True),
@@ -66,13 +66,13 @@ def test_twenty_steps_with_the_setting_equal_those_without(
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     module: ModuleType,
-    does_it: str,
+    function: str,
     exact: bool,
 ) -> None:
-    """And they are taken in the other way: by ``does_it``, which the plain one never calls."""
+    """The setting calls ``function``, which the run without it never calls."""
     settings = ["--model.config.drop_rate=0.1", "--model.warmup_steps=0", "--model.lr=0.0001"]
-    called = mock.Mock(side_effect=getattr(module, does_it))
-    monkeypatch.setattr(module, does_it, called)
+    called = mock.Mock(side_effect=getattr(module, function))
+    monkeypatch.setattr(module, function, called)
     plain = trained(fit, "plain", *settings)
     assert not called.called
     other = trained(fit, "other", *settings, *arguments)
@@ -86,8 +86,8 @@ def test_twenty_steps_with_the_setting_equal_those_without(
 
 @pytest.mark.slow
 def test_compiled_blocks_train_as_uncompiled_ones(fit: Command, tmp_path: Path) -> None:
-    """Without dropout, of which compiled code draws numbers of its own. As a process: torch's compiler
-    warns of itself, and here warnings are errors."""
+    """Without dropout, for which compiled code draws other random numbers. In a subprocess, because
+    torch's compiler gives warnings, which are errors here."""
     settings = ["--model.config.drop_rate=0", "--model.warmup_steps=0", "--model.lr=0.0001"]
     plain = trained(fit, "plain", *settings)
     result = python("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
@@ -101,7 +101,7 @@ def test_compiled_blocks_train_as_uncompiled_ones(fit: Command, tmp_path: Path) 
 
 
 class Record(Callback):
-    """Of each update: step, loss, windows, how far its gradient is off that of its windows' mean loss."""
+    """Callback that records of each step: number, loss, windows, and the error of the gradient of their mean loss."""
 
     updates: ClassVar[list[tuple[int, float, list[int], float]]] = []
 
@@ -133,7 +133,7 @@ RECORD = (f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Record
 
 
 def test_steps_are_the_same_with_any_micro_batch(fit: Command) -> None:
-    """Also of a run that is cut in the middle of an epoch and goes on in other batches."""
+    """A run stopped within an epoch may resume with other micro-batches."""
 
     def run(name: str, batch_size: int, *arguments: str) -> list[Any]:
         fit(*BARE, *RECORD, "--data.global_batch_size=4", "--trainer.max_epochs=2",
@@ -159,7 +159,7 @@ def test_steps_are_the_same_with_any_micro_batch(fit: Command) -> None:
 
 
 def test_last_partial_accumulation_is_a_mean(fit: Command) -> None:
-    """Without a global batch: 7 batches of 2 windows, of which 4 are an update and 3 are left."""
+    """Without a global batch: of 7 batches of 2 windows, 4 are a step and 3 remain."""
     fit(*BARE, *RECORD, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=4",
         "--trainer.enable_checkpointing=false")  # fmt: skip
     assert [len(windows) for _, _, windows, _ in Record.updates] == [8, 6, 8, 6]

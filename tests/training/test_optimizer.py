@@ -45,7 +45,7 @@ def test_clipping_in_mixed_precision(fit: Command, algorithm: str) -> None:
 
 
 def test_clip_value_0_clips_nothing(fit: Command) -> None:
-    """As Lightning has it; a factor of 0 would stop the learning."""
+    """As in Lightning: a factor of 0 would stop the training."""
     plain, clipped = (
         fit(f"--run={run}", "--trainer.max_steps=3", *arguments).out
         for run, arguments in [("plain", []), ("clipped", ["--trainer.gradient_clip_val=0"])]
@@ -56,7 +56,7 @@ def test_clip_value_0_clips_nothing(fit: Command) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e16, 1e14, 0.0])
 def test_quick_check_misses_no_bad_gradient(value: float) -> None:
-    """Wherever it is; of a finite one whose square float32 cannot hold, the norm says whether it is bad."""
+    """At any position; if the square of a finite gradient overflows float32, the norm decides."""
     for place in (0, 1500, 4999):
         gradients = [torch.ones(3), torch.ones(50, 100)]
         gradients[1].view(-1)[place] = value
@@ -66,7 +66,7 @@ def test_quick_check_misses_no_bad_gradient(value: float) -> None:
 
 
 def test_norm_does_not_depend_on_how_gradients_are_sharded() -> None:
-    """Of gradients as large as the 124M's embedding's, and as uneven."""
+    """Gradients are as large and as uneven as those of the embedding of the 124M model."""
     generator = torch.Generator().manual_seed(0)
     large = torch.randn(30_000, 300, generator=generator) * 1e-4
     large[torch.rand(30_000, generator=generator) < 0.9] *= 0.01

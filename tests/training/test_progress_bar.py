@@ -21,7 +21,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown(err: str) -> list[int]:
-    """The steps that the bar or the lines told, in order."""
+    """Steps that the bar or the lines show, in order."""
     return [int(step) for step in re.findall(rf"(\d+)/{STEPS}\b", err)]
 
 
@@ -30,7 +30,7 @@ def shown(err: str) -> list[int]:
 def test_bar_on_a_terminal_ends_complete(
     fit: Command, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """However seldom it is looked at."""
+    """The bar may be updated often or never."""
     monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_UPDATES", seconds)
     result = fit(f"--trainer.max_steps={STEPS}", "--evaluation.eval_freq=1")
     assert "training" in result.err

@@ -34,7 +34,7 @@ from runs import (
     ],
 )
 def test_resumed_run_equals_uninterrupted_run(fit: Command, cut: str, accumulate: int) -> None:
-    """A finished run made longer has the bits of one that was that long from the start."""
+    """A finished run that is extended has the bits of a run that was that long from the start."""
     extra = (*THREE_EPOCHS, f"--trainer.accumulate_grad_batches={accumulate}")
     fit("--run=straight", *extra)
     fit("--run=cut", *extra, cut)
@@ -52,7 +52,7 @@ def test_resumed_run_with_limited_epochs_equals_uninterrupted_run(fit: Command) 
 
 @pytest.fixture
 def at_step_5() -> Iterator[Callable[[Callable[[Any], None]], None]]:
-    """Have something happen, once, in the sixth training step."""
+    """A function that sets what happens once, in the sixth training step."""
     patch = pytest.MonkeyPatch()
 
     def set_up(act: Callable[[Any], None]) -> None:
@@ -159,7 +159,7 @@ def test_finished_run_says_how_to_train_further(
 
 
 def test_wrong_epoch_count_in_a_checkpoint_is_corrected(fit: Command) -> None:
-    """As Lightning wrote it after a resume at an epoch's end: an epoch is missing from its counts."""
+    """Lightning wrote such a checkpoint after a resume at the end of an epoch: one epoch is missing."""
     extra = (*THREE_EPOCHS, "--checkpoint.every_n_train_steps=3")
     fit("--run=straight", *extra)
     fit("--run=cut", *extra, "--trainer.max_epochs=1")
@@ -174,7 +174,7 @@ def test_wrong_epoch_count_in_a_checkpoint_is_corrected(fit: Command) -> None:
     result = fit("--run=cut", *extra, "--ckpt_path=last")
     assert "counts 1 epochs, its data are in epoch 2" in result.err
     assert same_runs("straight", "cut")
-    fit("--run=cut", *extra, "--ckpt_path=last")  # it is right from now on
+    fit("--run=cut", *extra, "--ckpt_path=last")  # the corrected checkpoint resumes too
     assert same_runs("straight", "cut")
 
 
@@ -202,7 +202,7 @@ def test_init_from_starts_a_new_run_with_the_given_weights(fit: Command) -> None
     fit("--run=new", "--init_from=checkpoints/quickstart", "--trainer.max_steps=1", "--model.lr=0")
     old, new = load_model("checkpoints/quickstart"), load_model("checkpoints/new")
     pairs = zip(old.parameters(), new.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)  # lr 0: the update moved nothing
+    assert all(torch.equal(a, b) for a, b in pairs)  # lr 0: the step changed nothing
     assert torch.load("checkpoints/new/last.ckpt", weights_only=True)["global_step"] == 1
 
     def optimizer(run: str) -> dict[str, torch.Tensor]:
@@ -226,14 +226,14 @@ def test_counters_of_a_run_resumed_at_the_end_of_an_epoch_are_the_same(fit: Comm
 
 
 def test_run_with_max_tokens_ends_and_resumes_exactly(fit: Command) -> None:
-    """In mid-epoch and at its end, with the checkpoint that max_steps leaves; and goes on to the same bits."""
+    """Within an epoch and at its end, with the same checkpoint as a run with max_steps."""
 
     def run(name: str, *arguments: str) -> str:
         return fit(*BARE, "--model.config.drop_rate=0.1", f"--run={name}", *arguments,
                    "--trainer.max_epochs=null").err  # fmt: skip
 
     run("straight", "--trainer.max_steps=13")
-    # 32 tokens an update, 7 updates an epoch
+    # 32 tokens per step, 7 steps per epoch
     for name, tokens, steps in [("in-mid-epoch", 230, 8), ("at-its-end", 224, 7)]:
         assert f"step 0 of {steps} (" in run(name, f"--max_tokens={tokens}")
         assert (last_checkpoint(name)["global_step"], last_checkpoint(name)["tokens_seen"]) == (
@@ -251,7 +251,7 @@ def test_run_with_max_tokens_ends_and_resumes_exactly(fit: Command) -> None:
 def test_resumed_run_on_a_mixture_equals_uninterrupted_run(
     fit: Command, command: Command, tmp_path: Path
 ) -> None:
-    """Resumed to the same bits; validation is over the windows of both."""
+    """Validation uses the windows of both texts."""
     (tmp_path / "my.txt").write_text("".join(f"Line {i} of a list of lines. " for i in range(200)))
     mixed = (
         *BARE,

@@ -50,14 +50,12 @@ RATES = ("tokens_per_second", "throughput/")
 
 
 def tensorboard(folder: Path) -> dict[str, list[tuple[int, Any]]]:
-    """Each tag's steps and values as TensorBoard shows them; of rates the steps alone."""
+    """Steps and values of each tag as TensorBoard shows them; only the steps of rates."""
     files = [list(EventFileLoader(str(path)).Load()) for path in folder.glob("events.*")]
     shown: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     for events in sorted(files, key=lambda events: events[0].wall_time):
         for event in events:
-            if event.HasField(
-                "session_log"
-            ):  # a resumed run takes off the page what it will log again
+            if event.HasField("session_log"):  # a resumed run removes what it will log again
                 for tag, points in shown.items():
                     shown[tag] = [point for point in points if point[0] < event.step]
             for value in event.summary.value:
@@ -69,13 +67,13 @@ def tensorboard(folder: Path) -> dict[str, list[tuple[int, Any]]]:
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """What a run has left besides its checkpoints, but for times and rates."""
+    """Results of a run besides its checkpoints, without times and rates."""
     windows = defaultdict(list)
     for line in (folder / "windows-0.jsonl").read_text(encoding="utf-8").splitlines():
         step, micro_batch, *seen = json.loads(line)
         windows[step, micro_batch].append(seen)
     for seen in windows.values():
-        assert all(one == seen[0] for one in seen)  # also of work that was done twice
+        assert all(one == seen[0] for one in seen)  # repeated steps read the same windows
     with (folder / "checkpoints/r/metrics.csv").open(encoding="utf-8") as file:
         rows = [{k: v for k, v in row.items() if k not in RATES} for row in csv.DictReader(file)]
     return {
@@ -101,7 +99,7 @@ def errors_of(folder: Path) -> str:
 
 
 def test_run_extended_epoch_by_epoch_equals_uninterrupted_run(runs: Runs, tmp_path: Path) -> None:
-    """Each time it resumes from an epoch's last batch; given again, it changes nothing."""
+    """Each resume is at the end of an epoch; the same command again changes nothing."""
     straight, cut = folder_with_text(tmp_path / "straight"), folder_with_text(tmp_path / "cut")
     assert runs.run(straight, ["fit", *TINY_RUN, "--trainer.max_epochs=3"]) == 0, errors_of(
         straight
@@ -169,7 +167,7 @@ EPOCHS = 4
 
 
 def chain(rng: random.Random, steps: int, tokens: int) -> list[tuple[list[str], Stop | None]]:
-    """Limits and stops, up to six, of runs that follow each other, then one that ends by itself.
+    """Limits and stops of up to six successive runs, then of one that ends by itself.
 
     Args:
         steps: Optimizer steps of the whole run.

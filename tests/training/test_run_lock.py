@@ -28,7 +28,7 @@ from runs import (
 
 @pytest.fixture
 def other() -> Iterator[subprocess.Popen[bytes]]:
-    """Another process."""
+    """A process that does nothing."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield process
     process.kill()
@@ -36,7 +36,7 @@ def other() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def lock_of(pid: int, **changed: Any) -> dict[str, Any]:
-    """What a process on this machine writes into its lock."""
+    """Content of the lock of a process on this machine."""
     return {
         "host": socket.gethostname(),
         "pid": pid,
@@ -77,7 +77,7 @@ def test_second_fit_of_a_run_is_refused_and_changes_nothing(
             "plan": [QUICKSTART, *SMALL],
         }[verb]
         assert command(verb, *arguments).code == 0
-    # another run is free
+    # another run is not locked
     fit("--run=another", "--trainer.max_steps=1")
 
 
@@ -129,7 +129,7 @@ def test_recent_heartbeat_of_a_process_elsewhere_blocks(
             write_lock(lock_of(other.pid, namespace="pid:[1]"), 50.0)
         case "torn":
             write_lock('{"ho', 50.0)
-        case _:  # a process of this machine that has ended and was not waited for
+        case _:  # a process of this machine that ended but still has an entry
             write_lock(lock_of(other.pid))
             psutil.Process(other.pid).kill()
             time.sleep(0.2)
@@ -141,7 +141,7 @@ def test_recent_heartbeat_of_a_process_elsewhere_blocks(
 
 
 def test_one_of_many_simultaneous_starts_gets_the_lock(tmp_path: Path) -> None:
-    """Also where all of them find the same stale lock."""
+    """All of them may find the same stale lock."""
     for round_ in range(20):
         folder = tmp_path / str(round_)
         if round_ % 2:
@@ -176,7 +176,7 @@ def test_one_of_many_simultaneous_starts_gets_the_lock(tmp_path: Path) -> None:
 def test_restart_by_torchrun_gets_the_lock_of_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: subprocess.Popen[bytes]
 ) -> None:
-    """Also on another machine whose process has just died."""
+    """The previous process may have died on another machine."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
     for holder in (OTHER_HOST, lock_of(other.pid)):
         (tmp_path / LOCK).write_text(json.dumps({**holder, "job": "job-7"}))

@@ -28,7 +28,7 @@ from runs import (
 
 
 class Watcher(Callback):
-    """What parameters and optimizer were before and after each update, and what goes wrong in it."""
+    """Callback that copies parameters and optimizer before and after each step, and spoils chosen steps."""
 
     bad: set[int] = set()  # noqa: RUF012
     kind = ""
@@ -98,7 +98,7 @@ def test_step_that_is_not_finite_is_skipped(
         assert all(torch.isfinite(p).all() for p in after[0].values())
     (line,) = [line for line in result.err.splitlines() if "skipped" in line]
     number = "nan" if kind == "loss" else r"[\d.]+"
-    # of the epoch's 7 batches the last is alone in its update
+    # the last of the 7 batches of an epoch is a step alone
     batches = 1 if accumulation == 3 and step % 3 == 2 else accumulation
     windows = ", ".join([r"\d+"] * 2 * batches)
     assert re.fullmatch(
@@ -146,7 +146,7 @@ def test_step_that_is_not_finite_stops_the_run_by_default(
         assert same_bits({f"model.{n}": t for n, t in last.items()}, watcher.states[step][0][0])
     else:
         assert not LAST.exists()
-    # mended, it goes on
+    # without the fault it resumes
     watcher.bad = set()
     if step:
         assert watched_fit(command, "--ckpt_path=last").code == 0
@@ -160,7 +160,7 @@ def test_late_check_of_a_step_equals_the_immediate_one(
     kind: str,
     bad: set[int],
 ) -> None:
-    """The way of a GPU, here on a CPU: the optimizer passes over the step, the host hears of it at the next."""
+    """As on a GPU: the optimizer skips the step, and the host reads the result one step later."""
     watcher.kind, watcher.bad = kind, bad
     at_once = watched_fit(command, "--run=once", "--bad_steps=skip")
     watcher.states = {}
@@ -196,7 +196,7 @@ def test_late_check_of_a_step_equals_the_immediate_one(
 def test_optimizer_that_was_not_fused_resumes_fused(
     command: Command, watcher: type[Watcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a run in 16-mixed leaves it; the fused step alone can pass over an update by itself."""
+    """A run in 16-mixed saves such an optimizer; only the fused one can skip a step by itself."""
     assert watched_fit(command, "--trainer.max_steps=2").code == 0
     checkpoint = torch.load(LAST, weights_only=True)
     for group in checkpoint["optimizer_states"][0]["param_groups"]:
@@ -214,7 +214,7 @@ def test_optimizer_that_was_not_fused_resumes_fused(
 
 @pytest.mark.usefixtures("messages")
 def test_features_that_16_mixed_lacks_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    """On a CPU Lightning takes bf16-mixed in its place."""
+    """Without a real run, because Lightning uses bf16-mixed instead on a CPU."""
     for rank_zero in (True, False):
         trainer: Any = SimpleNamespace(precision="16-mixed", is_global_zero=rank_zero)
         SkipBadSteps().on_train_start(trainer, None)  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ def test_spike_is_six_deviations_above_128_steps() -> None:
     assert not steps._is_spike(9.99, 3.99)
     assert steps._is_spike(10.01, 1.0)
     assert steps._is_spike(4.0, 4.01)
-    assert not steps._is_spike(-90.0, 0.0)  # down is no spike
+    assert not steps._is_spike(-90.0, 0.0)  # a fall is not a spike
     again = SkipBadSteps(skip_spikes=True)
     again.load_state_dict(steps.state_dict())
     assert again._good == steps._good

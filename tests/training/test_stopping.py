@@ -15,7 +15,7 @@ from gpt_lightning.training.stopping import GracefulStop
 def test_ranks_stop_after_the_same_step(
     monkeypatch: pytest.MonkeyPatch, later: bool, stops_after: int
 ) -> None:
-    """Two, of which the second is sent a signal in the second update; GPUs read what they compared an update later."""
+    """The second of two ranks gets a signal in the second step; on GPUs the flags are read one step later."""
     ranks = [GracefulStop(), GracefulStop()]
     monkeypatch.setattr(stopping, "_reads_later", lambda device: later)
     monkeypatch.setattr(

@@ -46,7 +46,7 @@ def test_stopwatch_does_not_run_while_stopped(monkeypatch: pytest.MonkeyPatch) -
 def test_throughput_excludes_what_is_not_training(
     fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each kind of work takes so many seconds more; a step's are those of training, which takes 1."""
+    """Each kind of work advances the clock by a different time; a step reports only the 1 s of training."""
     now = 0.0
     result = set()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
@@ -75,7 +75,7 @@ def test_throughput_excludes_what_is_not_training(
     for number, (owner, name) in enumerate(kinds):
         takes(owner, name, 10.0 * 2**number)
     takes(GPTLightningModule, "training_step", 1.0)
-    # an epoch has 15 updates
+    # an epoch has 15 steps
     fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
         "--evaluation.eval_freq=1", "--evaluation.log_next_token=true", "--trainer.limit_val_batches=2",
         "--checkpoint.every_n_train_steps=3", *TINY_MODEL)  # fmt: skip
@@ -98,10 +98,10 @@ def test_run_logs_its_throughput(fit: Command, monkeypatch: pytest.MonkeyPatch) 
         return {e.step: e.value for e in events.Scalars(f"throughput/{tag}")}
 
     rates = logged("tokens_per_second")
-    assert list(rates) == [4, 8, 12]  # the first update is not counted
+    assert list(rates) == [4, 8, 12]  # the first step is not counted
     for step, seconds in logged("step_time").items():
         assert 0 < seconds < 5
-        # an epoch's last update has one batch, not two
+        # the last step of an epoch has one batch, not two
         assert rates[step] * seconds * 4 in (
             pytest.approx(2 * 2 * 16 * 4),
             pytest.approx(2 * 16 * 7),

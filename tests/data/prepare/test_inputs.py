@@ -27,7 +27,7 @@ def test_folder_equals_what_data_text_reads(tmp_path: Path) -> None:
 def test_hidden_files_and_second_links_are_left_out(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As data.text leaves them out."""
+    """As in data.text."""
     for name in ("g/.git", "g/.ipynb_checkpoints", "g/a"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.txt").write_text(f"in {name}")
@@ -51,7 +51,7 @@ def test_hidden_files_and_second_links_are_left_out(
 
 
 def test_inputs_of_a_config(command: Command, tmp_path: Path) -> None:
-    """A text or a list; those of the command line replace them."""
+    """Inputs are a text or a list; inputs of the command line replace them."""
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.txt").write_text("second")
     for i, (config, more, expected) in enumerate([

@@ -41,7 +41,7 @@ def test_folder_with_other_content_is_refused(
 
 @pytest.mark.parametrize("name", ["mine.bin", "train-00000.bin", "progress.json"])
 def test_files_of_others_are_kept(command: Command, tmp_path: Path, name: str) -> None:
-    """In a folder without a record of prepare's, however it is called."""
+    """In a folder without progress or manifest of prepare, under any name."""
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"{\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("precious")

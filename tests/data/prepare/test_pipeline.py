@@ -62,7 +62,7 @@ def test_prepare_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """Peak RSS of a process, for one long document and many short ones: 4 times the text, at most 4 MB more."""
+    """Peak RSS for one long document and many short ones: 4 times the text takes at most 4 MB more."""
     code = ("import sys; from gpt_lightning.cli.main import main; from gpt_lightning.data.prepare import chunk; "
             "chunk.CHUNK_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip

@@ -28,7 +28,7 @@ def test_safe_cut_does_not_change_the_tokens() -> None:
             parts = [encode_corpus(part.decode()).tolist() for part in (text[:cut], text[cut:])]
             assert parts[0] + parts[1] == encode_corpus(text.decode()).tolist(), (text, cut)
     assert cuts > 1500
-    # which is not so everywhere
+    # other cuts change the tokens
     assert encode_prompt("a\n\n") + encode_prompt("b") != encode_prompt("a\n\nb")
 
 
@@ -36,7 +36,7 @@ def test_safe_cut_does_not_change_the_tokens() -> None:
 def test_text_read_in_chunks_equals_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    """Marks, line ends of all kinds and long words included."""
+    """With EOT delimiters, all kinds of line ends and long words."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
     rng = random.Random(chunk_bytes)
     text = "<|endoftext|>".join(
@@ -55,7 +55,7 @@ def test_text_read_in_chunks_equals_the_text(
 def test_byte_order_marks_and_line_ends_change_neither_tokens_nor_splits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, split: Any, size: int
 ) -> None:
-    """Neither tokens nor splits: the same text from Windows gives the same text; in chunks too."""
+    """A text written on Windows gives the same store, in chunks too."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
     rng = random.Random(size)
     words = ["one", " two", "\n", "\n\n", "  ", "ü", "🦜", "x" * 60]
@@ -69,7 +69,7 @@ def test_byte_order_marks_and_line_ends_change_neither_tokens_nor_splits(
             (folder / f"{i:02}.txt").write_bytes(mark + text.replace("\n", end).encode())
         if split == "hash":
             settings = PrepareConfig(val_ratio=0.3)
-        else:  # whose cut depends on the bytes
+        else:  # the cut by ratio depends on the bytes
             settings = PrepareConfig(split="ratio", val_ratio=0)
         prepare([str(folder)], tmp_path / f"{name}-out", settings, workers=2)
         stores.append(store_tokens(tmp_path / f"{name}-out"))

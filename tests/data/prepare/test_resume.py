@@ -44,7 +44,7 @@ def test_store_interrupted_after_any_chunk_equals_an_uninterrupted_one(
 def test_store_split_by_ratio_interrupted_equals_an_uninterrupted_one(
     corpus: list[str], tmp_path: Path
 ) -> None:
-    """The cut falls into the long document."""
+    """The split falls into the long document."""
     settings = PrepareConfig("text", "ratio", 0.8, shard_tokens=3000)
     prepare(corpus, tmp_path / "straight", settings, workers=2)
     assert interrupted_everywhere(corpus, tmp_path / "cut", settings, 1) > 3
@@ -57,7 +57,7 @@ def test_store_split_by_ratio_interrupted_equals_an_uninterrupted_one(
 def test_store_after_a_crash_at_any_write_equals_an_uninterrupted_one(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """At the n-th sync or rename, for every n: nothing after it happens, as with a SIGKILL."""
+    """A crash at the n-th sync or rename, for each n: nothing happens after it, as with a SIGKILL."""
     real = getattr(os, name)
     shards = PrepareConfig(val_ratio=0.2, shard_tokens=12_000)
     prepare(corpus, tmp_path / "whole", shards)
@@ -93,7 +93,7 @@ def command_line(*arguments: str) -> list[str]:
 
 @pytest.fixture
 def megabytes(tmp_path: Path) -> list[str]:
-    """Arguments that take about a second."""
+    """Arguments of a preparation of about a second."""
     rng = random.Random(5)
     texts = [" ".join(rng.choices(PARAGRAPHS, k=20)) for _ in range(700)]
     write_lines(tmp_path / "rows.jsonl", texts)

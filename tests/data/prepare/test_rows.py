@@ -26,7 +26,7 @@ from token_stores import (
 
 
 def test_byte_order_marks_of_rows_are_removed(tmp_path: Path) -> None:
-    """At a file's beginning and, left from the file it came from, at a text's; line ends of a text are data."""
+    """At the start of a file and of a text; line ends within a text are kept."""
     content = (
         '\ufeff{"text": "\ufeffone\\r\\n"}\r\n{"text": "two"}\r\n{"text": "\ufeff"}\r\n'.encode()
     )
@@ -59,7 +59,7 @@ def test_a_row_that_is_not_utf8_is_named(command: Command, tmp_path: Path) -> No
 def test_all_formats_give_the_same_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """In one way or the other the same documents; and interrupted after any piece the same store."""
+    """The documents are equal, and a preparation interrupted after any chunk gives the same store."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 3000)
     rng = random.Random(3)
     texts = [awkward_text(rng, rng.choice([1, 20, 300])) + f" {i}" for i in range(700)]
@@ -121,7 +121,7 @@ def test_parquet_without_the_field_is_refused(command: Command, tmp_path: Path) 
 def test_parquet_with_other_types_of_strings_is_read(
     command: Command, tmp_path: Path, kind: str
 ) -> None:
-    """What polars and pandas' category write."""
+    """As polars and the categories of pandas write them."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -137,7 +137,7 @@ def test_parquet_with_other_types_of_strings_is_read(
 
 
 def test_highly_compressed_file_takes_no_memory(tmp_path: Path) -> None:
-    """Peak RSS of a process, for 5 and for 80 MB of text."""
+    """Peak RSS for 5 and for 80 MB of text."""
     zstandard = pytest.importorskip("zstandard")
     code = ("import sys; from gpt_lightning.cli.main import main; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip

@@ -62,7 +62,7 @@ def test_split_by_ratio_puts_the_last_rows_into_validation(
 def test_empty_split_is_refused_before_tokenizing(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of plain texts: their documents' hashes say it before a token is made."""
+    """The hashes of the documents of plain texts are enough to know it."""
     for name, text in [("a.txt", "one<|endoftext|> \n"), ("b.txt", "two " * 2000)]:
         (tmp_path / name).write_text(text)
     monkeypatch.setattr("gpt_lightning.data.prepare.pipeline.StoreWriter", None)

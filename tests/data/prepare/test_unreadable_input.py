@@ -103,7 +103,7 @@ def test_documents_the_tokenizer_cannot_read_are_skipped(command: Command, tmp_p
 def test_rest_of_a_damaged_file_is_skipped(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
 ) -> None:
-    """As one; by any number of workers and after interruptions the same."""
+    """It counts as one; the store is the same with any number of workers and after interruptions."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 1000)
     texts = [f"{i} {p}" for i in range(6) for p in PARAGRAPHS]
     path = written_as(tmp_path, kind, texts)
@@ -122,14 +122,14 @@ def test_rest_of_a_damaged_file_is_skipped(
                        "--on_error=skip", "--json")  # fmt: skip
         assert result.code == 0, result.err
         output = json.loads(result.out)
-        # zeros in gzip's data are first another text
+        # zeros within gzip's data first decode to another text
         assert output["skipped"] == 1 or (kind, damage) == (".jsonl.gz", "zeros")
         assert f"skipped: {path.name}: is damaged (" in result.err
         assert len(PARAGRAPHS) < sum(output["documents"].values()) < 7 * len(PARAGRAPHS)
     shards = PrepareConfig(val_ratio=0.2, shard_tokens=3000)
     assert interrupted_everywhere(inputs, tmp_path / "cut", shards, 3, skip=True) > 2
     assert read_files(Path("1")) == read_files(Path("3")) == read_files(Path("cut"))
-    # stopped at it, it is gone on with
+    # a preparation that stopped at the damage resumes
     assert command("prepare", *inputs, *settings, "--out=stopped", "--on_error=skip").code == 0
     assert read_files(Path("stopped")) == read_files(Path("1"))
     by_ratio = command("prepare", *inputs, "--split=ratio", "--out=ratio", "--on_error=skip")
@@ -137,7 +137,7 @@ def test_rest_of_a_damaged_file_is_skipped(
 
 
 def test_the_unreadable_text_of_a_few_is_named(command: Command, tmp_path: Path) -> None:
-    """Not the first, because it is alone in its split."""
+    """The first is alone in its split, but readable."""
     for name, text in [("a.txt", b" "), ("b.txt", b"one"), ("c.txt", b"bad \xff")]:
         (tmp_path / name).write_bytes(text)
     assert_refused(

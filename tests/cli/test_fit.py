@@ -2,7 +2,10 @@
 
 import json
 import os
+from enum import StrEnum
 from pathlib import Path
+
+from lightning.pytorch import Callback
 
 from helpers import (
     QUICKSTART,
@@ -39,6 +42,16 @@ def test_run_without_checkpoints(fit: Command) -> None:
     assert not list(Path("checkpoints/quickstart").glob("*.ckpt"))
 
 
+class Kind(StrEnum):
+    SLOW = "slow"
+    FAST = "fast"
+
+
+class OfAKind(Callback):
+    def __init__(self, kind: Kind = Kind.FAST, by_name: str = Kind.FAST) -> None:
+        assert kind == Kind.FAST
+
+
 def test_default_that_is_an_enum_is_saved_in_the_configuration(fit: Command) -> None:
     """Timer's interval is an enum where a string is expected; the saved configuration starts another run."""
     fit("--trainer.max_steps=1", "--trainer.callbacks+=lightning.pytorch.callbacks.Timer",
@@ -73,7 +86,7 @@ def test_precision_without_its_package_is_refused(command: Command) -> None:
 
 
 def test_overfit_batches_repeats_the_same_windows(fit: Command) -> None:
-    fit("--trainer.overfit_batches=1", "--trainer.max_epochs=60", "--model.config.drop_rate=0",
+    fit("--trainer.overfit_batches=1", "--model.config.emb_dim=16", "--trainer.max_epochs=60", "--model.config.drop_rate=0",
         "--model.lr=0.02", "--evaluation.eval_freq=59", "--evaluation.prompt=null",
         "--trainer.callbacks+=gpt_lightning.training.verify_resume.WindowRecorder",
         "--trainer.callbacks.folder=.")  # fmt: skip

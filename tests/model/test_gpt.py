@@ -19,7 +19,7 @@ from helpers import (
     TINY,
     Command,
     tiny_gpt,
-    tiny_model,
+    tiny_gpt2_vocabulary,
 )
 
 
@@ -125,7 +125,7 @@ def test_too_many_positions_are_refused() -> None:
 
 def test_documents_in_one_window_equal_separate_windows() -> None:
     """Two and three documents, the first without its start, and two successive EOT delimiters."""
-    model = tiny_model()
+    model = tiny_gpt2_vocabulary()
     ids = torch.randint(0, 50256, (3, 24), generator=torch.Generator().manual_seed(2))
     for row, places in enumerate([[9], [5, 14], [3, 4, 23]]):
         ids[row, places] = END_OF_TEXT_ID
@@ -141,7 +141,7 @@ def test_documents_in_one_window_equal_separate_windows() -> None:
 
 
 def test_no_gradient_crosses_a_document_boundary() -> None:
-    model = tiny_model()
+    model = tiny_gpt2_vocabulary()
     ids = torch.arange(100, 124)[None]
     ids[0, 10] = END_OF_TEXT_ID
     documents = (ids == END_OF_TEXT_ID).cumsum(dim=1)

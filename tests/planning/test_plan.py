@@ -124,7 +124,7 @@ def test_time_is_divided_by_devices_and_fit_is_unknown_without_a_memory_size() -
 
 
 def test_checkpoint_has_the_predicted_size(command: Command, fit: Command) -> None:
-    arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1")
+    arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1", "--model.config.emb_dim=16")
     found = plan_as_json(command, QUICKSTART, *SMALL, *arguments)
     fit("--run=sized", *arguments)
     folder = Path("checkpoints/sized")

@@ -17,7 +17,10 @@ from runs import RUN, THREE_EPOCHS, same_runs, same_weights
 
 def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
     fit(
-        "--trainer.max_steps=12", "--evaluation.eval_freq=2", "--model.lr=0.3"
+        "--trainer.max_steps=12",
+        "--evaluation.eval_freq=2",
+        "--model.lr=0.3",
+        "--model.config.emb_dim=16",
     )  # which soon raises the loss again
     rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
@@ -42,6 +45,11 @@ def test_asynchronous_save_changes_nothing(fit: Command) -> None:
 
 FULL_DISK = (f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.FullDisk",
              "--checkpoint.save_best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+
+
+class StopAfterTwoEpochs(Callback):
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
@@ -111,7 +119,7 @@ def test_removed_files_are_saved_again_at_once(
 ) -> None:
     monkeypatch.setattr(RemovesFiles, "names", names)
     result = fit("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1", "--evaluation.eval_freq=1",
-               f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.RemovesFiles")  # fmt: skip
+               "--allow_import=callbacks", "--trainer.callbacks+=callbacks.RemovesFiles")  # fmt: skip
     assert f"{RUN / 'last.ckpt'} is gone" in result.err
     assert "cannot be written" not in result.err
     assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 3
@@ -139,7 +147,7 @@ def test_missing_disk_space_is_refused_before_the_first_step(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=14_000_000))
     result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
                    "--trainer.max_steps=1")  # fmt: skip
     assert result.code == 2

@@ -247,8 +247,8 @@ def test_value_that_would_not_load_is_named(content: Any, key: str) -> None:
 
 def test_run_with_a_value_that_would_not_load_is_refused(command: Command) -> None:
     result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
-                   "--trainer.max_steps=1", f"--allow_import={__name__}",
-                   f"--trainer.callbacks+={__name__}.HoldsAPath")  # fmt: skip
+                   "--trainer.max_steps=1", "--allow_import=callbacks",
+                   "--trainer.callbacks+=callbacks.HoldsAPath")  # fmt: skip
     assert result.code == 2
     assert ".where: is a pathlib.PosixPath" in result.err.splitlines()[-1]
     assert not (RUN / "last.ckpt").exists()

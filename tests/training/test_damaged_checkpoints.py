@@ -28,8 +28,8 @@ def test_run_that_failed_before_its_first_checkpoint_starts_with_auto(
     command: Command, fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1")
-    result = command("fit", *arguments, f"--allow_import={__name__}",
-                   f"--trainer.callbacks+={__name__}.HoldsAPath")  # fmt: skip
+    result = command("fit", *arguments, "--allow_import=callbacks",
+                   "--trainer.callbacks+=callbacks.HoldsAPath")  # fmt: skip
     assert result.code == 2
     result = command("fit", *arguments)
     assert "--ckpt_path auto starts it again" in result.err

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from gpt_lightning.pretrained.weights import read_checkpoint
 from helpers import (
@@ -28,6 +30,7 @@ DDP_CONFIG = (f"--config={ROOT}/configs/ddp.yaml", "--trainer.devices=2")
 
 # the number of validation windows never divides evenly, and each gradient is clipped
 RUN_SETTINGS = (
+    "--model.config.emb_dim=16",
     "--model.config.drop_rate=0", "--evaluation.eval_freq=1", "--evaluation.eval_iter=null",
     "--trainer.max_epochs=-1", "--trainer.gradient_clip_val=0.1", "--data.train_ratio=0.5", "--data.stride=103",
     "--model.decay_matrices_only=true", "--model.warmup_steps=0",
@@ -154,6 +157,25 @@ def test_settings_of_the_model_compose_with_shards(folder: Path, clip: str) -> N
     assert_same_run(folder, f"shards-{clip}", f"alone-{clip}")
 
 
+class Precisions(Callback):
+    """Writes down what a block computes with, what lies on the device and what the optimizer gets."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        block = module.model.trf_blocks[0]
+        self.seen: dict[str, Any] = {"lies": str(block.ff.layers[0].weight.dtype)}
+        self.seen["share"] = block.ff.layers[0].weight.to_local().shape[0]
+        block.ff.register_forward_pre_hook(self._note)
+
+    def _note(self, feed_forward: Any, args: Any) -> None:
+        self.seen["computes"] = str(feed_forward.layers[0].weight.dtype)
+        self.seen["gathered"] = feed_forward.layers[0].weight.shape[0]
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.seen["gradient"] = str(module.model.trf_blocks[0].ff.layers[0].weight.grad.dtype)
+        path = Path(f"precisions-{trainer.global_rank}.json")
+        path.write_text(json.dumps(self.seen), encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_fsdp2_gathers_bf16_and_keeps_float32(folder: Path) -> None:
     bf16 = ("--trainer.precision=bf16-mixed", "--trainer.max_steps=5")
@@ -162,10 +184,19 @@ def test_fsdp2_gathers_bf16_and_keeps_float32(folder: Path) -> None:
         f"--trainer.callbacks+={__name__}.Precisions")  # fmt: skip
     for rank in (0, 1):
         assert json.loads((folder / f"precisions-{rank}.json").read_text()) == {
-            "lies": "torch.float32", "share": 16, "computes": "torch.bfloat16", "gathered": 32,
+            "lies": "torch.float32", "share": 32, "computes": "torch.bfloat16", "gathered": 64,
             "gradient": "torch.float32"}  # fmt: skip
     for a, b in zip(rows(folder, "bf16"), rows(folder, "bf16-shards"), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-3)
+
+
+class NotFinite(Callback):
+    """Spoils one rank's share of a gradient in the third update."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            gradient = next(module.model.trf_blocks.parameters()).grad
+            getattr(gradient, "_local_tensor", gradient).fill_(torch.nan)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Signals, kills and restarts: every later step has the same bits."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from lightning.pytorch import Callback
 
 from gpt_lightning.pretrained.weights import read_checkpoint
 from helpers import (
@@ -32,6 +35,18 @@ def hashes(folder: Path) -> dict[str, str]:
         step, value = line.split()
         assert found.setdefault(step, value) == value, f"step {step}"
     return found
+
+
+class HashEachStep(Callback):
+    """A line an update: its number and the sum over all parameters after it."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            total = hashlib.sha256()
+            for parameter in module.parameters():
+                total.update(parameter.detach().numpy().tobytes())
+            with Path(trainer.default_root_dir, "hashes").open("a") as file:
+                print(trainer.global_step, total.hexdigest(), file=file)
 
 
 FIT = [
@@ -144,6 +159,13 @@ def test_signal_to_one_of_two_processes_stops_both(
     tmp_path: Path, straight_on_two: dict[str, str], signum: signal.Signals, rank: int
 ) -> None:
     stop_and_resume(tmp_path / "run", signum, rank, straight_on_two)
+
+
+class VeryLong(Callback):
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 8:
+            Path(trainer.default_root_dir, "asleep").touch()
+            time.sleep(100)
 
 
 def test_second_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import Precision
 
 from gpt_lightning import GPTConfig
 from gpt_lightning.cli import training_cli
@@ -98,6 +100,13 @@ def _kept(seen: list[Any]) -> list[Any]:
     if seen[0] == "end":
         return [*seen[:-1], seen[-1].get("own_step")]
     return seen
+
+
+class StopsOnce(Callback):
+    """As EarlyStopping does, with Lightning's first validation."""
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        trainer.should_stop = trainer.max_steps == 4 and not trainer.sanity_checking
 
 
 @pytest.mark.parametrize(
@@ -206,12 +215,21 @@ def test_fast_step_is_used_unless_there_is_a_profiler(
     assert len(counted) == 6
 
 
+class OwnPrecision(Precision):
+    """May do more in a step, as one whose optimizer_step is its own."""
+
+
 def test_other_precision_plugin_uses_lightnings_step(
     fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(lightning_compat.FastTrainingEpochLoop, "_step")
     fit("--trainer.max_steps=2", f"--allow_import={__name__}",
         f"--trainer.plugins={__name__}.OwnPrecision")  # fmt: skip
+
+
+class LightningsLoop(Callback):
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        trainer.fit_loop.epoch_loop.__class__ = _TrainingEpochLoop
 
 
 @pytest.mark.slow

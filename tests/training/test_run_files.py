@@ -99,7 +99,7 @@ def test_removed_metrics_file_is_written_again(
 ) -> None:
     monkeypatch.setattr(RemovesFiles, "names", ["metrics.csv"])
     result = fit("--trainer.max_steps=4", "--evaluation.eval_freq=1",
-               f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.RemovesFiles")  # fmt: skip
+               "--allow_import=callbacks", "--trainer.callbacks+=callbacks.RemovesFiles")  # fmt: skip
     assert result.err.count("metrics.csv is gone") == 1
     steps = [line.split(",")[0] for line in (RUN / "metrics.csv").read_text().splitlines()]
     assert steps == ["step", "0", "1", "2", "3"]

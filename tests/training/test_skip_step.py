@@ -76,7 +76,7 @@ def watcher(monkeypatch: pytest.MonkeyPatch) -> type[Watcher]:
 
 def watched_fit(command: Command, *arguments: str) -> Any:
     return command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
-                   f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Watch",
+                   f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Watcher",
                    "--trainer.max_steps=6", "--trainer.max_epochs=-1",
                    "--model.config.drop_rate=0.1", "--checkpoint.every_n_train_steps=1", *TINY_MODEL,
                    *arguments)  # fmt: skip
@@ -237,7 +237,13 @@ def test_spike_is_skipped(
 ) -> None:
     monkeypatch.setattr(bad_steps, "SPIKE_STEPS", 3)
     watcher.kind, watcher.bad, watcher.factor = "loss", {4}, 50.0
-    result = watched_fit(command, "--skip_spikes=true")
+    result = watched_fit(
+        command,
+        "--skip_spikes=true",
+        "--model.config.emb_dim=16",
+        "--model.config.n_heads=2",
+        "--model.config.n_layers=2",
+    )
     assert result.code == 0, result.err
     (line,) = [line for line in result.err.splitlines() if "skipped" in line]
     assert line.startswith("gpt_lightning: a spike, step 4: loss ")
@@ -257,6 +263,15 @@ def test_spike_is_six_deviations_above_128_steps() -> None:
     again = SkipBadSteps(skip_spikes=True)
     again.load_state_dict(steps.state_dict())
     assert again._good == steps._good
+
+
+class Blown(Callback):
+    """An update that makes a parameter infinite, from a gradient that was finite."""
+
+    def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                next(module.parameters())[0] = math.inf
 
 
 def test_parameters_that_are_not_finite_are_never_saved(

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.training.verify_resume import compare_checkpoints, plan_short_run
@@ -60,6 +63,18 @@ def test_short_run_has_a_kill_at_the_end_of_an_epoch(
         assert any(option.startswith(f"--{'' if ends_by == 'max_tokens' else 'trainer.'}{ends_by}=") for option in plan.limits)  # fmt: skip
 
 
+class LosesAnEpoch(Callback):
+    """Callback that loses an epoch, as Lightning 2.6.6 does when a run resumes at the end of an epoch."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        progress = trainer.fit_loop.epoch_progress
+        loader = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.global_step and loader.is_last_batch:
+            for counts in (progress.total, progress.current):
+                counts.ready -= 1
+                counts.started -= 1
+
+
 @pytest.mark.slow
 def test_verify_resume_finds_a_lost_epoch(tmp_path: Path) -> None:
     small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--allow_import={__name__}",
@@ -68,6 +83,15 @@ def test_verify_resume_finds_a_lost_epoch(tmp_path: Path) -> None:
                   cwd=tmp_path, env=ENVIRONMENT)  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert "error: counters: " in result.stderr.splitlines()[-1]
+
+
+class Disturbed(Callback):
+    """Callback that makes resume inexact: its noise differs in each process."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 4:
+            noise = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
+            next(module.parameters()).grad.add_(torch.randn(1, 8, generator=noise))
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_unreadable_input_is_refused(
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 1 << 20 if b" " * 9999 in content else 1000)
     (tmp_path / name).write_bytes(content)
     assert_refused(command("prepare", name, "--out=deep/store", "--val_ratio=0"), part)
-    assert os.listdir(tmp_path) == [name]
+    assert set(os.listdir(tmp_path)) - {"cache"} == {name}  # a slow machine caches a checksum
 
 
 def test_skipped_documents_are_counted(

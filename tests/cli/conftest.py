@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import QUICKSTART, SMALL, Command, CommandResult
+from helpers import SMALL_QUICKSTART, Command, CommandResult
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def refused_fit(command: Command, tmp_path: Path) -> Iterator[Command]:
     """``fit`` with small settings, which must not leave a run."""
 
     def run(*arguments: str) -> CommandResult:
-        return command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1", *arguments)
+        return command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1", *arguments)
 
     yield run
     assert not (tmp_path / "checkpoints").exists()

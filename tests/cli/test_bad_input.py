@@ -12,8 +12,7 @@ import torch
 from gpt_lightning.data import corpus
 from gpt_lightning.storage.cache import cache_folder
 from helpers import (
-    QUICKSTART,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
     assert_refused,
     json_of,
@@ -73,7 +72,7 @@ def test_file_that_is_not_a_checkpoint_is_refused(refused_fit: Command, tmp_path
 
 
 def test_existing_run_is_not_overwritten(command: Command, tmp_path: Path) -> None:
-    arguments = ("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1")
+    arguments = ("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1")
     assert command(*arguments).code == 0
     folder = tmp_path / "checkpoints" / "quickstart"
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -132,7 +131,7 @@ def test_another_text_under_the_name_of_the_verdict_is_refused(
 
 
 def test_full_disk_leaves_the_previous_checkpoint(command: Command, tmp_path: Path) -> None:
-    arguments = ("fit", QUICKSTART, *SMALL)
+    arguments = ("fit", *SMALL_QUICKSTART)
     assert command(*arguments, "--trainer.max_steps=1").code == 0
     last = tmp_path / "checkpoints" / "quickstart" / "last.ckpt"
     before = last.read_bytes()
@@ -156,7 +155,7 @@ def test_debug_shows_the_traceback(command: Command) -> None:
 
 def test_unwritable_folder_is_refused(command: Command, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    result = command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1")
+    result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1")
     assert_refused(result, "checkpoints")
     assert os.listdir(tmp_path) == ["checkpoints"]
 
@@ -179,9 +178,9 @@ def test_tilde_is_the_home_folder_in_each_path(
     run = "~/runs/checkpoints/quickstart"
     own = ("--config=~/mine.yaml", "--data.train_ratio=0.5")
     for arguments in [
-        ("fit", QUICKSTART, *SMALL, *own),
-        ("fit", QUICKSTART, *SMALL, *own, f"--ckpt_path={run}/last.ckpt"),
-        ("fit", QUICKSTART, *SMALL, *own, f"--init_from={run}", "--run=second"),
+        ("fit", *SMALL_QUICKSTART, *own),
+        ("fit", *SMALL_QUICKSTART, *own, f"--ckpt_path={run}/last.ckpt"),
+        ("fit", *SMALL_QUICKSTART, *own, f"--init_from={run}", "--run=second"),
         ("generate", f"--from={run}", "--prompt=A", "--max_new_tokens=1"),
         ("convert", run, "~/model.pth", "--format=book"),
         ("prepare", "~/a.txt", "~/*.txt", "--out=~/corpus", "--split=ratio"),

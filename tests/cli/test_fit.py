@@ -9,8 +9,7 @@ from lightning.pytorch import Callback
 
 from helpers import (
     QUICKSTART,
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
     python,
 )
@@ -64,7 +63,7 @@ def test_default_that_is_an_enum_is_saved_in_the_configuration(fit: Command) -> 
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
-    result = python("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,
                   "--model.compile=true", cwd=tmp_path, env={**os.environ, "CXX": "/nonexistent/g++"})  # fmt: skip
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
@@ -76,8 +75,7 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
 def test_precision_without_its_package_is_refused(command: Command) -> None:
     result = command(
         "fit",
-        f"--config={ROOT}/configs/quickstart.yaml",
-        *SMALL,
+        *SMALL_QUICKSTART,
         "--trainer.precision=transformer-engine",
     )
     assert result.code == 2
@@ -97,7 +95,7 @@ def test_overfit_batches_repeats_the_same_windows(fit: Command) -> None:
 
 
 def test_limit_without_a_complete_step_is_refused(command: Command) -> None:
-    result = command("fit", QUICKSTART, *SMALL, "--data.global_batch_size=4",
+    result = command("fit", *SMALL_QUICKSTART, "--data.global_batch_size=4",
                    "--trainer.limit_train_batches=0.01", "--trainer.max_steps=1")  # fmt: skip
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "trainer.limit_train_batches: 0.01 leaves none of the" in result.err
@@ -111,14 +109,12 @@ def test_store_without_validation_is_refused_alone_but_not_in_a_mixture(
     rows.write_text("\n".join(json.dumps({"text": f"{i} one two three " * 20}) for i in range(20)))
     assert command("prepare", str(rows), "--out=store", "--val_ratio=0").code == 0
     fit("--trainer.max_steps=1", '--data.mixture={"store": 0.5, "sample": 0.5}')
-    result = command(
-        "fit", f"--config={ROOT}/configs/quickstart.yaml", "--data.text=store", "--run=alone"
-    )
+    result = command("fit", QUICKSTART, "--data.text=store", "--run=alone")
     assert result.code == 2
     assert "prepare it again with more in that split (--val_ratio)" in result.err.splitlines()[-1]
     result = command(
         "fit",
-        f"--config={ROOT}/configs/quickstart.yaml",
+        QUICKSTART,
         '--data.mixture={"store": 1}',
         "--run=alone",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, Command, assert_refused, json_of
+from helpers import QUICKSTART, Command, assert_refused, json_of
 
 
 def test_generate_is_deterministic(fit: Command, command: Command) -> None:
@@ -276,7 +276,7 @@ def test_stop_string_ends_the_text(command: Command, trained_run: str) -> None:
             ["tokens: is not valid UTF-8"],
         ),
         (
-            ["fit", f"--config={ROOT}/configs/quickstart.yaml", "--evaluation.prompt=caf\udce9"],
+            ["fit", QUICKSTART, "--evaluation.prompt=caf\udce9"],
             ["evaluation.prompt: is not valid UTF-8 (byte 0xe9"],
         ),
         (["generate", "--from=RUN", "--prompt=x", "--prompt_file=latin"], ["give one of them"]),

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from gpt_lightning.cli.launcher import remove_stale_ranks
-from helpers import QUICKSTART, SMALL, python
+from helpers import SMALL_QUICKSTART, python
 from runs import (
     RUN,
 )
@@ -25,7 +25,7 @@ from runs import (
 )
 def test_leftover_rank_is_ignored(tmp_path: Path, name: str) -> None:
     """Events and samples are written, and a finished run is not overwritten."""
-    fit = ("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, "--trainer.max_steps=2")
+    fit = ("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
     environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {name: "1"}
     result = python(*fit, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
@@ -38,7 +38,7 @@ def test_leftover_rank_is_ignored(tmp_path: Path, name: str) -> None:
 
 def test_rank_of_a_launcher_with_one_device_is_refused(tmp_path: Path) -> None:
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    result = python("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, "--trainer.max_steps=2",
+    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, "--trainer.max_steps=2",
                   cwd=tmp_path, env=environment)  # fmt: skip
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert "this process number 1 of several" in result.stderr
@@ -83,7 +83,7 @@ def running_below(folder: Path) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_port_in_use_is_not_taken(tmp_path: Path, used_port: int) -> None:
     environment = os.environ | {"MASTER_PORT": str(used_port), "MASTER_ADDR": "192.0.2.1"}
-    result = python("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, "--trainer.max_steps=2",
+    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, "--trainer.max_steps=2",
                   "--trainer.devices=2", cwd=tmp_path, env=environment)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not running_below(tmp_path)
@@ -95,7 +95,7 @@ def test_port_of_a_launcher_in_use_is_reported_in_one_line(tmp_path: Path, used_
         "MASTER_PORT": str(used_port), "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0",
         "LOCAL_RANK": "0", "WORLD_SIZE": "2",
     }  # fmt: skip
-    result = python("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, "--trainer.max_steps=2",
+    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, "--trainer.max_steps=2",
                   "--trainer.devices=2", cwd=tmp_path, env=environment)  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("gpt_lightning: error: MASTER_PORT: ")

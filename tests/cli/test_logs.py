@@ -12,13 +12,12 @@ import pytest
 
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND, log_to_stderr
 from helpers import (
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
     python,
 )
 
-FIT = ("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=2")
+FIT = ("fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
 
 
 @contextmanager

@@ -9,25 +9,33 @@ from types import ModuleType
 import pytest
 
 from gpt_lightning.pretrained.weights import read_checkpoint
-from helpers import PRETRAIN, QUICKSTART, ROOT, SMALL, Command, plan_as_json, python
+from helpers import (
+    PRETRAIN,
+    QUICKSTART,
+    ROOT,
+    SMALL_QUICKSTART,
+    Command,
+    plan_as_json,
+    python,
+)
 
 
 def test_plan_prints_the_number_of_epochs(command: Command) -> None:
-    few = command("plan", QUICKSTART, *SMALL, "--trainer.max_epochs=12").out
+    few = command("plan", *SMALL_QUICKSTART, "--trainer.max_epochs=12").out
     assert "epochs           12 of 7 steps each\n" in few
     many = command(
-        "plan", QUICKSTART, *SMALL, "--trainer.max_steps=7756", "--trainer.max_epochs=-1"
+        "plan", *SMALL_QUICKSTART, "--trainer.max_steps=7756", "--trainer.max_epochs=-1"
     ).out
     assert "epochs           1,108 of 7 steps each; so many passes usually overfit\n" in many
 
 
 def test_plan_prints_its_result_and_writes_nothing(command: Command) -> None:
-    result = command("plan", QUICKSTART, *SMALL, "--trainer.max_steps=10")
+    result = command("plan", *SMALL_QUICKSTART, "--trainer.max_steps=10")
     assert (result.code, result.err) == (0, "")
     for part in ("parameters", "MFLOP per token", "Python and libraries", "activations", "fits"):
         assert part in result.out
     assert os.listdir() == []
-    found = plan_as_json(command, QUICKSTART, *SMALL, "--trainer.max_steps=10", "--peak_tflops=0.1")
+    found = plan_as_json(command, *SMALL_QUICKSTART, "--trainer.max_steps=10", "--peak_tflops=0.1")
     assert os.listdir() == []
     assert found["total"] == sum(found["memory"].values())
     assert found["tokens_per_step"] == 2 * 16
@@ -43,7 +51,7 @@ def test_epochs_of_a_long_text_or_a_store_are_counted_without_writing(command: C
     """From the text, from the tokens that fit cached, and from a manifest."""
     text = Path("long.txt")
     text.write_text("The quick brown fox is 9 years old.\n" * 32_000, encoding="utf-8")
-    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", "--data.stride=20000"]
+    settings = [*SMALL_QUICKSTART, "--trainer.max_epochs=1", "--data.stride=20000"]
     before = everything_under(Path())
     found = plan_as_json(command, *settings, "--data.text=long.txt")
     assert everything_under(Path()) == before
@@ -75,7 +83,7 @@ def test_plan_of_an_unreadable_text_prints_the_rest(
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     text = "nowhere.txt" if name == "other.txt" else name.split("/")[0]
-    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=1", f"--data.text={text}"]
+    settings = [*SMALL_QUICKSTART, "--trainer.max_epochs=1", f"--data.text={text}"]
     found = plan_as_json(command, *settings)
     assert (found["steps"], found["total"] > 0) == (None, True)
     assert says in found["notes"]["text"]
@@ -85,7 +93,7 @@ def test_plan_of_an_unreadable_text_prints_the_rest(
 
 
 def test_settings_that_plan_does_not_count_are_named(command: Command) -> None:
-    settings = [QUICKSTART, *SMALL, "--trainer.max_steps=1", "--keep_freed_memory=false"]
+    settings = [*SMALL_QUICKSTART, "--trainer.max_steps=1", "--keep_freed_memory=false"]
     assert plan_as_json(command, *settings)["notes"] == {}
     settings += ["--data.document_mask=true", "--model.compile=true"]
     notes = plan_as_json(command, *settings)["notes"]
@@ -143,7 +151,7 @@ def test_bad_input_is_refused_in_one_line(
 
 
 def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
-    settings = [QUICKSTART, *SMALL]
+    settings = [*SMALL_QUICKSTART]
     for batch, nearest in (("size=5", "6"), ("tokens=100", "96"), ("tokens=80", "96")):
         arguments = [*settings, f"--data.global_batch_{batch}"]
         errors = command("fit", *arguments).err, command("plan", *arguments).err
@@ -153,7 +161,7 @@ def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
 
 
 def test_nearest_batch_has_at_most_all_windows(command: Command) -> None:
-    arguments = [QUICKSTART, *SMALL, "--data.stride=130", "--data.global_batch_size=5"]
+    arguments = [*SMALL_QUICKSTART, "--data.stride=130", "--data.global_batch_size=5"]
     assert (
         plan_as_json(command, *arguments[:-1], "--trainer.max_epochs=1", "--data.batch_size=1")[
             "steps"

@@ -11,7 +11,6 @@ from gpt_lightning.cli.parsing import parse
 from helpers import (
     FSDP,
     QUICKSTART,
-    SMALL,
     SMALL_QUICKSTART,
     Command,
     assert_refused,
@@ -241,7 +240,7 @@ def test_wrong_value_is_refused_in_plain_words(command: Command, arguments: str,
 def test_bad_data_setting_is_refused(
     command: Command, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
-    assert_refused(command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1", *arguments), *parts)
+    assert_refused(command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1", *arguments), *parts)
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from helpers import (
     ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
     python,
 )
 
-FIT = ("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1")
+FIT = ("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1")
 
 
 Redirect = Callable[..., io.TextIOWrapper]

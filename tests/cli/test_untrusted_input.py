@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import (
-    ROOT,
+    QUICKSTART,
     SMALL,
+    SMALL_QUICKSTART,
     Command,
     assert_refused,
 )
@@ -63,7 +64,7 @@ def test_yaml_runs_no_code(
     (tmp_path / "evil.py").write_text("import os\nos.mkdir('canary')\nclass Canary: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.yaml").write_text(YAMLS[name])
-    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", "--config=mine.yaml", *SMALL,
+    result = command("fit", QUICKSTART, "--config=mine.yaml", *SMALL,
                    "--trainer.max_steps=1")  # fmt: skip
     assert result.code == 2
     assert result.err.count("\n") == 1, result.err
@@ -107,7 +108,7 @@ class Canary:
 def test_checkpoint_runs_no_code(command: Command, make: Callable[[], Any]) -> None:
     make()
     for option in ("--ckpt_path", "--init_from"):
-        result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL[6:],
+        result = command("fit", *SMALL_QUICKSTART[6:],
                        "--trainer.max_steps=1", f"{option}=x.ckpt")  # fmt: skip
         assert result.code == 2
         assert result.err.count("\n") == 1, result.err

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from gpt_lightning import GPTLightningModule
-from helpers import ROOT, SMALL, Command, python
+from helpers import QUICKSTART, SMALL, Command, python
 
 
 def test_validate_does_not_depend_on_the_batch_size(fit: Command, command: Command) -> None:
@@ -86,7 +86,7 @@ def test_interrupted_validation(command: Command, fit: Command) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    config = f"--config={ROOT}/configs/quickstart.yaml"
+    config = QUICKSTART
     with mock.patch.object(GPTLightningModule, "validation_step", interrupt):
         result = command("validate", config, *SMALL, "--ckpt_path=last")
     assert result.code == 130

@@ -12,7 +12,7 @@ from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 from gpt_lightning.data.token_store import open_store
 from gpt_lightning.data.tokenizer import encode_corpus
 from gpt_lightning.storage import checksum
-from helpers import ROOT, SMALL, Command, assert_refused, mutate
+from helpers import QUICKSTART, SMALL, SMALL_QUICKSTART, Command, assert_refused, mutate
 from token_stores import PARAGRAPHS, SAMPLE, as_earlier_version, store_tokens, write_lines
 
 
@@ -73,9 +73,7 @@ def test_store_of_another_tokenizer_is_refused(
     manifest = token_store.read_manifest(prepared)
     manifest["tokenizer"] = {"name": "cl100k_base"}
     checksum.write_self_checksummed(prepared / "manifest.json", token_store.KIND, manifest)
-    result = command(
-        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--data.text={prepared}"
-    )
+    result = command("fit", *SMALL_QUICKSTART, f"--data.text={prepared}")
     assert_refused(result, "another tokenizer (cl100k_base)")
     assert not Path("checkpoints").exists()
 
@@ -101,7 +99,7 @@ def test_fit_and_validate_read_a_store(command: Command, tmp_path: Path) -> None
     assert result.code == 0, result.err
     output = json.loads(result.out)
     assert sum(output["tokens"].values()) == len(encode_corpus(SAMPLE))
-    config = f"--config={ROOT}/configs/quickstart.yaml"
+    config = QUICKSTART
     small = [argument for argument in SMALL if not argument.startswith("--data.t")]
     result = command("fit", config, *small, "--data.text=store", "--data.train_ratio=0.3",
                    "--trainer.max_steps=2")  # fmt: skip

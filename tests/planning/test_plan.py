@@ -13,7 +13,7 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.planning.memory import StepShape
 from gpt_lightning.planning.plan import RunSpec, plan
 from gpt_lightning.pretrained.weights import read_checkpoint
-from helpers import PRETRAIN, QUICKSTART, ROOT, SMALL, Command, plan_as_json
+from helpers import PRETRAIN, QUICKSTART, ROOT, SMALL, SMALL_QUICKSTART, Command, plan_as_json
 
 DOC = ROOT / "docs" / "plan.md"
 
@@ -74,7 +74,7 @@ def test_memory_of_a_run_is_the_predicted_one(plan_benchmark: ModuleType, run: i
 
 
 def test_plan_counts_the_steps_of_an_epoch_as_fit_does(command: Command) -> None:
-    settings = [QUICKSTART, *SMALL, "--trainer.max_epochs=2", "--data.batch_size=3"]
+    settings = [*SMALL_QUICKSTART, "--trainer.max_epochs=2", "--data.batch_size=3"]
     found = plan_as_json(command, *settings)
     assert command("fit", *settings).code == 0
     assert (
@@ -98,7 +98,7 @@ def test_plan_counts_the_steps_of_an_epoch_as_fit_does(command: Command) -> None
     ids=" ".join,
 )
 def test_plan_counts_steps_and_tokens_as_fit_does(command: Command, settings: list[str]) -> None:
-    settings = [QUICKSTART, *SMALL, "--data.num_workers=0", *settings]
+    settings = [*SMALL_QUICKSTART, "--data.num_workers=0", *settings]
     found = plan_as_json(command, *settings)
     result = command("fit", *settings, "--evaluation.prompt=null")
     assert result.code == 0, result.err
@@ -125,7 +125,7 @@ def test_time_is_divided_by_devices_and_fit_is_unknown_without_a_memory_size() -
 
 def test_checkpoint_has_the_predicted_size(command: Command, fit: Command) -> None:
     arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1", "--model.config.emb_dim=16")
-    found = plan_as_json(command, QUICKSTART, *SMALL, *arguments)
+    found = plan_as_json(command, *SMALL_QUICKSTART, *arguments)
     fit("--run=sized", *arguments)
     folder = Path("checkpoints/sized")
     assert (folder / "last.ckpt").stat().st_size == pytest.approx(found["checkpoint"], rel=0.01)

@@ -12,8 +12,7 @@ from gpt_lightning import load_model
 from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.load import read_weights
 from helpers import (
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
 )
 from weight_files import (
@@ -67,7 +66,7 @@ def test_a_books_gpt2_is_tied(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fit_to_convert(command: Command) -> Path:
-    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+    result = command("fit", *SMALL_QUICKSTART,
                    "--trainer.max_steps=2", "--model.config.qkv_bias=true", "--run=r",
                    "--model.config.tied_embeddings=false")  # fmt: skip
     assert result.code == 0, result.err

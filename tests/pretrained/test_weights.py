@@ -11,7 +11,7 @@ from gpt_lightning import GPTConfig, GPTModel, load_model
 from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.load import read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, write_lightning
-from helpers import ROOT, Command
+from helpers import QUICKSTART, ROOT, Command
 from random_gpt2 import random_gpt2
 from weight_files import assert_same_logits, book_model, nanogpt_file, random_ids
 
@@ -144,6 +144,6 @@ def test_checkpoint_with_wrapped_names_cannot_be_resumed(command: Command) -> No
     content |= {"optimizer_states": [{}], "loops": {}, "tokens_seen": 0}
     content["state_dict"] = {f"_orig_mod.{n}": t for n, t in content["state_dict"].items()}
     torch.save(content, "wrapped.ckpt")
-    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", "--ckpt_path=wrapped.ckpt")
+    result = command("fit", QUICKSTART, "--ckpt_path=wrapped.ckpt")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "has other names than a run's checkpoint; give it as --init_from" in result.err

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from callbacks import RemovesFiles
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.resume import latest_valid_checkpoint
-from helpers import ROOT, SMALL, Command
+from helpers import SMALL_QUICKSTART, Command
 from runs import RUN, THREE_EPOCHS, same_runs, same_weights
 
 
@@ -102,7 +102,7 @@ def test_training_continues_after_a_full_disk(fit: Command, asynchronous: str) -
 
 
 def test_training_stops_after_a_full_disk_if_asked(command: Command, fit: Command) -> None:
-    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, *FULL_DISK,
+    result = command("fit", *SMALL_QUICKSTART, *FULL_DISK,
                    "--trainer.max_steps=4", "--checkpoint.on_failure=stop")  # fmt: skip
     assert result.code == 2
     assert "No space left on device" in result.err.splitlines()[-1]
@@ -134,7 +134,7 @@ def test_needed_disk_space_depends_on_the_precision(
     real = Path("checkpoints/real/last.ckpt").stat().st_size
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 98 // 100))
-    arguments = ["fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1",
+    arguments = ["fit", *SMALL_QUICKSTART, "--trainer.max_steps=1",
                  f"--trainer.precision={precision}"]  # fmt: skip
     result = command(*arguments)
     assert result.code == 2
@@ -148,7 +148,7 @@ def test_missing_disk_space_is_refused_before_the_first_step(
 ) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=14_000_000))
-    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+    result = command("fit", *SMALL_QUICKSTART,
                    "--trainer.max_steps=1")  # fmt: skip
     assert result.code == 2
     assert "needs 0.04 GB for 4 files of 0.01 GB, 0.01 GB are free" in result.err.splitlines()[-1]

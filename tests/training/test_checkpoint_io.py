@@ -24,8 +24,7 @@ from gpt_lightning.training.checkpoint_io import (
 from gpt_lightning.training.resume import checkpoint_to_resume
 from helpers import (
     ENVIRONMENT,
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
     mutate,
     python,
@@ -246,7 +245,7 @@ def test_value_that_would_not_load_is_named(content: Any, key: str) -> None:
 
 
 def test_run_with_a_value_that_would_not_load_is_refused(command: Command) -> None:
-    result = command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+    result = command("fit", *SMALL_QUICKSTART,
                    "--trainer.max_steps=1", "--allow_import=callbacks",
                    "--trainer.callbacks+=callbacks.HoldsAPath")  # fmt: skip
     assert result.code == 2

@@ -13,8 +13,7 @@ from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.storage.checksum import MANIFEST
 from gpt_lightning.training.resume import latest_valid_checkpoint
 from helpers import (
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
 )
 from runs import (
@@ -27,7 +26,7 @@ from runs import (
 def test_run_that_failed_before_its_first_checkpoint_starts_with_auto(
     command: Command, fit: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = (f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_steps=1")
+    arguments = (*SMALL_QUICKSTART, "--trainer.max_steps=1")
     result = command("fit", *arguments, "--allow_import=callbacks",
                    "--trainer.callbacks+=callbacks.HoldsAPath")  # fmt: skip
     assert result.code == 2

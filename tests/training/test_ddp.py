@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import (
-    QUICKSTART,
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
     python,
 )
@@ -54,7 +52,7 @@ def test_run_of_two_processes_resumes_in_one_process(fit: Command, tmp_path: Pat
     common = (*BARE, "--data.global_batch_size=4", "--data.batch_size=1", "--evaluation.eval_freq=1",
               "--evaluation.eval_iter=null")  # fmt: skip
     fit(*common, "--run=one", "--trainer.max_steps=7")
-    result = python("-m", "gpt_lightning", "fit", QUICKSTART, *SMALL, *common, "--run=two",
+    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, *common, "--run=two",
                   "--trainer.max_steps=5", "--trainer.devices=2", "--trainer.strategy=ddp",
                   cwd=tmp_path, timeout=100)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -73,7 +71,7 @@ def test_run_of_two_processes_resumes_in_one_process(fit: Command, tmp_path: Pat
 @pytest.mark.slow
 def test_ddp_run_equals_a_run_of_one_process(fit: Command, tmp_path: Path) -> None:
     """The losses equal those of one process with the same global batch, also after a resume."""
-    base = ("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL)
+    base = ("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART)
     extra = (
         "--evaluation.eval_freq=2",
         "--evaluation.eval_iter=null",

@@ -21,7 +21,7 @@ from helpers import (
     DDP,
     ENVIRONMENT,
     ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     python,
 )
 
@@ -50,7 +50,7 @@ class HashEachStep(Callback):
 
 
 FIT = [
-    "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--trainer.max_epochs=-1",
+    "fit", *SMALL_QUICKSTART, "--trainer.max_epochs=-1",
     "--evaluation.eval_freq=50", "--evaluation.prompt=null", "--model.config.drop_rate=0.1",
     f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.HashEachStep",
     "--checkpoint.every_n_train_steps=1000", "--checkpoint.save_best=false",

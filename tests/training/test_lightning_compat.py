@@ -17,7 +17,7 @@ from gpt_lightning.training.module import GPTLightningModule
 from helpers import (
     ENVIRONMENT,
     ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     TINY_MODEL,
     Command,
     python,
@@ -239,7 +239,7 @@ def test_fast_loop_of_two_processes_equals_lightnings_loop(tmp_path: Path, strat
     for name in ("own", "lightnings"):
         loop = [] if name == "own" else [f"--trainer.callbacks+={__name__}.LightningsLoop"]
         result = python(
-            "-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+            "-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,
             f"--config={ROOT}/configs/{strategy}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu",
             "--trainer.precision=32-true", "--trainer.accumulate_grad_batches=2", "--trainer.gradient_clip_val=0.5",
             "--trainer.max_steps=5", "--trainer.max_epochs=-1", "--model.config.drop_rate=0.1", f"--run={name}",

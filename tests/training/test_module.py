@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from gpt_lightning.model import gpt
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import module
-from helpers import ROOT, SMALL, Command, python
+from helpers import SMALL_QUICKSTART, Command, python
 from runs import BARE, last_checkpoint
 
 
@@ -90,7 +90,7 @@ def test_compiled_blocks_train_as_uncompiled_ones(fit: Command, tmp_path: Path) 
     torch's compiler gives warnings, which are errors here."""
     settings = ["--model.config.drop_rate=0", "--model.warmup_steps=0", "--model.lr=0.0001"]
     plain = trained(fit, "plain", *settings)
-    result = python("-m", "gpt_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,
                   "--run=compiled", "--trainer.max_steps=20", "--trainer.max_epochs=-1", *settings,
                   "--model.compile=true", cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import QUICKSTART, ROOT, SMALL, SMALL_QUICKSTART, Command, assert_refused
+from helpers import SMALL_QUICKSTART, Command, assert_refused
 from runs import BARE, file_times
 
 LINES = [f"Line {i} of a text of its own.\n" for i in range(300)]
@@ -86,7 +86,7 @@ def test_batch_size_that_does_not_divide_the_position_is_refused(
     fit: Command, command: Command
 ) -> None:
     fit("--trainer.max_steps=5")
-    again = ("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last")
+    again = ("fit", *SMALL_QUICKSTART, "--ckpt_path=last")
     result = command(*again, "--data.batch_size=4")
     assert (
         "cut after 10 windows of an epoch, which is not a multiple of 4 windows per batch"
@@ -100,7 +100,7 @@ def test_global_batch_that_does_not_divide_the_position_is_refused(
 ) -> None:
     fit(*BARE, "--trainer.max_steps=3")
     result = command(
-        "fit", QUICKSTART, *SMALL, *BARE, "--ckpt_path=last", "--data.global_batch_size=4"
+        "fit", *SMALL_QUICKSTART, *BARE, "--ckpt_path=last", "--data.global_batch_size=4"
     )
     assert_refused(
         result,
@@ -112,7 +112,7 @@ def test_checkpoint_of_another_run_is_refused(fit: Command, command: Command) ->
     fit("--trainer.max_steps=1")
     fit("--trainer.max_steps=1", "--run=other")
     result = command(
-        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+        "fit", *SMALL_QUICKSTART,
         "--ckpt_path=checkpoints/other/last.ckpt",
     )  # fmt: skip
     assert result.code == 2
@@ -124,7 +124,7 @@ def test_resume_of_another_architecture_is_refused_with_both_values(
 ) -> None:
     fit("--trainer.max_steps=2")
     result = command(
-        "fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--ckpt_path=last",
+        "fit", *SMALL_QUICKSTART, "--ckpt_path=last",
         "--trainer.max_steps=9", "--model.config.emb_dim=32",
     )  # fmt: skip
     assert result.code == 2

@@ -11,7 +11,7 @@ import torch
 
 from gpt_lightning import GPTLightningModule, load_model
 from gpt_lightning.training.verify_resume import compare_checkpoints
-from helpers import ROOT, SMALL, Command
+from helpers import QUICKSTART, SMALL, Command
 from runs import (
     BARE,
     RUN,
@@ -90,7 +90,7 @@ def test_interrupted_run_resumes_from_its_last_checkpoint(
     extra = (*THREE_EPOCHS, "--checkpoint.every_n_train_steps=2")
     fit("--run=straight", *extra)
     at_step_5(interrupt)
-    config = f"--config={ROOT}/configs/quickstart.yaml"
+    config = QUICKSTART
     result = command("fit", config, *SMALL, *extra, "--run=cut")
     assert result.code == 130
     assert result.err.endswith(
@@ -109,7 +109,7 @@ def test_sys_exit_is_not_an_interrupt(
     def leave(*_: Any) -> None:
         raise SystemExit(code)
 
-    config = f"--config={ROOT}/configs/quickstart.yaml"
+    config = QUICKSTART
     with (
         mock.patch.object(GPTLightningModule, "training_step", leave),
         pytest.raises(SystemExit) as left,

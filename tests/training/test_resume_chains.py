@@ -17,15 +17,14 @@ from forked_runs import POINTS, Runs, Stop
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.verify_resume import compare_checkpoints
 from helpers import (
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
 )
 from runs import (
     file_times,
 )
 
 TINY_RUN = [
-    f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--run=r", "--model.config.emb_dim=4",
+    *SMALL_QUICKSTART, "--run=r", "--model.config.emb_dim=4",
     "--model.config.n_layers=1", "--model.config.n_heads=1", "--model.config.drop_rate=0.1",
     "--evaluation.eval_freq=2", "--throughput.every_n_steps=3", "--evaluation.log_next_token=true",
     "--trainer.callbacks+=gpt_lightning.training.verify_resume.WindowRecorder",

@@ -17,8 +17,7 @@ import pytest
 from gpt_lightning.training import run_lock
 from gpt_lightning.training.run_lock import LOCK, RunLock
 from helpers import (
-    QUICKSTART,
-    SMALL,
+    SMALL_QUICKSTART,
     Command,
 )
 from runs import (
@@ -64,7 +63,7 @@ def test_second_fit_of_a_run_is_refused_and_changes_nothing(
     write_lock(lock_of(other.pid))
     before = {path: path.stat().st_mtime_ns for path in RUN.iterdir()}
     for arguments in (["--ckpt_path=last"], ["--ckpt_path=auto"], []):
-        result = command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=4", *arguments)
+        result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=4", *arguments)
         assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
         for part in (f"process {other.pid} on {socket.gethostname()}", "since 2026-01-01T00:00:00"):
             assert part in result.err
@@ -74,7 +73,7 @@ def test_second_fit_of_a_run_is_refused_and_changes_nothing(
         arguments = {
             "validate": ["--ckpt_path=last", "--run=quickstart"],
             "generate": [f"--from={RUN}", "--prompt=A", "--max_new_tokens=1"],
-            "plan": [QUICKSTART, *SMALL],
+            "plan": [*SMALL_QUICKSTART],
         }[verb]
         assert command(verb, *arguments).code == 0
     # another run is not locked
@@ -135,7 +134,7 @@ def test_recent_heartbeat_of_a_process_elsewhere_blocks(
             time.sleep(0.2)
             fit("--trainer.max_steps=1")
             return
-    result = command("fit", QUICKSTART, *SMALL, "--trainer.max_steps=1")
+    result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1")
     assert result.code == 2
     assert "is being trained by process" in result.err
 
@@ -208,7 +207,7 @@ def test_holder_renews_its_heartbeat_and_reports_a_lost_lock(
 
 def test_one_of_two_simultaneous_fits_is_refused(tmp_path: Path) -> None:
     """Through the command: one trains the run, the other is refused."""
-    arguments = [sys.executable, "-m", "gpt_lightning", "fit", QUICKSTART, *SMALL,
+    arguments = [sys.executable, "-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,
                  "--trainer.max_steps=40", "--trainer.max_epochs=-1", "--ckpt_path=auto"]  # fmt: skip
     both = [
         subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -16,8 +16,7 @@ from gpt_lightning.training import skip_step as bad_steps
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.skip_step import SkipBadSteps
 from helpers import (
-    ROOT,
-    SMALL,
+    SMALL_QUICKSTART,
     TINY_MODEL,
     Command,
 )
@@ -75,7 +74,7 @@ def watcher(monkeypatch: pytest.MonkeyPatch) -> type[Watcher]:
 
 
 def watched_fit(command: Command, *arguments: str) -> Any:
-    return command("fit", f"--config={ROOT}/configs/quickstart.yaml", *SMALL,
+    return command("fit", *SMALL_QUICKSTART,
                    f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Watcher",
                    "--trainer.max_steps=6", "--trainer.max_epochs=-1",
                    "--model.config.drop_rate=0.1", "--checkpoint.every_n_train_steps=1", *TINY_MODEL,

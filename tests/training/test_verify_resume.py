@@ -12,11 +12,11 @@ from lightning.pytorch import Callback
 
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.training.verify_resume import compare_checkpoints, plan_short_run
-from helpers import DDP, ENVIRONMENT, QUICKSTART, ROOT, SMALL, Command, python
+from helpers import DDP, ENVIRONMENT, SMALL_QUICKSTART, Command, python
 
 
 def test_verify_resume_finds_an_exact_run(tmp_path: Path) -> None:
-    small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, "--evaluation.eval_freq=2"]
+    small = [*SMALL_QUICKSTART, "--evaluation.eval_freq=2"]
     result = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=3",
                   "--json", "--out=kept", cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -77,7 +77,7 @@ class LosesAnEpoch(Callback):
 
 @pytest.mark.slow
 def test_verify_resume_finds_a_lost_epoch(tmp_path: Path) -> None:
-    small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--allow_import={__name__}",
+    small = [*SMALL_QUICKSTART, f"--allow_import={__name__}",
              f"--trainer.callbacks+={__name__}.LosesAnEpoch"]  # fmt: skip
     result = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=3",
                   cwd=tmp_path, env=ENVIRONMENT)  # fmt: skip
@@ -96,7 +96,7 @@ class Disturbed(Callback):
 
 @pytest.mark.slow
 def test_verify_resume_finds_inexact_weights(tmp_path: Path) -> None:
-    small = [f"--config={ROOT}/configs/quickstart.yaml", *SMALL, f"--allow_import={__name__}",
+    small = [*SMALL_QUICKSTART, f"--allow_import={__name__}",
              f"--trainer.callbacks+={__name__}.Disturbed"]  # fmt: skip
     result = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=2",
                   cwd=tmp_path, env=ENVIRONMENT)  # fmt: skip
@@ -121,8 +121,7 @@ def test_verify_resume_refuses_bad_input(command: Command, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_verify_resume_on_two_processes(tmp_path: Path) -> None:
-    result = python("-m", "gpt_lightning", "verify-resume", f"--config={ROOT}/configs/quickstart.yaml",
-                  *SMALL, *DDP, "--steps=3", "--more_steps=3", "--json", cwd=tmp_path)  # fmt: skip
+    result = python("-m", "gpt_lightning", "verify-resume", *SMALL_QUICKSTART, *DDP, "--steps=3", "--more_steps=3", "--json", cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["exact"] is True
 
@@ -130,7 +129,7 @@ def test_verify_resume_on_two_processes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_verify_resume_with_mixture_documents_and_workers(tmp_path: Path) -> None:
     result = python(
-        "-m", "gpt_lightning", "verify-resume", QUICKSTART, *SMALL, "--steps=4", "--more_steps=3",
+        "-m", "gpt_lightning", "verify-resume", *SMALL_QUICKSTART, "--steps=4", "--more_steps=3",
         "--data.global_batch_tokens=64", "--data.num_workers=2", "--data.document_mask=true",
         f'--data.mixture={{"sample": 1, "{__file__}": 2}}', "--data.train_ratio=0.5",
         "--max_tokens=100000000", "--json", cwd=tmp_path,

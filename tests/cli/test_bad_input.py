@@ -205,7 +205,7 @@ def test_missing_home_folder_is_reported(
 
 
 def test_tilde_is_the_home_folder_in_lists_of_paths(
-    command: Command, trained_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()

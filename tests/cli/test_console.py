@@ -19,7 +19,7 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_sweep_texts_are_below_the_table_at_any_width(
-    command: Command, trained_run: str, monkeypatch: pytest.MonkeyPatch, width: int
+    command: Command, trained_run: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     on_terminal(monkeypatch, width)
     result = command("report", "sweep", f"--from={trained_run}", "--prompt=The clock", "--temperatures=[0,1]",
@@ -53,7 +53,7 @@ def test_tables_are_never_cut_off(
 
 
 def test_control_characters_are_escaped_on_a_terminal(
-    command: Command, trained_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In texts, tables and messages. A pipe gets the text unchanged, and newlines and tabs stay."""
     prompt = "The\tclock\n\x1b]0;owned\x07\x1b[31m\x9b1m"

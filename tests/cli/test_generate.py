@@ -71,7 +71,7 @@ def test_generate_from_a_file_that_is_not_a_model_is_refused(
     assert_refused(command("generate", "--prompt=x"), "--from SOURCE")
 
 
-def test_prompts_are_not_parsed_as_markup(command: Command, trained_run: str) -> None:
+def test_prompts_are_not_parsed_as_markup(command: Command, trained_run: Path) -> None:
     prompt = "[/b] costs $x^^$ :smile:"
     base = ("report", "sweep", f"--from={trained_run}", f"--prompt={prompt}", "--temperatures=[1]",
             "--top_k=[5]", "--num_samples=2", "--max_new_tokens=3", "--out=grid")  # fmt: skip
@@ -83,7 +83,7 @@ def test_prompts_are_not_parsed_as_markup(command: Command, trained_run: str) ->
 
 
 def test_prompts_come_from_options_file_and_standard_input(
-    command: Command, trained_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ("generate", f"--from={trained_run}", "--max_new_tokens=6", "--json")
     single = json_of(command(*base, "--prompt=The clock"))
@@ -116,7 +116,7 @@ def test_prompts_come_from_options_file_and_standard_input(
 )
 def test_texts_of_the_command_line_have_priority_over_a_config(
     command: Command,
-    trained_run: str,
+    trained_run: Path,
     tmp_path: Path,
     config: str,
     arguments: list[str],
@@ -156,7 +156,7 @@ def test_sources_of_the_command_line_have_priority_over_a_config(
 )
 def test_prompt_is_the_same_from_every_origin(
     command: Command,
-    trained_run: str,
+    trained_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     content: bytes,
@@ -174,9 +174,9 @@ def test_prompt_is_the_same_from_every_origin(
 
 
 def test_byte_order_mark_in_a_models_config_is_ignored(
-    command: Command, trained_run: str, tmp_path: Path
+    command: Command, trained_run: Path, tmp_path: Path
 ) -> None:
-    assert command("convert", trained_run, "model", "--format=hf").code == 0
+    assert command("convert", str(trained_run), "model", "--format=hf").code == 0
     (tmp_path / "model" / "manifest.json").unlink()
     config = tmp_path / "model" / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
@@ -188,7 +188,7 @@ def test_byte_order_mark_in_a_models_config_is_ignored(
 
 
 def test_num_samples_differ_and_streaming_prints_the_same_text(
-    command: Command, trained_run: str
+    command: Command, trained_run: Path
 ) -> None:
     base = ("generate", f"--from={trained_run}", "--prompt=The clock", "--max_new_tokens=8")
     many = json_of(command(*base, "--temperature=1", "--num_samples=3", "--json"))
@@ -198,7 +198,7 @@ def test_num_samples_differ_and_streaming_prints_the_same_text(
     assert command(*base, "--num_samples=2").out.count("---") == 2
 
 
-def test_stop_string_ends_the_text(command: Command, trained_run: str) -> None:
+def test_stop_string_ends_the_text(command: Command, trained_run: Path) -> None:
     base = ("generate", f"--from={trained_run}", "--prompt=The clock", "--max_new_tokens=30",
             "--temperature=1", "--eos_id=null")  # fmt: skip
     text = command(*base).out.rstrip("\n")
@@ -284,12 +284,12 @@ def test_stop_string_ends_the_text(command: Command, trained_run: str) -> None:
     ids=lambda value: " ".join(value[:4]),
 )
 def test_bad_input_is_refused_in_one_line(
-    command: Command, trained_run: str, tmp_path: Path, arguments: list[str], parts: list[str]
+    command: Command, trained_run: Path, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     (tmp_path / "latin").write_bytes("Übermut".encode("latin-1"))
     (tmp_path / "utf-16").write_bytes("Übermut".encode("utf-16"))
     (tmp_path / "number.yaml").write_bytes(b"prompt: 3")
-    result = command(*[argument.replace("RUN", trained_run) for argument in arguments])
+    result = command(*[argument.replace("RUN", str(trained_run)) for argument in arguments])
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("gpt_lightning: error: ")
     assert result.err.count("\n") == 1

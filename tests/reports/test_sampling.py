@@ -57,7 +57,7 @@ def test_given_tokens_and_logits_are_sampled(command: Command) -> None:
 
 
 def test_next_tokens_of_a_model_are_sampled(
-    command: Command, trained_run: str, tmp_path: Path
+    command: Command, trained_run: Path, tmp_path: Path
 ) -> None:
     completed = command(
         "report", "sampling", f"--from={trained_run}", "--prompt=The clock", "--show=6",
@@ -75,7 +75,7 @@ def test_next_tokens_of_a_model_are_sampled(
         ]
 
 
-def test_token_option_adds_a_row_of_the_model(command: Command, trained_run: str) -> None:
+def test_token_option_adds_a_row_of_the_model(command: Command, trained_run: Path) -> None:
     completed = command(
         "report", "sampling", f"--from={trained_run}", "--prompt=The clock", "--token= pizza",
         "--show=2", "--temperatures=[1]", "--json",

@@ -16,7 +16,7 @@ from helpers import (
 
 
 def test_sweep_writes_metrics_and_an_offline_page(
-    command: Command, trained_run: str, tmp_path: Path
+    command: Command, trained_run: Path, tmp_path: Path
 ) -> None:
     result = command(
         "report", "sweep", f"--from={trained_run}", "--prompt=The clock", "--temperatures=[0,1]",
@@ -46,7 +46,7 @@ def test_sweep_writes_metrics_and_an_offline_page(
 
 
 def test_sweep_page_explains_its_metrics_and_shows_each_text_once(
-    command: Command, trained_run: str, tmp_path: Path
+    command: Command, trained_run: Path, tmp_path: Path
 ) -> None:
     """The greedy text occurs once, 'identical' counts texts, and the report has the result of exercise 5.3."""
     base = ("report", "sweep", f"--from={trained_run}", "--prompt=The clock", "--temperatures=[0,1]",
@@ -89,7 +89,7 @@ def test_a_text_that_differs_from_the_plain_loop_is_reported() -> None:
 
 
 def test_sweep_page_loads_nothing_in_a_browser(
-    command: Command, trained_run: str, tmp_path: Path
+    command: Command, trained_run: Path, tmp_path: Path
 ) -> None:
     """The page shows the grid and requests no resource. (The browser itself may call its maker.)"""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from helpers import ENVIRONMENT
+
 POINTS = (
     "batch",  # before a batch
     "evaluation",  # between the losses of the two splits
@@ -43,10 +45,9 @@ class Runs:
     """The process that forks."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -61,18 +62,13 @@ class Runs:
         self._process.communicate(timeout=60)
 
     def run(self, folder: Path, arguments: list[str], stop: Stop | None = None) -> int:
-        """``gpt_lightning ARGUMENTS`` in ``folder``; the exit code, or less the signal that ended it."""
+        """Run ``gpt_lightning ARGUMENTS`` in ``folder``; return the exit code, or minus the signal that ended it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"folder": str(folder), "arguments": arguments, "stop": stop}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(json.loads(self._process.stdout.readline()))
-
-
-def _python_path() -> str:
-    here = str(Path(__file__).parent)
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 # --- the process ----------------------------------------------------------------------------------
@@ -95,7 +91,7 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> None:
-    """In a fork, which ends here."""
+    """Run the command in a fork, which ends here."""
     from gpt_lightning.cli.main import main
 
     code = 99
@@ -115,7 +111,7 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _stop_at(stop: Stop) -> None:
-    """Have the process send itself the signal at its point."""
+    """Let the process send the signal to itself at the given point."""
     from lightning.pytorch.loops.fit_loop import _FitLoop
 
     from gpt_lightning.training import checkpoint_callback, checkpoint_io, evaluation

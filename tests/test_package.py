@@ -1,7 +1,6 @@
-"""What the package promises about itself: its layers, its imports, its start."""
+"""The package: its layers, its imports, its start."""
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -11,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python
 
 import gpt_lightning
+from helpers import ROOT, python
 
 PACKAGE = ROOT / "gpt_lightning"
 
@@ -62,6 +61,17 @@ def test_imports_run_downwards(path: Path) -> None:
     if "/" in place:
         rooms = {n.split(".")[1] for n in names if n.startswith("gpt_lightning.")}
         assert rooms - AT_TOP <= LAYERS[place.split("/")[0]]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "tests").rglob("*.py")),
+    ids=lambda p: p.relative_to(ROOT / "tests").as_posix(),
+)
+def test_no_test_imports_from_a_test_file(path: Path) -> None:
+    """What several test files use is in helpers.py and the modules beside it."""
+    parts = {part for name in imported(path) for part in name.split(".")}
+    assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
 
 
 # the private names of other packages that the package uses outside training/lightning_compat.py
@@ -117,7 +127,7 @@ def names_we_define(path: Path) -> set[str]:
 
 
 def test_private_names_of_libraries_are_the_listed_ones() -> None:
-    """A new one belongs in training/lightning_compat.py; one that is gone leaves the list."""
+    """A new name belongs in training/lightning_compat.py; a name that is no longer used leaves the list."""
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "lightning_compat.py"]
     ours = {"_asdict"}.union(*map(names_we_define, files))
     used = {path.relative_to(PACKAGE).as_posix(): private_names(path) - ours for path in files}
@@ -126,9 +136,9 @@ def test_private_names_of_libraries_are_the_listed_ones() -> None:
 
 
 def loaded_by(code: str) -> set[str]:
-    done = python("-c", f"import sys; {code}; sys.stderr.write(' '.join(sys.modules))")
-    assert done.returncode == 0, done.stderr
-    return set(done.stderr.split())
+    result = python("-c", f"import sys; {code}; sys.stderr.write(' '.join(sys.modules))")
+    assert result.returncode == 0, result.stderr
+    return set(result.stderr.split())
 
 
 def test_package_and_its_model_do_not_import_lightning() -> None:
@@ -145,13 +155,13 @@ def test_package_and_its_model_do_not_import_lightning() -> None:
 )
 def test_help_imports_no_more_than_it_needs(verb: str, option: str, left_out: set[str]) -> None:
     code = f"from gpt_lightning.cli.main import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass"
-    done = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
-    assert option in done.stdout
-    assert not left_out & set(done.stderr.split())
+    result = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
+    assert option in result.stdout
+    assert not left_out & set(result.stderr.split())
 
 
 def processor_seconds(*arguments: str) -> float:
-    """The least of three; other processes' work beside it takes none of them."""
+    """The least processor time of three runs."""
     taken = []
     for _ in range(3):
         before = os.times()
@@ -171,8 +181,8 @@ def test_help_costs_little_more_than_lightning() -> None:
 
 def test_script_is_the_same_command() -> None:
     script = Path(sys.executable).parent / "gpt-lightning"
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"gpt_lightning {gpt_lightning.__version__}\n"
+    result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"gpt_lightning {gpt_lightning.__version__}\n"
 
 
 def test_version_is_written_once() -> None:
@@ -193,42 +203,10 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_module_runs_as_a_command(tmp_path: Path) -> None:
-    done = python("-m", "gpt_lightning", "fit", "--model.lrr=1", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
+    result = python("-m", "gpt_lightning", "fit", "--model.lrr=1", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
     assert (
-        done.stderr == "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?\n"
+        result.stderr
+        == "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?\n"
     )
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        pytest.param("generation", ["--repeats=1"], marks=pytest.mark.slow),
-        pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
-        pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
-        ("windows", []),
-        pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
-        pytest.param("plan", [], marks=pytest.mark.nightly),
-        pytest.param("loading", [], marks=pytest.mark.slow),
-        pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
-    ],
-)
-def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> None:
-    done = python(f"benchmarks/{name}.py", "--tiny", *arguments, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["targets"]
-    assert all({"name", "value", "passed"} <= set(target) for target in result["targets"])
-    assert result["machine"]["versions"]["torch"]
-
-
-@pytest.mark.parametrize("ready", ["", "echo ready\nread line\n"])
-def test_a_peer_that_dies_says_why(tmp_path: Path, ready: str) -> None:
-    """benchmarks/worker.py, of a process that ends before it is ready, or instead of a step."""
-    peer = tmp_path / "python"
-    peer.write_text(f"#!/bin/sh\n{ready}echo 'MemoryError: none left' >&2\nexit 3\n")
-    peer.chmod(0o755)
-    program = f"from worker import Worker; Worker('train', {str(peer)!r}, 'litgpt', {{}}).go()"
-    done = python("-c", program, cwd=ROOT / "benchmarks")
-    assert done.stderr.endswith("RuntimeError: litgpt: ended with 3: MemoryError: none left\n")

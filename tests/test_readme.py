@@ -1,10 +1,11 @@
-"""README's commands parse, its tree is the tree, its links into the code exist."""
+"""README: its commands parse, its tree equals the package, the files it names exist."""
 
 import re
 import shlex
 
 import pytest
-from conftest import ROOT, Command, reference
+
+from helpers import ROOT, Command, reference
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(

@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, Command
+
+from helpers import ROOT, SMALL, Command
 
 VERIFY_RESUME = f"verify-resume --config={ROOT}/configs/quickstart.yaml {shlex.join(SMALL)}"
 

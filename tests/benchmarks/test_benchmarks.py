@@ -1,0 +1,44 @@
+"""The benchmarks run, and end with one line of JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import (
+    ROOT,
+    python,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        pytest.param("generation", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
+        ("windows", []),
+        pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("plan", [], marks=pytest.mark.nightly),
+        pytest.param("loading", [], marks=pytest.mark.slow),
+        pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
+    ],
+)
+def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> None:
+    completed = python(f"benchmarks/{name}.py", "--tiny", *arguments, cwd=ROOT)
+    assert completed.returncode == 0, completed.stderr
+    result = json.loads(completed.stdout.splitlines()[-1])
+    assert result["targets"]
+    assert all({"name", "value", "passed"} <= set(target) for target in result["targets"])
+    assert result["machine"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("ready", ["", "echo ready\nread line\n"])
+def test_error_of_a_peer_process_is_shown(tmp_path: Path, ready: str) -> None:
+    """benchmarks/worker.py, of a process that ends before it is ready, or instead of a step."""
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\n{ready}echo 'MemoryError: none left' >&2\nexit 3\n")
+    peer.chmod(0o755)
+    program = f"from worker import Worker; Worker('train', {str(peer)!r}, 'litgpt', {{}}).go()"
+    result = python("-c", program, cwd=ROOT / "benchmarks")
+    assert result.stderr.endswith("RuntimeError: litgpt: ended with 3: MemoryError: none left\n")

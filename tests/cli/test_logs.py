@@ -1,0 +1,154 @@
+"""Log messages: --quiet and --verbose choose them, a Python program silences them."""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND, log_to_stderr
+from helpers import (
+    SMALL_QUICKSTART,
+    Command,
+    python,
+)
+
+FIT = ("fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
+
+
+@contextmanager
+def stderr_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[bytearray]:
+    """Make standard error a pseudo-terminal; after the block, the bytes that were written to it."""
+    pty = pytest.importorskip("pty")
+    controller, descriptor = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # at the end of the terminal
+            while chunk := os.read(controller, 4096):
+                shown.extend(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with monkeypatch.context() as patch, open(descriptor, "w", encoding="utf-8") as stream:
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stderr", stream)
+        yield shown
+    reader.join()
+    os.close(controller)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_quiet_fit_shows_results_and_warnings_only(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stderr_on_a_terminal(monkeypatch) as shown:
+        # a setting that has no effect, so that there is a warning
+        result = command(*FIT, "--trainer.log_every_n_steps=1", "--quiet")
+    assert result.code == 0
+    assert "The tower clock" in result.out
+    line = b"gpt_lightning: trainer.log_every_n_steps: has no effect"
+    assert shown.startswith(line)
+    assert shown.count(b"\n") == 1
+
+    with stderr_on_a_terminal(monkeypatch) as shown:
+        assert command(*FIT, "--run=again").code == 0
+    assert b"eta" in shown  # the progress bar
+    assert b"checkpoints/again: done" in shown
+
+
+def test_quiet_command_still_reports_errors(command: Command) -> None:
+    result = command("generate", "--from=nowhere", "--prompt=x", "--quiet")
+    assert result.code == 2
+    assert result.err.startswith("gpt_lightning: error: nowhere: does not exist")
+
+
+LIGHTNING_INFO = "`Trainer.fit` stopped"  # one of Lightning's messages, at the end of each run
+
+
+def test_only_verbose_fit_shows_lightnings_messages(command: Command, tmp_path: Path) -> None:
+    """In a process of its own, because Lightning sets up its logger when it is imported."""
+    result = python("-m", "gpt_lightning", *FIT, "--verbose", "--run=verbose", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert LIGHTNING_INFO in result.stderr
+    assert LIGHTNING_INFO not in result.stdout
+    quiet = command(*FIT)
+    assert LIGHTNING_INFO not in quiet.err + quiet.out
+
+
+def test_quiet_and_verbose_contradict(command: Command) -> None:
+    result = command("fit", "--quiet", "--verbose")
+    assert (result.code, result.err) == (
+        2,
+        "gpt_lightning: error: quiet: contradicts --verbose; give one of them\n",
+    )
+
+
+def test_only_the_options_are_taken_from_the_arguments(command: Command) -> None:
+    """``quiet``, ``verbose`` and ``debug`` are also words that a user may give as a value."""
+    for word in ("quiet", "verbose", "debug"):
+        assert f"{word}: does not exist" in command("generate", "--from", word, "--prompt=x").err
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["", "fit", "validate", "plan", "generate", "report", "report sampling", "report sweep",
+     "report sizes", "download", "prepare", "convert", "verify-resume"],
+)  # fmt: skip
+def test_every_help_names_the_options_of_every_command(
+    command: Command, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    shown = ""
+    with suppress(SystemExit):  # argparse ends so, after it has printed the help
+        shown = command(*verb.split(), "--help").out
+    shown += capsys.readouterr().out
+    assert OPTIONS_OF_EVERY_COMMAND in " ".join(shown.split())
+
+
+def test_profilers_report_is_shown_even_by_quiet(command: Command) -> None:
+    result = command(*FIT, "--trainer.profiler=simple", "--quiet")
+    assert result.code == 0
+    assert "Profiler Report" in result.err
+
+
+def test_main_leaves_no_handler_behind(command: Command) -> None:
+    def handlers() -> dict[str, list[logging.Handler]]:
+        names = ("gpt_lightning", "lightning.pytorch.profilers")
+        return {name: logging.getLogger(name).handlers[:] for name in names}
+
+    logger = logging.getLogger("gpt_lightning")
+    before = handlers(), logger.level, logger.propagate
+    command("--version")
+    command(*FIT)
+    command("nonsense", "--verbose")
+    assert (handlers(), logger.level, logger.propagate) == before
+    with pytest.raises(KeyError), log_to_stderr(logging.DEBUG):
+        raise KeyError
+    assert (handlers(), logger.level, logger.propagate) == before
+
+
+LIBRARY = """
+import logging, sys, torch
+from gpt_lightning import GPTConfig, GPTModel
+{setup}
+from gpt_lightning.pretrained.load import logger
+logger.info("an info"); logger.warning("a warning")
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "shown"),
+    [
+        ("", "a warning\n"),  # as Python's logging does for every library
+        ("logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')",
+         "gpt_lightning.pretrained.load an info\ngpt_lightning.pretrained.load a warning\n"),
+        ("logging.getLogger('gpt_lightning').setLevel(logging.ERROR)", ""),
+    ],
+)  # fmt: skip
+def test_python_program_decides_what_it_sees(setup: str, shown: str) -> None:
+    result = python("-c", LIBRARY.format(setup=setup))
+    assert (result.returncode, result.stderr) == (0, shown)

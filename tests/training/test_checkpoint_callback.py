@@ -1,0 +1,175 @@
+"""When checkpoints are saved, and what happens when a save fails."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import RemovesFiles
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.checkpoint_io import corruption_reason, read_manifest
+from gpt_lightning.training.resume import latest_valid_checkpoint
+from helpers import SMALL_QUICKSTART, Command
+from runs import RUN, THREE_EPOCHS, same_runs, same_weights
+
+
+def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
+    fit(
+        "--trainer.max_steps=12",
+        "--evaluation.eval_freq=2",
+        "--model.lr=0.3",
+        "--model.config.emb_dim=16",
+    )  # which soon raises the loss again
+    rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    losses = {
+        int(row.split(",")[0]): float(row.split(",")[header.index("val_loss")]) for row in rows[1:]
+    }
+    best_step = min(losses, key=lambda step: losses[step])
+    assert best_step != max(losses)
+    best = torch.load("checkpoints/quickstart/best.ckpt", weights_only=True)
+    assert best["global_step"] == best_step + 1
+
+
+def test_asynchronous_save_changes_nothing(fit: Command) -> None:
+    fit("--run=waiting", *THREE_EPOCHS)
+    fit("--run=background", *THREE_EPOCHS, "--checkpoint.async_save=true")
+    assert same_runs("waiting", "background")
+    for name in ("last", "best"):
+        assert same_weights(
+            f"checkpoints/waiting/{name}.ckpt", f"checkpoints/background/{name}.ckpt"
+        )
+
+
+FULL_DISK = (f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.FullDisk",
+             "--checkpoint.save_best=false", "--checkpoint.every_n_train_steps=1")  # fmt: skip
+
+
+class StopAfterTwoEpochs(Callback):
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_failed_last_save_is_repeated_at_the_end(fit: Command, asynchronous: str) -> None:
+    """The save at the end of the second epoch fails, and a callback stops the run there."""
+    arguments = [a for a in FULL_DISK if "every_n" not in a]
+    fit("--trainer.max_epochs=9", f"--checkpoint.async_save={asynchronous}", *arguments,
+        f"--trainer.callbacks+={__name__}.StopAfterTwoEpochs")  # fmt: skip
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 14
+
+
+class FullDisk(Callback):
+    """Callback with which the second save fails as on a full disk."""
+
+    failing_save = 2
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        io = trainer.strategy.checkpoint_io
+        real, saves = io._write, []
+
+        def write(checkpoint: Any, path: Path) -> None:
+            saves.append(path)
+            if len(saves) == self.failing_save:
+                raise OSError(28, "No space left on device")
+            real(checkpoint, path)
+
+        io._write = write
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_checkpoint_that_was_not_saved_is_not_the_best(
+    fit: Command, asynchronous: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All losses are equal, so the first one is the lowest; its save fails."""
+    monkeypatch.setattr(FullDisk, "failing_save", 1)
+    fit("--trainer.max_steps=4", *FULL_DISK, "--checkpoint.save_best=true", "--model.lr=0",
+        f"--checkpoint.async_save={asynchronous}", "--evaluation.eval_freq=1")  # fmt: skip
+    assert read_checkpoint(RUN / "best.ckpt")["global_step"] == 2
+    assert read_checkpoint(RUN / "last.ckpt")["global_step"] == 4
+
+
+@pytest.mark.parametrize("before", ["no best.ckpt", "an older best.ckpt"])
+def test_resumed_run_names_the_best_checkpoint_that_a_kill_left_unnamed(
+    fit: Command, before: str
+) -> None:
+    """Evaluations follow steps 1 and 3, and the second one is better."""
+    arguments = ["--evaluation.eval_freq=2", "--checkpoint.every_n_train_steps=100"]
+    fit("--trainer.max_steps=1", *arguments)
+    older = (RUN / "best.ckpt").read_bytes()
+    fit("--trainer.max_steps=3", *arguments, "--ckpt_path=last")
+    assert (RUN / "best.ckpt").samefile(RUN / "last.ckpt")
+    (RUN / "best.ckpt").unlink()
+    if before == "an older best.ckpt":
+        (RUN / "best.ckpt").write_bytes(older)
+    fit("--trainer.max_steps=4", *arguments, "--ckpt_path=last")
+    assert read_checkpoint(RUN / "best.ckpt")["global_step"] == 3
+    assert corruption_reason(RUN / "best.ckpt", read_manifest(RUN)) == ""
+    assert read_checkpoint(RUN / "last.ckpt")["global_step"] == 4
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_training_continues_after_a_full_disk(fit: Command, asynchronous: str) -> None:
+    result = fit("--trainer.max_steps=4", f"--checkpoint.async_save={asynchronous}", *FULL_DISK)
+    lines = [line for line in result.err.splitlines() if "No space left" in line]
+    assert len(lines) == 1
+    assert "last.ckpt: cannot be written" in lines[0]
+    assert "training continues" in lines[0]
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 4
+
+
+def test_training_stops_after_a_full_disk_if_asked(command: Command, fit: Command) -> None:
+    result = command("fit", *SMALL_QUICKSTART, *FULL_DISK,
+                   "--trainer.max_steps=4", "--checkpoint.on_failure=stop")  # fmt: skip
+    assert result.code == 2
+    assert "No space left on device" in result.err.splitlines()[-1]
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 1
+    fit("--trainer.max_steps=4", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["last.ckpt"], ["last.ckpt", "previous.ckpt", "best.ckpt"], ["manifest.json", "last.ckpt"]],
+)
+def test_removed_files_are_saved_again_at_once(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    monkeypatch.setattr(RemovesFiles, "names", names)
+    result = fit("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=1", "--evaluation.eval_freq=1",
+               "--allow_import=callbacks", "--trainer.callbacks+=callbacks.RemovesFiles")  # fmt: skip
+    assert f"{RUN / 'last.ckpt'} is gone" in result.err
+    assert "cannot be written" not in result.err
+    assert read_checkpoint(latest_valid_checkpoint(RUN))["global_step"] == 3
+    fit("--trainer.max_steps=5", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16-true", 2), ("32-true", 4), ("64-true", 8)])
+def test_needed_disk_space_depends_on_the_precision(
+    fit: Command, command: Command, monkeypatch: pytest.MonkeyPatch, precision: str, size: int
+) -> None:
+    fit("--run=real", "--trainer.max_steps=1", f"--trainer.precision={precision}")
+    real = Path("checkpoints/real/last.ckpt").stat().st_size
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 98 // 100))
+    arguments = ["fit", *SMALL_QUICKSTART, "--trainer.max_steps=1",
+                 f"--trainer.precision={precision}"]  # fmt: skip
+    result = command(*arguments)
+    assert result.code == 2
+    assert f"for 4 files of {real / 1e9:.2f} GB" in result.err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 102 // 100))
+    assert command(*arguments).code == 0
+
+
+def test_missing_disk_space_is_refused_before_the_first_step(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=14_000_000))
+    result = command("fit", *SMALL_QUICKSTART,
+                   "--trainer.max_steps=1")  # fmt: skip
+    assert result.code == 2
+    assert "needs 0.04 GB for 4 files of 0.01 GB, 0.01 GB are free" in result.err.splitlines()[-1]
+    assert not RUN.exists()

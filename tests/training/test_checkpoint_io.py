@@ -1,0 +1,364 @@
+"""One checkpoint file: a crash, a full disk or damage leaves the previous one."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpt_lightning import GPTLightningModule
+from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.storage.checksum import MANIFEST, write_manifest
+from gpt_lightning.training.checkpoint_io import (
+    AtomicCheckpointIO,
+    check_content,
+    corruption_reason,
+    read_manifest,
+)
+from gpt_lightning.training.resume import checkpoint_to_resume
+from helpers import (
+    ENVIRONMENT,
+    SMALL_QUICKSTART,
+    Command,
+    mutate,
+    python,
+)
+from runs import (
+    RUN,
+    same_bits,
+    small_checkpoint,
+)
+
+
+def test_checkpoints_hold_tensors_and_primitives_only(fit: Command) -> None:
+    fit("--trainer.max_epochs=1")
+    for name in ("last", "best"):
+        checkpoint = torch.load(f"checkpoints/quickstart/{name}.ckpt", weights_only=True)
+        assert checkpoint["hyper_parameters"]["config"]["emb_dim"] == 8
+    module = GPTLightningModule.load_from_checkpoint("checkpoints/quickstart/last.ckpt")
+    assert module.config.emb_dim == 8
+    assert not list(Path("checkpoints/quickstart").glob(".*"))
+
+
+CRASHES = """
+import os, sys
+from pathlib import Path
+from runs import same_bits, small_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training import checkpoint_io as module
+from gpt_lightning.training.resume import latest_valid_checkpoint
+
+folder = Path(sys.argv[1])
+old, new = small_checkpoint(1), small_checkpoint(2)
+best = {"also_named": "best.ckpt"}
+
+def dying_at(point):
+    passed = []
+    def pass_by(name):
+        passed.append(name)
+        if len(passed) == point:
+            print(name, flush=True)
+            os._exit(137)
+    def around(holder, name):
+        real = getattr(holder, name)
+        def wrapped(*arguments):
+            pass_by(f"before {name}")
+            result = real(*arguments)
+            pass_by(f"after {name}")
+            return result
+        setattr(holder, name, wrapped)
+    for name in ("fsync", "replace", "link"):
+        around(module.os, name)
+    real_write = module._HashingFile.write
+    def write(self, data):
+        half = bytes(data)[: len(data) // 2]
+        if len(data) > 500:
+            self._file.write(half)
+            pass_by("half-way through a write")
+            self._file.seek(-len(half), 1)
+        return real_write(self, data)
+    module._HashingFile.write = write
+
+point = 0
+while True:
+    point += 1
+    run = folder / str(point)
+    io = module.AtomicCheckpointIO()
+    for step, options in ((0, best), (1, None)):
+        io.save_checkpoint(small_checkpoint(step), run / "last.ckpt", options)
+    child = os.fork()
+    if not child:
+        dying_at(point)
+        io.save_checkpoint(new, run / "last.ckpt", best)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found = latest_valid_checkpoint(run)
+    state = read_checkpoint(found)
+    whole = same_bits(state, old) or same_bits(state, new)
+    assert whole and found.name == "last.ckpt", (point, found)
+    assert not code or same_bits(read_checkpoint(run / "last.ckpt"), state)
+    # best.ckpt is never ahead of last.ckpt
+    kept = read_checkpoint(run / "best.ckpt")
+    assert same_bits(kept, small_checkpoint(0)) or same_bits(kept, state), point
+    assert code or same_bits(kept, new)
+    # the next save works with what is left, and removes it
+    module.remove_leftovers(run)
+    later = module.AtomicCheckpointIO()
+    later.load_checkpoint(found)
+    later.save_checkpoint(small_checkpoint(3), run / "last.ckpt")
+    assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(3))
+    assert same_bits(read_checkpoint(run / "previous.ckpt"), state)
+    assert same_bits(read_checkpoint(run / "best.ckpt"), kept)
+    for name in ("previous.ckpt", "best.ckpt"):
+        assert module.corruption_reason(run / name, module.read_manifest(run)) == ""
+    names = {"last.ckpt", "previous.ckpt", "best.ckpt", "manifest.json"}
+    assert {p.name for p in run.iterdir()} == names
+    if code == 0:
+        break
+    assert code == 137
+print(point - 1, "points")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_crash_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
+    result = python("-c", CRASHES, str(tmp_path), env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    *points, count = result.stdout.splitlines()
+    assert int(count.split()[0]) == len(points) >= 20
+    for name in ("half-way through a write", "before fsync", "after fsync", "before replace",
+                 "after replace", "before link", "after link"):  # fmt: skip
+        assert name in points
+
+
+def test_save_writes_syncs_records_renames_and_syncs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def name_of(what: Any) -> str:
+        """Name of a path or of an open file descriptor."""
+        if not isinstance(what, int):
+            return Path(what).name
+        there = (tmp_path, *tmp_path.iterdir())
+        return next(p.name for p in there if os.path.samestat(p.stat(), os.fstat(what)))
+
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(what: Any, *rest: Any) -> Any:
+            order.append(f"{name} {name_of(what)}")
+            return real(what, *rest)
+
+        return noted
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
+    assert order[:6] == [
+        "fsync .last.ckpt.tmp", "fsync .manifest.json.tmp", "replace .manifest.json.tmp",
+        f"fsync {tmp_path.name}", "replace .last.ckpt.tmp", f"fsync {tmp_path.name}",
+    ]  # fmt: skip
+
+
+FULL_DISK_PROGRAM = """
+import resource, signal, sys
+from pathlib import Path
+from runs import same_bits, small_checkpoint
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.checkpoint_io import AtomicCheckpointIO
+from gpt_lightning.training.resume import latest_valid_checkpoint
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = Path(sys.argv[1])
+io = AtomicCheckpointIO(async_save=sys.argv[2] == "asynchronous")
+io.save_checkpoint(small_checkpoint(1), run / "last.ckpt")
+io.finish()
+size = (run / "last.ckpt").stat().st_size
+for point in range(30):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (point * size // 30, resource.RLIM_INFINITY))
+    io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
+    io.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    failure = io.failures.pop("last.ckpt", None)
+    assert "last.ckpt: cannot be written" in str(failure), (point, failure)
+    assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(1)), point
+    assert {p.name for p in run.iterdir()} == {"last.ckpt", "manifest.json"}, point
+io.save_checkpoint(small_checkpoint(2), run / "last.ckpt")
+io.finish()
+assert not io.failures
+assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint(2))
+"""
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_disk_full_at_any_point_of_a_save_leaves_the_previous_checkpoint(
+    tmp_path: Path, mode: str
+) -> None:
+    result = python("-c", FULL_DISK_PROGRAM, str(tmp_path), mode, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_failed_first_save_is_reported(tmp_path: Path) -> None:
+    io = AtomicCheckpointIO()
+    (tmp_path / "run").write_text("a file where the folder should be")
+    io.save_checkpoint(small_checkpoint(1), tmp_path / "run" / "last.ckpt")
+    assert str(io.failures["last.ckpt"]).endswith("; there is no such file")
+
+
+def test_manifest_of_an_earlier_version_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its manifest has no kind and no checksum of itself."""
+    AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / "last.ckpt")
+    entries = read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"checkpoints": entries}, indent=1) + "\n")
+    assert read_manifest(tmp_path) == entries
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:-1])
+    assert "manifest.json recorded" in corruption_reason(tmp_path / "last.ckpt", entries)
+    assert not caplog.records
+
+
+def test_manifest_does_not_grow(tmp_path: Path) -> None:
+    for name in ("best.ckpt", "last.ckpt", "last.ckpt"):
+        AtomicCheckpointIO().save_checkpoint(small_checkpoint(1), tmp_path / name)
+    for _ in range(3):  # best and previous are there, and not read
+        io = AtomicCheckpointIO()
+        io.load_checkpoint(tmp_path / "last.ckpt")
+        for step in range(2, 12):
+            io.save_checkpoint(small_checkpoint(step), tmp_path / "last.ckpt")
+            assert len(read_manifest(tmp_path) or []) <= 9
+        for name in ("best.ckpt", "last.ckpt", "previous.ckpt"):
+            assert corruption_reason(tmp_path / name, read_manifest(tmp_path)) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"callbacks": {"Mine": {"path": Path("x")}}}, "checkpoint.callbacks.Mine.path"),
+        ({"a": [1, {"b": np.float64(1.0)}]}, "checkpoint.a.1.b"),
+        ({"a": {Path("k"): 1}}, "a key of checkpoint.a"),
+        ({"a": (lambda: 0)}, "checkpoint.a"),
+        ({"a": np.zeros(2)}, "checkpoint.a"),
+    ],
+)
+def test_value_that_would_not_load_is_named(content: Any, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: is a "):
+        check_content(content)
+    check_content({"a": [1, 2.0, None, True, b"x", "y", (torch.ones(1), {3})], 4: torch.float32})
+
+
+def test_run_with_a_value_that_would_not_load_is_refused(command: Command) -> None:
+    result = command("fit", *SMALL_QUICKSTART,
+                   "--trainer.max_steps=1", "--allow_import=callbacks",
+                   "--trainer.callbacks+=callbacks.HoldsAPath")  # fmt: skip
+    assert result.code == 2
+    assert ".where: is a pathlib.PosixPath" in result.err.splitlines()[-1]
+    assert not (RUN / "last.ckpt").exists()
+
+
+MUTATIONS = 2000
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[], Any]]]:
+    """Files to mutate, and functions that read them: they return the original content or refuse."""
+    folder = tmp_path_factory.mktemp("targets")
+    run, hf = folder / "run", folder / "hf"
+    io = AtomicCheckpointIO()
+    for step in (1, 2):
+        io.save_checkpoint(small_checkpoint(step), run / "last.ckpt")
+    bare = folder / "bare" / "last.ckpt"
+    bare.parent.mkdir()
+    shutil.copy(run / "last.ckpt", bare)
+    hf.mkdir()
+    from gpt_lightning import GPTConfig, GPTModel
+    from gpt_lightning.pretrained.huggingface import write_huggingface
+    from gpt_lightning.pretrained.weights import ModelWeights
+
+    config = GPTConfig(vocab_size=40, context_length=4, emb_dim=8, n_heads=2, n_layers=1,
+                       qkv_bias=True, tied_embeddings=True)  # fmt: skip
+    write_huggingface(ModelWeights(config, GPTModel(config).state_dict()), hf)
+    write_manifest(hf, [path.name for path in hf.iterdir()])
+
+    def resumed() -> Any:
+        path, config = checkpoint_to_resume(run, "last", {})
+        return AtomicCheckpointIO().load_checkpoint(path)["state_dict"], config
+
+    def source(path: Path) -> Callable[[], Any]:
+        def read() -> Any:
+            found = read_weights(str(path))
+            return found.config, {name: t.clone() for name, t in found.state_dict.items()}
+
+        return read
+
+    return {
+        "checkpoint": (run / "last.ckpt", resumed),
+        "manifest": (run / MANIFEST, resumed),
+        "checkpoint without manifest": (bare, source(bare)),
+        "safetensors": (hf / "model.safetensors", source(hf)),
+        "config.json": (hf / "config.json", source(hf)),
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["checkpoint", "manifest", "checkpoint without manifest", "safetensors", "config.json"]
+)
+@pytest.mark.usefixtures("messages")
+def test_damaged_file_is_noticed(
+    targets: dict[str, tuple[Path, Callable[[], Any]]],
+    what: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, read = targets[what]
+    original = path.read_bytes()
+    expected = read()
+    before = [small_checkpoint(1)["state_dict"], expected[1]]  # what previous.ckpt holds
+    rng = random.Random(what)
+    refused = fallen_back = 0
+    for _ in range(MUTATIONS // 5):
+        mutated = mutate(original, rng)
+        path.write_bytes(mutated)
+        caplog.clear()
+        try:
+            found = read()
+        except (ValueError, OSError):
+            refused += 1
+            continue
+        if same_bits(found[0], before[0]):
+            assert "is damaged" in caplog.text
+            fallen_back += 1
+        else:  # nothing that was read has changed
+            assert same_bits(list(found), list(expected)), mutated
+    path.write_bytes(original)
+    assert same_bits(list(read()), list(expected))
+    if what == "checkpoint":
+        assert fallen_back > 0.95 * MUTATIONS / 5
+    elif what != "manifest":
+        assert refused > 0.5 * MUTATIONS / 5
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_best_stays_when_last_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    def link(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    io, last, best = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    io.save_checkpoint(small_checkpoint(1), last, {"also_named": "best.ckpt"})
+    assert best.samefile(last) == has_links
+    for step in (2, 3, 4):
+        io.save_checkpoint(small_checkpoint(step), last)
+        assert same_bits(read_checkpoint(best), small_checkpoint(1))
+        assert same_bits(read_checkpoint(last), small_checkpoint(step))
+        assert corruption_reason(best, read_manifest(tmp_path)) == ""
+    assert not io.failures
+    assert not list(tmp_path.glob(".*"))

@@ -33,7 +33,7 @@ from gpt_lightning.pretrained.weights import read_checkpoint
 
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 PRETRAIN = ROOT / "configs" / "pretrain-124M.yaml"
-DOC = ROOT / "docs" / "plan.md"
+DOC = ROOT / "docs" / "planning.md"
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,20 @@
-"""README's commands parse, its tree is the tree, its links into the code exist."""
+"""README's commands parse, the tree of the docs is the tree, links into the code exist."""
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command, reference
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted(DOCS.rglob("*.md")),
+]
 COMMANDS = sorted(
     set(re.findall(r"^python -m gpt_lightning (.+)$", README, re.M))
     | set(
@@ -36,7 +44,8 @@ def test_there_are_commands() -> None:
 
 
 def test_tree_is_the_tree() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
+    page = (DOCS / "design" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.split("## The tree")[1].split("```")[1]
     named, folders = set(), [""] * 9
     for indent, name in re.findall(r"^( *)(\S+)", tree, re.M):
         depth = len(indent) // 2
@@ -60,7 +69,8 @@ def test_quickstart_has_one_block_that_runs_and_one_that_tests() -> None:
 
 
 def test_table_of_digits_is_the_books() -> None:
-    table = README.split("## The book's run")[1].split("## ")[0]
+    page = (DOCS / "book-run.md").read_text(encoding="utf-8")
+    table = page.split("## Losses")[1].split("\n## ")[0]
     cells = re.findall(r"(\d+) \| (\d+) \| (\S+) / (\S+) \| (\S+) / (\S+)", table)
     expected = [
         (str(e), str(s), f"{t:.3f}", f"{v:.3f}")
@@ -72,12 +82,9 @@ def test_table_of_digits_is_the_books() -> None:
     assert all(row[2:4] == row[4:6] for row in cells)
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "CONTRIBUTING.md", "docs/plan.md", "docs/scaling.md", "benchmarks/README.md"],
-)
-def test_files_that_a_page_names_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)`", text):
-        folders = ("", "gpt_lightning", "tests", "benchmarks")
+        folders = ("", "gpt_lightning", "tests", "benchmarks", "docs")
         assert any((ROOT / folder / name).is_file() for folder in folders), name

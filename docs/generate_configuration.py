@@ -30,8 +30,9 @@ GROUPS = {
     "throughput.": ("throughput", "The log of the training speed."),
     "trainer.": (
         "trainer",
-        "Arguments of Lightning's `Trainer`, with Lightning's own descriptions. `gpt_lightning` fixes some of "
-        "the defaults: it writes checkpoints and TensorBoard events itself, and validates with `evaluation.*`.",
+        "Arguments of Lightning's `Trainer`, with Lightning's descriptions. Some differ here: `gpt_lightning` writes "
+        "checkpoints and TensorBoard events itself and validates with `evaluation.*`, so `limit_val_batches` is 0 "
+        "unless it is given. `fit` warns about a setting that has no effect.",
     ),
 }
 

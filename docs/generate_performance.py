@@ -120,7 +120,7 @@ def gpu_decoding() -> str:
                 results[key]["tokens_per_second"][0] if key in results else None for key in keys
             ]
             rows.append([f"{size}, batch {batch}", *(f"{r:,.0f}" if r else "" for r in rates)])
-    return table(["", "eager", "CUDA graph", "own kernels", "transformers"], rows)
+    return table(["", "eager", "CUDA graph", "fused kernels", "transformers"], rows)
 
 
 def preparing() -> str:

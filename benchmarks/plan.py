@@ -1,6 +1,6 @@
 """Compare `plan` with real runs: python benchmarks/plan.py [--gpu] [--tiny]
 
-First the table of docs/plan.md is printed: GPT-2's four sizes on 1, 8 and 64 GPUs. With --table that is all. Then
+First the table of docs/planning.md is printed: GPT-2's four sizes on 1, 8 and 64 GPUs. With --table that is all. Then
 `fit` runs on the CPU with three configurations, three times each, in separate processes. For each configuration the
 median of the peak resident sets is compared with what `plan` predicts for the same command. With --gpu `fit` runs on
 the GPU instead, once with each of five configurations, and the peak of `torch.cuda.max_memory_allocated` is compared.

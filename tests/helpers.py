@@ -46,7 +46,7 @@ GPT2 = (f"--config={ROOT}/configs/gpt2.yaml", "--trainer.accelerator=cpu")
 PRETRAIN = ROOT / "configs" / "pretrain-124M.yaml"
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FSDP = (f"--config={ROOT}/configs/fsdp.yaml", "--trainer.devices=2", "--trainer.precision=32-true")
-SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+SCALING = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 # --- commands and what they answer ----------------------------------------------------------------
 

@@ -15,7 +15,7 @@ CHUNK = 1024  # tokens per chunk of the loss, where chunks are proposed
 MOMENTS = 2  # of AdamW, for each weight
 
 # On a CPU, memory that glibc's malloc keeps beside what is in use, as a share of all that a step allocates and
-# frees: by keep_freed_memory. Fitted to runs of `fit`, see docs/plan.md
+# frees: by keep_freed_memory. Fitted to runs of `fit`, see docs/planning.md
 KEPT_BY_MALLOC = {True: 0.75, False: 0.3}
 
 ENDLESS = 2**62  # steps

@@ -15,7 +15,7 @@ from gpt_lightning.planning.plan import RunSpec, plan
 from gpt_lightning.pretrained.weights import read_checkpoint
 from helpers import PRETRAIN, QUICKSTART, ROOT, SMALL, SMALL_QUICKSTART, Command, plan_as_json
 
-DOC = ROOT / "docs" / "plan.md"
+DOC = ROOT / "docs" / "planning.md"
 
 
 def documented(plan_benchmark: ModuleType) -> list[str]:

@@ -271,13 +271,13 @@ def test_validation_counts_each_window_once(folder: Path) -> None:
 
 
 def block_after(heading: str) -> str:
-    """The first block of commands under a heading of docs/scaling.md."""
+    """The first block of commands under a heading of docs/distributed.md."""
     return SCALING.split(f"## {heading}\n")[1].split("```")[1].split("\n", 1)[1]
 
 
 @pytest.mark.slow
 def test_two_nodes_under_torchrun(folder: Path) -> None:
-    """The command of docs/scaling.md, once for each node; the settings of the run ``one`` are added to it."""
+    """The command of docs/distributed.md, once for each node; the settings of the run ``one`` are added to it."""
     (line,) = [x for x in block_after("Several machines: torchrun").replace("\\\n", " ").splitlines()
                if x.startswith("torchrun")]  # fmt: skip
     config = "--config configs/quickstart.yaml --config configs/fsdp.yaml"

@@ -246,7 +246,7 @@ class PlanCLI(TrainingCLI):
         return step.micro_batches(batch_size, devices, given, windows), True
 
     def length(self, spec: RunSpec, epoch: EpochShape | None) -> tuple[int | None, int | None]:
-        """Tokens and optimizer steps of the run, as ``fit`` counts them; None: not known."""
+        """Tokens and optimizer steps of the run, as ``fit`` counts them; ``None``: not known."""
         config, trainer = self.config, self.config.trainer
         max_steps = -1 if trainer.max_steps is None else int(trainer.max_steps)
         max_epochs, max_tokens = trainer.max_epochs, config.get("max_tokens")
@@ -267,7 +267,7 @@ class PlanCLI(TrainingCLI):
         return epoch.tokens_after(steps), steps
 
     def epoch(self, spec: RunSpec) -> EpochShape | None:
-        """An epoch of the run; None: its text is not here."""
+        """An epoch of the run; ``None``: its text is not here."""
         windows, trainer = self._train_windows, self.config.trainer
         if windows is None:
             return None
@@ -288,7 +288,7 @@ class PlanCLI(TrainingCLI):
 
     @cached_property
     def _train_windows(self) -> int | None:
-        """Training windows; None: the text is not here, or cannot be read."""
+        """Training windows; ``None``: the text is not here, or cannot be read."""
         data = self.config.data
         length = window_length(data.context_length, self.architecture.context_length)
         texts = list(data.mixture) if data.mixture else [data.text]
@@ -302,7 +302,7 @@ class PlanCLI(TrainingCLI):
         return sum(window_count(tokens, length, data.stride or length) for tokens in counts)
 
     def peak(self, spec: RunSpec) -> float | None:
-        """Peak FLOP/s of one device: the given one, the named GPU's or this machine's; None: not known."""
+        """Peak FLOP/s of one device: the given one, the named GPU's or this machine's; ``None``: not known."""
         if self.config.peak_tflops is not None:
             return float(self.config.peak_tflops) * 1e12
         precision = spec.step.precision
@@ -316,7 +316,7 @@ class PlanCLI(TrainingCLI):
         return peak
 
     def device_memory(self, spec: RunSpec) -> int | None:
-        """Bytes of one device: the given ones, the named GPU's or this machine's; None: not known."""
+        """Bytes of one device: the given ones, the named GPU's or this machine's; ``None``: not known."""
         if self.config.device_memory_gb is not None:
             return int(self.config.device_memory_gb * 1e9)
         if self.config.gpu is not None:

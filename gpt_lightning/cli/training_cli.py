@@ -87,7 +87,7 @@ class TrainingCLI(LightningCLI):
                 "give the text and its windows with --config"
             )
         given = {name for name in ("text", "mixture") if _is_given(f"data.{name}", self.arguments)}
-        if given:  # another text, or several, in place of the run's
+        if given:  # the run's text is replaced
             data = {key: value for key, value in data.items() if key not in ("text", "mixture")}
         return [
             f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -37,7 +37,7 @@ class EpochShape:
         return epochs * self.steps + last - -(-after_batches // self.accumulate)
 
     def steps_of_run(self, max_steps: int, max_epochs: int | None) -> int | None:
-        """Optimizer steps of a run with Lightning's limits, where -1 or None is no limit; None: it has none."""
+        """Optimizer steps of a run with Lightning's limits, where -1 or None is no limit; ``None``: it has none."""
         limits = [max_steps] if max_steps >= 0 else []
         if max_epochs is not None and max_epochs >= 0:
             limits.append(max_epochs * self.steps)

@@ -19,10 +19,10 @@ class GPTConfig:
         n_layers: Number of transformer blocks.
         drop_rate: Dropout rate after the embeddings, on the attention weights and before each shortcut
             (residual) connection.
-        attn_drop_rate: Dropout rate on the attention weights; ``None``: ``drop_rate``. Any rate above 0
+        attn_drop_rate: Dropout rate on the attention weights; null = drop_rate. Any rate above 0
             disables the fastest attention kernels; on a CPU attention is then 1.5 to 4 times slower. On a
             CPU in bfloat16, windows of up to 512 tokens draw other random numbers than torch's fused kernel.
-        emb_drop_rate: Dropout rate after the embeddings; ``None``: ``drop_rate``.
+        emb_drop_rate: Dropout rate after the embeddings; null = drop_rate.
         qkv_bias: Whether the query, key and value projections have a bias (True in GPT-2, False in the
             book).
         tied_embeddings: Whether the output head shares the weights of the token embedding (True in

@@ -87,7 +87,7 @@ class MemoryBreakdown:
 
 
 def step_memory(shape: StepShape) -> MemoryBreakdown:
-    """Memory at the moment of a step that holds most, once the run is under way."""
+    """Memory at the moment of a step that holds most, after the first step."""
     return max(_moments(shape), key=lambda moment: moment.total)
 
 

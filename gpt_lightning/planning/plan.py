@@ -57,7 +57,7 @@ class RunSpec:
         return self.step.batch_size * self.devices
 
     def epoch(self, batches: int | None) -> EpochShape:
-        """An epoch of so many micro-batches on each device; None: the text is not here, so it never ends."""
+        """An epoch of so many micro-batches on each device; ``None``: the text is not here, so it never ends."""
         if batches is None:
             batches = ENDLESS * self.micro_batches
         return EpochShape(batches, self.micro_batches, self.windows_per_batch * self.step.length)
@@ -88,10 +88,10 @@ class Plan:
         checkpoint: One file.
         disk: All files of a run, and the one being written.
         steps: Optimizer steps for ``tokens``.
-        steps_per_epoch, epochs: Of the run; None: the text is not here.
+        steps_per_epoch, epochs: Of the run; ``None``: the text is not here.
         hours: For ``tokens``, at ``mfu`` of ``peak_flops`` per device.
-        device_memory: What a device has; None: not known.
-        nearest: What to change where it does not fit; None: it fits, or no change that plan knows is enough.
+        device_memory: What a device has; ``None``: not known.
+        nearest: What to change where it does not fit; ``None``: it fits, or no change that plan knows is enough.
         least: What remains with all changes that plan knows, where that is not enough.
     """
 
@@ -135,11 +135,11 @@ def plan(
 
     Args:
         tokens: To train on.
-        steps: Optimizer steps for that; None: as many as see all ``tokens``.
-        epoch: What an epoch has; None: the text is not here.
-        peak_flops: Highest FLOP/s of one device; None: the time is not known.
+        steps: Optimizer steps for that; ``None``: as many as see all ``tokens``.
+        epoch: What an epoch has; ``None``: the text is not here.
+        peak_flops: Highest FLOP/s of one device; ``None``: the time is not known.
         mfu: Share of the peak that the run reaches.
-        device_memory: Bytes that one device has; None: whether the run fits is not known.
+        device_memory: Bytes that one device has; ``None``: whether the run fits is not known.
     """
     config, step = spec.step.config, spec.step
     endless = spec.epoch(None)

@@ -91,10 +91,10 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(path)
-        sums = read_manifest(path.parent)
-        if damage := corruption_reason(path, sums):
+        entries = read_manifest(path.parent)
+        if damage := corruption_reason(path, entries):
             raise ValueError(f"{path}: is damaged: {damage}; give another")
-        if sums is not None:
+        if entries is not None:
             self._checksums[path.name] = sha256_of(path)
         return read_checkpoint(path)
 

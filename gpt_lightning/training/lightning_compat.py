@@ -204,9 +204,9 @@ class FastTrainingEpochLoop(_TrainingEpochLoop):
             self._batches_that_stepped += 1
 
     def _log_of(self, batch: Batch) -> None:
-        """What self.log is told of a batch: ``_LoggerConnector.on_batch_start``."""
-        figures = self.trainer._logger_connector
-        figures._first_loop_iter = figures._first_loop_iter is None
+        """Set the batch for self.log, as ``_LoggerConnector.on_batch_start`` does."""
+        connector = self.trainer._logger_connector
+        connector._first_loop_iter = connector._first_loop_iter is None
         self._results.batch = batch
         self._results.batch_size = self._results.dataloader_idx = None
 
@@ -317,7 +317,7 @@ def _nothing() -> None:
 def _enter_epoch_again(trainer: Trainer) -> None:
     """Call ``on_train_epoch_start`` where a run resumes within an epoch, for what callbacks set there.
 
-    A GradientAccumulationScheduler sets the size of updates there. A callback with a state in the checkpoint
+    A GradientAccumulationScheduler sets the number of micro-batches of a step there. A callback with a state in the checkpoint
     keeps what it did there, and is not called. What the others log there was logged by the run that was saved.
     """
     module = trainer.lightning_module

@@ -46,7 +46,7 @@ class GPTLightningModule(LightningModule):
         warmup_steps: Steps over which the learning rate rises linearly to lr.
         decay_steps: Step at which the cosine decay from lr reaches min_lr; null = constant learning rate.
         min_lr: Learning rate at the end of the cosine decay.
-        loss_chunk_size: Tokens whose logits are computed per chunk; null = a whole batch. Saves two to three times
+        loss_chunk_size: Tokens whose logits are computed per chunk; null = all tokens of a batch at once. Saves two to three times
             the memory of a batch's logits; faster on a GPU.
         activation_checkpointing: Compute the activations of a block again in the backward pass, to save memory; a
             third more work.
@@ -174,7 +174,7 @@ class GPTLightningModule(LightningModule):
         return self.model(idx)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return a batch's mean loss in nats per token; computed whole or by chunks it is equal up to rounding."""
+        """Return a batch's mean loss in nats per token; equal up to rounding with and without chunks."""
         inputs, targets, *rest = batch
         documents = rest[0] if rest else None
         if self.loss_chunk_size is None:

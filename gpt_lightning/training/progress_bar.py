@@ -24,11 +24,11 @@ from gpt_lightning.training.stopping import MaxTokens, epoch_shape
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
-SECONDS_BETWEEN_UPDATES = 0.1  # between two updates of the bar, and two redraws
+SECONDS_BETWEEN_REDRAWS = 0.1
 
 
 class RunProgressBar(StepEndCallback, ProgressBar):
-    """Progress bar over the whole run, not one per epoch, so that its ETA is the run's."""
+    """Progress bar over the run, not one per epoch, so that its ETA is the run's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            refresh_per_second=1 / SECONDS_BETWEEN_UPDATES,
+            refresh_per_second=1 / SECONDS_BETWEEN_REDRAWS,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
         self._bar.add_task(what, total=total, completed=done, note="")
@@ -132,7 +132,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         now = time.monotonic()
         if self._bar is not None:
             self._done = done
-            if now - self._shown >= SECONDS_BETWEEN_UPDATES:
+            if now - self._shown >= SECONDS_BETWEEN_REDRAWS:
                 self._shown = now
                 self._show()
             return

@@ -102,8 +102,8 @@ def reached_limit(
     loaders = loop["state_dict"].get("combined_loader", [])
     batches = loop["epoch_loop.batch_progress"]
     # the data loader's count is the right one, see loop_state.py
-    begun = loaders[0]["epoch"] + 1 if loaders else loop["epoch_progress"]["current"]["started"]
-    epochs = begun - (not batches["is_last_batch"])
+    started = loaders[0]["epoch"] + 1 if loaders else loop["epoch_progress"]["current"]["started"]
+    epochs = started - (not batches["is_last_batch"])
     for name, done, limit in (
         ("max_steps", checkpoint["global_step"], max_steps),
         ("max_epochs", epochs, max_epochs),

@@ -224,24 +224,24 @@ def loss_figure(rows: list[Row]) -> "Figure":
         axes.plot(epochs, losses, style, marker=marker, color=color, linewidth=2, label=label)
     axes.set_xlabel("Epochs")
     axes.set_ylabel("Loss (nats per token)")
-    _ticks_from_0(axes, whole=max(epochs) >= 2)
+    _ticks_from_0(axes, integer=max(epochs) >= 2)
     axes.legend(loc="upper right")
     tokens_axis = axes.twiny()  # a second x-axis; the invisible plot gives it its scale
     tokens_axis.plot(
         [row["tokens_seen"] for row in rows], [row["val_loss"] for row in rows], alpha=0
     )
     tokens_axis.set_xlabel("Tokens seen")
-    _ticks_from_0(tokens_axis, whole=True)
+    _ticks_from_0(tokens_axis, integer=True)
     tokens_axis.xaxis.set_major_formatter(EngFormatter())
     return figure
 
 
-def _ticks_from_0(axes: "Axes", *, whole: bool) -> None:
-    """Start the x-axis at 0, with few labels that do not overlap, at whole numbers if ``whole``."""
+def _ticks_from_0(axes: "Axes", *, integer: bool) -> None:
+    """Start the x-axis at 0, with few labels that do not overlap, at whole numbers if ``integer``."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=whole))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=integer))
 
 
 def figure_to_array(figure: "Figure") -> NDArray[np.uint8]:

@@ -34,7 +34,7 @@ class WindowRecorder(Callback):
 
     Args:
         folder: Where each rank has its file; a resumed run appends to it.
-        kill_at: The optimizer step, counted from 0, at whose start every rank kills itself; None: no kill.
+        kill_at: The optimizer step, counted from 0, at whose start every rank kills itself; ``None``: no kill.
     """
 
     def __init__(self, folder: str, kill_at: int | None = None) -> None:

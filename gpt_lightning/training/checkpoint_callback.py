@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
 logger = logging.getLogger(__name__)
+
+SLOW_SECONDS = 30.0  # of saves for best.ckpt alone; less is not worth a warning
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,14 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self._best = BestCheckpoint()
         self._best_before = BestCheckpoint()  # stays the best one if the current save fails
         self._saved_step = -1
+        self._start = 0.0
+        self._best_seconds = 0.0  # of saves that only best.ckpt needs
+        self._has_warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved_step = trainer.global_step
+        self._start = self.clock.seconds()
         # On all ranks, so that no rank waits for one that has refused.
         try:
             check_content(dump_checkpoint(trainer))
@@ -143,9 +150,25 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
         # also where max_steps ended it early, and a resumed run would skip the rest of the epoch.
         ends = ends_run(trainer)
-        if ends or self._is_due(trainer) or self._is_best(trainer):
+        if ends or self._is_due(trainer):
             with self.clock.stopped(pl_module.device):
                 self._save(trainer, pl_module, ends=ends)
+        elif self._is_best(trainer):
+            start = time.perf_counter()
+            with self.clock.stopped(pl_module.device):
+                self._save(trainer, pl_module, ends=False)
+            self._warn_if_slow(time.perf_counter() - start)
+
+    def _warn_if_slow(self, seconds: float) -> None:
+        """Warn once when the saves for best.ckpt alone take longer than the training between them."""
+        self._best_seconds += seconds
+        limit = max(SLOW_SECONDS, self.clock.seconds() - self._start)
+        if self._best_seconds > limit and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"checkpoint.save_best: saving the best checkpoints has taken {self._best_seconds:.0f} s, more than "
+                "training; give a larger --evaluation.eval_freq, or --checkpoint.save_best false"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Something else ended the run early, or an asynchronous save failed.

@@ -1,5 +1,6 @@
 """When checkpoints are saved, and what happens when a save fails."""
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from lightning.pytorch import Callback
 
 from callbacks import RemovesFiles
 from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training import checkpoint_callback
 from gpt_lightning.training.checkpoint_io import corruption_reason, read_manifest
 from gpt_lightning.training.resume import latest_valid_checkpoint
+from gpt_lightning.training.throughput import Stopwatch
 from helpers import SMALL_QUICKSTART, Command
 from runs import RUN, THREE_EPOCHS, same_runs, same_weights
 
@@ -32,6 +35,18 @@ def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
     assert best_step != max(losses)
     best = torch.load("checkpoints/quickstart/best.ckpt", weights_only=True)
     assert best["global_step"] == best_step + 1
+
+
+@pytest.mark.parametrize(("threshold", "warnings"), [(0.0, 1), (30.0, 0)])
+def test_slow_saves_of_the_best_checkpoint_are_reported_once(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, threshold: float, warnings: int
+) -> None:
+    """Training takes no time here, so that each save takes longer."""
+    ticks = itertools.count(1)
+    monkeypatch.setattr(Stopwatch, "seconds", lambda _: next(ticks) * 1e-9)
+    monkeypatch.setattr(checkpoint_callback, "SLOW_SECONDS", threshold)
+    err = fit("--trainer.max_steps=5", "--evaluation.eval_freq=1").err
+    assert err.count("checkpoint.save_best: saving the best checkpoints has taken") == warnings
 
 
 def test_asynchronous_save_changes_nothing(fit: Command) -> None:

@@ -11,8 +11,8 @@ from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.parsing import parse
-from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
+from gpt_lightning.suggestions import suggest
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -10,7 +10,7 @@ from importlib import import_module
 from textwrap import shorten
 from typing import Any, get_args
 
-from gpt_lightning.cli.suggestions import nearest, nearest_setting
+from gpt_lightning.suggestions import nearest, nearest_setting
 
 _NOT_ALLOWED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed")
 _UNKNOWN = [

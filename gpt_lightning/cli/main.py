@@ -113,7 +113,7 @@ def _run(arguments: list[str]) -> int:
             print(f"{PROG} {__version__}")
         case [verb, *rest]:
             if verb not in VERBS:
-                from gpt_lightning.cli.suggestions import suggest
+                from gpt_lightning.suggestions import suggest
 
                 raise ValueError(f"{verb}: is not a command; {suggest(verb, VERBS)}")
             module, function, _ = VERBS[verb]

@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from gpt_lightning.cli.errors import explain
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
-from gpt_lightning.cli.suggestions import nearest_config
 from gpt_lightning.cli.text_options import (
     check_argument_texts,
     configs_first,
@@ -22,6 +21,7 @@ from gpt_lightning.cli.text_options import (
 )
 from gpt_lightning.cli.yaml_input import MAX_CHARACTERS, use_checked_yaml
 from gpt_lightning.data.unicode import decode_text
+from gpt_lightning.suggestions import nearest_config
 
 # a class_path in a YAML file runs code, so other packages are refused before they are imported
 ALLOWED_IMPORTS = ["gpt_lightning", "lightning", "torch"]

@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from gpt_lightning.cli.plan_text import print_plan
-from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT
 from gpt_lightning.data.dataset import window_count
@@ -25,6 +24,7 @@ from gpt_lightning.planning.memory import DeviceType, StepShape
 from gpt_lightning.planning.plan import RunSpec, Strategy, plan
 from gpt_lightning.pretrained.load import size_to_download
 from gpt_lightning.storage.cache import cache_folder
+from gpt_lightning.suggestions import suggest
 from gpt_lightning.training.build import build_modules
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.module import reconcile_config
@@ -121,7 +121,7 @@ class PlanCLI(TrainingCLI):
         if size is None:
             return find_start(config).architecture
         return reconcile_config(
-            f"init_from: {config.init_from}", GPT2_SIZES[size], config.architecture
+            f"init_from: {config.init_from}", GPT2_SIZES[size], config.given_architecture
         )
 
     def spec(self) -> RunSpec:

@@ -16,8 +16,8 @@ from gpt_lightning.cli.generate import (
     resolve_device,
 )
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
-from gpt_lightning.cli.suggestions import suggest
 from gpt_lightning.cli.text_options import TextList
+from gpt_lightning.suggestions import suggest
 
 if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel

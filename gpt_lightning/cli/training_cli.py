@@ -5,9 +5,11 @@ import logging
 import os
 import warnings
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -15,11 +17,11 @@ from gpt_lightning.cli.errors import explain_class
 from gpt_lightning.cli.options import add_run_settings, add_settings
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import configs_first
-from gpt_lightning.cli.trainer_values import check_trainer
 from gpt_lightning.cli.yaml_input import load_checked
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.trainer_settings import check_trainer
 
 
 def _quiet_lightning() -> None:
@@ -113,8 +115,16 @@ class TrainingCLI(LightningCLI):
         return config
 
     def recorded_trainer(self) -> dict[str, Any]:
-        """Return the settings ``trainer.*`` as YAML has them."""
-        return dict(self._settings().trainer)
+        """Return the settings ``trainer.*`` as numbers, text, lists and mappings, as a YAML file has them."""
+        # the default of Lightning's Timer is an Enum where a string is expected
+        yaml.SafeDumper.add_multi_representer(
+            Enum, lambda dumper, enum: dumper.represent_data(enum.value)
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
+            text = self.parser.dump(self.config, skip_validation=True)
+        trainer: dict[str, Any] = _without_objects(load_checked(text, "settings")["trainer"])
+        return trainer
 
     def _settings(self) -> RunConfig:
         settings = self.config.as_dict()
@@ -134,6 +144,17 @@ class TrainingCLI(LightningCLI):
         linked = [f"--rng={self.config.rng}", f"--seed_everything={self.config.seed_everything}"]
         given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
         return given.get("model", {}).get("config") or {}
+
+
+def _without_objects(value: Any) -> Any:
+    """Leave out arguments of classes that jsonargparse cannot write, such as a default that is a torch.device."""
+    if isinstance(value, dict):
+        return {
+            key: _without_objects(inner)
+            for key, inner in value.items()
+            if not str(inner).startswith("Unable to serialize instance")
+        }
+    return [_without_objects(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_given(option: str, arguments: list[str]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, Trainer
@@ -24,9 +25,10 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.progress_bar import RunProgressBar
 from gpt_lightning.training.run_files import MetricsCSV, SaveRunConfig, recorded_settings
 from gpt_lightning.training.skip_step import SkipBadSteps
-from gpt_lightning.training.start import Start, find_start
+from gpt_lightning.training.start import Start, find_start, was_started
 from gpt_lightning.training.stopping import GracefulStop, MaxTokens
 from gpt_lightning.training.throughput import SpeedMonitor, Stopwatch
+from gpt_lightning.training.trainer_settings import check_trainer
 
 # Order in which the callbacks act after an optimizer step. The user's own callbacks act before them.
 CALLBACK_ORDER: tuple[type[Callback], ...] = (
@@ -56,8 +58,11 @@ class BuiltRun:
     """Objects of a run.
 
     Attributes:
-        stop: Callback that stops the run on a signal.
-        checkpoints: Callback that saves checkpoints; ``None`` for a run that saves none.
+        config: Its settings.
+        start: What it starts from.
+        trainer, module, datamodule: What Lightning runs.
+        graceful_stop: Callback that stops the run on a signal.
+        checkpoint_callback: Callback that saves checkpoints; ``None`` for a run that saves none.
     """
 
     config: RunConfig
@@ -65,20 +70,21 @@ class BuiltRun:
     trainer: Trainer
     module: GPTLightningModule
     datamodule: TextDataModule
-    stop: GracefulStop
-    checkpoints: CheckpointCallback | None
+    graceful_stop: GracefulStop
+    checkpoint_callback: CheckpointCallback | None
 
 
 def build_trainer(config: RunConfig) -> tuple[Trainer, GPTLightningModule, TextDataModule]:
     """Build the objects that ``fit`` trains with, for ``trainer.fit(module, datamodule=datamodule)``.
 
-    ``trainer.ckpt_path`` is set where the settings resume a run. :func:`gpt_lightning.fit` does more: it checks the
-    data, the disk and the folder before the first step, and locks the folder.
+    ``trainer.ckpt_path`` is set where the settings resume a run; it is cleared when the run ends.
+    :func:`gpt_lightning.fit` does more: it checks the data and the disk before the first step, and locks the folder.
 
     Raises:
-        ValueError, OSError: A setting cannot be used; the message is one line.
+        ValueError, OSError: A setting cannot be used, or the folder holds another run; the message is one line.
     """
     built = build_run(config)
+    ensure_new_run(built)
     return built.trainer, built.module, built.datamodule
 
 
@@ -94,11 +100,13 @@ def build_run(
     Raises:
         ValueError, OSError: A setting cannot be used; the message is one line.
     """
+    config.check()
+    check_trainer(config.trainer, trains=trains)
     seed_everything(config.seed_everything, workers=True)
     start = find_start(config, trains=trains)
     module, datamodule = build_modules(config, start.architecture)
     if start.weights is not None:
-        module.initialize_from(start.weights, with_optimizer=config.init_optimizer)
+        module.initialize_from(start.weights, with_optimizer=trains and config.init_optimizer)
     stop, clock = GracefulStop(), Stopwatch()
     io = AtomicCheckpointIO(config.checkpoint.async_save, config.checkpoint.keep_previous)
     checkpoints = None
@@ -122,7 +130,7 @@ def build_run(
             callbacks.append(checkpoints)
     settings = {
         **config.trainer,
-        **(_limits(config) if trains else {}),
+        **(_trainer_defaults(config) if trains else {}),
         "callbacks": sorted(callbacks, key=_position),
         "plugins": [*_as_list(config.trainer.get("plugins")), *([io] if trains else [])],
         "logger": _logger(config, start) if trains else False,
@@ -130,9 +138,27 @@ def build_run(
         "enable_model_summary": bool(config.trainer.get("enable_model_summary")),
     }
     trainer = _make_trainer(settings)
-    if start.checkpoint is not None:
-        trainer.ckpt_path = start.checkpoint
+    if start.checkpoint_path is not None:
+        trainer.ckpt_path = start.checkpoint_path
     return BuiltRun(config, start, trainer, module, datamodule, stop, checkpoints)
+
+
+def ensure_new_run(built: BuiltRun) -> None:
+    """Check that a new run does not overwrite one that is there.
+
+    Raises:
+        ValueError: The folder holds a run already; the message says how to resume it.
+    """
+    folder = built.config.folder
+    resumes = built.start.checkpoint_path is not None or built.config.ckpt_path == "auto"
+    if resumes or not (folder / "config.yaml").exists():
+        return
+    remedy = "resume it with --ckpt_path last"
+    if not was_started(folder):
+        remedy = "it stopped before its first checkpoint, so --ckpt_path auto starts it again"
+    raise ValueError(
+        f"run: {folder} holds a run already; {remedy}, or give this run another name with --run NAME"
+    )
 
 
 def writes_files(config: RunConfig) -> bool:
@@ -150,9 +176,14 @@ def build_modules(
     """
     seeds = _seeds(config)
     return (
-        GPTLightningModule(**{**seeds, **config.model, "config": architecture}),
-        TextDataModule(**{**seeds, **config.data}),
+        GPTLightningModule(**{**seeds, **_python_numbers(config.model), "config": architecture}),
+        TextDataModule(**{**seeds, **_python_numbers(config.data)}),
     )
+
+
+def _python_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without NumPy's numbers, which a checkpoint cannot hold."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
 
 
 def _seeds(config: RunConfig) -> dict[str, Any]:
@@ -199,7 +230,7 @@ def _users_callbacks(config: RunConfig) -> list[Callback]:
     for callback in callbacks:
         if type(callback) in CALLBACK_ORDER:
             raise ValueError(
-                f"trainer.callbacks: {type(callback).__name__} is part of every run; leave it out"
+                f"trainer.callbacks: {type(callback).__name__} is made from the settings of the run; leave it out"
             )
     return callbacks
 
@@ -210,7 +241,7 @@ def _position(callback: Callback) -> int:
     return CALLBACK_ORDER.index(kind) if kind in CALLBACK_ORDER else -1
 
 
-def _limits(config: RunConfig) -> dict[str, Any]:
+def _trainer_defaults(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the trainer whose default is another one here than in Lightning."""
     limits: dict[str, Any] = {}
     ends_by_itself = config.trainer.get("max_epochs") is not None or config.trainer.get(
@@ -272,7 +303,9 @@ def _logger(config: RunConfig, start: Start) -> Any:
         version="",
         default_hp_metric=False,
         # remove what a resumed run will log again
-        purge_step=read_checkpoint(start.checkpoint)["global_step"] if start.checkpoint else 0,
+        purge_step=read_checkpoint(start.checkpoint_path)["global_step"]
+        if start.checkpoint_path
+        else 0,
     )
 
 

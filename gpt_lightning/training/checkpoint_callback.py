@@ -108,7 +108,6 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             raise SystemExit(2) from None
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
-            self._restore_best(trainer)
 
     def check_disk_space(self, config: GPTConfig, precision: str) -> None:
         """Check that the disk has space for the files that the run keeps and the one that is being written.
@@ -131,7 +130,9 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         dtype = PRECISIONS[precision][0] if precision in PRECISIONS else torch.float32
         size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.save_best)]
-        missing = 1 + sum(not (self.folder / name).exists() for name in kept)
+        # several names may be links to one file
+        files = {path.stat().st_ino for name in kept if (path := self.folder / name).exists()}
+        missing = 1 + len(kept) - len(files)
         free = shutil.disk_usage(existing).free
         if missing * size > free:
             raise OSError(
@@ -150,6 +151,8 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
         # also where max_steps ended it early, and a resumed run would skip the rest of the epoch.
         ends = ends_run(trainer)
+        if self.save_best and self._evaluated[0] == trainer.global_step:
+            self._is_written(trainer, ends=False)  # a failed save is not the best one
         if ends or self._is_due(trainer):
             with self.clock.stopped(pl_module.device):
                 self._save(trainer, pl_module, ends=ends)
@@ -181,11 +184,18 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         step, val_loss = self._evaluated
         return self.save_best and step == trainer.global_step and val_loss < self._best.val_loss
 
-    def _restore_best(self, trainer: Trainer) -> None:
-        """Name the resumed checkpoint best.ckpt if it is the best one; the run may have been killed just before."""
-        if not self.save_best or self._best.step != trainer.global_step:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.training and trainer.is_global_zero and trainer.ckpt_path is not None:
+            self.restore_best(Path(trainer.ckpt_path), checkpoint)
+
+    def restore_best(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        """Name a checkpoint that is resumed best.ckpt if it is the best one; a kill may have come just before."""
+        best_step = checkpoint["callbacks"].get(self.state_key, {}).get("best_step")
+        if not self.save_best or best_step != checkpoint["global_step"]:
             return
-        path, best = Path(str(trainer.ckpt_path)), self.folder / BEST
+        best = self.folder / BEST
         is_there = best.exists() and best.samefile(path)
         if not is_there and path.resolve().parent == self.folder.resolve():
             link_or_copy(path, best)

@@ -2,15 +2,25 @@
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import Trainer
 
 from gpt_lightning.data.dataloader import Rng
+from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.suggestions import nearest
+from gpt_lightning.training.module import GPTLightningModule
 
 OnBadStep = Literal["stop", "skip"]
 OnFailure = Literal["continue", "stop"]
+
+# arguments of the module and of the data module that settings of the run set
+LINKED = {"seed": "seed_everything", "rng": "rng"}
 
 RUNS = Path("checkpoints")
 
@@ -54,6 +64,9 @@ class CheckpointConfig:
     keep_previous: bool = True
     async_save: bool = False
     on_failure: OnFailure = "continue"
+
+    def __post_init__(self) -> None:
+        check_choice("checkpoint.on_failure", self.on_failure, OnFailure)
 
 
 @dataclass(kw_only=True)
@@ -99,7 +112,7 @@ class RunConfig:
         trainer: Arguments of ``lightning.pytorch.Trainer``.
 
     Raises:
-        ValueError: The name or the seed cannot be used.
+        ValueError: A setting cannot be used; the message is one line.
     """
 
     run: str = "run"
@@ -121,6 +134,21 @@ class RunConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in _GROUPS.items():
+            if isinstance(value := getattr(self, name), dict):
+                setattr(self, name, _group(name, kind, value))
+        if self.ckpt_path is not None:
+            self.ckpt_path = os.fspath(self.ckpt_path)
+        if self.init_from is not None:
+            self.init_from = os.fspath(self.init_from)
+        self.check()
+
+    def check(self) -> None:
+        """Check what module, data module, trainer and callbacks do not check.
+
+        Raises:
+            ValueError: A setting cannot be used; the message is one line.
+        """
         if not re.fullmatch(r"\w[\w.-]*", self.run):
             raise ValueError(
                 f"run: {self.run} is not a folder's name; give letters, digits, '.', '_', '-'"
@@ -129,10 +157,15 @@ class RunConfig:
             raise ValueError(
                 f"seed_everything: {self.seed_everything} is out of range; give 0 to {2**32 - 1}"
             )
-        if self.ckpt_path is not None:
-            self.ckpt_path = os.fspath(self.ckpt_path)
-        if self.init_from is not None:
-            self.init_from = os.fspath(self.init_from)
+        check_choice("rng", self.rng, Rng)
+        check_choice("bad_steps", self.bad_steps, OnBadStep)
+        for name in ("model", "data"):
+            for key in getattr(self, name).keys() & LINKED:
+                raise ValueError(f"{name}.{key}: is set by {LINKED[key]}; leave it out")
+        check_names("model", self.model, GPTLightningModule)
+        check_names("model.config", self.given_architecture, GPTConfig)
+        check_names("data", self.data, TextDataModule)
+        check_names("trainer", self.trainer, Trainer)
 
     @property
     def folder(self) -> Path:
@@ -148,7 +181,44 @@ class RunConfig:
         return self.ckpt_path or self.init_from
 
     @property
-    def architecture(self) -> dict[str, Any]:
+    def given_architecture(self) -> dict[str, Any]:
         """Keys of ``model.config`` that are given."""
         given = self.model.get("config") or {}
         return asdict(given) if isinstance(given, GPTConfig) else dict(given)
+
+
+_GROUPS = {
+    "evaluation": EvaluationConfig,
+    "checkpoint": CheckpointConfig,
+    "throughput": ThroughputConfig,
+}
+
+
+def _group(name: str, kind: type, values: dict[str, Any]) -> Any:
+    """Make the settings of a group from a dict."""
+    check_names(name, values, kind)
+    return kind(**values)
+
+
+def check_names(group: str, given: Iterable[str], kind: Callable[..., Any]) -> None:
+    """Check that the names of settings are arguments of a class.
+
+    Raises:
+        ValueError: One is not; the message has the nearest name.
+    """
+    known = signature(kind).parameters.keys()
+    for name in given:
+        if name not in known:
+            near = nearest(name, known)
+            remedy = f"did you mean {near}?" if near else f"see {kind.__name__}"
+            raise ValueError(f"{group}.{name}: is not a setting; {remedy}")
+
+
+def check_choice(setting: str, value: object, choices: Any) -> None:
+    """Check that a value is one of the choices of a ``Literal``.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{setting}: {value} is unknown; give {' or '.join(get_args(choices))}")

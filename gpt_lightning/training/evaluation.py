@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,7 +40,7 @@ class EvaluationListener(Protocol):
     def on_evaluation(
         self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
     ) -> None:
-        """Act on an evaluation, before any ``on_step_end`` of its step.
+        """Act on an evaluation.
 
         Args:
             metrics: ``EvaluationCallback.TAGS`` with ``step``, counted from 0, ``epoch``, counted from 1, and
@@ -136,7 +137,7 @@ class EvaluationCallback(StepEndCallback):
             metrics |= self._evaluate(trainer, pl_module, step)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EvaluationListener):
-                callback.on_evaluation(trainer, pl_module, metrics)
+                callback.on_evaluation(trainer, pl_module, MappingProxyType(metrics))
         self._began, self._tokens = self.clock.seconds(), 0
 
     def _evaluate(

@@ -29,6 +29,9 @@ class LoopState(Callback):
       ``batch_size``, the same windows are another number of batches.
     """
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.ckpt_path = None  # else Lightning would load it again for a later validate or fit
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:

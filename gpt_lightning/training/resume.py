@@ -42,7 +42,9 @@ def latest_valid_checkpoint(folder: Path) -> Path:
             return path
         damages.append(f"{path} is damaged: {damage}")
     if damages:
-        remedy = "start again, or start from best.ckpt with --init_from"
+        best = folder / BEST
+        intact = best.is_file() and not corruption_reason(best, entries)
+        remedy = "start again" + (f", or from {best} with --init_from" if intact else "")
         raise ValueError(f"ckpt_path: {'; '.join(damages)}; {remedy}")
     raise FileNotFoundError(
         f"ckpt_path: the run has no {folder / LAST} to resume from; give --ckpt_path auto to start it"

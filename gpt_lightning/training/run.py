@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
-from gpt_lightning.training.build import BuiltRun, build_run, writes_files
+from gpt_lightning.training.build import BuiltRun, build_run, ensure_new_run, writes_files
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import (
     init_elastic_process_group,
@@ -26,7 +26,6 @@ from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.run_warnings import precision_warnings, run_warnings
-from gpt_lightning.training.start import was_started
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class FitResult:
     Attributes:
         folder: Folder of the run; ``load_model(str(folder))`` reads its model.
         stopped_by: Signal that stopped the run early; ``None`` if there was none.
-        metrics: Losses of the last evaluation, by their names in the logs; empty if nothing was trained.
+        metrics: Metrics of the last evaluation, by their names in the logs; empty if there was none.
     """
 
     folder: Path
@@ -53,7 +52,8 @@ def fit(config: RunConfig, *, recorded_trainer: Mapping[str, Any] | None = None)
     2. ``init_from``: a new run with existing weights, and existing moments with ``init_optimizer``.
     3. Neither: a new run with random weights.
 
-    A signal stops the run after the current step and saves it. A second Ctrl-C stops it at once.
+    A signal stops the run after the current step and saves it; it is not raised again, see ``stopped_by``. A second
+    Ctrl-C stops the run at once. With several devices a script trains one run, because each rank runs the script.
 
     Args:
         recorded_trainer: ``config.trainer`` as config.yaml records it, where it holds Python objects.
@@ -75,10 +75,9 @@ def fit(config: RunConfig, *, recorded_trainer: Mapping[str, Any] | None = None)
 def _train(built: BuiltRun) -> FitResult:
     config, trainer, folder = built.config, built.trainer, built.config.folder
     if is_rank_zero():
-        if built.start.checkpoint is None and config.ckpt_path != "auto":
-            _ensure_new_run(folder)
-        if built.checkpoints is not None:
-            built.checkpoints.check_disk_space(built.module.config, str(trainer.precision))
+        ensure_new_run(built)
+        if built.checkpoint_callback is not None:
+            built.checkpoint_callback.check_disk_space(built.module.config, str(trainer.precision))
         setup_data_early(built)
         _check_compiler(built)
     init_elastic_process_group(trainer)
@@ -89,7 +88,7 @@ def _train(built: BuiltRun) -> FitResult:
             logger.warning(warning)
     try:
         with terminate_ranks_on_error(trainer):
-            # trainer.ckpt_path is set
+            # it resumes from trainer.ckpt_path
             trainer.fit(built.module, datamodule=built.datamodule, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(f"trainer: {error}") from error
@@ -99,10 +98,10 @@ def _train(built: BuiltRun) -> FitResult:
         if trainer.is_global_zero:
             logger.info(f"{folder}: ended by sys.exit({error.code!r}), not by its settings")
         raise
-    stopped_by = built.stop.received
+    stopped_by = built.graceful_stop.received
     if trainer.is_global_zero:
         if stopped_by is not None:
-            built.stop.requeue()
+            built.graceful_stop.requeue()
             logger.info(f"{folder}: stopped; --ckpt_path last resumes it")
         else:
             logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
@@ -116,15 +115,17 @@ def _is_interrupt(error: SystemExit) -> bool:
 
 
 def _is_finished(built: BuiltRun) -> bool:
-    """Return whether the run has reached its end before, and log it; nothing is written then."""
-    if built.start.checkpoint is None:
+    """Return whether the run has reached its end before, and log it; no file of the run changes then."""
+    if built.start.checkpoint_path is None:
         return False
     trainer, config = built.trainer, built.config
-    checkpoint = read_checkpoint(built.start.checkpoint)
+    checkpoint = read_checkpoint(built.start.checkpoint_path)
     reached = reached_limit(checkpoint, trainer.max_steps, trainer.max_epochs, config.max_tokens)
     if reached is None:
         return False
     if is_rank_zero():
+        if built.checkpoint_callback is not None:
+            built.checkpoint_callback.restore_best(built.start.checkpoint_path, checkpoint)
         limit, setting = reached
         option = setting if setting == "max_tokens" else f"trainer.{setting}"
         logger.info(
@@ -133,24 +134,13 @@ def _is_finished(built: BuiltRun) -> bool:
     return True
 
 
-def _ensure_new_run(folder: Path) -> None:
-    if not (folder / "config.yaml").exists():
-        return
-    remedy = "resume it with --ckpt_path last"
-    if not was_started(folder):
-        remedy = "it stopped before its first checkpoint, so --ckpt_path auto starts it again"
-    raise ValueError(
-        f"run: {folder} holds a run already; {remedy}, or give this run another name with --run NAME"
-    )
-
-
 def setup_data_early(built: BuiltRun, stage: str = "fit") -> None:
     """Read the text before anything is written; Lightning would create the loggers' files first."""
     built.trainer.strategy.connect(built.module)
     built.datamodule.trainer = built.trainer
     built.datamodule.setup(stage)
-    if built.start.checkpoint is not None:
-        _check_position(built.datamodule, read_checkpoint(built.start.checkpoint))
+    if built.start.checkpoint_path is not None:
+        _check_position(built.datamodule, read_checkpoint(built.start.checkpoint_path))
 
 
 def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
@@ -192,6 +182,8 @@ def validate(config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError: A setting cannot be used; the message is one line.
     """
+    if config.ckpt_path == "auto":
+        raise ValueError("ckpt_path: auto is for fit; give last, best or a path")
     if config.source is None:
         raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
     built = build_run(config, trains=False)

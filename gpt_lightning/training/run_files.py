@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -20,7 +21,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.palette import SERIES
 from gpt_lightning.storage.atomic import atomic_output, write_text
-from gpt_lightning.training.config import RunConfig
+from gpt_lightning.training.config import LINKED, RunConfig
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.loggers import ignore_full_disk
 from gpt_lightning.training.module import GPTLightningModule
@@ -44,17 +45,17 @@ class SaveRunConfig(Callback):
 
     def __init__(self, config: RunConfig, settings: Mapping[str, Any]) -> None:
         self.path = config.folder / "config.yaml"
-        self.settings = settings
+        self.text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
         self.header = ""
         if config.init_from:
             with_optimizer = " --init_optimizer true" if config.init_optimizer else ""
             self.header = f"# started with --init_from {config.init_from}{with_optimizer}\n"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not trainer.is_global_zero or self.path.exists():
+        if stage != "fit" or not trainer.is_global_zero or self.path.exists():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, self.header + dump_settings(self.settings))
+        write_text(self.path, self.header + self.text)
 
 
 def recorded_settings(
@@ -62,50 +63,46 @@ def recorded_settings(
 ) -> dict[str, Any]:
     """Return the settings of a run as config.yaml has them: with defaults, and with the architecture of its weights.
 
-    What only one command does, such as resuming, is left out. So are values of ``config.trainer`` that are Python
-    objects; ``trainer`` has the settings that describe them.
+    Settings that start or resume a run are left out. So are Python objects among ``config.trainer``; ``trainer`` has
+    the settings that describe them.
     """
     settings = {
         key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for key, value in vars(config).items()
         if key not in ("ckpt_path", "init_from", "init_optimizer")
     }
-    linked = ("seed", "rng")  # settings of the run set them
     for name, kind in (("model", GPTLightningModule), ("data", TextDataModule)):
         defaults = {
             key: parameter.default
             for key, parameter in signature(kind).parameters.items()
-            if key not in linked and parameter.default is not Parameter.empty
+            if key not in LINKED and parameter.default is not Parameter.empty
         }
         settings[name] = {**defaults, **settings[name]}
-    settings["model"] = {"config": asdict(architecture)} | {
-        key: value for key, value in settings["model"].items() if key != "config"
-    }
-    if trainer is None:
-        trainer = {key: value for key, value in config.trainer.items() if _is_plain(value)}
-    settings["trainer"] = dict(trainer)
-    return settings
+    model = {key: value for key, value in settings["model"].items() if key != "config"}
+    settings["model"] = {"config": asdict(architecture), **model}
+    settings["trainer"] = config.trainer if trainer is None else trainer
+    plain: dict[str, Any] = _plain(settings)
+    return plain
 
 
-def _is_plain(value: Any) -> bool:
-    """Return whether YAML has the value as a number, text, list or mapping."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+_NOT_PLAIN = object()  # what YAML cannot have
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML has it; entries of a mapping that are other Python objects are left out."""
+    if isinstance(value, Mapping):
+        items = ((key, _plain(inner)) for key, inner in value.items())
+        return {key: inner for key, inner in items if inner is not _NOT_PLAIN}
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | Enum)
-
-
-class _SettingsDumper(yaml.SafeDumper):
-    """YAML of settings; an Enum, which is the default of Lightning's Timer, is written as its value."""
-
-
-_SettingsDumper.add_multi_representer(Enum, lambda dumper, enum: dumper.represent_data(enum.value))
-
-
-def dump_settings(settings: Mapping[str, Any]) -> str:
-    """Return settings as YAML."""
-    return yaml.dump(dict(settings), Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
+        values = [_plain(inner) for inner in value]
+        return _NOT_PLAIN if _NOT_PLAIN in values else values
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if value is None or isinstance(value, str | int | float) else _NOT_PLAIN
 
 
 Row = dict[str, float]

@@ -19,12 +19,12 @@ class Start:
 
     Attributes:
         architecture: Architecture of the checkpoint or the weights, else the one that the settings name.
-        checkpoint: Checkpoint that the run resumes; ``None`` for a new run.
+        checkpoint_path: Checkpoint that the run resumes; ``None`` for a new run.
         weights: Weights of a new run; ``None`` for random ones.
     """
 
     architecture: GPTConfig
-    checkpoint: Path | None = None
+    checkpoint_path: Path | None = None
     weights: ModelWeights | None = None
 
 
@@ -37,7 +37,7 @@ def find_start(config: RunConfig, *, trains: bool = True) -> Start:
     Raises:
         ValueError, OSError: There is no such checkpoint, or it has another architecture; one line.
     """
-    named = config.architecture
+    named = config.given_architecture
     source = config.source
     if trains and config.ckpt_path == "auto":
         ckpt_path = "last" if was_started(config.folder) else None
@@ -46,7 +46,7 @@ def find_start(config: RunConfig, *, trains: bool = True) -> Start:
         ckpt_path = config.ckpt_path if trains else None
     if ckpt_path is not None:
         path, architecture = checkpoint_to_resume(config.folder, ckpt_path, named)
-        return Start(architecture=architecture, checkpoint=path)
+        return Start(architecture=architecture, checkpoint_path=path)
     if source is None:
         return Start(architecture=GPTConfig(**named))
     weights = read_weights(source, n_heads=named.get("n_heads"))

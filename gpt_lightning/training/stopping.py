@@ -126,10 +126,6 @@ class GracefulStop(StepEndCallback):
         compared = before if _reads_later(device) else self._compared
         return 0 if compared is None else int(compared.read())
 
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.received is None else EXIT_CODES[self.received]
-
     def requeue(self) -> None:
         """Ask SLURM to run the job again if its warning (SIGUSR1) stopped this run."""
         job = os.environ.get("SLURM_ARRAY_JOB_ID")

@@ -107,11 +107,12 @@ def test_checkpoint_that_was_not_saved_is_not_the_best(
     assert read_checkpoint(RUN / "last.ckpt")["global_step"] == 4
 
 
+@pytest.mark.parametrize("max_steps", [3, 4])
 @pytest.mark.parametrize("before", ["no best.ckpt", "an older best.ckpt"])
 def test_resumed_run_names_the_best_checkpoint_that_a_kill_left_unnamed(
-    fit: Command, before: str
+    fit: Command, before: str, max_steps: int
 ) -> None:
-    """Evaluations follow steps 1 and 3, and the second one is better."""
+    """Evaluations follow steps 1 and 3, and the second one is better; with 3 steps the run had reached its end."""
     arguments = ["--evaluation.eval_freq=2", "--checkpoint.every_n_train_steps=100"]
     fit("--trainer.max_steps=1", *arguments)
     older = (RUN / "best.ckpt").read_bytes()
@@ -120,10 +121,10 @@ def test_resumed_run_names_the_best_checkpoint_that_a_kill_left_unnamed(
     (RUN / "best.ckpt").unlink()
     if before == "an older best.ckpt":
         (RUN / "best.ckpt").write_bytes(older)
-    fit("--trainer.max_steps=4", *arguments, "--ckpt_path=last")
+    fit(f"--trainer.max_steps={max_steps}", *arguments, "--ckpt_path=last")
     assert read_checkpoint(RUN / "best.ckpt")["global_step"] == 3
     assert corruption_reason(RUN / "best.ckpt", read_manifest(RUN)) == ""
-    assert read_checkpoint(RUN / "last.ckpt")["global_step"] == 4
+    assert read_checkpoint(RUN / "last.ckpt")["global_step"] == max_steps
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

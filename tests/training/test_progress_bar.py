@@ -31,7 +31,7 @@ def test_bar_on_a_terminal_ends_complete(
     fit: Command, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """The bar may be updated often or never."""
-    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_UPDATES", seconds)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_REDRAWS", seconds)
     result = fit(f"--trainer.max_steps={STEPS}", "--evaluation.eval_freq=1")
     assert "training" in result.err
     assert "━" in result.err

@@ -8,9 +8,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt_lightning import GPTConfig
-from gpt_lightning.cli import run_warnings  # noqa: F401  # takes measured_peak before it is patched
 from gpt_lightning.model import flops
-from gpt_lightning.training import evaluation, hardware, throughput
+from gpt_lightning.training import (
+    evaluation,
+    hardware,
+    run_warnings,  # noqa: F401  # takes measured_peak before it is patched
+    throughput,
+)
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.module import GPTLightningModule

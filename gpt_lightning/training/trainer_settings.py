@@ -1,11 +1,12 @@
 """Checks of ``trainer.*`` values that Lightning itself reports unclearly, in many lines, or not at all."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import Namespace
 
-from gpt_lightning.cli.suggestions import suggest
+from gpt_lightning.suggestions import suggest
 
 _MIN_VALUES = {
     "max_epochs": -1,
@@ -45,7 +46,7 @@ _DDP_FLAGS = (
 )
 
 
-def check_trainer(trainer: Namespace, *, trains: bool = False) -> None:
+def check_trainer(trainer: Namespace | Mapping[str, Any], *, trains: bool = False) -> None:
     """Refuse values of ``trainer.*`` that are out of range or not one of the choices.
 
     Args:

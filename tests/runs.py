@@ -2,13 +2,16 @@
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.pretrained.weights import read_checkpoint
 from helpers import TINY_MODEL
+
+if TYPE_CHECKING:
+    from gpt_lightning import RunConfig
 
 RUN = Path("checkpoints/quickstart")
 LAST = RUN / "last.ckpt"
@@ -106,3 +109,37 @@ def same_checkpoints(one: str, other: str) -> bool:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+# a run of a second, in Python and as a command
+ARCHITECTURE = {"context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+
+
+def small_run(folder: Path, name: str = "run", max_steps: int = 12) -> "RunConfig":
+    """Run of a second, in Python."""
+    from gpt_lightning import EvaluationConfig, RunConfig
+
+    return RunConfig(
+        run=name,
+        model={"config": dict(ARCHITECTURE)},
+        data={"text": "sample", "train_ratio": 0.1, "stride": 40},
+        trainer={"accelerator": "cpu", "max_steps": max_steps, "default_root_dir": str(folder)},
+        evaluation=EvaluationConfig(eval_iter=2, max_new_tokens=3),
+    )
+
+
+def small_command(folder: Path, name: str = "command", max_steps: int = 12) -> list[str]:
+    """The same run as arguments of the command."""
+    return [
+        "fit", f"--run={name}", *(f"--model.config.{k}={v}" for k, v in ARCHITECTURE.items()),
+        "--data.text=sample", "--data.train_ratio=0.1", "--data.stride=40", "--trainer.accelerator=cpu",
+        f"--trainer.max_steps={max_steps}", f"--trainer.default_root_dir={folder}",
+        "--evaluation.eval_iter=2", "--evaluation.max_new_tokens=3",
+    ]  # fmt: skip
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Both checkpoints are equal in all that verify-resume compares."""
+    from gpt_lightning.training.verify_resume import compare_checkpoints
+
+    assert [part.difference for part in compare_checkpoints(one, other)] == [""] * 3

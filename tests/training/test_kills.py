@@ -38,7 +38,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 class HashEachStep(Callback):
-    """A line an update: its number and the sum over all parameters after it."""
+    """Callback that writes a line per optimizer step: its number and the checksum of all parameters after it."""
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         if trainer.is_global_zero:

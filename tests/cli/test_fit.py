@@ -5,6 +5,7 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
+import pytest
 from lightning.pytorch import Callback
 
 from helpers import (
@@ -62,6 +63,7 @@ def test_default_that_is_an_enum_is_saved_in_the_configuration(fit: Command) -> 
     fit(f"--config={config}", "--run=again", "--trainer.max_steps=1", f"--allow_import={__name__}")
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
     result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,
                   "--model.compile=true", cwd=tmp_path, env={**os.environ, "CXX": "/nonexistent/g++"})  # fmt: skip
@@ -83,6 +85,7 @@ def test_precision_without_its_package_is_refused(command: Command) -> None:
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_overfit_batches_repeats_the_same_windows(fit: Command) -> None:
     fit("--trainer.overfit_batches=1", "--model.config.emb_dim=16", "--trainer.max_epochs=60", "--model.config.drop_rate=0",
         "--model.lr=0.02", "--evaluation.eval_freq=59", "--evaluation.prompt=null",

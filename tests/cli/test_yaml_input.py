@@ -139,6 +139,7 @@ def test_mutated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["mine.yaml"]
 
 
+@pytest.mark.slow
 def test_truncated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> None:
     """Through a real fit, because half a configuration may be valid YAML."""
     lines = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
 """Compile our Triton kernels as decoding and the loss launch them, for a GPU that need not be present.
 
-test_kernels.py runs this in a separate process, where the kernels are not interpreted. It prints JSON: the name of each
+test_decode.py runs this in a separate process, where the kernels are not interpreted. It prints JSON: the name of each
 kernel, and the bytes of stack memory that a thread uses for spilled registers.
 
 Usage: compile_kernels.py CAPABILITY SIZE ROWS, such as 90 gpt2-124M 1

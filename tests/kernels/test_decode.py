@@ -249,7 +249,7 @@ def test_kernels_compile_for_gpus(capability: int, size: str, rows: int, tmp_pat
     """The interpreter accepts code that the compiler does not. For one row no register may be spilled."""
     pytest.importorskip("triton", reason="Triton, of the extra 'test', is for Linux on x86-64")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = python(str(ROOT / "tests" / "compile_kernels.py"), str(capability), size, str(rows), cwd=ROOT,
+    result = python(str(ROOT / "tests" / "kernels" / "compile_kernels.py"), str(capability), size, str(rows), cwd=ROOT,
                   env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})  # fmt: skip
     assert result.returncode == 0, result.stderr
     kernels = json.loads(result.stdout)

@@ -58,6 +58,7 @@ def test_report_sizes_measures_each_model(
     assert [sample["text"] for sample in json.loads(result.out)["samples"]] == small["samples"]
 
 
+@pytest.mark.slow
 def test_model_that_does_not_fit_is_skipped(
     gpt2: Any, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

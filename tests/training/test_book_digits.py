@@ -93,6 +93,7 @@ def test_tiny_run_and_exercise_5_4(command: Command) -> None:
     assert column(rows, "tokens_seen") == expected["tokens_seen"]
 
 
+@pytest.mark.slow
 def test_exercise_5_4_from_the_file_of_the_books_code(command: Command, verdict: Path) -> None:
     """Ours continues a training that the book's code saved."""
     expected = reference("tiny_run.json")
@@ -130,7 +131,7 @@ def test_exercise_5_4_from_the_file_of_the_books_code(command: Command, verdict:
     "changes",
     [
         pytest.param({"qkv_bias": True}, marks=pytest.mark.slow),
-        {"seed": 7, "drop_rate": 0.0},
+        pytest.param({"seed": 7, "drop_rate": 0.0}, marks=pytest.mark.slow),
         pytest.param({"stride": 17, "batch_size": 3}, marks=pytest.mark.nightly),
         pytest.param(
             {"stride": 100, "train_ratio": 0.7, "eval_freq": 4}, marks=pytest.mark.nightly

@@ -196,7 +196,9 @@ assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), small_checkpoint
 """
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+@pytest.mark.parametrize(
+    "mode", ["synchronous", pytest.param("asynchronous", marks=pytest.mark.slow)]
+)
 def test_disk_full_at_any_point_of_a_save_leaves_the_previous_checkpoint(
     tmp_path: Path, mode: str
 ) -> None:
@@ -307,7 +309,14 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
 
 
 @pytest.mark.parametrize(
-    "what", ["checkpoint", "manifest", "checkpoint without manifest", "safetensors", "config.json"]
+    "what",
+    [
+        "checkpoint",
+        pytest.param("manifest", marks=pytest.mark.slow),
+        pytest.param("checkpoint without manifest", marks=pytest.mark.slow),
+        "safetensors",
+        "config.json",
+    ],
 )
 @pytest.mark.usefixtures("messages")
 def test_damaged_file_is_noticed(

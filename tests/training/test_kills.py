@@ -168,6 +168,7 @@ class VeryLong(Callback):
             time.sleep(100)
 
 
+@pytest.mark.slow
 def test_second_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:
     """The first interrupt comes in a step that takes very long."""
     folder = tmp_path / "run"

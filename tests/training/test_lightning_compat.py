@@ -114,14 +114,20 @@ class StopsOnce(Callback):
         [],
         # epochs end within an accumulation
         ["--trainer.accumulate_grad_batches=3", "--trainer.gradient_clip_val=0.5"],
-        ["--trainer.precision=bf16-mixed", "--model.config.drop_rate=0.2"],
+        pytest.param(
+            ["--trainer.precision=bf16-mixed", "--model.config.drop_rate=0.2"],
+            marks=pytest.mark.slow,
+        ),
         ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"],
         ["--data.num_workers=1", "--trainer.limit_train_batches=4", "--rng=global"],
         ["--trainer.callbacks.logs=false", "--data.batch_size=1"],
-        [
-            "--trainer.callbacks+=GradientAccumulationScheduler",
-            "--trainer.callbacks.scheduling={0: 2, 1: 3}",
-        ],
+        pytest.param(
+            [
+                "--trainer.callbacks+=GradientAccumulationScheduler",
+                "--trainer.callbacks.scheduling={0: 2, 1: 3}",
+            ],
+            marks=pytest.mark.slow,
+        ),
         # saved by later hooks than ours; Lightning's validation follows the resume
         [
             "--trainer.limit_val_batches=2",

@@ -17,6 +17,7 @@ from helpers import SMALL_QUICKSTART, Command, python
 from runs import BARE, last_checkpoint
 
 
+@pytest.mark.slow
 def test_run_in_float64_with_chunked_loss_equals_the_run_without(fit: Command) -> None:
     settings = ["--trainer.precision=64-true", "--trainer.max_steps=5", "--trainer.gradient_clip_val=0.5",
                 "--evaluation.eval_freq=1"]  # fmt: skip

@@ -205,6 +205,7 @@ def test_holder_renews_its_heartbeat_and_reports_a_lost_lock(
     assert path.exists()  # it is not ours to remove
 
 
+@pytest.mark.slow
 def test_one_of_two_simultaneous_fits_is_refused(tmp_path: Path) -> None:
     """Through the command: one trains the run, the other is refused."""
     arguments = [sys.executable, "-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,

@@ -15,6 +15,7 @@ from gpt_lightning.training.verify_resume import compare_checkpoints, plan_short
 from helpers import DDP, ENVIRONMENT, SMALL_QUICKSTART, Command, python
 
 
+@pytest.mark.slow
 def test_verify_resume_finds_an_exact_run(tmp_path: Path) -> None:
     small = [*SMALL_QUICKSTART, "--evaluation.eval_freq=2"]
     result = python("-m", "gpt_lightning", "verify-resume", *small, "--steps=3", "--more_steps=3",

@@ -252,7 +252,8 @@ def test_verify_resume_is_exact_with_fsdp2(tmp_path: Path) -> None:
 
 
 def validated(folder: Path, *arguments: str) -> dict[str, float]:
-    result = python("-m", "gpt_lightning", "validate", *SMALL_QUICKSTART, "--data.stride=37", "--json", *arguments,
+    result = python("-m", "gpt_lightning", "validate", *SMALL_QUICKSTART, "--model.config.emb_dim=16",
+                  "--data.stride=37", "--json", *arguments,
                   cwd=folder, env=ENVIRONMENT, timeout=120)  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures: dict[str, float] = json.loads(result.stdout)

@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
             text = self.parser.dump(self.config, skip_validation=True)
-        trainer: dict[str, Any] = _without_objects(load_checked(text, "settings")["trainer"])
+        trainer: dict[str, Any] = _without_objects(yaml.safe_load(text)["trainer"])
         return trainer
 
     def _settings(self) -> RunConfig:

@@ -115,7 +115,7 @@ def _is_interrupt(error: SystemExit) -> bool:
 
 
 def _is_finished(built: BuiltRun) -> bool:
-    """Return whether the run has reached its end before, and log it; no file of the run changes then."""
+    """Return whether the run has reached its end before, and log it; only a missing name best.ckpt is made then."""
     if built.start.checkpoint_path is None:
         return False
     trainer, config = built.trainer, built.config

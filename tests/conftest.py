@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
 # each of pytest-xdist's processes has one core, and so have the commands that they start
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the tests' servers are on this machine, not behind a proxy that it uses
+os.environ["NO_PROXY"] = f"127.0.0.1,{os.environ.get('NO_PROXY', '')}".rstrip(",")
+os.environ["no_proxy"] = f"127.0.0.1,{os.environ.get('no_proxy', '')}".rstrip(",")
 
 from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.main import main

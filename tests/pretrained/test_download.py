@@ -278,6 +278,18 @@ def test_without_network_the_error_names_files_and_folder(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("source", ["openai", pytest.param("hub", marks=needs_hub)])
+def test_failed_download_leaves_no_new_folder(
+    command: Command, source: str, monkeypatch: pytest.MonkeyPatch, nowhere: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(http_download.time, "sleep", lambda _: None)
+    result = command(
+        "download", "gpt2-124M", f"--host={source}", f"--mirror={nowhere}", "--out=a/b"
+    )
+    assert_refused(result, "cannot be downloaded")
+    assert not visible(tmp_path)
+
+
 def test_without_huggingface_hub(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     assert_refused(command("download", "gpt2-124M"), "gpt-lightning[hub]", "--host openai")

@@ -93,7 +93,11 @@ def _check_config_file(name: str) -> None:
                 decode_text(path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"config: {name} {error}; convert it to UTF-8") from error
-        elif not path.exists() and name != "-" and not set(name) & set("{:\n"):
+        elif (
+            not path.exists()
+            and name != "-"
+            and not set(name.removeprefix(path.drive)) & set("{:\n")
+        ):
             near = nearest_config(name)
             remedy = f"did you mean {near}?" if near else "give a YAML file"
             raise FileNotFoundError(f"config: {name} does not exist; {remedy}")

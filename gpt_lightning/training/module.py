@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from gpt_lightning.data.dataloader import Batch, Rng
 from gpt_lightning.data.tokenizer import byte_lengths
@@ -283,8 +282,10 @@ class GPTLightningModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
-        # copied, since the checkpoint is mapped
-        self._random_numbers = tree_map_only(Tensor, torch.clone, checkpoint.get("random_numbers"))
+        random_numbers = checkpoint.get("random_numbers")
+        if random_numbers is not None:  # copies, because the checkpoint is mapped
+            random_numbers = {name: state.clone() for name, state in random_numbers.items()}
+        self._random_numbers = random_numbers
 
     def _mean(self, split: str) -> TokenWeightedLoss:
         mean = self.validation[f"{split}_loss"]

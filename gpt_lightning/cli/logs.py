@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# the end of every help
+QUIET_HELP = "only warnings, errors and results"
+# the end of every complete help
 OPTIONS_OF_EVERY_COMMAND = (
-    "Every command also takes --quiet (shows only warnings, errors and results), --verbose (shows more messages, "
-    "Lightning's too) and --debug (shows the Python traceback of an error)."
+    f"Every command also takes --quiet ({QUIET_HELP}), --verbose (more messages, also Lightning's) and --debug "
+    "(the traceback of an error)."
 )
 
 

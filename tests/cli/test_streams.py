@@ -100,6 +100,7 @@ def closed() -> int:
         ("--version",),
         ("--help",),
         ("generate", "--help"),
+        ("fit", "--help"),
         ("report", "sampling"),
         ("report", "sampling", "--json"),
         ("fit", "--print_config"),

@@ -48,10 +48,10 @@ def test_quiet_fit_shows_results_and_warnings_only(
 ) -> None:
     with stderr_on_a_terminal(monkeypatch) as shown:
         # a setting that has no effect, so that there is a warning
-        result = command(*FIT, "--trainer.log_every_n_steps=1", "--quiet")
+        result = command(*FIT, "--trainer.num_sanity_val_steps=1", "--quiet")
     assert result.code == 0
     assert "The tower clock" in result.out
-    line = b"gpt_lightning: trainer.log_every_n_steps: has no effect"
+    line = b"gpt_lightning: trainer.num_sanity_val_steps: has no effect"
     assert shown.startswith(line)
     assert shown.count(b"\n") == 1
 

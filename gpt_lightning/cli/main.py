@@ -129,6 +129,10 @@ def _run(arguments: list[str]) -> int:
                 from gpt_lightning.cli.launcher import remove_stale_ranks
 
                 remove_stale_ranks()
+                if _trains(arguments):
+                    from gpt_lightning.cli.first_line import log_first_line
+
+                    log_first_line(rest)
                 _hide_transformers()
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0

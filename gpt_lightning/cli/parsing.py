@@ -47,7 +47,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     parser.allow_abbrev = False  # a new setting could make an abbreviation ambiguous
     _try_int_before_float(parser)
     for name in values_of("--config", arguments) + values_of("-c", arguments):
-        _check_config_file(name)
+        check_config_file(name)
     try:
         config = parser.parse_args(configs_first(parser, arguments))
     except ArgumentError as error:
@@ -77,7 +77,7 @@ def _try_int_before_float(parser: ArgumentParser) -> None:
             vars(action)["_typehint"] = Union[ordered]  # noqa: UP007
 
 
-def _check_config_file(name: str) -> None:
+def check_config_file(name: str) -> None:
     """Check that a configuration file exists and is UTF-8.
 
     ``name`` may also be ``-`` for standard input, or YAML text.

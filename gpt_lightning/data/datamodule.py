@@ -284,6 +284,11 @@ class TextDataModule(LightningDataModule):
         """
         check_same_windows(state_dict, self.state_dict())
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of both splits of all texts."""
+        return sum(windows.tokens for windows in self._windows.values())
+
     def described(self) -> dict[str, Any]:
         """The text and its windows, for a result that names what was measured."""
         return {

@@ -21,6 +21,8 @@ HELP = {
     "trainer.max_epochs": "Epochs after which the run ends; -1 = no limit; null = 1000, unless max_steps, "
     "max_tokens or max_time ends the run.",
     "trainer.max_steps": "Optimizer steps after which the run ends; -1 = no limit.",
+    "trainer.log_every_n_steps": "Optimizer steps between two rows of train/loss, lr, gradient norm and speed; 0 = none; "
+    "null = 10.",
     "trainer.default_root_dir": "Folder that contains checkpoints/; null = the working directory.",
 }
 

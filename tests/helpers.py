@@ -59,6 +59,12 @@ class CommandResult:
     out: str
     err: str
 
+    @property
+    def error(self) -> str:
+        """What it wrote to standard error after the first line of ``fit``, which names the run."""
+        first, _, rest = self.err.partition("\n")
+        return rest if first.startswith("fit: ") else self.err
+
 
 Command = Callable[..., CommandResult]
 
@@ -74,10 +80,10 @@ def python(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]
 def assert_refused(result: CommandResult, *parts: str) -> None:
     """The command failed with exit code 2 and one line that has all ``parts``."""
     assert (result.code, result.out) == (2, ""), result
-    assert result.err.startswith("gpt_lightning: error: ")
-    assert result.err.count("\n") == 1, result.err
+    assert result.error.startswith("gpt_lightning: error: ")
+    assert result.error.count("\n") == 1, result.err
     for part in parts:
-        assert part in result.err
+        assert part in result.error
 
 
 def json_of(result: CommandResult) -> Any:

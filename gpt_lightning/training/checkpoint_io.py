@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksu
 from gpt_lightning.storage.atomic import (
     atomic_output,
     fsync_folder,
+    remove,
     replace,
     temporary_path,
 )
@@ -177,15 +177,18 @@ def check_saves(existing: Path) -> None:
         OSError: The folder or the system refuses a step; the message is the cause.
     """
     checkpoint: dict[str, Any] = {"hyper_parameters": {"config": {}}}
+    scratch = temporary_path(existing / "check")
+    path = scratch / LAST
     try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".") as scratch:
-            path = Path(scratch, LAST)
-            path.touch()  # a file that the save replaces
-            io = AtomicCheckpointIO()
-            io._write(checkpoint, path)
-            link_or_copy(path, path.with_name(BEST))
-            io.load_checkpoint(path)
+        remove(scratch)  # of a process that was killed
+        scratch.mkdir()
+        path.touch()  # a file that the save replaces
+        AtomicCheckpointIO()._write(checkpoint, path)
+        link_or_copy(path, path.with_name(BEST))
+        remove(scratch)
     except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            remove(scratch)
         raise OSError(_cause(error)) from error
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,20 +123,27 @@ def test_python_values_are_recorded_as_yaml(tmp_path: Path) -> None:
     assert recorded["trainer"]["default_root_dir"] == str(tmp_path)
 
 
+# a process that locks a run until its input ends
+HOLDER = """
+import sys
+from pathlib import Path
+from gpt_lightning.training.run_lock import RunLock
+with RunLock() as lock:
+    lock.acquire(Path(sys.argv[1]))
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_locked_folder_is_refused(tmp_path: Path) -> None:
     """``fit`` locks the folder of its run."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpt_lightning", *small_command(tmp_path, "run", max_steps=100_000)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        metrics = tmp_path / "checkpoints" / "run" / "metrics.csv"
-        deadline = time.monotonic() + 60
-        while not metrics.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with pytest.raises(ValueError, match="is being trained by process"):
+    folder = tmp_path / "checkpoints" / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on "):
             gpt_lightning.fit(small_run(tmp_path))
-    finally:
-        process.kill()
-        process.wait()
+        holder.communicate()
+    assert gpt_lightning.fit(small_run(tmp_path, max_steps=1)).metrics

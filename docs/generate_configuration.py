@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
+from gpt_lightning.cli.help_format import HelpFormatter
 from gpt_lightning.cli.main import VERBS
 from gpt_lightning.cli.plan import PlanCLI
 from gpt_lightning.cli.report import REPORTS
@@ -30,7 +33,7 @@ GROUPS = {
     "throughput.": ("throughput", "The log of the training speed."),
     "trainer.": (
         "trainer",
-        "Arguments of Lightning's `Trainer`, with Lightning's descriptions. Some differ here: `gpt_lightning` writes "
+        "Arguments of Lightning's `Trainer`, mostly with Lightning's descriptions. Some differ here: `gpt_lightning` writes "
         "checkpoints and TensorBoard events itself and validates with `evaluation.*`, so `limit_val_batches` is 0 "
         "unless it is given. `fit` warns about a setting that has no effect.",
     ),
@@ -55,6 +58,7 @@ A setting has the same name everywhere:
 - An option on the command line always wins over a file. If an option is given twice, the later value wins.
 - `null` in a file or on the command line is Python's `None`.
 - `--print_config` prints all settings of a command with their values, and runs nothing.
+- `fit`, `validate` and `plan` have so many settings that `--help` shows the most important ones. `--help-all` shows all.
 - A list such as `trainer.callbacks` is replaced by a new value. `--trainer.callbacks+=VALUE` appends to it.
 - A YAML file may only name classes of `gpt_lightning`, `lightning` and `torch`. `--allow_import PACKAGE` adds a package; it
   works on the command line only.
@@ -107,12 +111,14 @@ def other_parsers() -> dict[str, argparse.ArgumentParser]:
 
 def settings(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
     """Name, type, default and description of each option."""
+    if isinstance(parser, ArgumentParser):
+        parser.formatter_class = HelpFormatter
     formatter = parser._get_formatter()
     for action in parser._actions:
         name = action.dest
         if action.help == argparse.SUPPRESS or type(action).__name__ == "_ActionConfigLoad":
             continue
-        if name in ("help", "print_config") or name.endswith(".help"):
+        if name in ("help", "help_all", "print_config") or name.endswith(".help"):
             continue
         is_option = f"--{name}" in action.option_strings
         if action.option_strings and not is_option:  # a link between two settings
@@ -130,45 +136,19 @@ def split_help(text: str, action: argparse.Action) -> tuple[str, str, str]:
     )
     if match is None:
         kind = "flag" if action.nargs == 0 else getattr(action.type, "__name__", "str")
-        return kind, "", readable_text(text)
+        return kind, "", markdown(text)
     kind = "flag" if action.nargs == 0 else match["type"] or "str"
     default = "required" if match["required"] else match["default"] or ""
-    return readable_type(kind), readable_default(default), readable_text(match["text"])
+    return kind, readable_default(default), markdown(match["text"])
 
 
 def readable_default(default: str) -> str:
-    """The default as YAML has it."""
-    return {"True": "true", "False": "false"}.get(default, re.sub(r"^\((.*)\)$", r"[\1]", default))
+    """The default as YAML has it; a tuple is a list."""
+    return re.sub(r"^\((.*)\)$", r"[\1]", default)
 
 
-def readable_type(kind: str) -> str:
-    """``Union[Literal['a', 'b'], null]`` → ``a, b or null``; ``Optional[int]`` → ``int or null``."""
-    if match := re.fullmatch(r"Optional\[(.*)\]", kind):
-        kind = f"Union[{match[1]}, null]"
-    if match := re.fullmatch(r"Union\[(.*)\]", kind):
-        kind = " | ".join(split_arguments(match[1]))
-    parts = []
-    for part in split_bars(kind):
-        if match := re.fullmatch(r"Literal\[(.*)\]", part):
-            part = ", ".join(value.strip("'") for value in split_arguments(match[1]))
-        parts.append(part)
-    return " or ".join(parts)
-
-
-def split_arguments(text: str) -> list[str]:
-    """Split at the commas that are not in brackets."""
-    return re.split(r", (?![^\[]*\])", text)
-
-
-def split_bars(text: str) -> list[str]:
-    return re.split(r" \| (?![^\[]*\])", text)
-
-
-def readable_text(text: str) -> str:
-    """Markdown of a help text, which may have Lightning's reStructuredText in it."""
-    text = re.sub(r":\w+:`~?([\w.]+)`", lambda match: f"`{match[1].rpartition('.')[2]}`", text)
-    text = re.sub(r" ?Default: ``[^`]*``\.", "", text)
-    return text.replace("``", "`").replace("<|", "&lt;|").replace("|>", "|&gt;").replace("|", "\\|")
+def markdown(text: str) -> str:
+    return text.replace("<|", "&lt;|").replace("|>", "|&gt;").replace("|", "\\|")
 
 
 def group_of(name: str) -> str:

@@ -65,11 +65,11 @@ _VALUES = {
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A remedy that names the nearest of ``known``, or all of them if they are at most 12."""
+    """A remedy that names the nearest of ``known``, or all of them."""
     known = list(known)
     if near := nearest(word, known):
         return f"did you mean {near}?"
-    return f"give one of {', '.join(known)}" if len(known) <= 12 else "see --help"
+    return f"give one of {', '.join(known)}"
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:

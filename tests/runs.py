@@ -75,7 +75,8 @@ def losses(run: str) -> list[list[str]]:
     header, *rows = Path(f"checkpoints/{run}/metrics.csv").read_text().splitlines()
     kept = ("step", "epoch", "train_loss", "val_loss", "tokens_seen")
     places = [header.split(",").index(name) for name in kept]
-    return [[row.split(",")[i] for i in places] for row in rows]
+    cells = [[row.split(",")[i] for i in places] for row in rows]
+    return [row for row in cells if row[kept.index("val_loss")]]
 
 
 def same_runs(one: str, other: str) -> bool:
@@ -109,7 +110,10 @@ def same_checkpoints(one: str, other: str) -> bool:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {key: float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 # a run of a second, in Python and as a command

@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.generate import N_HEADS_HELP, SOURCE_HELP
+from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning convert", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="A YAML file with these options.")
+    add("--config", action="config", help=CONFIG_HELP)
     add("source", type=str, help=SOURCE_HELP)
     add("dest", type=str, help="The file or folder to write. It must not exist.")
     add("--format", type=WeightFormat, required=True, help="The format of DEST.")

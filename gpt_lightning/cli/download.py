@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
+from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
 from gpt_lightning.suggestions import suggest
@@ -84,7 +85,7 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning download", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="A YAML file with these options.")
+    add("--config", action="config", help=CONFIG_HELP)
     add(
         "name",
         type=str,

@@ -84,7 +84,7 @@ def explain(
     for plain, line in _MESSAGES.items():
         if match := re.search(plain, message):
             return line.format(**match.groupdict())
-    return f"{shorten(message, 200)}; see {parser.prog} --help"
+    return f"{shorten(message, 200)}; {_see_help(parser)}"
 
 
 def explain_class(message: str) -> str | None:
@@ -97,13 +97,17 @@ def _unknown_setting(key: str, parser: argparse.ArgumentParser) -> str:
     settings = {
         action.dest
         for action in parser._actions
-        if _last_part(action.dest) not in ("help", "config") and "print_" not in action.dest
+        if _last_part(action.dest) not in ("help", "help_all", "config")
+        and "print_" not in action.dest
         if not key.startswith(f"{action.dest}.")
     }
     near = nearest_setting(key, settings)
-    return f"{key}: is not a setting; " + (
-        f"did you mean {near}?" if near else f"see {parser.prog} --help"
-    )
+    return f"{key}: is not a setting; " + (f"did you mean {near}?" if near else _see_help(parser))
+
+
+def _see_help(parser: argparse.ArgumentParser) -> str:
+    complete = any(action.dest == "help_all" for action in parser._actions)
+    return f"see {parser.prog} {'--help-all' if complete else '--help'}"
 
 
 def _missing_settings(names: list[str], parser: argparse.ArgumentParser) -> str:
@@ -161,7 +165,7 @@ def _wrong_type(key: str, value: str, cause: str, default: Any = None) -> str:
     if "float" in kinds and "int" in kinds:
         kinds.remove("int")
     if not kinds:
-        return f"{key}: {shorten(cause, 150)}; see --help"
+        return f"{key}: {shorten(cause, 150)}; see docs/configuration.md"
     remedy = _TYPES[kinds[0]][1]
     if kinds[0] == "int" and (number := _as_whole_number(value)) is not None:
         remedy = f"write {number}"

@@ -12,9 +12,9 @@ from gpt_lightning.training.stopping import EXIT_CODES
 def fit(arguments: list[str]) -> int:
     """Train a model. The first of these that is given decides what the run starts from:
 
-    1. ``--ckpt_path``: the same run resumes, with its weights, optimizer, data position and random numbers. With
+    1. --ckpt_path: the same run resumes, with its weights, optimizer, data position and random numbers. With
        'auto' it resumes if it was started before, and starts otherwise.
-    2. ``--init_from``: a new run with existing weights, and existing moments with ``--init_optimizer true``.
+    2. --init_from: a new run with existing weights, and existing moments with --init_optimizer true.
     3. Neither: a new run with random weights.
     With 1 and 2 the architecture is that of the weights, and a configuration that names another one is refused. All
     other settings come from the configuration.
@@ -27,7 +27,7 @@ def fit(arguments: list[str]) -> int:
 def validate(arguments: list[str]) -> None:
     """Compute loss and perplexity of a model on both splits of a text; every token has the same weight.
 
-    The weights are those of ``--ckpt_path`` (last, best or a path), else of ``--init_from SOURCE``.
+    The weights are those of --ckpt_path (last, best or a path), else of --init_from SOURCE.
     """
     cli = TrainingCLI("validate", arguments, validate.__doc__)
     result = run.validate(cli.run_config())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList, values_of
 from gpt_lightning.data.unicode import clean_text, decode_text, for_stream, utf8_text
@@ -209,7 +210,7 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning generate", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="A YAML file with these options.")
+    add("--config", action="config", help=CONFIG_HELP)
     add("--from", type=str | None, metavar="SOURCE", help=f"The model. {SOURCE_HELP}")
     add("--n_heads", type=int | None, help=N_HEADS_HELP)
     add("--prompt", action=TextList, metavar="TEXT", help="A text to continue; repeatable.")

@@ -4,7 +4,7 @@ import os
 from collections.abc import MutableMapping
 
 # variable with a process's rank → variable with the number of processes, which every real launcher sets too
-_COUNT_OF_RANK = {
+COUNT_OF_RANK = {
     "RANK": "WORLD_SIZE",
     "LOCAL_RANK": "WORLD_SIZE",
     "SLURM_PROCID": "SLURM_NTASKS",
@@ -18,6 +18,6 @@ def remove_stale_ranks(environment: MutableMapping[str, str] = os.environ) -> No
 
     Lightning takes a process with ``RANK=1`` for the second of several processes, which writes no files.
     """
-    for rank, count in _COUNT_OF_RANK.items():
+    for rank, count in COUNT_OF_RANK.items():
         if count not in environment:
             environment.pop(rank, None)

@@ -1,14 +1,18 @@
 """Log handler that writes the package's messages to standard error while a command runs."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# the end of every help
+from gpt_lightning.cli.launcher import COUNT_OF_RANK
+
+QUIET_HELP = "only warnings, errors and results"
+# the end of every complete help
 OPTIONS_OF_EVERY_COMMAND = (
-    "Every command also takes --quiet (shows only warnings, errors and results), --verbose (shows more messages, "
-    "Lightning's too) and --debug (shows the Python traceback of an error)."
+    f"Every command also takes --quiet ({QUIET_HELP}), --verbose (more messages, also Lightning's) and --debug "
+    "(the traceback of an error)."
 )
 
 
@@ -51,10 +55,15 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.ERROR and not _is_rank_zero():
             return
-        print(self.format(record), file=sys.stderr, flush=True)
+        # a name may have bytes that are not UTF-8, and a stream that Python did not open may refuse them
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        message = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+        print(message, file=sys.stderr, flush=True)
 
 
 def _is_rank_zero() -> bool:
     """Whether this process has rank 0; the other ranks only report errors."""
     lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
-    return lightning is None or lightning.rank_zero_only.rank == 0
+    if lightning is None:  # the first variable that is set counts, as in Lightning
+        return next((os.environ[name] for name in COUNT_OF_RANK if name in os.environ), "0") == "0"
+    return bool(lightning.rank_zero_only.rank == 0)

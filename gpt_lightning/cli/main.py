@@ -51,6 +51,9 @@ VERBS = {
     ),
 }
 
+VERBS_WITH_SHORT_HELP = ("fit", "validate", "plan")
+HELP_FLAGS = ("-h", "--help")
+
 MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume")
 
 
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _trains(arguments: list[str]) -> bool:
     """Whether the command trains, so that its printed output is not its only result."""
-    only_print = ("-h", "--help", "--print_config")
+    only_print = (*HELP_FLAGS, "--help-all", "--print_config")
     return arguments[:1] == ["fit"] and not any(
         argument.partition("=")[0] in only_print for argument in arguments
     )
@@ -116,11 +119,20 @@ def _run(arguments: list[str]) -> int:
                 from gpt_lightning.suggestions import suggest
 
                 raise ValueError(f"{verb}: is not a command; {suggest(verb, VERBS)}")
-            module, function, _ = VERBS[verb]
+            module, function, purpose = VERBS[verb]
+            if verb in VERBS_WITH_SHORT_HELP and not {*HELP_FLAGS}.isdisjoint(rest):
+                from gpt_lightning.cli.short_help import short_help
+
+                print(short_help(verb, purpose))
+                return 0
             if module in MODULES_WITH_LIGHTNING:
                 from gpt_lightning.cli.launcher import remove_stale_ranks
 
                 remove_stale_ranks()
+                if _trains(arguments):
+                    from gpt_lightning.cli.first_line import log_first_line
+
+                    log_first_line(rest)
                 _hide_transformers()
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from gpt_lightning.cli.errors import explain
+from gpt_lightning.cli.help_format import HelpFormatter
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
 from gpt_lightning.cli.text_options import (
     check_argument_texts,
@@ -42,10 +43,11 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
     use_checked_yaml()
     parser.epilog = OPTIONS_OF_EVERY_COMMAND
+    parser.formatter_class = HelpFormatter
     parser.allow_abbrev = False  # a new setting could make an abbreviation ambiguous
     _try_int_before_float(parser)
     for name in values_of("--config", arguments) + values_of("-c", arguments):
-        _check_config_file(name)
+        check_config_file(name)
     try:
         config = parser.parse_args(configs_first(parser, arguments))
     except ArgumentError as error:
@@ -75,7 +77,7 @@ def _try_int_before_float(parser: ArgumentParser) -> None:
             vars(action)["_typehint"] = Union[ordered]  # noqa: UP007
 
 
-def _check_config_file(name: str) -> None:
+def check_config_file(name: str) -> None:
     """Check that a configuration file exists and is UTF-8.
 
     ``name`` may also be ``-`` for standard input, or YAML text.

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import psutil
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from gpt_lightning.cli.plan_text import print_plan
@@ -89,29 +88,6 @@ class PlanCLI(TrainingCLI):
         self.notes = {}
         super().__init__("plan", arguments, run.__doc__)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
-        add = parser.add_argument
-        add(
-            "--devices",
-            type=int | None,
-            help="Devices on all machines. Default: trainer.devices × num_nodes.",
-        )
-        add(
-            "--gpu",
-            type=str | None,
-            help=f"GPU whose peak and memory are used: {', '.join(MEMORY)}. Default: this machine's device.",
-        )
-        add("--device_memory_gb", type=float | None, help="Memory of one device in GB (10⁹ bytes).")
-        add("--peak_tflops", type=float | None, help="Peak TFLOP/s of one device.")
-        add("--mfu", type=float, default=0.4, help="Share of the peak FLOP/s that the run reaches.")
-        add(
-            "--train_tokens",
-            type=int | None,
-            help="Tokens to train on. Default: those of trainer.max_steps, max_epochs and max_tokens.",
-        )
-        add("--json", action="store_true", help="Print one JSON object and nothing else.")
-
     @cached_property
     def architecture(self) -> GPTConfig:
         """The architecture of the run's weights; that of GPT-2 is known before it is downloaded."""
@@ -177,7 +153,7 @@ class PlanCLI(TrainingCLI):
         if self.config.gpu is not None and self.config.gpu not in MEMORY:
             raise ValueError(
                 f"gpu: {self.config.gpu} is not in plan's table; {suggest(self.config.gpu, MEMORY)} "
-                "Or give --device_memory_gb and --peak_tflops, with --trainer.accelerator gpu"
+                "(or --device_memory_gb and --peak_tflops, with --trainer.accelerator gpu)"
             )
         accelerator = self.config.trainer.accelerator
         if self.config.gpu is not None or accelerator in ("gpu", "cuda"):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
+from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.data.unicode import for_stream, printable
@@ -123,7 +124,7 @@ def _parser() -> ArgumentParser:
         prog="gpt_lightning prepare", description=run.__doc__, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="These settings from a YAML file.")
+    add("--config", action="config", help=CONFIG_HELP)
     add("inputs", action=TextList, nargs="+", metavar="INPUT", help="Files, folders, globs.")
     add("--out", type=str, required=True, help="The folder of the token store; new, or unfinished.")
     add("--field", type=str, default="text", help="The field of a row that holds its text.")
@@ -135,7 +136,7 @@ def _parser() -> ArgumentParser:
         "last part of the text is for validation.",
     )
     add("--val_ratio", type=float, default=0.1, help="Share for validation; 0 = training alone.")
-    add("--workers", type=int | None, help="Threads that tokenize; default: one per CPU.")
+    add("--workers", type=int | None, help="Threads that tokenize; null = one per CPU.")
     add("--shard_tokens", type=int, default=100_000_000, help="Tokens per shard.")
     add(
         "--on_error",

@@ -16,6 +16,7 @@ from gpt_lightning.cli.generate import (
     resolve_device,
 )
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
+from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.suggestions import suggest
 
@@ -61,7 +62,7 @@ def report_parser(
         prog=f"gpt_lightning report {name}", description=description, exit_on_error=False
     )
     add = parser.add_argument
-    add("--config", action="config", help="A YAML file with these options.")
+    add("--config", action="config", help=CONFIG_HELP)
     if sources:
         add(
             "--from",

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from gpt_lightning.cli.errors import explain_class
-from gpt_lightning.cli.options import add_run_settings, add_settings
+from gpt_lightning.cli.options import add_options, improve_help
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.cli.yaml_input import load_checked
@@ -58,10 +58,15 @@ class TrainingCLI(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        add_run_settings(parser)
+        parser.add_class_arguments(RunConfig, skip={"model", "data", "trainer"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        add_settings(parser, self.verb)
+        add_options(parser, self.verb)
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target)
+        for target in ("model.rng", "data.rng"):
+            parser.link_arguments("rng", target)
+        improve_help(parser, self.verb)
 
     def parse_arguments(self, parser: ArgumentParser, args: Any) -> None:
         self.arguments = configs_first(parser, args)

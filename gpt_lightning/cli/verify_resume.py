@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 def run(arguments: list[str]) -> int:
     """Check that resume is exact: train N + M optimizer steps without interruption, and again with kills and resumes.
 
-    Accepts all settings of fit (--config, --data.text, --trainer.devices 2, …) and trains with them in a temporary
-    folder. The run is shorter than with fit, but the same limit ends it: epochs, steps or tokens. The first SIGKILL
+    Accepts all settings of fit (--config, --data.text, --trainer.devices 2, …; --help-all lists them) and trains with
+    them in a temporary folder. The run is shorter than with fit, but the same limit ends it: epochs, steps or tokens. The first SIGKILL
     comes after N steps, and one comes at the end of an epoch; a long epoch is shortened for it. Weights, optimizer,
     counters and the windows of every step must have the same bits. Otherwise the exit code is 1 and a message names
     the first difference.
     """
     options, fit_arguments = _split_arguments(arguments)
-    if "--print_config" in fit_arguments:
+    if {"--print_config", "--help-all"} & {*fit_arguments}:
         from gpt_lightning.cli.fit import fit
 
         return fit(fit_arguments)

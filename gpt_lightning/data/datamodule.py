@@ -32,19 +32,21 @@ class TextDataModule(LightningDataModule):
     complete batch, and its last step may have fewer batches.
 
     Args:
-        text: 'verdict' (The Verdict, from the cache or downloaded), 'sample' (a story that comes with
-            the package), a text file, a folder of .txt and .md files, or a token store that prepare has written.
+        text: File, folder, token store, sample or verdict; sample = a story that comes with the package;
+            verdict = The Verdict, from the cache or downloaded; a folder has .txt and .md files; prepare writes
+            token stores.
         mixture: Several texts instead of one, each with a weight: the share of the training windows that
             come from it. Each text has its own epochs; an epoch of the run has as many windows as all texts
             together. Validation reads all windows of all texts.
-        train_ratio: Share of the characters that is for training, from the start of the text. No effect on a
+        train_ratio: Share of the characters that is for training; it is the start of the text. No effect on a
             token store, which is split already.
-        context_length: Tokens in a window. null = the model's context_length.
-        stride: Tokens from one window's start to the next. null = the window's length.
+        context_length: Tokens in a window; null = the model's context_length.
+        stride: Tokens from one window's start to the next; null = the window's length.
         document_mask: Whether attention stays within a document; each begins with <|endoftext|> and has
             positions from 0. Attention's fast kernels cannot be used with it.
         batch_size: Windows per micro-batch on each device.
-        global_batch_size: Windows per optimizer step, over all devices and accumulated batches.
+        global_batch_size: Windows per optimizer step on all devices; the number of accumulated batches
+            follows from it.
         global_batch_tokens: The same in tokens.
         num_workers: Threads that read batches ahead; the batches are the same with any number.
         seed: Seed of the order of the windows.
@@ -281,6 +283,11 @@ class TextDataModule(LightningDataModule):
             ValueError: A setting or the text differs.
         """
         check_same_windows(state_dict, self.state_dict())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both splits of all texts."""
+        return sum(windows.tokens for windows in self._windows.values())
 
     def described(self) -> dict[str, Any]:
         """The text and its windows, for a result that names what was measured."""

@@ -136,6 +136,7 @@ class ConcatWindowDataset:
         self.datasets = datasets
         for dataset in datasets:
             dataset.max_resident_bytes = _MAX_RESIDENT_BYTES // len(datasets)
+        self.tokens = sum(dataset.tokens for dataset in datasets)
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
 
     def __len__(self) -> int:

@@ -13,11 +13,11 @@ class GPTConfig:
 
     Args:
         vocab_size: Number of token ids; V in shapes.
-        context_length: Number of positions, the maximum number of tokens the model can read.
-        emb_dim: Width of the embeddings and of the residual stream; C in shapes.
+        context_length: Maximum number of tokens in the input; the number of positions.
+        emb_dim: Width of the embeddings; also of the residual stream. C in shapes.
         n_heads: Attention heads per block; must divide ``emb_dim``.
         n_layers: Number of transformer blocks.
-        drop_rate: Dropout rate after the embeddings, on the attention weights and before each shortcut
+        drop_rate: Dropout rate; applies after the embeddings, on the attention weights and before each shortcut
             (residual) connection.
         attn_drop_rate: Dropout rate on the attention weights; null = drop_rate. Any rate above 0
             disables the fastest attention kernels; on a CPU attention is then 1.5 to 4 times slower. On a

@@ -28,6 +28,7 @@ from gpt_lightning.training.skip_step import SkipBadSteps
 from gpt_lightning.training.start import Start, find_start, was_started
 from gpt_lightning.training.stopping import GracefulStop, MaxTokens
 from gpt_lightning.training.throughput import SpeedMonitor, Stopwatch
+from gpt_lightning.training.train_metrics import TrainMetrics
 from gpt_lightning.training.trainer_settings import check_trainer
 
 # Order in which the callbacks act after an optimizer step. The user's own callbacks act before them.
@@ -37,6 +38,7 @@ CALLBACK_ORDER: tuple[type[Callback], ...] = (
     LoopState,  # corrects the counters of a resumed run before others read them
     SpeedMonitor,  # takes the time before the others need some
     SkipBadSteps,  # no optimizer step is evaluated or saved before its gradients are checked
+    TrainMetrics,  # logs the loss of training before that of the evaluation
     EvaluationCallback,
     SampleTextCallback,  # prints below the line of the evaluation
     SaveRunConfig,
@@ -197,6 +199,7 @@ def _training_callbacks(config: RunConfig, clock: Stopwatch) -> list[Callback]:
         LoopState(),
         SpeedMonitor(clock, config.throughput.every_n_steps),
         SkipBadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
+        TrainMetrics(clock),
         EvaluationCallback(evaluation.eval_freq, evaluation.eval_iter, config.rng, clock),
     ]
     if config.max_tokens is not None:
@@ -249,6 +252,8 @@ def _trainer_defaults(config: RunConfig) -> dict[str, Any]:
     ) not in (None, -1)
     if config.max_tokens is not None and not ends_by_itself:
         limits["max_epochs"] = -1  # else Lightning ends after 1,000
+    if config.trainer.get("log_every_n_steps") is None:
+        limits["log_every_n_steps"] = 10
     if config.trainer.get("limit_val_batches") is None:
         limits["limit_val_batches"] = 0  # EvaluationCallback validates, not Lightning's loop
     return limits
@@ -297,16 +302,8 @@ def _logger(config: RunConfig, start: Start) -> Any:
     if chosen is not None and chosen is not True:
         return chosen
     block_tensorflow()
-    return RunTensorBoardLogger(
-        save_dir=config.folder.parent,
-        name=config.folder.name,
-        version="",
-        default_hp_metric=False,
-        # remove what a resumed run will log again
-        purge_step=read_checkpoint(start.checkpoint_path)["global_step"]
-        if start.checkpoint_path
-        else 0,
-    )
+    resumed = start.checkpoint_path and read_checkpoint(start.checkpoint_path)
+    return RunTensorBoardLogger(config.folder, purge_step=resumed["global_step"] if resumed else 0)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -29,7 +29,7 @@ from gpt_lightning.training.checkpoint_io import (
 from gpt_lightning.training.config import OnFailure
 from gpt_lightning.training.distributed import local
 from gpt_lightning.training.lightning_compat import dump_checkpoint
-from gpt_lightning.training.loggers import ignore_full_disk
+from gpt_lightning.training.loggers import StepPosition, ignore_full_disk
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
@@ -142,10 +142,15 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                 "--checkpoint.keep_previous false"
             )
 
-    def on_evaluation(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    def on_metrics(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: Mapping[str, float],
+        position: StepPosition,
     ) -> None:
-        self._evaluated = (trainer.global_step, metrics["val_loss"])
+        if "val_loss" in metrics:
+            self._evaluated = (position.step + 1, metrics["val_loss"])
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         # All checkpoints are saved from this hook. In later hooks Lightning's counters say that the epoch is over,
@@ -184,6 +189,14 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         step, val_loss = self._evaluated
         return self.save_best and step == trainer.global_step and val_loss < self._best.val_loss
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # A process that is killed after the save loses what the loggers buffer. The other callbacks have logged all
+        # that they have until this step.
+        for logger in trainer.loggers:
+            ignore_full_disk(logger.save)
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -212,9 +225,6 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                 f"step {trainer.global_step - 1}: has made parameters that are not finite; "
                 f"{self.folder / LAST} stays the one before"
             )
-        # Flush the loggers first: a process that is killed after the save loses what they buffer.
-        for logger in trainer.loggers:
-            ignore_full_disk(logger.save)
         self.io.finish()
         self._is_written(trainer, ends=False)
         self._best_before, is_best = self._best, self._is_best(trainer)

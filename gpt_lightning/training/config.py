@@ -31,8 +31,8 @@ class EvaluationConfig:
 
     Args:
         eval_freq: Optimizer steps between two evaluations; the first one follows the first step.
-        eval_iter: Batches of each split that an evaluation reads on each device; with data.global_batch_size or
-            data.global_batch_tokens, global batches; null = all windows.
+        eval_iter: Batches of each split per evaluation; each device reads so many. With data.global_batch_size or
+            data.global_batch_tokens, global batches. null = all windows.
         prompt: Text that the greedy sample after each epoch continues; null = no samples.
         max_new_tokens: Tokens of that sample.
         log_next_token: Log the entropy of the prompt's next-token distribution with each evaluation.
@@ -50,7 +50,7 @@ class CheckpointConfig:
     """Settings ``checkpoint.*``: which checkpoints a run saves, and when.
 
     Args:
-        every_n_train_steps: Optimizer steps between two saves of last.ckpt; null = at the end of each epoch.
+        every_n_train_steps: Optimizer steps between saves of last.ckpt; null = at the end of each epoch.
         save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss. Each evaluation that is the best so
             far saves a checkpoint; with a large model, evaluate less often (evaluation.eval_freq).
         keep_previous: Keep the last.ckpt before as previous.ckpt, in case the newest one is damaged.
@@ -85,14 +85,12 @@ class RunConfig:
     """Settings of a run.
 
     Args:
-        run: Name of the run: its files are in checkpoints/NAME.
+        run: Name of the run; its files are in checkpoints/NAME.
         seed_everything: Seed of the initial weights, the order of the windows and dropout.
         rng: Source of random numbers: step = computed from seed and step; global = torch's global generator, as in
             the book.
-        ckpt_path: Checkpoint from which the run resumes: last, best or a path; auto = last if it exists, else a new
-            run.
-        init_from: SOURCE of a new run's initial weights: a run, a checkpoint, GPT-2's files, or a name such as
-            gpt2-124M.
+        ckpt_path: Resume the run: last, best, auto or a path; auto = last if it exists, else a new run.
+        init_from: Initial weights: a run, a file or gpt2-124M; docs/weights.md lists all kinds.
         init_optimizer: true = also load the optimizer's state from --init_from.
         max_tokens: Training tokens after which the run ends, unless trainer.max_epochs or trainer.max_steps ends it
             earlier; null = no limit.

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
-from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.optim import Optimizer
 
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader, Rng
 from gpt_lightning.data.datamodule import TextDataModule
@@ -23,30 +21,19 @@ from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.data.unicode import for_stream
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import entropy
-from gpt_lightning.training.loggers import ignore_full_disk, log_metrics
+from gpt_lightning.training.loggers import (
+    StepPosition,
+    ignore_full_disk,
+    log_metrics,
+    publish_metrics,
+)
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
-from gpt_lightning.training.stopping import ends_run
+from gpt_lightning.training.stopping import ends_run, stopped_by_signal
 from gpt_lightning.training.throughput import Stopwatch
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class EvaluationListener(Protocol):
-    """Callback that is told the metrics of each evaluation; any callback of the trainer that has this method."""
-
-    def on_evaluation(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
-    ) -> None:
-        """Act on an evaluation.
-
-        Args:
-            metrics: ``EvaluationCallback.TAGS`` with ``step``, counted from 0, ``epoch``, counted from 1, and
-                ``seen_epochs``, a fraction.
-        """
-        ...
 
 
 def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
@@ -64,22 +51,17 @@ class EvaluationCallback(StepEndCallback):
     """The book's ``evaluate_model``: every ``eval_freq`` steps, the losses over some batches of each split.
 
     ``fit`` validates with it, and not with Lightning's validation loop. It prints the book's line, logs ``TAGS``
-    to the trainer's loggers, and calls ``on_evaluation`` of each :class:`EvaluationListener` among the callbacks.
+    to the trainer's loggers, and gives the metrics to the other callbacks
+    (:class:`gpt_lightning.training.loggers.MetricsListener`).
 
     With ``rng="step"`` each evaluation reads the same training windows, and every token has the same weight.
     With ``rng="global"`` it reads the windows in a new random order and takes the mean of the batches' means,
     which gives the book's numbers.
+
+    The weights at the end of the run are evaluated too, for the summary and ``FitResult.metrics``.
     """
 
-    TAGS = (
-        "train_loss",
-        "val_loss",
-        "val_perplexity",
-        "lr",
-        "grad_norm",
-        "tokens_seen",
-        "tokens_per_second",
-    )
+    TAGS = ("train_loss", "val_loss", "val_perplexity", "tokens_seen")
 
     def __init__(
         self,
@@ -96,81 +78,52 @@ class EvaluationCallback(StepEndCallback):
         self.eval_iter = eval_iter
         self.rng: Rng = rng
         self.clock = clock or Stopwatch()
-        self._grad_norm = math.nan
-        self._began = 0.0
-        self._tokens = 0
-        self._rate = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._began, self._tokens = self.clock.seconds(), 0
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        if trainer.global_step % self.eval_freq == 0:
-            assert isinstance(pl_module, GPTLightningModule)
-            self._grad_norm = float(pl_module.grad_norm())
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        self._tokens += batch[0].numel() * trainer.world_size
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._evaluated = -1
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         step = trainer.global_step - 1  # the book counts the first step as step 0
         if step % self.eval_freq:
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._rate = self._tokens / (self.clock.seconds() - self._began)
-        seen_epochs = trainer.current_epoch + (batch_idx + 1) / int(trainer.num_training_batches)
-        with self.clock.stopped(pl_module.device):
-            metrics = {"step": step, "epoch": trainer.current_epoch + 1, "seen_epochs": seen_epochs}
-            metrics |= self._evaluate(trainer, pl_module, step)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EvaluationListener):
-                callback.on_evaluation(trainer, pl_module, MappingProxyType(metrics))
-        self._began, self._tokens = self.clock.seconds(), 0
+        with self.clock.stopped(pl_module.device), _random_numbers(self.rng):
+            losses = self._losses(trainer, pl_module)
+        self._print(trainer, step, losses)
+        metrics = {
+            **losses,
+            "val_perplexity": math.exp(min(losses["val_loss"], 700.0)),
+            "tokens_seen": pl_module.tokens_seen,
+        }
+        publish_metrics(trainer, pl_module, metrics, StepPosition.of(trainer, batch_idx))
 
-    def _evaluate(
-        self, trainer: Trainer, module: GPTLightningModule, step: int
-    ) -> dict[str, float]:
-        """Compute, print and log the metrics ``TAGS``."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The losses are neither printed nor logged: the same run with more steps has no evaluation here.
+        if trainer.global_step != self._evaluated and not stopped_by_signal(trainer):
+            assert isinstance(pl_module, GPTLightningModule)
+            with isolate_rng():
+                self._losses(trainer, pl_module)
+
+    def _losses(self, trainer: Trainer, module: GPTLightningModule) -> dict[str, float]:
+        """Compute the losses, and set them in the trainer's ``callback_metrics``."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, TextDataModule), "EvaluationCallback needs a TextDataModule"
-        with _random_numbers(self.rng), torch.no_grad():
+        with torch.no_grad():
             module.eval()
             train_loss = self._mean_loss(trainer, module, data.train_dataloader())
             val_loss = self._mean_loss(trainer, module, data.validation_windows())
             module.train()
-        values = [
-            train_loss,
-            val_loss,
-            math.exp(min(val_loss, 700.0)),
-            trainer.optimizers[0].param_groups[0]["lr"],
-            self._grad_norm,
-            module.tokens_seen,
-            self._rate,
-        ]
-        metrics = dict(zip(self.TAGS, values, strict=True))
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         trainer.callback_metrics.update((tag, torch.tensor(loss)) for tag, loss in losses.items())
-        if trainer.is_global_zero:
-            print(
-                f"Ep {trainer.current_epoch + 1} (Step {step:06d}): "
-                f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}",
-                flush=True,
-            )
-        log_metrics(trainer, metrics, step)
-        return metrics
+        self._evaluated = trainer.global_step
+        return losses
+
+    @rank_zero_only
+    def _print(self, trainer: Trainer, step: int, losses: Mapping[str, float]) -> None:
+        """Print the book's line."""
+        print(
+            f"Ep {trainer.current_epoch + 1} (Step {step:06d}): "
+            f"Train loss {losses['train_loss']:.3f}, Val loss {losses['val_loss']:.3f}",
+            flush=True,
+        )
 
     def _mean_loss(
         self, trainer: Trainer, module: GPTLightningModule, loader: ResumableDataLoader
@@ -236,11 +189,15 @@ class SampleTextCallback(Callback):
         elif ends_run(trainer):
             self._sample_of_cut_epoch(trainer, pl_module)
 
-    def on_evaluation(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    def on_metrics(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: Mapping[str, float],
+        position: StepPosition,
     ) -> None:
-        if self.log_next_token:
-            self._log_next_token(trainer, pl_module, int(metrics["step"]))
+        if self.log_next_token and "val_loss" in metrics:
+            self._log_next_token(trainer, pl_module, position.step)
 
     def _log_next_token(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, GPTLightningModule)

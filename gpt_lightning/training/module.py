@@ -48,8 +48,8 @@ class GPTLightningModule(LightningModule):
         min_lr: Learning rate at the end of the cosine decay.
         loss_chunk_size: Tokens whose logits are computed per chunk; null = all tokens of a batch at once. Saves two to three times
             the memory of a batch's logits; faster on a GPU.
-        activation_checkpointing: Compute the activations of a block again in the backward pass, to save memory; a
-            third more work.
+        activation_checkpointing: Save memory for a third more work; the backward pass computes the activations of a
+            block again.
         compile: Compile the blocks, which takes up to a minute when training starts. On a CPU it is faster with
             bf16-mixed only.
         seed: Seed of initial weights and dropout.

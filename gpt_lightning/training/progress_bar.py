@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gpt_lightning.training.loggers import StepPosition
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import MaxTokens, epoch_shape
 
@@ -40,7 +41,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         self._last_line = 0.0
         self._shown = 0.0
         self._done = 0
-        self._val_loss: float | None = None
+        self._losses: dict[str, float] = {}
 
     def disable(self) -> None:
         self._enabled = False
@@ -64,10 +65,14 @@ class RunProgressBar(StepEndCallback, ProgressBar):
             )
         self._start("training", trainer.global_step, total)
 
-    def on_evaluation(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    def on_metrics(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: Mapping[str, float],
+        position: StepPosition,
     ) -> None:
-        self._val_loss = metrics["val_loss"]
+        self._losses |= {tag: metrics[tag] for tag in ("train/loss", "val_loss") if tag in metrics}
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         self._advance(trainer.global_step)
@@ -102,7 +107,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         self._stop()
 
     def _start(self, what: str, done: int, total: int | None) -> None:
-        self._total, self._first, self._done, self._val_loss = total, done, done, None
+        self._total, self._first, self._done, self._losses = total, done, done, {}
         self._began = self._last_line = time.monotonic()
         # Messages are escaped on a terminal; the bar's own control characters are not.
         console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
@@ -146,7 +151,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
 
     def _show(self) -> None:
         assert self._bar is not None
-        note = "" if self._val_loss is None else f"val_loss {self._val_loss:.3f}"
+        note = "  ".join(f"{tag} {loss:.3f}" for tag, loss in self._losses.items())
         self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
 
     def _stop(self) -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from gpt_lightning.training.distributed import (
 )
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
+from gpt_lightning.training.run_files import read_rows
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.run_warnings import precision_warnings, run_warnings
 
@@ -86,6 +87,8 @@ def _train(built: BuiltRun) -> FitResult:
     if is_rank_zero():
         for warning in run_warnings(config, trainer, built.module.config, keeps_freed_memory=keeps):
             logger.warning(warning)
+        if writes_files(config):
+            logger.info(f"{folder}: {_describe_data(built.datamodule)}")
     try:
         with terminate_ranks_on_error(trainer):
             # it resumes from trainer.ckpt_path
@@ -104,9 +107,40 @@ def _train(built: BuiltRun) -> FitResult:
             built.graceful_stop.requeue()
             logger.info(f"{folder}: stopped; --ckpt_path last resumes it")
         else:
+            for line in _summary(built):
+                logger.info(line)
             logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return FitResult(folder, stopped_by, metrics)
+
+
+def _describe_data(data: TextDataModule) -> str:
+    what = data.described()
+    text = ", ".join(what["text"]) if isinstance(what["text"], list) else what["text"]
+    return (
+        f"text {text}: {data.tokens:,} tokens; {what['train_windows']:,} windows of {what['context_length']} tokens for "
+        f"training, {what['val_windows']:,} for validation"
+    )
+
+
+def _summary(built: BuiltRun) -> Iterator[str]:
+    """Losses of the last weights and of the best evaluation, with the files that hold them."""
+    if built.checkpoint_callback is None:
+        return
+    trainer, folder = built.trainer, built.config.folder
+    losses = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    found = {"last": (trainer.global_step - 1, losses)}
+    evaluations = [row for row in read_rows(folder / "metrics.csv") if "val_loss" in row]
+    if evaluations and built.config.checkpoint.save_best:
+        best = min(evaluations, key=lambda row: row["val_loss"])
+        found["best"] = (int(best["step"]), best)
+    for name, (step, losses) in found.items():
+        if {"train_loss", "val_loss"} <= losses.keys():
+            yield (
+                f"{name} step {step}: train_loss {losses['train_loss']:.3f}, val_loss {losses['val_loss']:.3f} "
+                f"({name}.ckpt)"
+            )
+    yield f"generate --from {folder} takes last.ckpt"
 
 
 def _is_interrupt(error: SystemExit) -> bool:

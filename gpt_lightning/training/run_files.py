@@ -1,7 +1,9 @@
 """Files of a run beside its checkpoints: config.yaml, metrics.csv, loss.png."""
 
 import csv
+import io
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,10 +25,11 @@ from gpt_lightning.palette import SERIES
 from gpt_lightning.storage.atomic import atomic_output, write_text
 from gpt_lightning.training.config import LINKED, RunConfig
 from gpt_lightning.training.evaluation import EvaluationCallback
-from gpt_lightning.training.loggers import ignore_full_disk
+from gpt_lightning.training.loggers import StepPosition, ignore_full_disk
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
+from gpt_lightning.training.train_metrics import TrainMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 Row = dict[str, float]
 COUNTS = ("step", "epoch", "tokens_seen")
-COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS)
+COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS, *TrainMetrics.TAGS)
 
 
 class MetricsCSV(StepEndCallback):
@@ -135,11 +138,16 @@ class MetricsCSV(StepEndCallback):
             self.rows = [row for row in read_rows(self.path) if row["step"] < trainer.global_step]
         write_rows(self.path, self.rows)
 
-    def on_evaluation(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
+    def on_metrics(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: Mapping[str, float],
+        position: StepPosition,
     ) -> None:
         if trainer.is_global_zero:
-            self.rows.append(dict(metrics))
+            epochs = {"epoch": math.ceil(position.epochs), "seen_epochs": position.epochs}
+            self.rows.append({"step": position.step, **epochs, **metrics})
             ignore_full_disk(self._append)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
@@ -171,25 +179,32 @@ class MetricsCSV(StepEndCallback):
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         from matplotlib.image import imsave
 
-        pixels = figure_to_array(loss_figure(self.rows))
+        evaluations = [row for row in self.rows if "val_loss" in row]
+        if not evaluations:
+            return
+        pixels = figure_to_array(loss_figure(evaluations))
         imsave(self.figure_path, pixels)
-        final = {f"final/{tag}": self.rows[-1][tag] for tag in ("train_loss", "val_loss")}
+        last = evaluations[-1]
+        losses = {tag: last[tag] for tag in ("train_loss", "val_loss")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # A run that is extended removes this step from TensorBoard, because it ends later.
                 step = trainer.global_step
                 logger.experiment.add_image("losses", pixels, step, dataformats="HWC")
                 hparams = _encodable(_flat({**module.hparams, **self.hparams}))
-                logger.log_hyperparams(hparams, final, step)
+                logger.log_hyperparams(hparams, losses, int(last["step"]))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the complete rows; a run that was killed while it wrote may leave half a row."""
+    """Return the complete rows, without empty cells; a run that was killed while it wrote may leave half a row."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    complete = text[: text.rfind("\n") + 1]
     rows = []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
-            with suppress(ValueError, TypeError, KeyError):
-                rows.append({key: (int if key in COUNTS else float)(row[key]) for key in COLUMNS})
+    for row in csv.DictReader(io.StringIO(complete, newline="")):
+        values = {key: row[key] for key in COLUMNS if row.get(key)}
+        if None not in row.values() and "step" in values:
+            with suppress(ValueError):
+                rows.append({k: (int if k in COUNTS else float)(v) for k, v in values.items()})
     return rows
 
 

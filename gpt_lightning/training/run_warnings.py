@@ -50,11 +50,6 @@ def run_warnings(
                     f"trainer.{name}: has no effect, because evaluation.eval_freq sets when losses are computed; "
                     "give trainer.limit_val_batches if Lightning shall validate too"
                 )
-    if config.trainer.get("log_every_n_steps") is not None and not config.trainer.get("callbacks"):
-        yield (
-            "trainer.log_every_n_steps: has no effect, because evaluation.eval_freq and throughput.every_n_steps set "
-            "when metrics are logged"
-        )
 
 
 def precision_warnings(trainer: Trainer) -> Iterator[str]:

@@ -61,6 +61,11 @@ def ends_run(trainer: Trainer) -> bool:
     return ends_epochs or trainer.global_step == trainer.max_steps
 
 
+def stopped_by_signal(trainer: Trainer) -> bool:
+    """Return whether a signal stops the run before its end."""
+    return any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def epoch_shape(trainer: Trainer) -> EpochShape | None:
     """Return the batches and steps of an epoch; ``None`` if the data are not a :class:`TextDataModule`."""
     data = trainer.datamodule  # type: ignore[attr-defined]

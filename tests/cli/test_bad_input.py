@@ -75,9 +75,9 @@ def test_existing_run_is_not_overwritten(command: Command, tmp_path: Path) -> No
     arguments = ("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1")
     assert command(*arguments).code == 0
     folder = tmp_path / "checkpoints" / "quickstart"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert_refused(command(*arguments), "holds a run already", "--ckpt_path last", "--run NAME")
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:10_000])
     assert_refused(

@@ -81,8 +81,8 @@ def test_precision_without_its_package_is_refused(command: Command) -> None:
         "--trainer.precision=transformer-engine",
     )
     assert result.code == 2
-    assert result.err.startswith("gpt_lightning: error: trainer: ")
-    assert result.err.count("\n") == 1
+    assert result.error.startswith("gpt_lightning: error: trainer: ")
+    assert result.error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_overfit_batches_repeats_the_same_windows(fit: Command) -> None:
 def test_limit_without_a_complete_step_is_refused(command: Command) -> None:
     result = command("fit", *SMALL_QUICKSTART, "--data.global_batch_size=4",
                    "--trainer.limit_train_batches=0.01", "--trainer.max_steps=1")  # fmt: skip
-    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert (result.code, result.error.count("\n")) == (2, 1)
     assert "trainer.limit_train_batches: 0.01 leaves none of the" in result.err
 
 

@@ -192,7 +192,7 @@ def test_number_that_is_not_finite_is_refused(command: Command, arguments: str) 
 def test_wrong_value_is_refused_in_plain_words(command: Command, arguments: str, line: str) -> None:
     result = command(*(word.replace("~", " ") for word in arguments.split()))
     assert_refused(result, line)
-    assert len(result.err) < 200
+    assert len(result.error) < 200
     for word in ("<class", "typing.", "Union", "NoneType", "Namespace"):
         assert word not in result.err
     assert os.listdir() == []
@@ -262,7 +262,7 @@ def test_bad_data_setting_is_refused(
 def test_bad_device_setting_is_refused(command: Command, arguments: list[str], cause: str) -> None:
     result = command("fit", *SMALL_QUICKSTART, *arguments)
     assert (result.code, result.out) == (2, "")
-    assert len(result.err.splitlines()) == 1
-    assert result.err.startswith("gpt_lightning: error: ")
+    assert len(result.error.splitlines()) == 1
+    assert result.error.startswith("gpt_lightning: error: ")
     assert cause in result.err
     assert not Path("checkpoints").exists()

@@ -67,7 +67,7 @@ def test_yaml_runs_no_code(
     result = command("fit", QUICKSTART, "--config=mine.yaml", *SMALL,
                    "--trainer.max_steps=1")  # fmt: skip
     assert result.code == 2
-    assert result.err.count("\n") == 1, result.err
+    assert result.error.count("\n") == 1, result.err
     assert sorted(os.listdir()) == ["evil.py", "mine.yaml"]
 
 
@@ -111,5 +111,5 @@ def test_checkpoint_runs_no_code(command: Command, make: Callable[[], Any]) -> N
         result = command("fit", *SMALL_QUICKSTART[6:],
                        "--trainer.max_steps=1", f"{option}=x.ckpt")  # fmt: skip
         assert result.code == 2
-        assert result.err.count("\n") == 1, result.err
+        assert result.error.count("\n") == 1, result.err
     assert os.listdir() == ["x.ckpt"]

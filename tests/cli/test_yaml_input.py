@@ -25,7 +25,7 @@ def test_file_that_is_not_yaml_is_refused(refused_fit: Command, tmp_path: Path) 
         b"- 1\n- 2\n": "mine.yaml: holds no settings",
         b"just words": "mine.yaml: holds no settings",
         b"": "mine.yaml: holds no settings",
-        b"null\n": "config: null is not a mapping of settings",
+        b"null\n": "mine.yaml: holds no settings",
         b"run: a\n---\nrun: b\n": "mine.yaml: line 2: begins a second document",
         b"? [a, b]\n: 1\n": "mine.yaml: line 1: a key must be one word",
         b"1: 2\n": "1: is not the name of a setting",
@@ -132,8 +132,8 @@ def test_mutated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> No
         if result is None:
             continue
         assert result.code == 2
-        assert result.err.count("\n") == 1, result.err
-        assert result.err.startswith("gpt_lightning: error: ")
+        assert result.error.count("\n") == 1, result.err
+        assert result.error.startswith("gpt_lightning: error: ")
         refused += 1
     assert refused > 10
     assert os.listdir(tmp_path) == ["mine.yaml"]
@@ -154,6 +154,6 @@ def test_truncated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> 
         assert result.code in (0, 2)
         assert "Traceback" not in result.err
         if result.code == 2:
-            assert result.err.startswith("gpt_lightning: error: ")
+            assert result.error.startswith("gpt_lightning: error: ")
             refused += 1
     assert refused >= 5

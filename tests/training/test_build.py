@@ -12,6 +12,8 @@ import gpt_lightning
 from gpt_lightning import build_trainer
 from gpt_lightning.training.build import CALLBACK_ORDER
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
+from gpt_lightning.training.loggers import StepPosition
+from gpt_lightning.training.run_files import read_rows
 from helpers import python
 from runs import assert_same_bits, file_times, small_command, small_run
 
@@ -55,27 +57,32 @@ def test_interrupted_notebook_resumes_to_the_bits_of_the_command(tmp_path: Path)
 
 
 class Listener(Callback):
-    """Callback of a user that acts on evaluations."""
+    """Callback of a user that acts on metrics."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
 
-    def on_evaluation(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]
+    def on_metrics(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        metrics: dict[str, float],
+        position: StepPosition,
     ) -> None:
-        self.metrics.append(dict(metrics))
+        self.metrics.append({"step": position.step, **metrics})
 
 
-def test_callbacks_of_a_user_receive_each_evaluation(tmp_path: Path) -> None:
+def test_callbacks_of_a_user_receive_all_metrics(tmp_path: Path) -> None:
     listener = Listener()
     config = small_run(tmp_path)
     config.trainer["callbacks"] = [listener]
     folder = gpt_lightning.fit(config).folder
-    header, *rows = (folder / "metrics.csv").read_text().splitlines()
-    assert [
-        ",".join(str(row[name]) for name in header.split(",")) for row in listener.metrics
-    ] == rows
-    assert [row["step"] for row in listener.metrics] == [0, 5, 10]
+    rows = read_rows(folder / "metrics.csv")
+    for row in rows:
+        del row["epoch"], row["seen_epochs"]
+    assert listener.metrics == rows
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 5, 10]
+    assert [row["step"] for row in rows if "train/loss" in row] == [9]
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert recorded["trainer"].keys() == {"accelerator", "max_steps", "default_root_dir"}
 

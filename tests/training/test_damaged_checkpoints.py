@@ -113,6 +113,6 @@ def test_checkpoint_that_contradicts_itself_is_refused(
     Path("mine.yaml").write_text("data:\n  text: sample\n")
     result = command("fit", "--config=mine.yaml", "--ckpt_path=x.ckpt", "--trainer.accelerator=cpu")
     assert result.code == 2, result.err
-    assert result.err.count("\n") == 1, result.err
+    assert result.error.count("\n") == 1, result.err
     assert "x.ckpt" in result.err
     assert sorted(os.listdir()) == ["mine.yaml", "x.ckpt"]

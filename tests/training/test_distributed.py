@@ -61,7 +61,11 @@ def run_fit(folder: Path, run: str, *arguments: str) -> None:
 def rows(folder: Path, run: str) -> list[dict[str, float]]:
     with (folder / "checkpoints" / run / "metrics.csv").open() as file:
         return [
-            {key: float(value) for key, value in row.items() if key != "tokens_per_second"}
+            {
+                key: float(value)
+                for key, value in row.items()
+                if value and key != "tokens_per_second"
+            }
             for row in csv.DictReader(file)
         ]
 
@@ -92,7 +96,7 @@ def assert_same_run(folder: Path, run: str, other: str, tolerance: float = 1e-5)
     ours, theirs = rows(folder, run), rows(folder, other)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        a.pop("val_perplexity"), b.pop("val_perplexity")
+        a.pop("val_perplexity", None), b.pop("val_perplexity", None)
         assert a == pytest.approx(b, abs=tolerance)
     assert_same_content(last_path(folder, run), last_path(folder, other))
 
@@ -103,7 +107,9 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     overlay = {"ddp": DDP_CONFIG, "fsdp": FSDP}[name]
     run_fit(folder, name, *overlay, "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=2")
     assert_same_run(folder, name, "one")
-    assert all(row["grad_norm"] > 0.1 for row in rows(folder, name))
+    norms = [row["train/grad_norm"] for row in rows(folder, name) if "train/grad_norm" in row]
+    assert len(norms) == 2
+    assert min(norms) > 0.1
 
 
 @pytest.mark.slow

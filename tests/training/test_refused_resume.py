@@ -77,8 +77,8 @@ def test_resume_with_other_windows_is_refused(
     before = file_times(Path("checkpoints"))
     result = command("fit", *SMALL_QUICKSTART, "--ckpt_path=last", "--trainer.max_steps=9",
                      "--data.text=my.txt", *resumed)  # fmt: skip
-    assert (result.code, result.err.count("\n")) == (2, 1), result.err
-    assert result.err.startswith(f"gpt_lightning: error: {expected}"), result.err
+    assert (result.code, result.error.count("\n")) == (2, 1), result.err
+    assert result.error.startswith(f"gpt_lightning: error: {expected}"), result.err
     assert file_times(Path("checkpoints")) == before
 
 
@@ -129,4 +129,4 @@ def test_resume_of_another_architecture_is_refused_with_both_values(
     )  # fmt: skip
     assert result.code == 2
     assert "model.config.emb_dim is 8 there and 32 here" in result.err
-    assert result.err.count("\n") == 1
+    assert result.error.count("\n") == 1

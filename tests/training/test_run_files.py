@@ -11,14 +11,18 @@ from callbacks import RemovesFiles
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.resume import latest_valid_checkpoint
-from gpt_lightning.training.run_files import loss_figure
+from gpt_lightning.training.run_files import loss_figure, read_rows
+from gpt_lightning.training.train_metrics import TrainMetrics
 from helpers import Command
 from runs import RUN
 
 
 def test_run_folder_and_tensorboard(fit: Command) -> None:
     result = fit(
-        "--trainer.max_epochs=2", "--evaluation.eval_freq=3", "--evaluation.log_next_token=true"
+        "--trainer.max_epochs=2",
+        "--evaluation.eval_freq=3",
+        "--evaluation.log_next_token=true",
+        "--trainer.log_every_n_steps=4",
     )
     folder = Path("checkpoints/quickstart")
     events = [name for name in os.listdir(folder) if name.startswith("events.out.tfevents")]
@@ -31,6 +35,8 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
             "manifest.json",
             "metrics.csv",
             "previous.ckpt",
+            "train",
+            "val",
             *events,
         ]
     )
@@ -39,22 +45,31 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
     board = EventAccumulator(str(folder))
     board.Reload()
     tags = board.Tags()
-    assert set(EvaluationCallback.TAGS) <= set(tags["scalars"])
+    assert {*EvaluationCallback.TAGS, *TrainMetrics.TAGS} <= set(tags["scalars"])
     assert set(SampleTextCallback.TAGS) <= set(tags["scalars"])
     assert [e.step for e in board.Scalars(SampleTextCallback.TAGS[0])] == [0, 3, 6, 9, 12]
     assert "losses" in tags["images"]
     assert "sample/text_summary" in tags["tensors"]
     assert "_hparams_/session_start_info" in board.summary_metadata
-    assert {"final/train_loss", "final/val_loss"} <= set(tags["scalars"])
+    assert [e.step for e in board.Scalars("train/loss")] == [3, 7, 11]
+    for name, tag in (("train", "train/loss"), ("val", "val_loss")):  # one chart for both
+        part = EventAccumulator(str(folder / name))
+        part.Reload()
+        assert part.Tags()["scalars"] == ["loss"]
+        points, whole = part.Scalars("loss"), board.Scalars(tag)
+        assert [(e.step, e.value) for e in points] == [(e.step, e.value) for e in whole]
 
     lines = [line for line in result.out.splitlines() if line.startswith("Ep ")]
     samples = [line for line in result.out.splitlines() if not line.startswith("Ep ")]
     assert len(samples) == 2
     logged = [event.value for event in board.Scalars("val_loss")]
-    assert len(lines) == len(logged) == len((folder / "metrics.csv").read_text().splitlines()) - 1
+    logged.pop()  # again, as the result of the hyperparameters
+    rows = read_rows(folder / "metrics.csv")
+    assert len(lines) == len(logged) == sum("val_loss" in row for row in rows)
+    assert [row["step"] for row in rows if "train/loss" in row] == [3, 7, 11]
     assert [f"{value:.3f}" for value in logged] == [line.split()[-1] for line in lines]
     assert [event.step for event in board.Scalars("val_loss")][:2] == [0, 3]
-    assert all(event.value > 0 for event in board.Scalars("grad_norm"))
+    assert all(event.value > 0 for event in board.Scalars("train/grad_norm"))
     assert all(event.value > 0 for event in board.Scalars("tokens_per_second"))
 
 

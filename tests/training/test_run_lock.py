@@ -71,7 +71,7 @@ def test_second_fit_of_a_run_is_refused_and_changes_nothing(
     before = {path: path.stat().st_mtime_ns for path in RUN.iterdir()}
     for arguments in (["--ckpt_path=last"], ["--ckpt_path=auto"], []):
         result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=4", *arguments)
-        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+        assert (result.code, result.out, result.error.count("\n")) == (2, "", 1)
         for part in (f"process {other.pid} on {socket.gethostname()}", "since 2026-01-01T00:00:00"):
             assert part in result.err
     assert {path: path.stat().st_mtime_ns for path in RUN.iterdir()} == before

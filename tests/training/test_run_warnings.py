@@ -18,13 +18,11 @@ from helpers import Command
         (["--keep_freed_memory=true"], ["keep_freed_memory"]),
         (["--keep_freed_memory=false"], []),
         (["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=2",
-          "--trainer.num_sanity_val_steps=1", "--trainer.log_every_n_steps=5"],
+          "--trainer.num_sanity_val_steps=1"],
          ["trainer.val_check_interval", "trainer.check_val_every_n_epoch",
-          "trainer.num_sanity_val_steps", "trainer.log_every_n_steps"]),
+          "trainer.num_sanity_val_steps"]),
         (["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"], []),
         (["--trainer.num_sanity_val_steps=0"], []),
-        (["--trainer.log_every_n_steps=5",
-          "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"], []),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_reported(

@@ -82,6 +82,7 @@ def test_throughput_excludes_what_is_not_training(
     # an epoch has 15 steps
     fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
         "--evaluation.eval_freq=1", "--evaluation.log_next_token=true", "--trainer.limit_val_batches=2",
+        "--trainer.log_every_n_steps=1",
         "--checkpoint.every_n_train_steps=3", *TINY_MODEL)  # fmt: skip
     assert result == {"training_step", *(name for _, name in kinds)}
     events = EventAccumulator("checkpoints/quickstart").Reload()

@@ -226,6 +226,7 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
     assert "lightning" in imports
     assert not {"transformers", "tensorflow"} & imports
     assert [line for line in lines if not line.startswith("import time:")] == [
-        "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?"
+        "fit: new run; starting PyTorch and Lightning",
+        "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?",
     ]
     assert os.listdir(tmp_path) == []

@@ -1,5 +1,6 @@
 """Fixtures of all tests: the real command, a trained run, the book's text."""
 
+import gc
 import importlib.util
 import io
 import logging
@@ -13,14 +14,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+# each of pytest-xdist's processes has one core, and so have the commands that they start; OpenMP
+# reads this when torch is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # without a GPU our kernels run in Python; Triton asks for this when it is first imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-# each of pytest-xdist's processes has one core, and so have the commands that they start
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the tests' servers are on this machine, not behind a proxy that it uses
 os.environ["NO_PROXY"] = f"127.0.0.1,{os.environ.get('NO_PROXY', '')}".rstrip(",")
 os.environ["no_proxy"] = f"127.0.0.1,{os.environ.get('no_proxy', '')}".rstrip(",")
@@ -56,11 +60,13 @@ def command(
 
     draw = run_files.figure_to_array
 
-    def draw_few_pixels(figure: Any) -> Any:
+    def draw_little(figure: Any) -> Any:
         figure.set_dpi(20)
+        for axes in figure.axes:
+            axes.set_axis_off()  # tests/reports/test_plotting.py draws labels
         return draw(figure)
 
-    monkeypatch.setattr(run_files, "figure_to_array", draw_few_pixels)
+    monkeypatch.setattr(run_files, "figure_to_array", draw_little)
 
     def run(*arguments: str) -> CommandResult:
         capsys.readouterr()
@@ -147,3 +153,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if skipped:
         tests = "1 test was" if len(skipped) == 1 else f"{len(skipped)} tests were"
         terminalreporter.write_line(f"{tests} not run: {NO_VERDICT}", yellow=True)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the imported modules from garbage collection, which passes over them again and again."""
+    gc.collect()
+    gc.freeze()

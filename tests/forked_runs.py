@@ -3,6 +3,7 @@
 As a script it is that process: a line of JSON in for each run, a line out with how it ended. ``Runs`` starts it.
 """
 
+import gc
 import json
 import os
 import signal
@@ -79,8 +80,13 @@ def _serve() -> None:
     from lightning.pytorch import Trainer  # noqa: F401
 
     from gpt_lightning.cli import fit  # noqa: F401
+    from gpt_lightning.data.tokenizer import gpt2_encoding
 
     torch.set_num_threads(1)
+    # made once instead of in each fork; forks share frozen objects, and do not collect them
+    gpt2_encoding()
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ def python(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, **settings
     )
+
+
+@contextmanager
+def limited_file_size(limit: int) -> Iterator[None]:
+    """No file of this process can grow beyond ``limit`` bytes, as on a full disk (Python ignores the signal)."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_refused(result: CommandResult, *parts: str) -> None:

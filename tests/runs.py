@@ -20,6 +20,7 @@ THREE_EPOCHS = (
     "--trainer.max_epochs=3",
     "--model.config.drop_rate=0.1",
     "--evaluation.eval_freq=1",
+    "--checkpoint.save_best=false",
     *TINY_MODEL,
 )
 # without dropout, warm-up, samples, best checkpoint and TensorBoard

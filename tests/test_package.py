@@ -153,7 +153,13 @@ def test_package_and_its_model_do_not_import_lightning() -> None:
     [
         (["generate", "--help"], "--temperature", {"lightning", "torch"}),
         (["fit", "--help"], "--model.lr", {"lightning", "torch"}),
-        (["fit", "--help-all"], "--model.lr", {"transformers", "tensorflow"}),
+        # test_module_runs_as_a_command imports the same
+        pytest.param(
+            ["fit", "--help-all"],
+            "--model.lr",
+            {"transformers", "tensorflow"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_help_imports_no_more_than_it_needs(
@@ -211,10 +217,16 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_module_runs_as_a_command(tmp_path: Path) -> None:
-    result = python("-m", "gpt_lightning", "fit", "--model.lrr=1", cwd=tmp_path)
+    """``fit`` builds its parser without packages that it does not need."""
+    fit = ("-m", "gpt_lightning", "fit", "--model.lrr=1")
+    result = python("-X", "importtime", *fit, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert (
-        result.stderr
-        == "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?\n"
-    )
+    lines = result.stderr.splitlines()
+    imports = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    assert "lightning" in imports
+    assert not {"transformers", "tensorflow"} & imports
+    assert [line for line in lines if not line.startswith("import time:")] == [
+        "fit: new run; starting PyTorch and Lightning",
+        "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?",
+    ]
     assert os.listdir(tmp_path) == []

@@ -42,6 +42,11 @@ needs_tensorflow = pytest.mark.skipif(
 
 # width and heads in the proportions of the four sizes, small
 SHAPES = {"124M": (24, 12), "355M": (32, 16), "774M": (40, 20), "1558M": (50, 25)}
+SIZES = [
+    "124M",
+    *(pytest.param(size, marks=pytest.mark.slow) for size in ("355M", "774M")),
+    "1558M",
+]
 
 
 @torch.inference_mode()

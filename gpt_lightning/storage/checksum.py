@@ -139,8 +139,9 @@ def cache_sha256(path: Path, sha256: str, state: dict[str, Any]) -> None:
 
 
 def wait_for_tick(state: dict[str, Any]) -> None:
-    """Wait until a change of the file would show in its time of change."""
-    time.sleep(max(0.0, min(_TICK, state["mtime_ns"] / 1e9 + _TICK - time.time())))
+    """Wait until a change of the file would show in its time of change, if its checksum is cached."""
+    if state["bytes"] >= MIN_CACHED_BYTES:
+        time.sleep(max(0.0, min(_TICK, state["mtime_ns"] / 1e9 + _TICK - time.time())))
 
 
 def file_state(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -281,9 +282,14 @@ def _entry(file: str, size: int, sha256: str, checkpoint: Mapping[str, Any]) -> 
         "sha256": sha256,
         "step": checkpoint.get("global_step"),
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("gpt-lightning", "lightning", "torch")},
+        "versions": dict(_versions()),
         "config_sha256": _config_checksum(checkpoint),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("gpt-lightning", "lightning", "torch")}
 
 
 def _existing_entries(folder: Path) -> list[dict[str, Any]]:

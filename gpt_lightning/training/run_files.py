@@ -184,15 +184,15 @@ class MetricsCSV(StepEndCallback):
             return
         pixels = figure_to_array(loss_figure(evaluations))
         imsave(self.figure_path, pixels)
-        last = evaluations[-1]
-        losses = {tag: last[tag] for tag in ("train_loss", "val_loss")}
+        # TensorBoard's table of hyperparameters shows these
+        results = {f"result/{tag}": evaluations[-1][tag] for tag in ("train_loss", "val_loss")}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # A run that is extended removes this step from TensorBoard, because it ends later.
                 step = trainer.global_step
                 logger.experiment.add_image("losses", pixels, step, dataformats="HWC")
                 hparams = _encodable(_flat({**module.hparams, **self.hparams}))
-                logger.log_hyperparams(hparams, losses, int(last["step"]))
+                logger.log_hyperparams(hparams, results, step)
 
 
 def read_rows(path: Path) -> list[Row]:

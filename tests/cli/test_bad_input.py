@@ -16,7 +16,7 @@ from helpers import (
     Command,
     assert_refused,
     json_of,
-    python,
+    limited_file_size,
 )
 
 
@@ -135,15 +135,11 @@ def test_full_disk_leaves_the_previous_checkpoint(command: Command, tmp_path: Pa
     assert command(*arguments, "--trainer.max_steps=1").code == 0
     last = tmp_path / "checkpoints" / "quickstart" / "last.ckpt"
     before = last.read_bytes()
-    limited = (
-        "import resource, sys; from gpt_lightning.cli.main import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); sys.exit(main(sys.argv[1:]))"
-    )
-    more = ("--trainer.max_steps=2", "--ckpt_path=last")
-    result = python("-c", limited, *arguments, *more, cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "last.ckpt: cannot be written" in result.stderr or "best.ckpt: cannot" in result.stderr
+    with limited_file_size(1_000_000):
+        result = command(*arguments, "--trainer.max_steps=2", "--ckpt_path=last")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert "last.ckpt: cannot be written" in result.err or "best.ckpt: cannot" in result.err
     assert last.read_bytes() == before
     assert not list(last.parent.glob(".*"))
 

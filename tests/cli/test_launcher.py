@@ -7,9 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from gpt_lightning.cli.launcher import remove_stale_ranks
-from helpers import SMALL_QUICKSTART, python
+from helpers import SMALL_QUICKSTART, Command, assert_refused, python
 from runs import (
     RUN,
 )
@@ -24,24 +25,36 @@ from runs import (
     ],
 )
 def test_leftover_rank_is_ignored(tmp_path: Path, name: str) -> None:
-    """Events and samples are written, and a finished run is not overwritten."""
-    fit = ("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
+    """Events and samples are written, and a finished run is not overwritten.
+
+    In a new process, because Lightning reads its rank when it is imported.
+    """
+    twice = f"""
+import os, sys
+from gpt_lightning.cli.main import main
+for _ in range(2):
+    os.environ[{name!r}] = "1"
+    print(main(sys.argv[1:]))
+"""
     environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | {name: "1"}
-    result = python(*fit, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 2  # losses and a sample
+    fit = ("fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
+    result = python("-c", twice, *fit, cwd=tmp_path, env=environment)
+    *shown, code, again = result.stdout.splitlines()
+    assert (code, again) == ("0", "2"), result.stderr
+    assert len(shown) == 2  # losses and a sample
     assert list((tmp_path / RUN).glob("events.*"))
-    again = python(*fit, cwd=tmp_path, env=environment)
-    assert again.returncode == 2
-    assert "holds a run already" in again.stderr
+    assert "holds a run already" in result.stderr.splitlines()[-1]
 
 
-def test_rank_of_a_launcher_with_one_device_is_refused(tmp_path: Path) -> None:
-    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, "--trainer.max_steps=2",
-                  cwd=tmp_path, env=environment)  # fmt: skip
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert "this process number 1 of several" in result.stderr
+def test_rank_of_a_launcher_with_one_device_is_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(variable, value)
+    # Lightning has read its rank, when it was imported
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
+    assert_refused(result, "this process number 1 of several")
     assert not (tmp_path / "checkpoints").exists()
 
 

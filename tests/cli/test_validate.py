@@ -42,11 +42,11 @@ def test_validate_does_not_depend_on_the_batch_size(fit: Command, command: Comma
 def test_validate_without_a_config_measures_the_runs_own_text(
     fit: Command, command: Command, tmp_path: Path
 ) -> None:
-    (tmp_path / "my.txt").write_text("A text of its own, line by line. " * 30, encoding="utf-8")
-    fit("--trainer.max_steps=2", "--data.text=my.txt", "--data.stride=7", "--data.train_ratio=0.6")
+    (tmp_path / "my.txt").write_text("A text of its own, line by line. " * 60, encoding="utf-8")
+    fit("--trainer.max_steps=2", "--data.text=my.txt", "--data.stride=23", "--data.train_ratio=0.6")
     config = "--config=checkpoints/quickstart/config.yaml"
     expected = json.loads(command("validate", config, "--ckpt_path=last", "--json").out)
-    assert (expected["text"], expected["stride"], expected["context_length"]) == ("my.txt", 7, 16)
+    assert (expected["text"], expected["stride"], expected["context_length"]) == ("my.txt", 23, 16)
     for source in (
         "--init_from=checkpoints/quickstart",
         "--init_from=checkpoints/quickstart/last.ckpt",
@@ -61,7 +61,7 @@ def test_validate_without_a_config_measures_the_runs_own_text(
         command("validate", "--ckpt_path=last", "--run=quickstart", "--json", "--data.text=sample",
                 "--data.train_ratio=0.9").out
     )  # fmt: skip
-    assert (other["text"], other["stride"]) == ("sample", 7)
+    assert (other["text"], other["stride"]) == ("sample", 23)
     assert other["val_windows"] > expected["val_windows"]
 
 

@@ -16,6 +16,7 @@ from helpers import (
 from random_gpt2 import random_gpt2, transformers
 from weight_files import (
     SHAPES,
+    SIZES,
     assert_same_logits,
     book_model,
     needs_tensorflow,
@@ -23,7 +24,7 @@ from weight_files import (
 )
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     "weight_format", ["book", pytest.param("openai-tf", marks=needs_tensorflow)]
 )

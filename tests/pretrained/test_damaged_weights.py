@@ -14,15 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from gpt_lightning.pretrained.name_map import gpt2_params
 from gpt_lightning.storage.checksum import MANIFEST
-from helpers import (
-    python,
-)
+from helpers import Command, assert_refused, limited_file_size
 from random_gpt2 import random_gpt2
-from weight_files import (
-    FILE_SIZE_LIMITED,
-    flip_bit,
-    truncate,
-)
+from weight_files import flip_bit, truncate
 
 
 def assert_refused_or_same(
@@ -318,21 +312,14 @@ def test_code_in_a_file_is_not_run(
 
 
 @pytest.mark.parametrize(
-    ("weight_format", "dest"),
-    [
-        ("book", "d.pth"),
-        pytest.param("hf", "d", marks=pytest.mark.slow),
-        pytest.param("lightning", "d.ckpt", marks=pytest.mark.slow),
-    ],
+    ("weight_format", "dest"), [("book", "d.pth"), ("hf", "d"), ("lightning", "d.ckpt")]
 )
 def test_full_disk_leaves_no_dest(
-    intact: Path, tmp_path: Path, weight_format: str, dest: str
+    command: Command, tmp_path: Path, weight_format: str, dest: str
 ) -> None:
     random_gpt2(tmp_path / "theirs", vocab_size=30000, n_layer=1)
     for limit in (1, 500_000):
-        result = python("-c", FILE_SIZE_LIMITED, str(limit), "convert", "theirs", dest, "--format", weight_format,
-                      cwd=tmp_path)  # fmt: skip
-        assert result.returncode == 2, result.stderr
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert f"dest: {dest} cannot be written" in result.stderr
+        with limited_file_size(limit):
+            result = command("convert", "theirs", dest, "--format", weight_format)
+        assert_refused(result, f"dest: {dest} cannot be written")
         assert os.listdir(tmp_path) == ["theirs"]

@@ -17,10 +17,10 @@ from helpers import (
     Command,
 )
 from random_gpt2 import random_gpt2, transformers
-from weight_files import SHAPES, assert_same_logits, edit_json, random_ids
+from weight_files import SHAPES, SIZES, assert_same_logits, edit_json, random_ids
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("size", SIZES)
 def test_hugging_face_weights_give_transformers_logits(tmp_path: Path, size: str) -> None:
     theirs = random_gpt2(tmp_path / "hf", *SHAPES[size], n_positions=1024)
     ours = load_model(str(tmp_path / "hf"))

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +45,20 @@ print((max(seen) - before) / size)
 
 
 @pytest.fixture(scope="module")
-def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightFormat], Path]:
+    """A function that returns the path of such a model in a format."""
     folder = tmp_path_factory.mktemp("124M")
-    random_gpt2(folder / "gpt2", emb_dim=768, n_heads=12, n_layers=12, n_positions=1024)
-    paths: dict[WeightFormat, Path] = {
-        "lightning": folder / "gpt2.ckpt",
-        "book": folder / "gpt2.pth",
-    }
-    for weight_format, path in paths.items():
-        convert(str(folder / "gpt2"), path, weight_format)
-    return {"hf": folder / "gpt2", **paths}
+
+    @cache
+    def path_in(weight_format: WeightFormat) -> Path:
+        if weight_format == "hf":
+            random_gpt2(folder / "gpt2", emb_dim=768, n_heads=12, n_layers=12, n_positions=1024)
+            return folder / "gpt2"
+        path = folder / {"lightning": "gpt2.ckpt", "book": "gpt2.pth"}[weight_format]
+        convert(str(path_in("hf")), path, weight_format)
+        return path
+
+    return path_in
 
 
 @pytest.mark.skipif(
@@ -70,9 +76,9 @@ def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ],
 )
 def test_loading_needs_memory_for_one_copy(
-    shape_of_124m: dict[str, Path], weight_format: str, dtype: str
+    shape_of_124m: Callable[[WeightFormat], Path], weight_format: WeightFormat, dtype: str
 ) -> None:
-    result = python("-c", _PEAK, str(shape_of_124m[weight_format]), dtype)
+    result = python("-c", _PEAK, str(shape_of_124m(weight_format)), dtype)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= 1.15
 

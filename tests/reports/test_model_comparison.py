@@ -24,10 +24,7 @@ def sizes(command: Command, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-def test_report_sizes_measures_each_model(
-    gpt2: Any, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.1)
+def test_report_sizes_measures_each_model(gpt2: Any, command: Command, tmp_path: Path) -> None:
     Path("short.txt").write_text(read_corpus("sample")[:5000], encoding="utf-8")
     random_gpt2(tmp_path / "wider", emb_dim=48, n_positions=512)
     small, wide = sizes(command, "--from", "gpt2", "wider", "--text=short.txt", "--out=out",
@@ -59,10 +56,7 @@ def test_report_sizes_measures_each_model(
 
 
 @pytest.mark.slow
-def test_model_that_does_not_fit_is_skipped(
-    gpt2: Any, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.1)
+def test_model_that_does_not_fit_is_skipped(gpt2: Any, command: Command, tmp_path: Path) -> None:
     random_gpt2(tmp_path / "wider", emb_dim=48)
     arguments = ("--from", "gpt2", "wider", "--max_new_tokens=2", "--num_samples=1")
     small, wide = sizes(command, *arguments, "--max_memory=0.013")["models"]

@@ -61,7 +61,7 @@ def test_next_tokens_of_a_model_are_sampled(
 ) -> None:
     completed = command(
         "report", "sampling", f"--from={trained_run}", "--prompt=The clock", "--show=6",
-        "--temperatures=[0.5,1]", "--top_p=[0.9]", "--out=figures", "--json",
+        "--temperatures=[0.5,1]", "--top_p=[0.9]", "--num_samples=10", "--out=figures", "--json",
     )  # fmt: skip
     result = json_of(completed)
     assert len(result["rows"]) == 12
@@ -78,7 +78,7 @@ def test_next_tokens_of_a_model_are_sampled(
 def test_token_option_adds_a_row_of_the_model(command: Command, trained_run: Path) -> None:
     completed = command(
         "report", "sampling", f"--from={trained_run}", "--prompt=The clock", "--token= pizza",
-        "--show=2", "--temperatures=[1]", "--json",
+        "--show=2", "--temperatures=[1]", "--num_samples=10", "--json",
     )  # fmt: skip
     result = json_of(completed)
     assert [row["token"] for row in result["token"]] == ["' pizza'"]

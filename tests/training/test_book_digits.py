@@ -30,6 +30,7 @@ def verdict_fit(command: Command, *arguments: str, **model: Any) -> list[dict[st
         "--model.lr=0.001",
         "--evaluation.eval_iter=3",
         "--data.batch_size=4",
+        "--checkpoint.save_best=false",
         *sizes,
         *arguments,
     )

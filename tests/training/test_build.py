@@ -1,6 +1,5 @@
 """``build_trainer``: the objects of a run, in Python."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from gpt_lightning.training.build import CALLBACK_ORDER
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.loggers import StepPosition
 from gpt_lightning.training.run_files import read_rows
+from helpers import python
 from runs import assert_same_bits, file_times, small_command, small_run
 
-SCRIPT = """
+NOTEBOOK = """
 import os, signal, sys
 from lightning.pytorch import Callback
 from gpt_lightning import EvaluationConfig, RunConfig, build_trainer
@@ -27,37 +27,31 @@ class Interrupt(Callback):
         if trainer.global_step == 4:
             os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
 
-ckpt_path = sys.argv[1] if len(sys.argv) > 1 else None
-config = RunConfig(
-    run="run",
-    model={"config": dict(context_length=16, emb_dim=16, n_heads=2, n_layers=1)},
-    data={"text": "sample", "train_ratio": 0.1, "stride": 40},
-    trainer={"accelerator": "cpu", "max_steps": 12, "callbacks": [Interrupt()]},
-    evaluation=EvaluationConfig(eval_iter=2, max_new_tokens=3),
-    ckpt_path=ckpt_path,
-)
-trainer, module, datamodule = build_trainer(config)
-trainer.fit(module, datamodule=datamodule)
-print("ended after", trainer.global_step)
+for ckpt_path in (None, "last"):
+    config = RunConfig(
+        run="run",
+        model={"config": dict(context_length=16, emb_dim=16, n_heads=2, n_layers=1)},
+        data={"text": "sample", "train_ratio": 0.1, "stride": 40},
+        trainer={"accelerator": "cpu", "max_steps": 12, "callbacks": [Interrupt()]},
+        evaluation=EvaluationConfig(eval_iter=2, max_new_tokens=3),
+        ckpt_path=ckpt_path,
+    )
+    trainer, module, datamodule = build_trainer(config)
+    trainer.fit(module, datamodule=datamodule)
+    print("ended after", trainer.global_step)
+
+from gpt_lightning.cli.main import main
+sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_interrupted_script_resumes_to_the_bits_of_the_command(tmp_path: Path) -> None:
-    """Ctrl-C in a script that uses ``build_trainer`` saves the run; the script resumes it."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    last_lines = []
-    for arguments in ([], ["last"]):
-        finished = subprocess.run(
-            [sys.executable, "script.py", *arguments],
-            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
-        last_lines.append(finished.stdout.splitlines()[-1])
-    assert last_lines == ["ended after 4", "ended after 12"]
-    # in a process of the same kind: what other tests leave in this one may change the last bit of a sum
-    command = [sys.executable, "-m", "gpt_lightning", *small_command(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+def test_interrupted_notebook_resumes_to_the_bits_of_the_command(tmp_path: Path) -> None:
+    """Ctrl-C while ``build_trainer``'s objects train saves the run, and the same process resumes it."""
+    result = python("-c", NOTEBOOK, *small_command(tmp_path), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    ended = [line for line in result.stdout.splitlines() if line.startswith("ended")]
+    assert ended == ["ended after 4", "ended after 12"]
     runs = tmp_path / "checkpoints"
     assert_same_bits(runs / "run" / "last.ckpt", runs / "command" / "last.ckpt")
 

@@ -50,8 +50,9 @@ def test_slow_saves_of_the_best_checkpoint_are_reported_once(
 
 
 def test_asynchronous_save_changes_nothing(fit: Command) -> None:
-    fit("--run=waiting", *THREE_EPOCHS)
-    fit("--run=background", *THREE_EPOCHS, "--checkpoint.async_save=true")
+    settings = (*THREE_EPOCHS, "--checkpoint.save_best=true")
+    fit("--run=waiting", *settings)
+    fit("--run=background", *settings, "--checkpoint.async_save=true")
     assert same_runs("waiting", "background")
     for name in ("last", "best"):
         assert same_weights(

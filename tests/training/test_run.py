@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,18 @@ from gpt_lightning.training.evaluation import EvaluationCallback
 from runs import assert_same_bits, small_command, small_run
 
 
-def test_python_and_command_train_the_same_bits(tmp_path: Path) -> None:
+def test_python_and_command_train_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = gpt_lightning.fit(small_run(tmp_path))
     assert main(small_command(tmp_path)) == 0
     assert result.folder == tmp_path / "checkpoints" / "run"
     assert result.stopped_by is None
     command = tmp_path / "checkpoints" / "command"
     assert_same_bits(result.folder / "last.ckpt", command / "last.ckpt")
-    losses = (command / "metrics.csv").read_text().splitlines()[-1].split(",")
-    assert [result.metrics[name] for name in ("train_loss", "val_loss")] == pytest.approx(
-        [float(value) for value in losses[3:5]]
-    )
+    losses = [result.metrics[name] for name in ("train_loss", "val_loss")]
+    (last,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("last step "))
+    assert "train_loss {:.3f}, val_loss {:.3f} (last.ckpt)".format(*losses) in last
 
 
 def test_command_continues_what_python_recorded(tmp_path: Path) -> None:
@@ -124,20 +124,27 @@ def test_python_values_are_recorded_as_yaml(tmp_path: Path) -> None:
     assert recorded["trainer"]["default_root_dir"] == str(tmp_path)
 
 
+# a process that locks a run until its input ends
+HOLDER = """
+import sys
+from pathlib import Path
+from gpt_lightning.training.run_lock import RunLock
+with RunLock() as lock:
+    lock.acquire(Path(sys.argv[1]))
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_locked_folder_is_refused(tmp_path: Path) -> None:
     """``fit`` locks the folder of its run."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpt_lightning", *small_command(tmp_path, "run", max_steps=100_000)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        metrics = tmp_path / "checkpoints" / "run" / "metrics.csv"
-        deadline = time.monotonic() + 60
-        while not metrics.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with pytest.raises(ValueError, match="is being trained by process"):
+    folder = tmp_path / "checkpoints" / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on "):
             gpt_lightning.fit(small_run(tmp_path))
-    finally:
-        process.kill()
-        process.wait()
+        holder.communicate()
+    assert gpt_lightning.fit(small_run(tmp_path, max_steps=1)).metrics

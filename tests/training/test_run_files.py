@@ -63,7 +63,6 @@ def test_run_folder_and_tensorboard(fit: Command) -> None:
     samples = [line for line in result.out.splitlines() if not line.startswith("Ep ")]
     assert len(samples) == 2
     logged = [event.value for event in board.Scalars("val_loss")]
-    logged.pop()  # again, as the result of the hyperparameters
     rows = read_rows(folder / "metrics.csv")
     assert len(lines) == len(logged) == sum("val_loss" in row for row in rows)
     assert [row["step"] for row in rows if "train/loss" in row] == [3, 7, 11]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,13 @@ def lock_of(pid: int, **changed: Any) -> dict[str, Any]:
         "token": "x",
         **changed,
     }
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
 
 
 def write_lock(content: dict[str, Any] | str, age: float = 0.0) -> None:
@@ -130,8 +137,9 @@ def test_recent_heartbeat_of_a_process_elsewhere_blocks(
             write_lock('{"ho', 50.0)
         case _:  # a process of this machine that ended but still has an entry
             write_lock(lock_of(other.pid))
-            psutil.Process(other.pid).kill()
-            time.sleep(0.2)
+            zombie = psutil.Process(other.pid)
+            zombie.kill()
+            wait_until(lambda: zombie.status() == psutil.STATUS_ZOMBIE)
             fit("--trainer.max_steps=1")
             return
     result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=1")
@@ -195,13 +203,9 @@ def test_holder_renews_its_heartbeat_and_reports_a_lost_lock(
     with RunLock() as lock:
         lock.acquire(tmp_path)
         os.utime(path, (1, 1))
-        end = time.monotonic() + 10
-        while path.stat().st_mtime < 2 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert path.stat().st_mtime > 2
+        wait_until(lambda: path.stat().st_mtime > 2)
         path.write_text(json.dumps(OTHER_HOST))
-        time.sleep(0.5)
-    assert "now belongs to another process" in capsys.readouterr().err
+        wait_until(lambda: "now belongs to another process" in capsys.readouterr().err)
     assert path.exists()  # it is not ours to remove
 
 

@@ -4,38 +4,44 @@ import logging
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
+from typing import Literal
+
+from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.config_files import config_names, configs_folder
-from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
+from gpt_lightning.cli.parsing import parse
 from gpt_lightning.storage.atomic import write_text
 from gpt_lightning.suggestions import suggest
 
 logger = logging.getLogger(__name__)
 
-HELP = f"""usage: gpt_lightning configs list
-       gpt_lightning configs copy NAME
-
-list: the configurations that --config takes by name.
-copy: writes NAME.yaml to the working directory, for your own changes. It overwrites nothing.
-
-{OPTIONS_OF_EVERY_COMMAND}"""
+Action = Literal["list", "copy"]
 
 
 def run(arguments: list[str]) -> None:
-    """List the configurations of the package, or copy one."""
-    match arguments:
-        case [] | ["-h" | "--help", *_] | [_, "-h" | "--help"]:
-            print(HELP)
-        case ["list"]:
-            _list()
-        case ["copy", name]:
-            _copy(name)
-        case ["copy"]:
-            raise ValueError(f"configs copy: needs a name; give one of {', '.join(config_names())}")
-        case ["list" | "copy", *_, extra]:
-            raise ValueError(f"configs: {extra} is one argument too many; leave it out")
-        case [other, *_]:
-            raise ValueError(f"configs: {other} is unknown; {suggest(other, ('list', 'copy'))}")
+    """List the configurations that --config takes by name, or copy one to the working directory as NAME.yaml."""
+    settings = parse(_parser(), arguments)
+    if settings.action == "list":
+        if settings.name is not None:
+            raise ValueError(
+                f"configs list: {settings.name} is one argument too many; leave it out"
+            )
+        _list()
+    elif settings.name is None:
+        raise ValueError(f"configs copy: needs a name; give one of {', '.join(config_names())}")
+    else:
+        _copy(settings.name)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="gpt_lightning configs", description=run.__doc__, exit_on_error=False
+    )
+    parser.add_argument("action", type=Action, help="list or copy.")
+    parser.add_argument(
+        "name", nargs="?", help="Which configuration is copied; nothing is overwritten."
+    )
+    return parser
 
 
 def _list() -> None:

@@ -46,8 +46,8 @@ def test_configs_are_listed_and_copied(command: Command, tmp_path: Path) -> None
     for arguments, cause in {
         "copy quickstrat": "quickstrat: is not a configuration; did you mean quickstart?",
         "copy": "configs copy: needs a name; give one of ddp, ",
-        "copy ddp fsdp": "configs: fsdp is one argument too many",
-        "cpoy ddp": "configs: cpoy is unknown; did you mean copy?",
+        "list ddp": "configs list: ddp is one argument too many",
+        "cpoy ddp": "cpoy is unknown; did you mean copy?",
     }.items():
         assert_refused(command("configs", *arguments.split()), cause)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart.yaml"]

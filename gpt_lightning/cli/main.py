@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from gpt_lightning.cli.config_files import with_config_paths
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND, log_to_stderr
 from gpt_lightning.cli.streams import is_closed_pipe, standard_streams
 
@@ -44,6 +45,7 @@ VERBS = {
     "download": ("download", "run", "download GPT-2's public weights"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
     "convert": ("convert", "run", "convert weights from one format to another"),
+    "configs": ("configs", "run", "list the configurations of the package, or copy one"),
     "verify-resume": (
         "verify_resume",
         "run",
@@ -138,6 +140,7 @@ def _run(arguments: list[str]) -> int:
 
                     log_first_line(rest)
                 _hide_transformers()
+            rest = with_config_paths(rest)
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0
 

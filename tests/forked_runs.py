@@ -149,7 +149,7 @@ def _stop_at(stop: Stop) -> None:
     saving_step = [0]
 
     def remember(content: Any, *_: Any) -> None:
-        saving_step[0] = content["global_step"]
+        saving_step[0] = content.get("global_step", -1)  # the check before the first step has none
 
     def replaced(_: Any, target: Any) -> None:
         if Path(target).name == checkpoint_io.LAST:

@@ -22,8 +22,9 @@ def config_names() -> list[str]:
 
 
 def find_config(name: str) -> str:
-    """The path of the configuration ``name``. A path that exists, or that names no configuration, is unchanged."""
-    if not os.path.exists(os.path.expanduser(name)):
+    """The path of the configuration ``name``. A file that exists, or that names no configuration, is unchanged."""
+    path = os.path.expanduser(name)
+    if not os.path.exists(path) or os.path.isdir(path):
         for known in config_names():
             if name in (known, f"{known}.yaml", f"configs/{known}.yaml"):
                 return str(configs_folder() / f"{known}.yaml")

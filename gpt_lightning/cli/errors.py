@@ -165,7 +165,7 @@ def _wrong_type(key: str, value: str, cause: str, default: Any = None) -> str:
     if "float" in kinds and "int" in kinds:
         kinds.remove("int")
     if not kinds:
-        return f"{key}: {shorten(cause, 150)}; see docs/configuration.md"
+        return f"{key}: {shorten(cause, 150)}; see the command's help"
     remedy = _TYPES[kinds[0]][1]
     if kinds[0] == "int" and (number := _as_whole_number(value)) is not None:
         remedy = f"write {number}"

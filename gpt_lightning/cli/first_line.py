@@ -14,6 +14,8 @@ from gpt_lightning.data.unicode import decode_text
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = ("run", "ckpt_path", "init_from")  # that the line names
+
 
 def log_first_line(arguments: Sequence[str]) -> None:
     """Log which run starts or resumes, with which configurations.
@@ -22,30 +24,30 @@ def log_first_line(arguments: Sequence[str]) -> None:
         ValueError, OSError: A configuration cannot be read, or a text is not UTF-8; the message is one line.
     """
     check_argument_texts(arguments)
-    names = values_of("--config", arguments) + values_of("-c", arguments)
     files = []
     settings: dict[str, Any] = {}
-    for name in names:
+    for name in values_of("--config", arguments, "-c"):
         found = find_config(name)
         check_config_file(found)
         path = Path(os.path.expanduser(found))
         if path.is_file():
             settings |= load_checked(decode_text(path.read_bytes()), name)
             files.append(name)
-    for setting in ("run", "ckpt_path", "init_from"):
+        else:  # YAML text, standard input or a pipe: only Lightning's parser reads it
+            settings = dict.fromkeys(SETTINGS, "?")
+    for setting in SETTINGS:
         if given := values_of(f"--{setting}", arguments):
-            settings[setting] = given[-1]
+            settings[setting] = None if given[-1] == "null" else given[-1]
     logger.info(f"fit: {_describe(settings, files)}; starting PyTorch and Lightning")
 
 
 def _describe(settings: dict[str, Any], files: list[str]) -> str:
-    ckpt_path, source = settings.get("ckpt_path"), settings.get("init_from")
-    run = f"run {settings['run']}" if settings.get("run") else "run"
-    what = f"new {run}"
+    run, ckpt_path, source = (settings.get(setting) for setting in SETTINGS)
+    what = f"run {run}" if run not in (None, "?") else "run"
     if ckpt_path == "auto":
-        what = f"{run}, new or resumed"
-    elif ckpt_path:
-        what = f"{run}, resumed from {ckpt_path}"
-    elif source:
-        what += f" from the weights of {source}"
+        what += ", new or resumed"
+    elif ckpt_path not in (None, "?"):
+        what += f", resumed from {ckpt_path}"
+    elif ckpt_path is None and source != "?":
+        what = f"new {what}" + (f" from the weights of {source}" if source else "")
     return what + (f", settings of {', '.join(files)}" if files else "")

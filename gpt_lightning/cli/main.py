@@ -140,7 +140,7 @@ def _run(arguments: list[str]) -> int:
 
                     log_first_line(rest)
                 _hide_transformers()
-            rest = with_config_paths(rest)
+                rest = with_config_paths(rest)
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0
 

@@ -8,14 +8,12 @@ from jsonargparse import ArgumentParser
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.model.hardware import MEMORY
 
-CONFIG_HELP = (
-    "YAML file with settings (repeatable), or a name that 'configs list' shows; a later one wins."
-)
+CONFIG_HELP = "YAML file with options (repeatable); a later file wins over an earlier one."
 
 # setting → help text; those of Lightning and jsonargparse are long, or not true here
 HELP = {
     "help": "Show the settings that are changed most often, and exit.",
-    "config": CONFIG_HELP,
+    "config": "YAML file, or a name (repeatable); 'configs list' shows the names; a later one wins.",
     "print_config": "Print all settings with their values; nothing runs. =skip_default leaves defaults out.",
     "trainer.accelerator": "Kind of device: auto, cpu or gpu; auto = a GPU if the machine has one.",
     "trainer.devices": "Number of devices, a list of them, or auto; auto = all GPUs, or one process on a CPU.",
@@ -32,7 +30,7 @@ HELP = {
 VALIDATE_HELP = {
     "run": "Name of the run that --ckpt_path last or best means.",
     "ckpt_path": "Weights of the run: last, best or a path.",
-    "init_from": "Weights: a run, a file or gpt2-124M; docs/weights.md lists all kinds.",
+    "init_from": "Weights: a run, a file or gpt2-124M; also a folder of Hugging Face or OpenAI.",
 }
 
 GROUP_FILE_HELP = "YAML file with the settings of this group."

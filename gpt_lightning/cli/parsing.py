@@ -47,7 +47,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     parser.formatter_class = HelpFormatter
     parser.allow_abbrev = False  # a new setting could make an abbreviation ambiguous
     _try_int_before_float(parser)
-    for name in values_of("--config", arguments) + values_of("-c", arguments):
+    for name in values_of("--config", arguments, "-c"):
         check_config_file(name)
     try:
         config = parser.parse_args(configs_first(parser, arguments))
@@ -102,11 +102,7 @@ def check_config_file(name: str) -> None:
             and not set(name.removeprefix(path.drive)) & set("{:\n")
         ):
             near = nearest_config(name) or nearest(Path(name).stem, config_names())
-            remedy = (
-                f"did you mean {near}?"
-                if near
-                else f"give a YAML file, or one of {', '.join(config_names())}"
-            )
+            remedy = f"did you mean {near}?" if near else "give a YAML file"
             raise FileNotFoundError(f"config: {name} does not exist; {remedy}")
     except OSError as error:
         if error.strerror is None:

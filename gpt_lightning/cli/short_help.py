@@ -97,7 +97,7 @@ def short_help(verb: str, purpose: str) -> str:
             lines.append(f"  --{name}".ljust(column) + rows[0])
             lines += [" " * column + row for row in rows[1:]]
     lines += ["Examples:", *(f"  python -m gpt_lightning {line}" for line in EXAMPLES[verb])]
-    lines += ["", "[...] is a default. All settings: --help-all, or docs/configuration.md"]
+    lines += ["", "[...] is a default. All settings: --help-all"]
     return "\n".join(lines)
 
 
@@ -105,7 +105,8 @@ def _sentence(verb: str, name: str) -> str:
     """The first clause of a setting's help text, and its default if it has one."""
     text, default = _described(verb, name)
     clause = re.split(r"[.;] |\.$", text, maxsplit=1)[0]
-    if default is None:
+    of_the_run = verb == "validate" and name.startswith("data.")
+    if default is None or of_the_run:
         return clause
     return f"{clause} [{str(default).lower() if isinstance(default, bool) else default}]"
 

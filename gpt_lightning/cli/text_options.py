@@ -97,10 +97,16 @@ def check_argument_texts(arguments: Sequence[str]) -> None:
             _checked(name, text)
 
 
-def values_of(option: str, arguments: Sequence[str]) -> list[str]:
-    """The values of an option on the command line, without those of a YAML file."""
-    following = [value for name, value in pairwise(arguments) if name == option]
-    return following + [a.partition("=")[2] for a in arguments if a.startswith(f"{option}=")]
+def values_of(option: str, arguments: Sequence[str], *aliases: str) -> list[str]:
+    """The values of an option on the command line, in their order, without those of a YAML file."""
+    values = []
+    for before, argument in pairwise(["", *arguments]):
+        name, equals, value = argument.partition("=")
+        if before in (option, *aliases):
+            values.append(argument)
+        elif equals and name in (option, *aliases):
+            values.append(value)
+    return values
 
 
 def _split(parser: ArgumentParser, arguments: Sequence[str]) -> Iterator[tuple[list[str], bool]]:

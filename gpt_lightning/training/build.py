@@ -36,9 +36,9 @@ CALLBACK_ORDER: tuple[type[Callback], ...] = (
     RunProgressBar,
     MaxTokens,  # ends the run; later callbacks see that this step is the last one
     LoopState,  # corrects the counters of a resumed run before others read them
+    TrainMetrics,  # logs a GPU's row of the step before, before others log this step
     SpeedMonitor,  # takes the time before the others need some
     SkipBadSteps,  # no optimizer step is evaluated or saved before its gradients are checked
-    TrainMetrics,  # logs the loss of training before that of the evaluation
     EvaluationCallback,
     SampleTextCallback,  # prints below the line of the evaluation
     SaveRunConfig,

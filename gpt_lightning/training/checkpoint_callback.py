@@ -91,7 +91,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self.save_best = save_best
         self.on_failure = on_failure
         self._evaluated = (-1, math.inf)  # steps and val_loss at the last evaluation
-        self._best = BestCheckpoint()
+        self.best = BestCheckpoint()
         self._best_before = BestCheckpoint()  # stays the best one if the current save fails
         self._saved_step = -1
         self._start = 0.0
@@ -202,7 +202,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
     def _is_best(self, trainer: Trainer) -> bool:
         """Return whether this step was just evaluated, with the lowest validation loss so far."""
         step, val_loss = self._evaluated
-        return self.save_best and step == trainer.global_step and val_loss < self._best.val_loss
+        return self.save_best and step == trainer.global_step and val_loss < self.best.val_loss
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -242,9 +242,9 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             )
         self.io.finish()
         self._is_written(trainer, ends=False)
-        self._best_before, is_best = self._best, self._is_best(trainer)
+        self._best_before, is_best = self.best, self._is_best(trainer)
         if is_best:
-            self._best = BestCheckpoint(val_loss=self._evaluated[1], step=trainer.global_step)
+            self.best = BestCheckpoint(val_loss=self._evaluated[1], step=trainer.global_step)
         trainer.save_checkpoint(
             self.folder / LAST,
             weights_only=False,
@@ -266,7 +266,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         if trainer.strategy.reduce_boolean_decision(not failures, all=True):
             return True
         self._saved_step = -1
-        self._best = self._best_before
+        self.best = self._best_before
         failure = next(iter(failures.values()), None)
         if ends or self.on_failure == "stop":
             if failure is None:
@@ -277,11 +277,11 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_val_loss": self._best.val_loss, "best_step": self._best.step}
+        return {"best_val_loss": self.best.val_loss, "best_step": self.best.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         val_loss = state_dict["best_val_loss"]
-        self._best = BestCheckpoint(
+        self.best = BestCheckpoint(
             math.inf if val_loss is None else val_loss, state_dict.get("best_step")
         )
 
@@ -289,7 +289,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
 def _copy_from_mapped_file(optimizer: Optimizer) -> None:
     """Copy an optimizer state that a resumed run has on the CPU: the tensors are views of the mapped last.ckpt.
 
-    Windows refuses to replace a file while it is mapped.
+    Windows refuses to replace a file while it is mapped. Elsewhere the copy is made too, so that it is tested.
     """
     for state in optimizer.state.values():
         for key, value in state.items():

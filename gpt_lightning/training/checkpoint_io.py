@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,6 @@ from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksu
 from gpt_lightning.storage.atomic import (
     atomic_output,
     fsync_folder,
-    remove,
     replace,
     temporary_path,
 )
@@ -178,18 +178,14 @@ def check_saves(existing: Path) -> None:
         OSError: The folder or the system refuses a step; the message is the cause.
     """
     checkpoint: dict[str, Any] = {"hyper_parameters": {"config": {}}}
-    scratch = temporary_path(existing / "check")
-    path = scratch / LAST
     try:
-        remove(scratch)  # of a process that was killed
-        scratch.mkdir()
-        path.touch()  # a file that the save replaces
-        AtomicCheckpointIO()._write(checkpoint, path)
-        link_or_copy(path, path.with_name(BEST))
-        remove(scratch)
+        # each process has its own: several runs may start in one folder
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=existing) as scratch:
+            path = Path(scratch) / LAST
+            path.touch()  # a file that the save replaces
+            AtomicCheckpointIO()._write(checkpoint, path)
+            link_or_copy(path, path.with_name(BEST))
     except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            remove(scratch)
         raise OSError(_cause(error)) from error
 
 

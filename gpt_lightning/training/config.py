@@ -90,7 +90,7 @@ class RunConfig:
         rng: Source of random numbers: step = computed from seed and step; global = torch's global generator, as in
             the book.
         ckpt_path: Resume the run: last, best, auto or a path; auto = last if it exists, else a new run.
-        init_from: Initial weights: a run, a file or gpt2-124M; docs/weights.md lists all kinds.
+        init_from: Initial weights: a run, a file or gpt2-124M; also a folder of Hugging Face or OpenAI.
         init_optimizer: true = also load the optimizer's state from --init_from.
         max_tokens: Training tokens after which the run ends, unless trainer.max_epochs or trainer.max_steps ends it
             earlier; null = no limit.

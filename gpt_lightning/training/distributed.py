@@ -38,6 +38,13 @@ from gpt_lightning.training.lightning_compat import (
 )
 
 
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the mean of the ranks' tensors. Lightning's ``strategy.reduce`` has a barrier, which a GPU's host waits for."""
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
 def is_rank_zero() -> bool:
     """Return whether this is rank 0; before Lightning starts its processes, from the launcher's environment."""
     return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ from gpt_lightning.training.loggers import (
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
-from gpt_lightning.training.stopping import ends_run, stopped_by_signal
+from gpt_lightning.training.stopping import default_signal_handlers, ends_run
 from gpt_lightning.training.throughput import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ class EvaluationCallback(StepEndCallback):
     which gives the book's numbers.
 
     The weights at the end of the run are evaluated too, for the summary and ``FitResult.metrics``.
+
+    Attributes:
+        evaluated_steps: Steps of the weights that were evaluated last; ``None`` before the first evaluation.
     """
 
     TAGS = ("train_loss", "val_loss", "val_perplexity", "tokens_seen")
@@ -78,10 +81,12 @@ class EvaluationCallback(StepEndCallback):
         self.eval_iter = eval_iter
         self.rng: Rng = rng
         self.clock = clock or Stopwatch()
-        self._evaluated = -1
+        self.evaluated_steps: int | None = None
+        self._is_last_step = False
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         assert isinstance(pl_module, GPTLightningModule)
+        self._is_last_step = ends_run(trainer)
         step = trainer.global_step - 1  # the book counts the first step as step 0
         if step % self.eval_freq:
             return
@@ -96,10 +101,11 @@ class EvaluationCallback(StepEndCallback):
         publish_metrics(trainer, pl_module, metrics, StepPosition.of(trainer, batch_idx))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The losses are neither printed nor logged: the same run with more steps has no evaluation here.
-        if trainer.global_step != self._evaluated and not stopped_by_signal(trainer):
+        # After the last save, so a signal may end the process. The losses are neither printed nor logged: the same run
+        # with more steps has no evaluation here.
+        if self._is_last_step and trainer.global_step != self.evaluated_steps:
             assert isinstance(pl_module, GPTLightningModule)
-            with isolate_rng():
+            with default_signal_handlers(), isolate_rng():
                 self._losses(trainer, pl_module)
 
     def _losses(self, trainer: Trainer, module: GPTLightningModule) -> dict[str, float]:
@@ -113,7 +119,7 @@ class EvaluationCallback(StepEndCallback):
             module.train()
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         trainer.callback_metrics.update((tag, torch.tensor(loss)) for tag, loss in losses.items())
-        self._evaluated = trainer.global_step
+        self.evaluated_steps = trainer.global_step
         return losses
 
     @rank_zero_only

@@ -124,8 +124,13 @@ class RunTensorBoardLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
         for name, tag in _CHART.items():
-            if tag in metrics:
-                self._chart_writer(name).add_scalar("loss", metrics[tag], step)
+            writer = self._chart_writer(name) if tag in metrics or self._is_resumed(name) else None
+            if writer is not None and tag in metrics:
+                writer.add_scalar("loss", metrics[tag], step)
+
+    def _is_resumed(self, name: str) -> bool:
+        """Return whether a folder of the chart has points that the writer must remove."""
+        return os.path.isdir(os.path.join(self.log_dir, name))
 
     def _chart_writer(self, name: str) -> "SummaryWriter":
         if name not in self._chart:

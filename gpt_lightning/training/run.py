@@ -22,6 +22,7 @@ from gpt_lightning.training.distributed import (
     is_rank_zero,
     terminate_ranks_on_error,
 )
+from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_files import read_rows
@@ -124,23 +125,32 @@ def _describe_data(data: TextDataModule) -> str:
 
 
 def _summary(built: BuiltRun) -> Iterator[str]:
-    """Losses of the last weights and of the best evaluation, with the files that hold them."""
+    """Losses of the last evaluated weights and of best.ckpt, and the file that ``generate`` takes."""
+    trainer, folder = built.trainer, built.config.folder
+    (evaluation,) = (c for c in trainer.callbacks if isinstance(c, EvaluationCallback))  # type: ignore[attr-defined]
     if built.checkpoint_callback is None:
         return
-    trainer, folder = built.trainer, built.config.folder
     losses = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    found = {"last": (trainer.global_step - 1, losses)}
-    evaluations = [row for row in read_rows(folder / "metrics.csv") if "val_loss" in row]
-    if evaluations and built.config.checkpoint.save_best:
-        best = min(evaluations, key=lambda row: row["val_loss"])
-        found["best"] = (int(best["step"]), best)
-    for name, (step, losses) in found.items():
-        if {"train_loss", "val_loss"} <= losses.keys():
-            yield (
-                f"{name} step {step}: train_loss {losses['train_loss']:.3f}, val_loss {losses['val_loss']:.3f} "
-                f"({name}.ckpt)"
-            )
+    if evaluation.evaluated_steps is not None:
+        is_last = evaluation.evaluated_steps == trainer.global_step
+        name = "last.ckpt" if is_last else "last evaluation"
+        yield f"{name}: step {evaluation.evaluated_steps - 1}, {_losses(losses)}"
+    best = built.checkpoint_callback.best
+    if best.step is not None:
+        rows = [row for row in read_rows(folder / "metrics.csv") if row["step"] == best.step - 1]
+        losses = {"val_loss": best.val_loss}
+        for row in rows:
+            losses |= row
+        yield (
+            f"best.ckpt: step {best.step - 1}, {_losses(losses)}, the lowest at an evaluation "
+            f"(every {evaluation.eval_freq} steps)"
+        )
     yield f"generate --from {folder} takes last.ckpt"
+
+
+def _losses(metrics: Mapping[str, float]) -> str:
+    names = ("train_loss", "val_loss")
+    return ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
 
 
 def _is_interrupt(error: SystemExit) -> bool:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.config import OnBadStep
+from gpt_lightning.training.distributed import mean_over_ranks
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.optimizer import norm_is_certainly_finite
@@ -123,7 +124,7 @@ class SkipBadSteps(Callback):
             return
         grad_norm = pl_module.grad_norm()
         if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss.float().clone(), reduce_op="mean")
+            loss = mean_over_ranks(loss.float())
         if not self._checks_later:
             if not self._is_good(
                 trainer, trainer.global_step, self._windows, float(loss), float(grad_norm)

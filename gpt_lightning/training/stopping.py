@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -62,11 +64,6 @@ def ends_run(trainer: Trainer) -> bool:
     return ends_epochs or trainer.global_step == trainer.max_steps
 
 
-def stopped_by_signal(trainer: Trainer) -> bool:
-    """Return whether a signal stops the run before its end."""
-    return any(isinstance(c, GracefulStop) and c.received is not None for c in trainer.callbacks)  # type: ignore[attr-defined]
-
-
 def epoch_shape(trainer: Trainer) -> EpochShape | None:
     """Return the batches and steps of an epoch; ``None`` if the data are not a :class:`TextDataModule`."""
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -80,6 +77,25 @@ if hasattr(signal, "SIGUSR1"):
     EXIT_CODES[signal.SIGUSR1] = 143
 if hasattr(signal, "SIGBREAK"):
     EXIT_CODES[signal.SIGBREAK] = 143
+
+
+@contextmanager
+def default_signal_handlers() -> Iterator[None]:
+    """Let signals end the process at once, as they do without :class:`GracefulStop`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {
+        signum: signal.signal(
+            signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        )
+        for signum in EXIT_CODES
+    }
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _reads_later(device: torch.device) -> bool:

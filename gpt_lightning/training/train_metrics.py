@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from gpt_lightning.data.dataloader import Batch
 from gpt_lightning.model.async_copy import AsyncHostCopy
+from gpt_lightning.training.distributed import mean_over_ranks
 from gpt_lightning.training.loggers import StepPosition, publish_metrics
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
@@ -109,11 +110,7 @@ class TrainMetrics(StepEndCallback):
         self._sum += torch.stack([loss.where(finite, 0), finite.to(loss)])
 
     def _mean_over_ranks(self, trainer: Trainer) -> Tensor:
-        if trainer.world_size == 1:
-            return self._sum
-        mean = trainer.strategy.reduce(self._sum.clone(), reduce_op="mean")
-        assert isinstance(mean, Tensor)
-        return mean
+        return self._sum if trainer.world_size == 1 else mean_over_ranks(self._sum)
 
     def _log_pending(self, trainer: Trainer, module: LightningModule) -> None:
         row, self._pending = self._pending, None

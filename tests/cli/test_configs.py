@@ -30,7 +30,10 @@ def test_config_is_found_by_name_where_no_clone_is(command: Command, tmp_path: P
     assert plan_as_json(command, "--config=configs/gpt2.yaml")["parameters"] < 124_439_808
     assert plan_as_json(command, "--config=gpt2")["parameters"] == 124_439_808
     assert_refused(command("plan", "--config=gtp2"), "gtp2 does not exist; did you mean")
-    assert_refused(command("plan", "--config=nonsense"), "give a YAML file, or one of ddp, fsdp,")
+    assert_refused(command("plan", "--config=zzz"), "zzz does not exist; give a YAML file")
+    (tmp_path / "gpt2").mkdir()  # a folder is no configuration
+    assert plan_as_json(command, "--config=gpt2")["parameters"] == 124_439_808
+    assert_refused(command("generate", "--config=gpt2"), "gpt2 is a folder")  # has no settings
 
 
 def test_configs_are_listed_and_copied(command: Command, tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.run_files import read_rows
 from helpers import QUICKSTART, ROOT, SMALL_QUICKSTART, TINY_MODEL, Command, assert_refused, python
+from runs import same_bits, same_weights
 
 
 def test_first_line_names_run_and_configurations(
@@ -25,6 +28,13 @@ def test_first_line_names_run_and_configurations(
     assert first.startswith("fit: run b, new or resumed, ")
     first, *_ = command(*fit, "--run=c", "--init_from=checkpoints/b").err.splitlines()
     assert first.startswith("fit: new run c from the weights of checkpoints/b, ")
+    # the last of two values counts, in whichever way they are written; null is no value
+    arguments = ("--run=x", "--run", "d", "--ckpt_path=null", "--trainer.fast_dev_run=true")
+    first, *_ = command(*fit, *arguments).err.splitlines()
+    assert first.startswith("fit: new run d, ")
+    inline = "{run: d, ckpt_path: last}"  # only the parser reads it
+    first, *_ = command(*fit, "--config", inline).err.splitlines()
+    assert first.startswith(f"fit: run, settings of {config};")
     for flag in ("--quiet", "--print_config", "--help", "--help-all"):
         with suppress(SystemExit):
             assert "fit: " not in command(*fit, "--run=d", flag).err
@@ -61,13 +71,11 @@ def test_start_and_end_describe_the_run(command: Command) -> None:
     evaluated = [line.split() for line in result.out.splitlines()]
     assert [words[3] for words in evaluated] == ["000000):", "000002):", "000004):"]
     last, best, model, done = lines[-4:]
-    assert last.startswith("last step 5: train_loss ")
-    assert last.endswith(" (last.ckpt)")
     best_words = min(evaluated, key=lambda words: float(words[-1]))
-    assert best.startswith(
-        f"best step {int(best_words[3][:6])}: train_loss {best_words[6]} val_loss "
+    assert best == (
+        f"best.ckpt: step {int(best_words[3][:6])}, train_loss {best_words[6]} val_loss {best_words[-1]}, "
+        "the lowest at an evaluation (every 2 steps)"
     )
-    assert best.endswith(f"{best_words[-1]} (best.ckpt)")
     assert model == "generate --from checkpoints/quickstart takes last.ckpt"
     assert done.startswith("checkpoints/quickstart: done")
     # the final evaluation is that of the same step in a run that evaluates each step
@@ -75,21 +83,27 @@ def test_start_and_end_describe_the_run(command: Command) -> None:
                    "--evaluation.eval_freq=1")  # fmt: skip
     *_, words = (line.split() for line in each.out.splitlines())
     assert words[3] == "000005):"
-    assert last == f"last step 5: train_loss {words[6]} val_loss {words[-1]} (last.ckpt)"
+    assert last == f"last.ckpt: step 5, train_loss {words[6]} val_loss {words[-1]}"
 
 
 @pytest.mark.parametrize("rng", ["step", "global"])
 def test_final_evaluation_leaves_no_trace(command: Command, rng: str) -> None:
     """A run that is extended equals an uninterrupted run, whose middle is not evaluated."""
-    from runs import same_weights
-
     fit = ("fit", *SMALL_QUICKSTART, *TINY_MODEL, "--evaluation.eval_freq=4", f"--rng={rng}",
            "--model.config.drop_rate=0.1", "--trainer.max_epochs=-1")  # fmt: skip
     assert command(*fit, "--run=whole", "--trainer.max_steps=9").code == 0
     for steps in (3, 9):
         arguments = ("--run=parts", f"--trainer.max_steps={steps}", "--ckpt_path=auto")
         assert command(*fit, *arguments).code == 0
-    assert same_weights("checkpoints/whole/last.ckpt", "checkpoints/parts/last.ckpt")
+    whole, parts = Path("checkpoints/whole"), Path("checkpoints/parts")
+    assert same_weights(whole / "last.ckpt", parts / "last.ckpt")
+    states = [read_checkpoint(folder / "last.ckpt")["callbacks"] for folder in (whole, parts)]
+    assert same_bits(*states)
+    evaluations = [
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+        for rows in (read_rows(folder / "metrics.csv") for folder in (whole, parts))
+    ]
+    assert evaluations[0] == evaluations[1]
 
 
 def test_first_line_appears_before_lightning_is_imported(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_fit_and_plan_name_the_same_nearest_batch(command: Command) -> None:
     settings = [*SMALL_QUICKSTART]
     for batch, nearest in (("size=5", "6"), ("tokens=100", "96"), ("tokens=80", "96")):
         arguments = [*settings, f"--data.global_batch_{batch}"]
-        errors = command("fit", *arguments).err, command("plan", *arguments).err
+        errors = command("fit", *arguments).error, command("plan", *arguments).error
         assert errors[0].rstrip().endswith(nearest)
         assert errors[1] == errors[0]
 
@@ -164,7 +164,7 @@ def test_fit_and_plan_refuse_accumulation_that_contradicts_the_global_batch(
 ) -> None:
     arguments = [*SMALL_QUICKSTART, "--data.global_batch_size=4",
                  "--trainer.accumulate_grad_batches=3"]  # fmt: skip
-    errors = command("fit", *arguments).err, command("plan", *arguments).err
+    errors = command("fit", *arguments).error, command("plan", *arguments).error
     assert errors[0].startswith(
         "gpt_lightning: error: trainer.accumulate_grad_batches: 3 contradicts"
     )

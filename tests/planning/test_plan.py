@@ -189,7 +189,7 @@ def test_plan_refuses_fsdp_with_a_precision_that_fit_refuses(
     settings = [QUICKSTART, FSDP_CONFIG, *SMALL, f"--trainer.precision={precision}"]
     result, fits = command("plan", *settings, "--devices=2"), command("fit", *settings)
     assert (result.code, result.out) == (2, "")
-    assert result.err == fits.err
+    assert result.error == fits.error
 
 
 def test_run_that_cannot_fit_is_reported_with_its_least_memory(command: Command) -> None:

@@ -109,7 +109,7 @@ def test_contradicting_settings_are_refused_with_both_values(gpt2: Any, command:
     result = fit_gpt2(command, "--init_from=gpt2", "--model.config.emb_dim=32",
                "--model.config.qkv_bias=false", "--model.config.n_layers=2")  # fmt: skip
     assert result.code == 2
-    assert result.err.count("\n") == 1
+    assert result.error.count("\n") == 1
     assert "model.config.emb_dim is 24 there and 32 here" in result.err
     assert "model.config.qkv_bias is True there and False here" in result.err
     assert "n_layers" not in result.err

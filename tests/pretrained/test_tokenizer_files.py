@@ -176,7 +176,7 @@ def test_another_tokenizer_is_refused_by_every_command_with_text(
             result = command(*arguments)
             assert result.code == 2, (arguments, result.out)
             assert f"{source}: has another tokenizer than GPT-2's: " in result.err
-            assert result.err.count("\n") == 1
+            assert result.error.count("\n") == 1
     result = command("generate", "--from=gpt2.pt", "--prompt=A", "--max_new_tokens=1")
     assert result.code == 0, result.err
     task = ComparisonTask(

@@ -146,7 +146,7 @@ def test_checkpoint_with_wrapped_names_cannot_be_resumed(command: Command) -> No
     content["state_dict"] = {f"_orig_mod.{n}": t for n, t in content["state_dict"].items()}
     torch.save(content, "wrapped.ckpt")
     result = command("fit", QUICKSTART, "--ckpt_path=wrapped.ckpt")
-    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert (result.code, result.error.count("\n")) == (2, 1)
     assert "has other names than a run's checkpoint; give it as --init_from" in result.err
 
 

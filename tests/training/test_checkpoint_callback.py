@@ -16,6 +16,7 @@ from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training import checkpoint_callback
 from gpt_lightning.training.checkpoint_io import corruption_reason, read_manifest
 from gpt_lightning.training.resume import latest_valid_checkpoint
+from gpt_lightning.training.run_files import read_rows
 from gpt_lightning.training.throughput import Stopwatch
 from helpers import SMALL_QUICKSTART, Command, assert_refused
 from runs import RUN, THREE_EPOCHS, same_runs, same_weights
@@ -28,11 +29,8 @@ def test_best_is_the_lowest_validation_loss(fit: Command) -> None:
         "--model.lr=0.3",
         "--model.config.emb_dim=16",
     )  # which soon raises the loss again
-    rows = Path("checkpoints/quickstart/metrics.csv").read_text().splitlines()
-    header = rows[0].split(",")
-    losses = {
-        int(row.split(",")[0]): float(row.split(",")[header.index("val_loss")]) for row in rows[1:]
-    }
+    rows = read_rows(Path("checkpoints/quickstart/metrics.csv"))
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     best_step = min(losses, key=lambda step: losses[step])
     assert best_step != max(losses)
     best = torch.load("checkpoints/quickstart/best.ckpt", weights_only=True)

@@ -26,8 +26,8 @@ def test_python_and_command_train_the_same_bits(
     command = tmp_path / "checkpoints" / "command"
     assert_same_bits(result.folder / "last.ckpt", command / "last.ckpt")
     losses = [result.metrics[name] for name in ("train_loss", "val_loss")]
-    (last,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("last step "))
-    assert "train_loss {:.3f}, val_loss {:.3f} (last.ckpt)".format(*losses) in last
+    (last,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("last.ckpt: "))
+    assert "train_loss {:.3f}, val_loss {:.3f}".format(*losses) in last
 
 
 def test_command_continues_what_python_recorded(tmp_path: Path) -> None:

@@ -149,6 +149,15 @@ class PlanCLI(TrainingCLI):
                 "not counted: compiled blocks keep less for the backward pass than this"
             )
 
+        if self._lacks_bfloat16(str(self.config.trainer.precision)):
+            self.notes["precision"] = (
+                f"{self.config.gpu} has no bfloat16, which is slow there, and attention's matrices are not counted; "
+                "give --trainer.precision 16-mixed"
+            )
+
+    def _lacks_bfloat16(self, precision: str) -> bool:
+        return "bf16" in precision and self.config.gpu in OLDER_THAN_AMPERE
+
     def _device(self) -> DeviceType:
         if self.config.gpu is not None and self.config.gpu not in MEMORY:
             raise ValueError(
@@ -283,7 +292,8 @@ class PlanCLI(TrainingCLI):
             return float(self.config.peak_tflops) * 1e12
         precision = spec.step.precision
         if self.config.gpu is not None:
-            return PEAKS[self.config.gpu] if "16" in precision else None
+            known = "16" in precision and not self._lacks_bfloat16(precision)
+            return PEAKS[self.config.gpu] if known else None
         if spec.step.device == "cuda" and not torch.cuda.is_available():
             return None
         peak = peak_flops(torch.device(spec.step.device), precision)

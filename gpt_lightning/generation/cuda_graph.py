@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gpt_lightning.kernels.support import kernels_unsupported_reason
+from gpt_lightning.kernels.support import kernels_unsupported_reason, log_unsupported_once
 from gpt_lightning.model.gpt import GPTModel, TransformerBlock
 from gpt_lightning.model.kv_cache import KVCache
 
@@ -227,7 +227,9 @@ def cuda_graph_unsupported_reason(model: GPTModel) -> str | None:
 
 def fused_decode_unsupported_reason(model: GPTModel, rows: int) -> str | None:
     """Why our Triton kernels cannot run this model on its device with ``rows`` rows; ``None`` if they can."""
-    if reason := kernels_unsupported_reason(model.tok_emb.weight.device):
+    device = model.tok_emb.weight.device
+    if reason := kernels_unsupported_reason(device):
+        log_unsupported_once(device.type, reason)
         return reason
     if reason := cuda_graph_unsupported_reason(model):
         return reason  # our kernels run neither hooks nor autocast

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt_lightning.model.precision import to_float64
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -109,9 +111,9 @@ def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     At least one token is kept.
     """
     sorted_logits, sorted_ids = logits.sort(dim=-1, descending=True, stable=True)
-    p = sorted_logits.double().softmax(dim=-1)
+    p = to_float64(sorted_logits).softmax(dim=-1)
     more_probable = p.cumsum(dim=-1) - p  # total probability of the more probable tokens
-    sorted_drop = more_probable >= top_p
+    sorted_drop = (more_probable >= top_p).to(logits.device)
     sorted_drop[:, 0] = False
     drop = torch.zeros_like(sorted_drop).scatter(1, sorted_ids, sorted_drop)
     return logits.masked_fill(drop, -torch.inf)
@@ -149,8 +151,11 @@ def probabilities(logits: Tensor, sampling: SamplingParams, ids: Tensor | None =
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy in nats of distributions ``(..., V)``, in float64. exp(entropy) is the effective number of tokens."""
-    return torch.special.entr(p.double()).sum(dim=-1)
+    """Entropy in nats of distributions ``(..., V)``, in float64. exp(entropy) is the effective number of tokens.
+
+    On a device without float64 the result is on the host.
+    """
+    return torch.special.entr(to_float64(p)).sum(dim=-1)
 
 
 def sample(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_lightning.kernels.support import kernels_unsupported_reason
+from gpt_lightning.kernels.support import kernels_unsupported_reason, log_unsupported_once
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def chunked_cross_entropy(
 @cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """The Triton kernel for the loss of one chunk; ``None`` if the device cannot run it."""
-    if kernels_unsupported_reason(device):
+    if reason := kernels_unsupported_reason(device):
+        log_unsupported_once(device.type, reason)
         return None
     try:
         from gpt_lightning.kernels.cross_entropy import loss_and_gradient_

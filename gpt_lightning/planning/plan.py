@@ -266,7 +266,8 @@ def _levers(spec: RunSpec) -> list[str]:
         "fsdp": spec.devices > 1
         and spec.strategy != "fsdp"
         and step.precision in SHARDED_PRECISIONS,
-        "bf16": step.precision == "32-true",
+        # a GPU that is too old for our kernels has no bfloat16
+        "bf16": step.precision == "32-true" and (step.device == "cpu" or step.loss_kernel),
         "no copy": step.device == "cpu" and spec.async_save,
     }
     return [lever for lever, is_possible in possible.items() if is_possible]

@@ -12,6 +12,7 @@ import torch
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
 from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.precision import has_float64
 from gpt_lightning.pretrained.book import is_book, read_book
 from gpt_lightning.pretrained.download import find_downloaded
 from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
@@ -191,6 +192,12 @@ def build_model(
     with torch.device("meta"):
         model = GPTModel(weights.config)
     model.load_state_dict(pop_weights(weights, dtype), assign=True)
+    if (
+        model.tok_emb.weight.dtype == torch.float64
+        and device is not None
+        and not has_float64(torch.device(device))
+    ):
+        raise ValueError(f"dtype: {device} has no float64; give --dtype float32")
     return model.to(device=device).eval()
 
 

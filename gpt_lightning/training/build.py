@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.precision import has_float64
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -283,6 +284,9 @@ def _make_trainer(settings: dict[str, Any]) -> Trainer:
     positions = [position for c in trainer.callbacks if (position := _position(c)) >= 0]  # type: ignore[attr-defined]
     assert positions == sorted(positions), "Lightning has changed the order of the callbacks"
     check_strategy(trainer.strategy)
+    device = trainer.strategy.root_device
+    if trainer.precision == "64-true" and not has_float64(device):
+        raise ValueError(f"trainer.precision: {device.type} has no float64; give 32-true")
     use_fast_epoch_loop(trainer)
     return trainer
 

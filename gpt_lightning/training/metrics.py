@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from gpt_lightning.model.precision import has_float64
+
 
 class TokenWeightedLoss(Metric):
     """Mean loss in which every token has the same weight, in double precision. A NaN makes the mean NaN.
 
-    torchmetrics' ``MeanMetric`` ignores NaN, or with ``nan_strategy="disable"`` the weights.
+    On a device without float64 the sums are on the host. torchmetrics' ``MeanMetric`` ignores NaN, or with ``nan_strategy="disable"`` the weights.
     """
 
     total: Tensor
@@ -28,13 +30,22 @@ class TokenWeightedLoss(Metric):
 
         A batch without tokens has no mean, and is ignored.
         """
-        # at each update: Lightning moves metrics to the model's precision too
-        self.set_dtype(torch.float32 if loss.device.type == "mps" else torch.float64)
+        if not has_float64(loss.device):
+            self.to("cpu")
+            loss, text_bytes = loss.cpu(), torch.as_tensor(text_bytes).cpu()
+        self.set_dtype(
+            torch.float64
+        )  # at each update: Lightning moves metrics to the model's precision too
         if not weight:
             return
         self.total += loss.to(self.total.dtype) * weight
         self.tokens += weight
         self.bytes += text_bytes
+
+    def reset(self) -> None:
+        """Set the sums to 0, in float32: Lightning may move them to a device without float64."""
+        super().reset()
+        self.set_dtype(torch.float32)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the loss (nats per token), perplexity, bits per byte of text, and the number of tokens."""

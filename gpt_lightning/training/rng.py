@@ -16,10 +16,12 @@ from gpt_lightning.data.sampler import seed_from
 
 
 def get_rng_state() -> dict[str, Tensor]:
-    """Return the states of torch's global generators: the CPU's and, if there is one, the GPU's."""
+    """Return the states of torch's global generators: the CPU's and, if there is one, the GPU's (CUDA or MPS)."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -27,6 +29,8 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
@@ -34,3 +38,5 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     torch.default_generator.manual_seed(value)  # 1.4 µs; torch.manual_seed takes 125
     if torch.cuda.is_initialized():  # true when a GPU trains
         torch.cuda.manual_seed(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)

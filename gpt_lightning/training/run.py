@@ -27,7 +27,7 @@ from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_files import read_rows
 from gpt_lightning.training.run_lock import RunLock
-from gpt_lightning.training.run_warnings import precision_warnings, run_warnings
+from gpt_lightning.training.run_warnings import device_warnings, run_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
     if is_rank_zero():
         setup_data_early(built, "validate")
         _check_compiler(built)
-        for warning in precision_warnings(trainer):
+        for warning in device_warnings(trainer):
             logger.warning(warning)
     init_elastic_process_group(trainer)
     try:

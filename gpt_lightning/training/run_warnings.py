@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.hardware import MPS_UNTRIED
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.hardware import measured_peak
 
@@ -42,7 +43,7 @@ def run_warnings(
             "model.loss_chunk_size: without it the loss of all tokens is computed at once; 8192 (tokens) is faster on a "
             "GPU, with the same result up to rounding"
         )
-    yield from precision_warnings(trainer)
+    yield from device_warnings(trainer)
     if trainer.limit_val_batches == 0:
         for name, defaults in _VALIDATION_DEFAULTS.items():
             if config.trainer.get(name, defaults[0]) not in defaults:
@@ -52,9 +53,19 @@ def run_warnings(
                 )
 
 
-def precision_warnings(trainer: Trainer) -> Iterator[str]:
-    """A warning if another precision is faster on this CPU."""
-    if trainer.strategy.root_device.type == "cpu" and "bf16" in trainer.precision:
+def device_warnings(trainer: Trainer) -> Iterator[str]:
+    """A warning if another precision is faster on this device, and one if the device was never tried."""
+    device = trainer.strategy.root_device
+    if device.type == "mps":
+        yield MPS_UNTRIED
+    if device.type == "cuda" and "bf16" in trainer.precision and torch.version.cuda is not None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            yield (
+                f"trainer.precision: this GPU (compute capability {major}.{minor}) has no fast bfloat16, so "
+                f"{trainer.precision} is slow; give 16-mixed"
+            )
+    if device.type == "cpu" and "bf16" in trainer.precision:
         size = 192  # takes 10 ms with the slow one
         rates = [measured_peak(dtype, size) for dtype in (torch.float32, torch.bfloat16)]
         if rates[0] > 1.5 * rates[1]:

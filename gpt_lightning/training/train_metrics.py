@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from gpt_lightning.data.dataloader import Batch
 from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.distributed import mean_over_ranks
+from gpt_lightning.model.precision import has_float64
 from gpt_lightning.training.loggers import StepPosition, publish_metrics
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
@@ -58,8 +59,8 @@ class TrainMetrics(StepEndCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start_interval()
-        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        self._sum = self._sum.to(pl_module.device, dtype)
+        dtype = torch.float64 if has_float64(pl_module.device) else torch.float32
+        self._sum = self._sum.to(dtype).to(pl_module.device)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -48,7 +48,7 @@ def test_configs_are_listed_and_copied(command: Command, tmp_path: Path) -> None
     assert copy.read_text() == "run: mine\n"
     for arguments, cause in {
         "copy quickstrat": "quickstrat: is not a configuration; did you mean quickstart?",
-        "copy": "configs copy: needs a name; give one of ddp, ",
+        "copy": "configs copy: needs a name; give one of 16gb, ddp, ",
         "list ddp": "configs list: ddp is one argument too many",
         "cpoy ddp": "cpoy is unknown; did you mean copy?",
     }.items():
@@ -121,11 +121,13 @@ def test_overlays_compose_with_each_config(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for base in ("quickstart", "verdict", "gpt2"):
-        for name in ("ddp", "fsdp"):
+        for name in ("ddp", "fsdp", "16gb"):
             with pytest.raises(SystemExit) as stop:
                 command("fit", f"--config={ROOT}/configs/{base}.yaml", f"--config={ROOT}/configs/{name}.yaml",
                         "--print_config")  # fmt: skip
             assert stop.value.code == 0
             printed = capsys.readouterr().out
             assert f"run: {base}" in printed
-            assert {"ddp": "DDPStrategy", "fsdp": "FSDP2Strategy"}[name] in printed
+            assert {"ddp": "DDPStrategy", "fsdp": "FSDP2Strategy", "16gb": "16-mixed"}[
+                name
+            ] in printed

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gpt_lightning.generation import cuda_graph, engine
 from gpt_lightning.generation.cuda_graph import GraphedDecodeStep, fused_decode_unsupported_reason
 from gpt_lightning.generation.engine import fastest_backend
 from gpt_lightning.kernels import support
+from gpt_lightning.model import loss
 from gpt_lightning.model.kv_cache import KVCache
 from helpers import (
     ROOT,
@@ -237,6 +239,30 @@ def test_reasons_why_kernels_are_unsupported(monkeypatch: pytest.MonkeyPatch) ->
     assert (
         fused_decode_unsupported_reason(model_of(dtype=torch.float64), 1)
         == "its weights are float64"
+    )
+
+
+def test_an_old_gpu_runs_no_kernel_and_says_why_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the compute capability of a T4; the loss and decoding ask, and only one line is logged."""
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    support.log_unsupported_once.cache_clear()
+    model = mock.Mock()
+    model.tok_emb.weight.device = cuda
+    with caplog.at_level("INFO"):
+        assert loss._kernel.__wrapped__(cuda) is None
+        for _ in range(2):
+            assert "older than NVIDIA's Ampere" in str(fused_decode_unsupported_reason(model, 1))
+        # a CPU runs no kernel of ours either, which needs no message
+        assert loss._kernel.__wrapped__(torch.device("cpu")) is None
+    (record,) = caplog.records
+    assert record.message == (
+        "kernels: the GPU is older than NVIDIA's Ampere, or not NVIDIA's, so torch's kernels run instead of this "
+        "package's"
     )
 
 

@@ -213,3 +213,35 @@ def test_gpu_without_our_kernels_needs_more_memory(command: Command) -> None:
     )
     chunk = 8192 * 50304
     assert 2 * chunk < old["total"] - new["total"] < 10 * chunk
+
+
+def test_overlay_for_16_gb(command: Command) -> None:
+    """It needs the memory that its header names, at the same global batch, and no bfloat16."""
+    overlay = ROOT / "configs" / "16gb.yaml"
+    alone, both = (
+        plan_as_json(command, f"--config={PRETRAIN}", *more, "--gpu=T4")
+        for more in ([], [f"--config={overlay}"])
+    )
+    assert both["fits"] is True
+    assert both["device_memory"] == 16e9
+    assert both["total"] < alone["total"] / 2
+    assert both["tokens_per_step"] == alone["tokens_per_step"] == 524_288
+    assert both["settings"]["step"]["precision"] == "16-mixed"
+    header = overlay.read_text(encoding="utf-8")
+    assert f"estimates {both['total'] / 1e9:.1f} GB: 128 micro-batches of 4 windows" in header
+    assert both["settings"]["micro_batches"] == 128
+    assert f"estimates {both['hours']:.0f} hours on a T4" in header
+
+
+def test_plan_knows_that_a_t4_has_no_bfloat16(command: Command) -> None:
+    arguments = [QUICKSTART, *WIDE, "--gpu=T4"]
+    found = plan_as_json(command, *arguments, "--trainer.precision=bf16-mixed")
+    assert found["notes"]["precision"].startswith("T4 has no bfloat16")
+    assert found["hours"] is None
+    half = plan_as_json(command, *arguments, "--trainer.precision=16-mixed")
+    assert "precision" not in half["notes"]
+    assert half["hours"] is not None
+    for percent in (95, 80, 60, 40):
+        limit = half["total"] / 1e9 * percent / 100
+        full = plan_as_json(command, *arguments, f"--device_memory_gb={limit}")
+        assert "bf16" not in str(full["nearest"])

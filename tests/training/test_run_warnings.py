@@ -72,3 +72,20 @@ def test_unchunked_loss_on_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) ->
             config, trainer, mock.Mock(drop_rate=0), keeps_freed_memory=False
         )
         assert any(line.startswith("model.loss_chunk_size: ") for line in found) == output
+
+
+@pytest.mark.parametrize(("capability", "slow"), [((7, 5), True), ((8, 0), False)])
+def test_slow_bfloat16_on_a_gpu_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], slow: bool
+) -> None:
+    """With the compute capability of a T4."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for precision in ("bf16-mixed", "bf16-true", "16-mixed", "32-true"):
+        trainer = mock.Mock(precision=precision)
+        trainer.strategy.root_device = torch.device("cuda", 0)
+        lines = list(run_warnings.device_warnings(trainer))
+        assert len(lines) == (slow and "bf16" in precision)
+        for line in lines:
+            assert line.startswith("trainer.precision: this GPU (compute capability 7.5)")
+            assert line.endswith(f"so {precision} is slow; give 16-mixed")

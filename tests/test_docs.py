@@ -72,13 +72,7 @@ def test_commands_parse(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
-    asks_for_help = "--help" in line.split()  # some commands end with a return code, some exit
-    try:
-        code: object = main([*shlex.split(line), "--print_config"])
-        assert asks_for_help
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 0
+    assert main([*shlex.split(line), "--print_config"]) == 0
     assert ":" in capsys.readouterr().out
 
 

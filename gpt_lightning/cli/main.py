@@ -7,6 +7,7 @@ The module of a command is imported when the command is used, so ``generate`` do
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         standard_streams(ignore_stdout_errors=_trains(arguments)) as stdout_errors,
         log_to_stderr(level),
+        warnings.catch_warnings(),  # a notebook keeps its own filters
     ):
         try:
             try:

@@ -174,7 +174,7 @@ def table(
     strategies: Sequence[tuple[int, Strategy]] = STRATEGIES,
 ) -> str:
     """The table in Markdown, in GB of 10⁹ bytes."""
-    header = ["size", "devices", "", *COLUMNS, "total", "hours"]
+    header = ["size", "devices", "strategy", *COLUMNS, "total", "hours"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     names = {"single": "", "ddp": "DDP", "fsdp": "FSDP2"}
     for size, (devices, strategy) in product(sizes, strategies):

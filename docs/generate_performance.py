@@ -52,6 +52,7 @@ def training_float32() -> str:
     rates, memory = content["tokens_per_second"], content["memory_gb"]
     rows = [
         ("gpt_lightning", "ours, float32"),
+        ("gpt_lightning, compiled blocks", "ours, compiled, float32"),
         ("gpt_lightning, untied head", "ours, head not tied, float32"),
         ("transformers", "transformers, float32"),
         ("LitGPT, compiled", "LitGPT, compiled, float32"),

@@ -2,4 +2,5 @@
 
 from gpt_lightning.cli.main import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # a process that is spawned imports this file
+    raise SystemExit(main())

@@ -72,6 +72,10 @@ def test_commands_parse(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
+    if line.startswith("configs "):  # has no settings to print
+        monkeypatch.chdir(tmp_path)
+        assert main(shlex.split(line)) == 0
+        return
     assert main([*shlex.split(line), "--print_config"]) == 0
     assert ":" in capsys.readouterr().out
 

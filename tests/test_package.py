@@ -234,3 +234,46 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
         "gpt_lightning: error: model.lrr: is not a setting; did you mean model.lr?",
     ]
     assert os.listdir(tmp_path) == []
+
+
+def text_without_encoding(path: Path) -> list[str]:
+    """Calls that open a text file or a process's text in the system's encoding, which is not UTF-8 on Windows."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg for keyword in node.keywords}
+        match node.func:
+            case ast.Attribute(value=ast.Name(id="os" | "gzip"), attr="open"):
+                continue
+            case ast.Name(id="open") | ast.Attribute(attr="open" | "fdopen"):
+                modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                is_text = not any(re.fullmatch("[rwax]?b|r[+]b", str(mode)) for mode in modes)
+            case ast.Attribute(attr="read_text" | "write_text"):
+                is_text = True
+            case ast.Attribute(value=ast.Name(id="subprocess")):
+                is_text = bool(keywords & {"text", "universal_newlines"})
+            case _:
+                is_text = False
+        if is_text and "encoding" not in keywords:
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_text_files_are_opened_with_their_encoding() -> None:
+    assert [call for path in PACKAGE.rglob("*.py") for call in text_without_encoding(path)] == []
+
+
+def test_text_file_without_encoding_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    for line, is_found in [
+        ("open('a')", True),
+        ("path.open('a', newline='')", True),
+        ("path.read_text()", True),
+        ("subprocess.run(['x'], text=True)", True),
+        ("open('a', encoding='utf-8')", False),
+        ("path.open('r+b')", False),
+        ("os.open('a', os.O_RDONLY)", False),
+    ]:
+        file.write_text(line)
+        assert bool(text_without_encoding(file)) == is_found, line

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt_lightning.cli.config_files import find_config
 from gpt_lightning.cli.parsing import check_config_file
 from gpt_lightning.cli.text_options import check_argument_texts, values_of
 from gpt_lightning.cli.yaml_input import load_checked
@@ -25,8 +26,9 @@ def log_first_line(arguments: Sequence[str]) -> None:
     files = []
     settings: dict[str, Any] = {}
     for name in names:
-        check_config_file(name)
-        path = Path(os.path.expanduser(name))
+        found = find_config(name)
+        check_config_file(found)
+        path = Path(os.path.expanduser(found))
         if path.is_file():
             settings |= load_checked(decode_text(path.read_bytes()), name)
             files.append(name)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from gpt_lightning.cli.config_files import with_config_paths
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND, log_to_stderr
-from gpt_lightning.cli.streams import standard_streams
+from gpt_lightning.cli.streams import is_closed_pipe, standard_streams
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ VERBS = {
     "download": ("download", "run", "download GPT-2's public weights"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
     "convert": ("convert", "run", "convert weights from one format to another"),
+    "configs": ("configs", "run", "list the configurations of the package, or copy one"),
     "verify-resume": (
         "verify_resume",
         "run",
@@ -64,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: a training run or a check failed. 2: the user made a mistake. 130, 143: SIGINT or SIGTERM stopped
     the command. 141: nobody reads standard output any more (``| head``).
     """
+    if (
+        sys.platform == "win32"
+    ):  # Intel's Fortran library, if NumPy brings it, ends the process at Ctrl-C
+        os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet, verbose, debug = (flag in arguments for flag in ("--quiet", "--verbose", "--debug"))
     arguments = [a for a in arguments if a not in ("--quiet", "--verbose", "--debug")]
@@ -115,7 +121,7 @@ def _exit_code(error: SystemExit) -> int:
 
 def _report_stdout_error(error: OSError) -> int:
     """Log why standard output cannot be written; returns the exit code."""
-    if isinstance(error, BrokenPipeError):  # the exit code of a program that SIGPIPE ends
+    if is_closed_pipe(error):  # the exit code of a program that SIGPIPE ends
         return 141
     logger.error(f"standard output: cannot be written ({error.strerror}); redirect it elsewhere")
     return 2
@@ -149,6 +155,7 @@ def _run(arguments: list[str]) -> int:
 
                     log_first_line(rest)
                 _hide_transformers()
+            rest = with_config_paths(rest)
             return getattr(import_module(f"gpt_lightning.cli.{module}"), function)(rest) or 0
     return 0
 

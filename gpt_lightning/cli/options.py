@@ -8,7 +8,9 @@ from jsonargparse import ArgumentParser
 from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.model.hardware import MEMORY
 
-CONFIG_HELP = "YAML file with settings (repeatable); a later file wins over an earlier one."
+CONFIG_HELP = (
+    "YAML file with settings (repeatable), or a name that 'configs list' shows; a later one wins."
+)
 
 # setting → help text; those of Lightning and jsonargparse are long, or not true here
 HELP = {

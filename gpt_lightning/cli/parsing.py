@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from gpt_lightning.cli.config_files import config_names
 from gpt_lightning.cli.errors import explain
 from gpt_lightning.cli.help_format import HelpFormatter
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
@@ -22,7 +23,7 @@ from gpt_lightning.cli.text_options import (
 )
 from gpt_lightning.cli.yaml_input import MAX_CHARACTERS, use_checked_yaml
 from gpt_lightning.data.unicode import decode_text
-from gpt_lightning.suggestions import nearest_config
+from gpt_lightning.suggestions import nearest, nearest_config
 
 # a class_path in a YAML file runs code, so other packages are refused before they are imported
 ALLOWED_IMPORTS = ["gpt_lightning", "lightning", "torch"]
@@ -95,9 +96,17 @@ def check_config_file(name: str) -> None:
                 decode_text(path.read_bytes())
             except ValueError as error:
                 raise ValueError(f"config: {name} {error}; convert it to UTF-8") from error
-        elif not path.exists() and name != "-" and not set(name) & set("{:\n"):
-            near = nearest_config(name)
-            remedy = f"did you mean {near}?" if near else "give a YAML file"
+        elif (
+            not path.exists()
+            and name != "-"
+            and not set(name.removeprefix(path.drive)) & set("{:\n")
+        ):
+            near = nearest_config(name) or nearest(Path(name).stem, config_names())
+            remedy = (
+                f"did you mean {near}?"
+                if near
+                else f"give a YAML file, or one of {', '.join(config_names())}"
+            )
             raise FileNotFoundError(f"config: {name} does not exist; {remedy}")
     except OSError as error:
         if error.strerror is None:

@@ -132,8 +132,13 @@ def _wrap(stream: TextIO | None, descriptor: int, on_error: Callable[[OSError], 
     )
 
 
+def is_closed_pipe(error: OSError) -> bool:
+    """Whether nobody reads the stream any more, as behind ``| head``. Windows reports an invalid argument then."""
+    return error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL)
+
+
 def _warn(error: OSError) -> None:
-    if error.errno != errno.EPIPE:  # a closed pipe is what `| head` does
+    if not is_closed_pipe(error):
         logger.warning(f"standard output: cannot be written ({error.strerror}); training continues")
 
 

@@ -52,7 +52,8 @@ def run(arguments: list[str]) -> int:
 
     with (
         _terminated_by_exit(),
-        tempfile.TemporaryDirectory(prefix="verify-resume-") as scratch,
+        # a killed process may hold a file for a moment longer on Windows, which is no failure of the check
+        tempfile.TemporaryDirectory(prefix="verify-resume-", ignore_cleanup_errors=True) as scratch,
         output_folder(options.out or scratch) as folder,
     ):
         if any(folder.iterdir()):

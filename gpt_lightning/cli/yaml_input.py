@@ -1,11 +1,13 @@
 """YAML loader for jsonargparse that first checks size, depth, aliases and duplicate keys, in bounded time."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
+from jsonargparse.typing import Path
 from yaml.events import (
     AliasEvent,
     CollectionEndEvent,
@@ -17,17 +19,33 @@ from yaml.events import (
     ScalarEvent,
 )
 
+from gpt_lightning.data.unicode import decode_text
+
 MAX_CHARACTERS = 1_000_000
 MAX_VALUES = 20_000  # each alias counts as many values as it stands for
 MAX_DEPTH = 50
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load = get_loader("yaml")
+_read_text = Path.read_text
 
 
 def use_checked_yaml() -> None:
-    """Make all parsers of jsonargparse read YAML with :func:`load_checked`."""
+    """Make all parsers of jsonargparse read files as UTF-8, and YAML with :func:`load_checked`."""
     set_loader("yaml", load_checked, (yaml.YAMLError,))
+    Path.read_text = _read_utf8  # type: ignore[method-assign, assignment]
+
+
+def _read_utf8(path: Path) -> str:
+    """The text of a file; jsonargparse reads it in the system's encoding, which is not UTF-8 on Windows."""
+    if not os.path.exists(path.absolute):  # standard input
+        return _read_text(path)
+    with open(path.absolute, "rb") as file:
+        content = file.read()
+    try:
+        return decode_text(content)
+    except ValueError as error:
+        raise ValueError(f"config: {path} {error}; convert it to UTF-8") from error
 
 
 def load_checked(text: str, path: str = "") -> Any:

@@ -168,9 +168,10 @@ class ResumableDataLoader:
     def _indices(self, permutation: Permutation, batches: range) -> Iterator[Indices]:
         """Indices of the windows of each batch."""
         per_call = max(1, _INDICES_PER_CALL // self.batch_size)
-        of_rank = self.rank * self.batch_size + np.arange(self.batch_size)
+        of_rank = self.rank * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         for first in range(batches.start, batches.stop, per_call):
-            batch_indices = np.arange(first, min(first + per_call, batches.stop))
+            last = min(first + per_call, batches.stop)
+            batch_indices = np.arange(first, last, dtype=np.int64)
             positions = batch_indices[:, None] * self.windows_per_batch + of_rank
             exists = positions < len(self.windows)
             if exists.all():

@@ -4,6 +4,7 @@ L is the window length (the model's ``context_length`` unless asked otherwise), 
 """
 
 import mmap
+import sys
 from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
@@ -48,7 +49,7 @@ class WindowDataset:
         self.length = length
         self.stride = stride
         self.tokens = sum(map(len, parts))
-        self._ends = np.cumsum([len(part) for part in parts])
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         self._digests = [partial(_sha256, part) for part in parts]
         self._mapped = [mapped for part in parts if (mapped := _mapping(part)) is not None]
         self.max_resident_bytes = _MAX_RESIDENT_BYTES
@@ -107,7 +108,8 @@ class WindowDataset:
         if self._mapped and self._resident > self.max_resident_bytes:
             self._resident = 0
             for mapped in self._mapped:
-                mapped.madvise(mmap.MADV_DONTNEED)
+                if sys.platform != "win32":  # there _mapping returns none
+                    mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _sha256(part: NDArray[np.uint16]) -> str:
@@ -137,7 +139,7 @@ class ConcatWindowDataset:
         for dataset in datasets:
             dataset.max_resident_bytes = _MAX_RESIDENT_BYTES // len(datasets)
         self.tokens = sum(dataset.tokens for dataset in datasets)
-        self._ends = np.cumsum([len(dataset) for dataset in datasets])
+        self._ends = np.cumsum([len(dataset) for dataset in datasets], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -91,7 +91,7 @@ class MixtureSampler:
         self.weights = [weight / sum(weights) for weight in weights]
         self.seed = seed
         self.shares = _integer_shares(self.weights, _PERIOD)
-        self._offsets = np.cumsum([0, *counts[:-1]])
+        self._offsets = np.cumsum([0, *counts[:-1]], dtype=np.int64)
         # when each draw of each text is due, as a fraction of a period
         due = np.concatenate([(np.arange(share) + 0.5) / share for share in self.shares])
         by_due = np.argsort(due, kind="stable")

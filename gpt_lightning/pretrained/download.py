@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 
 from gpt_lightning.pretrained.http_download import (
@@ -28,6 +28,7 @@ from gpt_lightning.pretrained.http_download import (
 from gpt_lightning.storage.atomic import created_folder, move_into_place
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
+from gpt_lightning.storage.lock import lock_file
 
 DownloadHost = Literal["hub", "openai"]
 _HUB = {  # repository, revision, size and checksum of model.safetensors
@@ -144,18 +145,13 @@ def download(
     files = HUB_FILES if host == "hub" else OPENAI_FILES
     folder = folder or download_folder(name, host)
     with created_folder(folder):
-        lock = FileLock(folder / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with lock_file(folder / ".lock"):
+                _download(name, host, files, folder, mirror, on_bytes, on_damage, pause)
         except Timeout as error:
             raise OSError(
                 f"download: another process is downloading into {folder}; wait for it"
             ) from error
-        try:
-            _download(name, host, files, folder, mirror, on_bytes, on_damage, pause)
-        finally:
-            lock.release()
-            (folder / ".lock").unlink(missing_ok=True)
     return folder
 
 

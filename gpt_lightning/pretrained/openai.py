@@ -110,6 +110,7 @@ def write_openai(weights: ModelWeights, folder: Path) -> None:
     (folder / "checkpoint").write_text(
         f'model_checkpoint_path: "{CHECKPOINT}"\nall_model_checkpoint_paths: "{CHECKPOINT}"\n',
         encoding="utf-8",
+        newline="\n",
     )
     write_json(
         folder / "hparams.json", {theirs: getattr(config, ours) for ours, theirs in _KEYS.items()}
@@ -170,7 +171,8 @@ def _run_tensorflow(action: str, source: Path, target: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module, action, str(source), str(target)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # TensorFlow's own messages are in the system's encoding
         check=False,
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""},
     )

@@ -1,5 +1,6 @@
 """:class:`ModelWeights`, the type that every format is read into, and the reader of our own checkpoints."""
 
+import os
 import pickle
 import struct
 import zipfile
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from gpt_lightning.model.config import GPTConfig
 
+# Windows refuses to replace or remove a file while it is mapped
+_KEEPS_MAPPED = os.name != "nt"
 _MODULE_PREFIX = "model."  # GPTLightningModule holds the GPTModel as ``model``
 POSITION_EMBEDDING = "pos_emb.weight"  # a tensor that every GPTModel has
 _HEAD_DIM = 64  # in every GPT-2 and in the book's models
@@ -59,8 +62,8 @@ def pop_weights(weights: ModelWeights, dtype: torch.dtype | None = None) -> dict
 
 
 def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Transpose and convert with one copy at most."""
-    if tensor.is_contiguous() and tensor.dtype == dtype:
+    """Transpose and convert with one copy at most. On Windows it is always copied, out of the mapped file."""
+    if _KEEPS_MAPPED and tensor.is_contiguous() and tensor.dtype == dtype:
         return tensor
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
 

@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Windows refuses to replace a file while another program has it open, as virus scanners do for a moment
+RETRY_SECONDS = 2.0 if os.name == "nt" else 0.0
 
 
 @contextmanager
@@ -41,9 +45,22 @@ def move_into_place(
         _fsync_all(temporary)
     if not overwrite and os.path.lexists(dest):
         raise FileExistsError(f"{dest} exists")
-    os.replace(temporary, dest)
+    replace(temporary, dest)
     if durable:
-        fsync(dest.parent)  # a rename is durable when its folder is
+        fsync_folder(dest.parent)  # a rename is durable when its folder is
+
+
+def replace(source: Path, dest: Path) -> None:
+    """Rename a file or folder to ``dest``; on Windows, try again for :data:`RETRY_SECONDS` if it is refused."""
+    end = time.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            os.replace(source, dest)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -60,9 +77,9 @@ def created_folder(folder: Path) -> Iterator[None]:
 
 
 def write_text(dest: Path, text: str, *, concurrent: bool = False, durable: bool = True) -> None:
-    """A UTF-8 file, by :func:`atomic_output`."""
+    """A UTF-8 file with the same bytes on every system, by :func:`atomic_output`."""
     with atomic_output(dest, concurrent=concurrent, durable=durable) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def temporary_path(dest: Path) -> Path:
@@ -75,20 +92,36 @@ def process_path(dest: Path) -> Path:
     return dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
 
 
-def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def fsync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system has a call for it.
+
+    Windows opens no folder. There NTFS keeps a journal of renames, so after a power cut a name has its old file or
+    its new one.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        if os.access(folder, os.R_OK):  # the system refuses every folder, not this one
+            return
+        raise
+    _fsync_and_close(descriptor)
+
+
+def _fsync_all(path: Path) -> None:
+    """Wait until a file, or a folder with everything in it, is on the disk."""
+    if not path.is_dir():
+        _fsync_and_close(os.open(path, os.O_RDWR))  # Windows syncs only what is open for writing
+        return
+    for inner in sorted(path.iterdir()):
+        _fsync_all(inner)
+    fsync_folder(path)
+
+
+def _fsync_and_close(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _fsync_all(path: Path) -> None:
-    if path.is_dir():
-        for inner in sorted(path.rglob("*")):
-            fsync(inner)
-    fsync(path)
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.optim import Optimizer
 
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.flops import parameters
@@ -23,6 +24,8 @@ from gpt_lightning.training.checkpoint_io import (
     PREVIOUS,
     AtomicCheckpointIO,
     check_content,
+    check_is_replaceable,
+    check_saves,
     link_or_copy,
     remove_leftovers,
 )
@@ -106,8 +109,21 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             if trainer.is_global_zero:
                 raise
             raise SystemExit(2) from None
+        for optimizer in trainer.optimizers:
+            _copy_from_mapped_file(optimizer)
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
+            self._check_last_is_replaceable()
+
+    def _check_last_is_replaceable(self) -> None:
+        path = self.folder / LAST
+        if path.exists():
+            try:
+                check_is_replaceable(path)
+            except OSError as error:
+                raise OSError(
+                    f"checkpoint: {path} cannot be replaced ({error.strerror}); close the program that reads it"
+                ) from error
 
     def check_disk_space(self, config: GPTConfig, precision: str) -> None:
         """Check that the disk has space for the files that the run keeps and the one that is being written.
@@ -116,16 +132,15 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             precision: Lightning's name; weights and moments are saved in the precision of training.
 
         Raises:
-            OSError: There is not enough space, or the folder cannot be written.
+            OSError: There is not enough space, or the system refuses a step of a save.
         """
         # The folder is not made here: a refused run leaves nothing behind.
         existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         try:
-            tempfile.TemporaryFile(dir=existing).close()
+            check_saves(existing)
         except OSError as error:
             raise OSError(
-                f"checkpoint: {self.folder} cannot be written ({error.strerror}); give another "
-                "--trainer.default_root_dir"
+                f"checkpoint: {self.folder} cannot be written ({error}); give another --trainer.default_root_dir"
             ) from error
         dtype = PRECISIONS[precision][0] if precision in PRECISIONS else torch.float32
         size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
@@ -269,3 +284,14 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self._best = BestCheckpoint(
             math.inf if val_loss is None else val_loss, state_dict.get("best_step")
         )
+
+
+def _copy_from_mapped_file(optimizer: Optimizer) -> None:
+    """Copy an optimizer state that a resumed run has on the CPU: the tensors are views of the mapped last.ckpt.
+
+    Windows refuses to replace a file while it is mapped.
+    """
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                state[key] = value.clone()

@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -27,7 +29,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksums
-from gpt_lightning.storage.atomic import atomic_output, fsync, temporary_path
+from gpt_lightning.storage.atomic import (
+    atomic_output,
+    fsync_folder,
+    remove,
+    replace,
+    temporary_path,
+)
 from gpt_lightning.storage.checksum import (
     CHECKPOINTS,
     MANIFEST,
@@ -109,16 +117,12 @@ class AtomicCheckpointIO(CheckpointIO):
                 saved, path = path, path.with_name(also_named)  # a failure is this name's
                 link_or_copy(saved, path)
                 self._checksums[also_named] = self._checksums[saved.name]
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's writer hides a full disk in a RuntimeError
-            cause = getattr(error.__cause__ or error.__context__ or error, "strerror", None)
+        except (OSError, RuntimeError) as error:
             before = (
                 "the file that was there is intact" if path.exists() else "there is no such file"
             )
             self.failures[path.name] = OSError(
-                f"{path}: cannot be written ({cause or 'the disk may be full'}); {before}"
+                f"{path}: cannot be written ({_cause(error)}); {before}"
             )
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -136,8 +140,8 @@ class AtomicCheckpointIO(CheckpointIO):
             # a file that is not known to be intact does not replace an intact one
             if self.keep_previous and path.name == LAST and LAST in self._checksums:
                 self._keep_as_previous(folder)
-            os.replace(temporary, path)
-            fsync(folder)
+            replace(temporary, path)
+            fsync_folder(folder)
         finally:
             temporary.unlink(missing_ok=True)
         self._checksums[path.name] = sha256
@@ -159,6 +163,50 @@ class AtomicCheckpointIO(CheckpointIO):
             )
             return
         self._checksums[PREVIOUS] = sha256
+
+
+def _cause(error: OSError | RuntimeError) -> str:
+    """Why a save failed, in words; torch's writer hides a full disk in a ``RuntimeError``."""
+    cause = getattr(error.__cause__ or error.__context__ or error, "strerror", None)
+    return cause or "the disk may be full"
+
+
+def check_saves(existing: Path) -> None:
+    """Save a small checkpoint in a temporary folder in ``existing``, with each step of a real save.
+
+    Raises:
+        OSError: The folder or the system refuses a step; the message is the cause.
+    """
+    checkpoint: dict[str, Any] = {"hyper_parameters": {"config": {}}}
+    scratch = temporary_path(existing / "check")
+    path = scratch / LAST
+    try:
+        remove(scratch)  # of a process that was killed
+        scratch.mkdir()
+        path.touch()  # a file that the save replaces
+        AtomicCheckpointIO()._write(checkpoint, path)
+        link_or_copy(path, path.with_name(BEST))
+        remove(scratch)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            remove(scratch)
+        raise OSError(_cause(error)) from error
+
+
+def check_is_replaceable(path: Path) -> None:
+    """Replace a file by a second name of itself, as a save replaces it.
+
+    Raises:
+        OSError: It is refused: on Windows while a program has the file open or mapped.
+    """
+    temporary = temporary_path(path)
+    try:
+        with suppress(OSError):  # a file system without hard links
+            os.link(path, temporary)
+        if temporary.exists():
+            replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # replaced by itself, it keeps both names
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -242,9 +290,8 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
         torch.save(checkpoint, hashing)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(
-            os, "posix_fadvise"
-        ):  # nobody reads the file soon: free its pages for the next save
+        # nobody reads the file soon: free its pages for the next save
+        if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashing.hexdigest()
 
@@ -256,7 +303,7 @@ def _rotate_previous(folder: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:  # a file system without hard links
-        os.replace(folder / LAST, folder / PREVIOUS)
+        replace(folder / LAST, folder / PREVIOUS)
 
 
 def link_or_copy(path: Path, name: Path) -> None:
@@ -266,7 +313,7 @@ def link_or_copy(path: Path, name: Path) -> None:
     except OSError:
         with atomic_output(name) as temporary:
             shutil.copyfile(path, temporary)
-    fsync(name.parent)
+    fsync_folder(name.parent)
 
 
 def _link(path: Path, name: Path) -> None:

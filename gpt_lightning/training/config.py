@@ -151,6 +151,8 @@ class RunConfig:
             raise ValueError(
                 f"run: {self.run} is not a folder's name; give letters, digits, '.', '_', '-'"
             )
+        if _NO_WINDOWS_NAME.fullmatch(self.run):
+            raise ValueError(f"run: {self.run} cannot be a folder's name on Windows; give another")
         if not 0 <= self.seed_everything < 2**32:
             raise ValueError(
                 f"seed_everything: {self.seed_everything} is out of range; give 0 to {2**32 - 1}"
@@ -184,6 +186,11 @@ class RunConfig:
         given = self.model.get("config") or {}
         return asdict(given) if isinstance(given, GPTConfig) else dict(given)
 
+
+# names of devices, also with an extension, and names that end with a dot
+_NO_WINDOWS_NAME = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", re.IGNORECASE | re.DOTALL
+)
 
 _GROUPS = {
     "evaluation": EvaluationConfig,

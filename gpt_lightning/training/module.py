@@ -50,8 +50,8 @@ class GPTLightningModule(LightningModule):
             the memory of a batch's logits; faster on a GPU.
         activation_checkpointing: Save memory for a third more work; the backward pass computes the activations of a
             block again.
-        compile: Compile the blocks, which takes up to a minute when training starts. On a CPU it is faster with
-            bf16-mixed only.
+        compile: Compile the blocks, which takes up to a minute when training starts; steps are then faster on a
+            GPU, and 6 to 10 percent faster on a CPU.
         seed: Seed of initial weights and dropout.
         rng: Source of random numbers: 'step' or 'global', see gpt_lightning/training/rng.py.
     """
@@ -282,7 +282,10 @@ class GPTLightningModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
-        self._random_numbers = checkpoint.get("random_numbers")
+        random_numbers = checkpoint.get("random_numbers")
+        if random_numbers is not None:  # copies, because the checkpoint is mapped
+            random_numbers = {name: state.clone() for name, state in random_numbers.items()}
+        self._random_numbers = random_numbers
 
     def _mean(self, split: str) -> TokenWeightedLoss:
         mean = self.validation[f"{split}_loss"]

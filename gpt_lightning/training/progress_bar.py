@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from gpt_lightning.training.loggers import StepPosition
 from gpt_lightning.training.step_callback import StepEndCallback
@@ -75,7 +76,9 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         metrics: Mapping[str, float],
         position: StepPosition,
     ) -> None:
-        self._losses |= {tag: metrics[tag] for tag in ("train/loss", "val_loss") if tag in metrics}
+        for name, tag in (("loss", "train/loss"), ("val_loss", "val_loss")):
+            if tag in metrics:
+                self._losses[name] = metrics[tag]
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         self._advance(trainer.global_step)
@@ -120,15 +123,15 @@ class RunProgressBar(StepEndCallback, ProgressBar):
             return
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the others leave
             MofNCompleteColumn(),
-            TextColumn("steps"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
             refresh_per_second=1 / SECONDS_BETWEEN_REDRAWS,
+            expand=True,
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
         self._bar.add_task(what, total=total, completed=done, note="")
@@ -159,7 +162,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
 
     def _show(self) -> None:
         assert self._bar is not None
-        note = "  ".join(f"{tag} {loss:.3f}" for tag, loss in self._losses.items())
+        note = " ".join(f"{name} {loss:.3f}" for name, loss in sorted(self._losses.items()))
         self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
         if self._output is not None:
             self._output.draw(self._bar)

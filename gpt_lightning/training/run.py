@@ -241,6 +241,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
     for split in ("train", "val"):
         metrics[f"{split}_tokens"] = int(metrics[f"{split}_tokens"])
     source = config.source
-    with suppress(FileNotFoundError):  # not one of our checkpoints
-        source = os.path.relpath(find_checkpoint(source))
+    # not one of our checkpoints, or on another drive of Windows than the working directory
+    with suppress(FileNotFoundError, ValueError):
+        source = Path(os.path.relpath(find_checkpoint(source))).as_posix()
     return {**metrics, "source": source, **built.datamodule.described()}

@@ -52,7 +52,8 @@ class SaveRunConfig(Callback):
         self.header = ""
         if config.init_from:
             with_optimizer = " --init_optimizer true" if config.init_optimizer else ""
-            self.header = f"# started with --init_from {config.init_from}{with_optimizer}\n"
+            source = _with_slashes(config.init_from)
+            self.header = f"# started with --init_from {source}{with_optimizer}\n"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not trainer.is_global_zero or self.path.exists():
@@ -85,7 +86,17 @@ def recorded_settings(
     settings["model"] = {"config": asdict(architecture), **model}
     settings["trainer"] = config.trainer if trainer is None else trainer
     plain: dict[str, Any] = _plain(settings)
+    for group, name in (("data", "text"), ("data", "mixture"), ("trainer", "default_root_dir")):
+        if plain[group].get(name) is not None:
+            plain[group][name] = _with_slashes(plain[group][name])
     return plain
+
+
+def _with_slashes(paths: Any) -> Any:
+    """Return a path, or the keys of a mapping, with ``/`` as every system reads it."""
+    if isinstance(paths, Mapping):
+        return {_with_slashes(path): value for path, value in paths.items()}
+    return paths.replace(os.sep, "/")
 
 
 _NOT_PLAIN = object()  # what YAML cannot have
@@ -104,7 +115,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return _with_slashes(os.fspath(value))
     return value if value is None or isinstance(value, str | int | float) else _NOT_PLAIN
 
 

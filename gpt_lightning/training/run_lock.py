@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import psutil
 
+from gpt_lightning.storage.atomic import replace
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
@@ -126,7 +128,7 @@ class RunLock:
         try:
             if _read(path)[0] != stale:
                 return False
-            os.replace(claim, path)
+            replace(claim, path)
         except FileNotFoundError:
             return False
         finally:
@@ -174,11 +176,14 @@ def _this_process() -> dict[str, Any]:
 
 
 def _boot_id() -> str:
-    """Return an id that changes with each start of the machine."""
+    """Return an id that changes with each start of the machine; empty where it is not needed.
+
+    Linux counts a process's start time from the start of the machine. Windows and macOS record the time of day.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:  # not Linux
-        return str(round(psutil.boot_time(), -1))
+    except OSError:
+        return ""
 
 
 def _pid_namespace() -> str:

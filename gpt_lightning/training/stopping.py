@@ -16,6 +16,7 @@ from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.lightning_compat import can_stop_early
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
+from gpt_lightning.training.windows_console import ConsoleCloseHandler
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,13 @@ def epoch_shape(trainer: Trainer) -> EpochShape | None:
     return data.epoch_shape() if isinstance(data, TextDataModule) else None
 
 
-# Signals and the command's exit codes. SLURM warns with SIGUSR1 before it terminates a job.
+# Signals and the command's exit codes. SLURM warns with SIGUSR1 before it terminates a job. On Windows, Ctrl-Break and
+# a closed console are SIGBREAK.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 if hasattr(signal, "SIGUSR1"):
     EXIT_CODES[signal.SIGUSR1] = 143
+if hasattr(signal, "SIGBREAK"):
+    EXIT_CODES[signal.SIGBREAK] = 143
 
 
 def _reads_later(device: torch.device) -> bool:
@@ -99,9 +103,11 @@ class GracefulStop(StepEndCallback):
         self.received: signal.Signals | None = None
         self._pending = 0
         self._compared: AsyncHostCopy | None = None
+        self._console = ConsoleCloseHandler(self._note_close)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._console.install()
         if threading.current_thread() is threading.main_thread():
             for signum in EXIT_CODES:
                 signal.signal(signum, self._note)  # Lightning restores the handlers before
@@ -110,6 +116,18 @@ class GracefulStop(StepEndCallback):
         if signum == signal.SIGINT and self._pending:
             signal.default_int_handler(signum, frame)
         self._pending = self._pending or signum
+
+    def _note_close(self) -> None:
+        if hasattr(signal, "SIGBREAK"):
+            self._note(signal.SIGBREAK, None)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._console.remove()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._console.remove()
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         signum = self._from_all_ranks(pl_module.device) if trainer.world_size > 1 else self._pending

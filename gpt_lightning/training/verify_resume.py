@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -30,7 +31,7 @@ Limit = Literal["max_steps", "max_epochs", "max_tokens"]
 
 
 class WindowRecorder(Callback):
-    """Callback that records the windows of each micro-batch and can kill the process with SIGKILL.
+    """Callback that records the windows of each micro-batch and can kill the process, without a warning.
 
     Args:
         folder: Where each rank has its file; a resumed run appends to it.
@@ -45,12 +46,14 @@ class WindowRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if trainer.global_step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            psutil.Process().kill()  # SIGKILL, or TerminateProcess on Windows
         loader = trainer.train_dataloader
         indices = loader.handed_out.tolist() if isinstance(loader, ResumableDataLoader) else None
         ids = hashlib.sha256(batch[0].cpu().numpy().tobytes()).hexdigest()
         micro_batch = batch_idx % trainer.accumulate_grad_batches
-        with (self.folder / f"windows-{trainer.global_rank}.jsonl").open("a") as file:
+        with (self.folder / f"windows-{trainer.global_rank}.jsonl").open(
+            "a", encoding="utf-8"
+        ) as file:
             print(json.dumps([trainer.global_step, micro_batch, indices, ids]), file=file)
 
 
@@ -191,10 +194,11 @@ def verify_resume(
 
 
 def _run_fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> None:
+    root_option = f"--trainer.default_root_dir={folder}"
     recorder = f"{WindowRecorder.__module__}.{WindowRecorder.__name__}"
     command = [
         *(sys.executable, "-m", "gpt_lightning", "fit", *arguments),
-        f"--trainer.default_root_dir={folder}",
+        root_option,
         f"--trainer.callbacks+={recorder}",
         f"--trainer.callbacks.folder={folder}",
         *([f"--trainer.callbacks.kill_at={kill_at}"] if kill_at is not None else []),
@@ -205,14 +209,18 @@ def _run_fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> 
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
     with created_folder(folder):  # fit may refuse its arguments and write nothing
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            encoding="utf-8",
+            errors="replace",
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,
         )
         try:
             _, messages = process.communicate()
         finally:
-            # the other ranks after a kill, or all processes after Ctrl-C
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill_rest(process.pid, root_option)
     if kill_at is not None and process.returncode:
         return
     if process.returncode:
@@ -222,6 +230,24 @@ def _run_fit(arguments: list[str], folder: Path, kill_at: int | None = None) -> 
         raise RuntimeError(f"fit ended with {process.returncode}: {last}")
     if kill_at is not None:
         raise RuntimeError(f"the run ended before step {kill_at}")
+
+
+def _kill_rest(pid: int, root_option: str) -> None:
+    """Kill what is left of a run: the other ranks after a kill, or all processes after Ctrl-C.
+
+    Args:
+        pid: The first process, which started a session.
+        root_option: An option that only the processes of this run have, to find them on Windows, which has no sessions
+            and forgets the children of a process that has ended.
+    """
+    if hasattr(os, "killpg") and hasattr(signal, "SIGKILL"):
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        return
+    for process in psutil.process_iter(["cmdline"]):
+        if root_option in (process.info["cmdline"] or ()):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def compare_checkpoints(straight: Path, resumed: Path) -> list[Comparison]:
@@ -305,7 +331,7 @@ def _compare_windows(straight: Path, cut: Path) -> Comparison:
         windows_of_run: dict[str, list[Any]] = {}
         for file in sorted(folder.glob("windows-*.jsonl")):
             rank = file.stem.removeprefix("windows-")
-            for line in file.read_text().splitlines():
+            for line in file.read_text(encoding="utf-8").splitlines():
                 step, micro_batch, *batch = json.loads(line)
                 key = f"step {step}, micro-batch {micro_batch}, rank {rank}"
                 if windows_of_run.setdefault(key, batch) != batch and not difference:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import PRETRAIN, ROOT, SCALING, SMALL, Command, plan_as_json
+from helpers import PRETRAIN, ROOT, SCALING, SMALL, Command, assert_refused, plan_as_json
 
 
 def test_each_config_parses_and_names_its_command(command: Command) -> None:
@@ -17,6 +17,40 @@ def test_each_config_parses_and_names_its_command(command: Command) -> None:
         ]
         assert any(f"--config configs/{path.name}" in line for line in commands)
         yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_config_is_found_by_name_where_no_clone_is(command: Command, tmp_path: Path) -> None:
+    """A path that exists has priority over a name."""
+    for config in ("gpt2", "gpt2.yaml", "configs/gpt2.yaml"):
+        for arguments in ([f"--config={config}"], ["--config", config], ["-c", config]):
+            assert plan_as_json(command, *arguments)["parameters"] == 124_439_808
+    (tmp_path / "configs").mkdir()
+    own = "data: {text: sample}\nmodel: {config: {emb_dim: 12}}\n"
+    (tmp_path / "configs" / "gpt2.yaml").write_text(own)
+    assert plan_as_json(command, "--config=configs/gpt2.yaml")["parameters"] < 124_439_808
+    assert plan_as_json(command, "--config=gpt2")["parameters"] == 124_439_808
+    assert_refused(command("plan", "--config=gtp2"), "gtp2 does not exist; did you mean")
+    assert_refused(command("plan", "--config=nonsense"), "give a YAML file, or one of ddp, fsdp,")
+
+
+def test_configs_are_listed_and_copied(command: Command, tmp_path: Path) -> None:
+    names = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    lines = command("configs", "list").out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == names
+    assert command("configs", "copy", "quickstart").code == 0
+    copy = tmp_path / "quickstart.yaml"
+    assert copy.read_bytes() == (ROOT / "configs" / "quickstart.yaml").read_bytes()
+    copy.write_text("run: mine\n")
+    assert_refused(command("configs", "copy", "quickstart"), "quickstart.yaml: exists")
+    assert copy.read_text() == "run: mine\n"
+    for arguments, cause in {
+        "copy quickstrat": "quickstrat: is not a configuration; did you mean quickstart?",
+        "copy": "configs copy: needs a name; give one of ddp, ",
+        "list ddp": "configs list: ddp is one argument too many",
+        "cpoy ddp": "cpoy is unknown; did you mean copy?",
+    }.items():
+        assert_refused(command("configs", *arguments.split()), cause)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart.yaml"]
 
 
 def test_each_setting_of_the_recipe_has_a_source() -> None:

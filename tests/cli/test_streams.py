@@ -1,5 +1,6 @@
 """Standard streams that cannot take a text: a run still trains, another command's exit code says so."""
 
+import errno
 import io
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_lightning.cli.streams import is_closed_pipe
 from helpers import (
     ROOT,
     SMALL_QUICKSTART,
@@ -208,3 +210,12 @@ def test_errors_are_escaped_on_a_terminal() -> None:
     os.close(terminal)
     assert b"error: evil\\x1b[2Jpath: does not exist" in output
     assert b"\x1b" not in output
+
+
+def test_closed_pipe_of_windows_is_an_invalid_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    invalid = OSError(errno.EINVAL, "Invalid argument")
+    assert is_closed_pipe(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert not is_closed_pipe(invalid)
+    assert not is_closed_pipe(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "name", "nt")
+    assert is_closed_pipe(invalid)

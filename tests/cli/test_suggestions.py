@@ -53,7 +53,7 @@ def test_nearest_configuration_is_suggested(command: Command, tmp_path: Path) ->
     for given, near in {
         "config/quickstart.yaml": "configs/quickstart.yaml",
         "configs/quikstart.yaml": "configs/quickstart.yaml",
-        "quickstart": "configs/quickstart.yaml",
+        "quickstrt": "configs/quickstart.yaml",
         "verdict.yml": "configs/verdict.yaml",
         "min.yml": "mine.yml",
     }.items():

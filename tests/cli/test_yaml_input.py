@@ -4,8 +4,10 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from helpers import (
     ROOT,
@@ -154,3 +156,27 @@ def test_truncated_yaml_gives_no_traceback(command: Command, tmp_path: Path) -> 
             assert result.error.startswith("gpt_lightning: error: ")
             refused += 1
     assert refused >= 5
+
+
+def test_files_are_read_as_utf8_in_any_locale(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Windows reads files as cp1252 unless an encoding is named."""
+    real = open
+
+    def as_on_windows(
+        file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *rest: Any
+    ) -> Any:
+        if "b" not in mode and encoding is None:
+            encoding = "cp1252"
+        return real(file, mode, buffering, encoding, *rest)
+
+    monkeypatch.setattr("builtins.open", as_on_windows)
+    (tmp_path / "mine.yaml").write_text("evaluation: {prompt: Šárka’s 你好}", encoding="utf-8")
+    for arguments in (["--config=mine.yaml"], ["--config", str(tmp_path / "mine.yaml")]):
+        with pytest.raises(SystemExit, match="0"):  # the configuration was printed
+            command("fit", *arguments, "--print_config")
+        assert yaml.safe_load(capsys.readouterr().out)["evaluation"]["prompt"] == "Šárka’s 你好"

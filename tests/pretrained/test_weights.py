@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt_lightning import GPTConfig, GPTModel, load_model
+from gpt_lightning.pretrained import weights
 from gpt_lightning.pretrained.convert import convert
 from gpt_lightning.pretrained.load import read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, write_lightning
@@ -147,3 +148,17 @@ def test_checkpoint_with_wrapped_names_cannot_be_resumed(command: Command) -> No
     result = command("fit", QUICKSTART, "--ckpt_path=wrapped.ckpt")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "has other names than a run's checkpoint; give it as --init_from" in result.err
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_loaded_model_keeps_no_file_mapped_on_windows(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    monkeypatch.setattr(weights, "_KEEPS_MAPPED", keeps)
+    convert(str(trained_run), tmp_path / "hf", "hf")
+    for source, file in ((trained_run, "last.ckpt"), (tmp_path / "hf", "model.safetensors")):
+        model = load_model(str(source))
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+        path = str((source / file).resolve())
+        assert (path in maps) == keeps, source
+        del model

@@ -1,6 +1,8 @@
 """When checkpoints are saved, and what happens when a save fails."""
 
+import errno
 import itertools
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from gpt_lightning.training import checkpoint_callback
 from gpt_lightning.training.checkpoint_io import corruption_reason, read_manifest
 from gpt_lightning.training.resume import latest_valid_checkpoint
 from gpt_lightning.training.throughput import Stopwatch
-from helpers import SMALL_QUICKSTART, Command
+from helpers import SMALL_QUICKSTART, Command, assert_refused
 from runs import RUN, THREE_EPOCHS, same_runs, same_weights
 
 
@@ -190,3 +192,69 @@ def test_missing_disk_space_is_refused_before_the_first_step(
     assert result.code == 2
     assert "needs 0.04 GB for 4 files of 0.01 GB, 0.01 GB are free" in result.err.splitlines()[-1]
     assert not RUN.exists()
+
+
+# --- what Windows refuses -------------------------------------------------------------------------
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text(errors="replace")
+
+
+class RecordsMappedFiles(Callback):
+    """Callback that records the mapped checkpoints when the first batch starts."""
+
+    mapped: list[str] = []  # noqa: RUF012
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self.mapped:
+            self.mapped.extend(line for line in mapped_files().splitlines() if ".ckpt" in line)
+            self.mapped.append("end")
+
+
+@pytest.mark.parametrize("rng", ["step", "global"])
+def test_resumed_run_does_not_keep_its_checkpoint_mapped(
+    fit: Command, monkeypatch: pytest.MonkeyPatch, rng: str
+) -> None:
+    fit("--trainer.max_steps=2", f"--rng={rng}")
+    monkeypatch.setattr(RecordsMappedFiles, "mapped", [])
+    fit("--trainer.max_steps=4", f"--rng={rng}", "--ckpt_path=last", f"--allow_import={__name__}",
+        f"--trainer.callbacks+={__name__}.RecordsMappedFiles")  # fmt: skip
+    assert RecordsMappedFiles.mapped == ["end"]
+
+
+@pytest.mark.parametrize(("call", "cause"), [
+    ("fsync", "Bad file descriptor"), ("link", ""), ("replace", "Access is denied"),
+])  # fmt: skip
+def test_system_that_refuses_a_step_of_a_save_is_found_before_the_first_step(
+    command: Command, monkeypatch: pytest.MonkeyPatch, call: str, cause: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, cause or "Operation not permitted")
+
+    monkeypatch.setattr(os, call, refuse)
+    result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=2")
+    if not cause:  # without hard links a save copies
+        assert result.code == 0, result.err
+        return
+    assert_refused(result, "checkpoint: checkpoints/quickstart cannot be written", cause)
+    assert not Path("checkpoints").exists()
+
+
+def test_checkpoint_that_cannot_be_replaced_is_found_before_the_first_step(
+    fit: Command, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("--trainer.max_steps=2")
+    real = os.replace
+
+    def refuse_last(source: Any, dest: Any) -> None:
+        if Path(dest).absolute() == Path("checkpoints/quickstart/last.ckpt").absolute():
+            raise PermissionError(errno.EACCES, "used by another process", dest)
+        real(source, dest)
+
+    monkeypatch.setattr(os, "replace", refuse_last)
+    result = command("fit", *SMALL_QUICKSTART, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert result.code == 2
+    assert "last.ckpt cannot be replaced (used by another process)" in result.err.splitlines()[-1]
+    assert "(Step 000002)" not in result.out
+    assert not list(Path("checkpoints/quickstart").glob(".*.tmp"))

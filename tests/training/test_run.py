@@ -67,6 +67,9 @@ def test_validate_measures_the_best_checkpoint(
     ("change", "message"),
     [
         ({"run": "a/b"}, "run: a/b is not a folder's name"),
+        ({"run": "nul"}, "run: nul cannot be a folder's name on Windows"),
+        ({"run": "Con.1"}, "run: Con.1 cannot be a folder's name on Windows"),
+        ({"run": "long."}, "run: long. cannot be a folder's name on Windows"),
         ({"seed_everything": -1}, "seed_everything: -1 is out of range"),
         ({"ckpt_path": "last"}, "ckpt_path: the run has no"),
         ({"model": {"config": {"emb_dim": 10, "n_heads": 3}}}, "n_heads"),

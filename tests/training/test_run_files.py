@@ -8,10 +8,17 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import RemovesFiles
+from gpt_lightning import RunConfig
+from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.resume import latest_valid_checkpoint
-from gpt_lightning.training.run_files import loss_figure, read_rows
+from gpt_lightning.training.run_files import (
+    SaveRunConfig,
+    loss_figure,
+    read_rows,
+    recorded_settings,
+)
 from gpt_lightning.training.train_metrics import TrainMetrics
 from helpers import Command
 from runs import RUN
@@ -120,3 +127,16 @@ def test_removed_metrics_file_is_written_again(
     fit("--trainer.max_steps=5", "--evaluation.eval_freq=1", "--ckpt_path=last")
     steps = [line.split(",")[0] for line in (RUN / "metrics.csv").read_text().splitlines()]
     assert steps == ["step", "0", "1", "2", "3", "4"]
+
+
+def test_recorded_paths_have_slashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sep", "\\")  # as on Windows
+    config = RunConfig(init_from=r"runs\a", data={"text": r"texts\my.txt"},
+                       trainer={"default_root_dir": r"C:\runs"})  # fmt: skip
+    recorded = recorded_settings(config, GPTConfig())
+    assert recorded["data"]["text"] == "texts/my.txt"
+    assert recorded["trainer"]["default_root_dir"] == "C:/runs"
+    header = SaveRunConfig(config, recorded).header
+    assert header == "# started with --init_from runs/a\n"
+    mixed = RunConfig(data={"mixture": {r"a\b.txt": 1.0, "sample": 2.0}})
+    assert recorded_settings(mixed, GPTConfig())["data"]["mixture"] == {"a/b.txt": 1, "sample": 2}

@@ -1,6 +1,9 @@
 """The graceful stop of several ranks."""
 
+import ctypes
 import signal
+import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 
 from gpt_lightning.training import stopping
 from gpt_lightning.training.stopping import GracefulStop
+from gpt_lightning.training.windows_console import ConsoleCloseHandler
 
 
 @pytest.mark.parametrize(("later", "stops_after"), [(False, 2), (True, 3)])
@@ -35,3 +39,37 @@ def test_ranks_stop_after_the_same_step(
                 stopped.append((rank, step))
     assert stopped == [(0, stops_after), (1, stops_after)]
     assert [its.received for its in ranks] == [signal.SIGTERM] * 2
+
+
+def test_closed_console_stops_the_run_and_the_handler_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The functions of Windows are replaced; the real ones were not available."""
+    registered: list[tuple[Any, bool]] = []
+    kernel32 = SimpleNamespace(SetConsoleCtrlHandler=lambda *call: registered.append(call))
+    monkeypatch.setattr(ctypes, "WinDLL", lambda name: kernel32, raising=False)
+    monkeypatch.setattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGTERM, raising=False)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    stop = GracefulStop()
+    stop._console.install()
+    [(handler, is_added)] = registered
+    assert is_added
+    for event in (0, 1):  # Ctrl-C and Ctrl-Break are signals
+        assert not handler(event)
+    assert (stop._pending, waited) == (0, [])
+    assert handler(2)
+    assert stop._pending == signal.SIGTERM
+    assert waited == [60.0]
+    stop._console.remove()
+    assert registered == [(handler, True), (handler, False)]
+
+
+def test_console_handler_does_nothing_elsewhere() -> None:
+    handler = ConsoleCloseHandler(lambda: None)
+    handler.install()
+    handler.remove()
+    assert handler._handler is None

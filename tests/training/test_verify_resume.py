@@ -3,15 +3,24 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from gpt_lightning.data.epochs import EpochShape
-from gpt_lightning.training.verify_resume import compare_checkpoints, plan_short_run
+from gpt_lightning.training.verify_resume import (
+    _kill_rest,
+    compare_checkpoints,
+    plan_short_run,
+)
 from helpers import DDP, ENVIRONMENT, SMALL_QUICKSTART, Command, python
 
 
@@ -137,3 +146,32 @@ def test_verify_resume_with_mixture_documents_and_workers(tmp_path: Path) -> Non
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["exact"] is True
+
+
+def is_running(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize("has_sessions", [True, False])
+def test_all_processes_of_a_run_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_sessions: bool
+) -> None:
+    """The first process has ended, as after a kill; the other ranks have the same options."""
+    option = f"--trainer.default_root_dir={tmp_path}"
+    rank = [sys.executable, "-c", "import time; time.sleep(600)", option]
+    start_rank = f"import subprocess; print(subprocess.Popen({rank}).pid)"
+    command = [sys.executable, "-c", start_rank]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as first:
+        assert first.stdout is not None
+        pid = int(first.stdout.readline())
+        assert first.wait() == 0
+        if not has_sessions:
+            monkeypatch.delattr(os, "killpg")
+        _kill_rest(first.pid, option)
+        first.stdout.read()  # ends when the rank closes it
+    end = time.monotonic() + 60
+    while is_running(pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)

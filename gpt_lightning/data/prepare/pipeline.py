@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from gpt_lightning.data.prepare.chunk import ReadPosition, TextChunk
 from gpt_lightning.data.prepare.encode import EncodedChunk, encode_chunk
@@ -32,6 +32,7 @@ from gpt_lightning.data.token_store import (
 from gpt_lightning.data.tokenizer import token_ranks
 from gpt_lightning.storage.atomic import created_folder, temporary_path
 from gpt_lightning.storage.checksum import MANIFEST
+from gpt_lightning.storage.lock import lock_file
 
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 
@@ -122,7 +123,7 @@ def prepare(
         "reader": _READER,
         "settings": asdict(settings),
         "sources": [
-            {"path": str(s.path), "kind": s.kind, "bytes": s.bytes, "sha256": s.sha256}
+            {"path": s.path.as_posix(), "kind": s.kind, "bytes": s.bytes, "sha256": s.sha256}
             for s in sources
         ],
     }
@@ -285,13 +286,8 @@ def _check_out(out: Path) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """Lock the folder, and create it if it is missing; a new folder that stays empty is removed."""
     with created_folder(out):
-        lock = FileLock(out / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            with lock_file(out / _LOCK):
+                yield
         except Timeout as error:
             raise ValueError(f"{out}: another prepare is writing it; wait for that") from error
-        try:
-            yield
-        finally:
-            (out / _LOCK).unlink(missing_ok=True)
-            lock.release()

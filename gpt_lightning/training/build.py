@@ -19,6 +19,7 @@ from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import check_strategy, is_rank_zero
 from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.lightning_compat import use_fast_epoch_loop
+from gpt_lightning.training.logger_runs import LoggerRuns, continue_logger_runs
 from gpt_lightning.training.loggers import RunTensorBoardLogger, block_tensorflow
 from gpt_lightning.training.loop_state import LoopState
 from gpt_lightning.training.module import GPTLightningModule
@@ -36,6 +37,7 @@ CALLBACK_ORDER: tuple[type[Callback], ...] = (
     RunProgressBar,
     MaxTokens,  # ends the run; later callbacks see that this step is the last one
     LoopState,  # corrects the counters of a resumed run before others read them
+    LoggerRuns,
     SpeedMonitor,  # takes the time before the others need some
     SkipBadSteps,  # no optimizer step is evaluated or saved before its gradients are checked
     TrainMetrics,  # logs the loss of training before that of the evaluation
@@ -197,6 +199,7 @@ def _training_callbacks(config: RunConfig, clock: Stopwatch) -> list[Callback]:
     evaluation = config.evaluation
     callbacks: list[Callback] = [
         LoopState(),
+        LoggerRuns(),
         SpeedMonitor(clock, config.throughput.every_n_steps),
         SkipBadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
         TrainMetrics(clock),
@@ -299,10 +302,12 @@ def _explain_trainer(error: Exception) -> str:
 def _logger(config: RunConfig, start: Start) -> Any:
     """Return the loggers that the settings name, or TensorBoard's in the run's folder."""
     chosen = config.trainer.get("logger")
+    resumed = start.checkpoint_path and read_checkpoint(start.checkpoint_path)
     if chosen is not None and chosen is not True:
+        if resumed:
+            continue_logger_runs(_as_list(chosen), resumed)
         return chosen
     block_tensorflow()
-    resumed = start.checkpoint_path and read_checkpoint(start.checkpoint_path)
     return RunTensorBoardLogger(config.folder, purge_step=resumed["global_step"] if resumed else 0)
 
 

@@ -165,9 +165,7 @@ def test_package_and_its_model_do_not_import_lightning() -> None:
 def test_help_imports_no_more_than_it_needs(
     arguments: list[str], option: str, left_out: set[str]
 ) -> None:
-    code = (
-        f"from gpt_lightning.cli.main import main\ntry: main({arguments})\nexcept SystemExit: pass"
-    )
+    code = f"from gpt_lightning.cli.main import main\nmain({arguments})"
     result = python("-c", f"import sys\n{code}\nsys.stderr.write(' '.join(sys.modules))")
     assert option in result.stdout
     assert not left_out & set(result.stderr.split())
@@ -214,6 +212,12 @@ def test_every_public_name_is_there() -> None:
         assert getattr(gpt_lightning, name).__name__ == name
     with pytest.raises(AttributeError):
         gpt_lightning.nothing  # noqa: B018
+
+
+def test_completion_shows_the_public_names() -> None:
+    code = "import gpt_lightning; print([n for n in dir(gpt_lightning) if not n.startswith('_')])"
+    result = python("-c", code)
+    assert result.stdout.strip() == str(sorted(gpt_lightning.__all__)), result.stderr
 
 
 def test_module_runs_as_a_command(tmp_path: Path) -> None:

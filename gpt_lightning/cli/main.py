@@ -7,6 +7,7 @@ The module of a command is imported when the command is used, so ``generate`` do
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         standard_streams(ignore_stdout_errors=_trains(arguments)) as stdout_errors,
         log_to_stderr(level),
+        warnings.catch_warnings(),  # a notebook keeps its own filters
     ):
         try:
             try:
@@ -90,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, KeyboardInterrupt):
                 logger.warning(f"interrupted {error}".rstrip())
                 return 130
+            if isinstance(error, SystemExit):
+                return _exit_code(error)
             if debug or not isinstance(error, ValueError | OSError | FloatingPointError):
                 raise
             logger.error(_one_line(error))
@@ -102,6 +106,17 @@ def _trains(arguments: list[str]) -> bool:
     return arguments[:1] == ["fit"] and not any(
         argument.partition("=")[0] in only_print for argument in arguments
     )
+
+
+def _exit_code(error: SystemExit) -> int:
+    """The exit code of ``sys.exit(...)``, by which argparse ends after ``--help`` and ``--print_config``.
+
+    In a notebook SystemExit would end the cell with a message.
+    """
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
 
 
 def _report_stdout_error(error: OSError) -> int:

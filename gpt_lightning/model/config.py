@@ -1,8 +1,10 @@
 """Model configuration under the book's names, and the four sizes of GPT-2."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from gpt_lightning.suggestions import suggest
 
 DROP_RATES = ("drop_rate", "attn_drop_rate", "emb_drop_rate")
 
@@ -58,6 +60,17 @@ class GPTConfig:
                 f"emb_dim: {self.emb_dim} is not divisible by n_heads {self.n_heads}; "
                 "change one of them"
             )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The config that a dict describes; ``ValueError`` if a key is unknown."""
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ValueError(
+                    f"config: {name} is not a setting of a GPTModel; {suggest(str(name), known)}"
+                )
+        return cls(**settings)
 
     @property
     def attention_drop_rate(self) -> float:

@@ -6,6 +6,8 @@ Shapes: B batch size, T tokens, C ``emb_dim``, H ``n_heads``, D = C / H, V ``voc
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,14 +137,19 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """GPT language model: token ids ``(B, T)`` → logits ``(B, T, V)``.
 
+    Args:
+        config: Architecture; the book's dict, as ``GPT_CONFIG_124M``, is one too.
+
     Attributes:
         activation_checkpointing: Whether training keeps only the input of each block and recomputes the
             other activations in the backward pass. The result is the same; training needs a fraction of
             the memory and a third more computation.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig | Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, GPTConfig):
+            config = GPTConfig.from_dict(config)
         self.config = config
         self.activation_checkpointing = False
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)

@@ -13,12 +13,12 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.weights import (
     POSITION_EMBEDDING,
     ModelWeights,
+    assumed_heads,
     config_from_dict,
     same_values,
     unwrap_names,
 )
 
-_HEAD_DIM = 64  # in every GPT-2 and in the book's models
 # our entry in a state dict's _metadata, which load_state_dict ignores: the architecture
 _METADATA = "gpt_lightning"
 _QKV = ("W_query", "W_key", "W_value")
@@ -61,13 +61,10 @@ def read_book(content: dict[str, Any], path: Path, n_heads: int | None = None) -
     elif n_heads is not None:
         config = replace(config, n_heads=n_heads)
     else:
-        config = replace(config, n_heads=_assumed_heads(config.emb_dim, path))
+        n_heads, warning = assumed_heads(config.emb_dim, path)
+        config = replace(config, n_heads=n_heads)
         assumed |= {"n_heads"}
-        warnings = (
-            f"{path}: does not contain its number of attention heads; assuming {config.n_heads} "
-            f"({_HEAD_DIM} dimensions each); if that is wrong, give --n_heads (--model.config.n_heads with fit and "
-            "validate)",
-        )
+        warnings = (warning,)
     weights = {name: t for name, t in theirs.items() if not name.endswith(".mask")}
     optimizer_state = content.get("optimizer_state_dict")
     # the book copies GPT-2's embedding into the head; with an optimizer state the two are separate parameters
@@ -195,15 +192,6 @@ def _config_from_shapes(theirs: dict[str, Tensor], path: Path) -> GPTConfig:
         n_layers=len(set(blocks)) or 1,
         qkv_bias="trf_blocks.0.att.W_query.bias" in theirs,
     )
-
-
-def _assumed_heads(emb_dim: int, path: Path) -> int:
-    if emb_dim % _HEAD_DIM:
-        raise ValueError(
-            f"n_heads: {path} does not contain it, and its emb_dim of {emb_dim} is not a multiple of "
-            f"{_HEAD_DIM}; give --n_heads (--model.config.n_heads with fit and validate)"
-        )
-    return emb_dim // _HEAD_DIM
 
 
 def _our_optimizer(

@@ -1,4 +1,4 @@
-"""Conversion of weights from one format to another."""
+"""Weights written to files: the model of a program, or a source in another format."""
 
 import glob
 import logging
@@ -6,19 +6,28 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 from safetensors import SafetensorError
 
 from gpt_lightning.data.tokenizer import VOCAB_SIZE
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.huggingface import write_huggingface
-from gpt_lightning.pretrained.load import check_heads, print_warnings, read_weights
+from gpt_lightning.pretrained.load import check_heads, check_shapes, print_warnings, read_weights
 from gpt_lightning.pretrained.openai import write_openai
-from gpt_lightning.pretrained.weights import to_one_dtype, write_lightning
+from gpt_lightning.pretrained.weights import (
+    POSITION_EMBEDDING,
+    ModelWeights,
+    to_one_dtype,
+    unwrap_names,
+    write_lightning,
+)
 from gpt_lightning.storage.atomic import atomic_output, remove
 from gpt_lightning.storage.checksum import write_manifest
+from gpt_lightning.suggestions import suggest
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +58,63 @@ def convert(
         ValueError: ``source`` cannot be read, or cannot be written in this format.
         OSError: ``dest`` exists, or cannot be written.
     """
+    _check_dest(dest, weight_format)
+    weights = read_weights(source, n_heads=n_heads)
+    check_heads(weights, source, n_heads)
+    if weights.other_tokenizer is not None and weights.config.vocab_size >= VOCAB_SIZE:
+        raise ValueError(
+            f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; convert does not write "
+            "it, so text would be encoded with GPT-2's; give a model with GPT-2's tokenizer"
+        )
+    _write(weights, dest, weight_format)
+    print_warnings(weights)
+    if "drop_rate" in weights.assumed and weight_format != "openai-tf":
+        rate = weights.config.drop_rate
+        logger.warning(f"{source}: does not contain its dropout rate; writes {rate}")
+
+
+def save_model(
+    model: GPTModel,
+    path: str | os.PathLike[str],
+    format: WeightFormat = "hf",  # noqa: A002 — the name of convert's option
+) -> None:
+    """Write a model to ``path``, which :func:`load_model` and the commands read.
+
+    Either all of it is written or nothing. The format 'lightning' is for ``init_from``; only ``fit`` writes
+    checkpoints that can be resumed.
+
+    Args:
+        model: It may be compiled, and on any device.
+        path: A new folder for 'hf' and 'openai-tf', a new file for 'lightning' (.ckpt) and 'book' (.pth).
+        format: As ``convert --format``. 'hf' is for Hugging Face's ``from_pretrained``.
+
+    Raises:
+        ValueError: The model is not a GPTModel, or has other layers than a GPTModel.
+        OSError: ``path`` exists, or cannot be written.
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"format: {format} is unknown; {suggest(format, get_args(WeightFormat))}")
+    dest = Path(path).expanduser()
+    _check_dest(dest, format)
+    _write(_weights_of(model), dest, format)
+
+
+def _weights_of(model: GPTModel) -> ModelWeights:
+    """The weights of a model in memory; ``ValueError`` if it is not a GPTModel with the layers of its config."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, GPTConfig):
+        raise ValueError(
+            f"model: {type(model).__name__} is not a GPTModel; give the GPTModel in it"
+        )
+    state_dict = model.state_dict()
+    names = unwrap_names(state_dict, POSITION_EMBEDDING, Path("model"))
+    tensors = {ours: state_dict[name].cpu() for ours, name in names.items()}
+    weights = ModelWeights(config, tensors)
+    check_shapes(weights, "model", "save a model with other layers by torch.save")
+    return weights
+
+
+def _check_dest(dest: Path, weight_format: WeightFormat) -> None:
     if os.path.lexists(dest):
         raise FileExistsError(f"dest: {dest} exists; give a new name")
     if not dest.parent.is_dir():
@@ -58,24 +124,17 @@ def convert(
         raise ValueError(
             f"dest: {dest} is one file in the format {weight_format}; call it {dest}{suffix}"
         )
-    weights = read_weights(source, n_heads=n_heads)
-    check_heads(weights, source, n_heads)
-    if weights.other_tokenizer is not None and weights.config.vocab_size >= VOCAB_SIZE:
-        raise ValueError(
-            f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; convert does not write "
-            "it, so text would be encoded with GPT-2's; give a model with GPT-2's tokenizer"
-        )
+
+
+def _write(weights: ModelWeights, dest: Path, weight_format: WeightFormat) -> None:
     weights = to_one_dtype(weights)
     with _new_output(dest) as temporary:
-        if suffix is None:
+        is_folder = weight_format not in _SUFFIXES
+        if is_folder:
             temporary.mkdir()
         _WRITERS[weight_format](weights, temporary)
-        if suffix is None:
+        if is_folder:
             write_manifest(temporary, [path.name for path in temporary.iterdir()])
-    print_warnings(weights)
-    if "drop_rate" in weights.assumed and weight_format != "openai-tf":
-        rate = weights.config.drop_rate
-        logger.warning(f"{source}: does not contain its dropout rate; writes {rate}")
 
 
 @contextmanager

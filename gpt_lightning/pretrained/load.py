@@ -18,6 +18,7 @@ from gpt_lightning.pretrained.download import find_downloaded
 from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
 from gpt_lightning.pretrained.nanogpt import is_nanogpt, read_nanogpt
 from gpt_lightning.pretrained.openai import is_openai, read_openai
+from gpt_lightning.pretrained.state_dict import is_state_dict, read_state_dict
 from gpt_lightning.pretrained.weights import (
     ModelWeights,
     is_lightning,
@@ -118,7 +119,7 @@ def read_weights(source: str, *, n_heads: int | None = None) -> ModelWeights:
             weights = read_openai(path)
         else:
             weights = _read_file(find_checkpoint(location), n_heads)
-        _check_shapes(weights, source)
+        check_shapes(weights, source)
         weights = _with_dtype_warning(weights, source)
     # a file whose content has other types than its format says raises any of these: a number for a name, a
     # scalar for a matrix, a size beyond all memory
@@ -235,36 +236,35 @@ def _read_file(path: Path, n_heads: int | None) -> ModelWeights:
     content = read_torch(path)
     if is_lightning(content):
         return read_lightning(content, path)
+    if is_state_dict(content):
+        return read_state_dict(content, path, n_heads)
     if is_book(content):
         return read_book(content, path, n_heads)
     if is_nanogpt(content):
         return read_nanogpt(content, path)
     raise ValueError(
-        f"{path}: is not a gpt_lightning checkpoint, the book's model.pth or model_and_optimizer.pth, or "
-        "nanoGPT's ckpt.pt; give another"
+        f"{path}: is not a gpt_lightning checkpoint, a GPTModel's state dict, the book's model.pth or "
+        "model_and_optimizer.pth, or nanoGPT's ckpt.pt; give another"
     )
 
 
-def _check_shapes(weights: ModelWeights, source: str) -> None:
-    """Compare names, shapes and dtypes with the architecture. The model is on the meta device: no copies."""
+def check_shapes(weights: ModelWeights, source: str, remedy: str = "give an intact copy") -> None:
+    """Raise ``ValueError`` if names, shapes or dtypes contradict the architecture. It allocates nothing."""
     blocks = {name.split(".")[1] for name in weights.state_dict if name.startswith("trf_blocks.")}
     if len(blocks) != weights.config.n_layers:  # checked before so many are built
         raise ValueError(
-            f"{source}: has {len(blocks)} blocks, its architecture says {weights.config.n_layers}; give an "
-            "intact copy"
+            f"{source}: has {len(blocks)} blocks, its architecture says {weights.config.n_layers}; {remedy}"
         )
     with torch.device("meta"):
         expected = GPTModel(weights.config).state_dict()
     for name, parameter in expected.items():
         tensor = weights.state_dict.get(name)
         if tensor is None:
-            raise ValueError(
-                f"{source}: has no {name}, which its architecture needs; give an intact copy"
-            )
+            raise ValueError(f"{source}: has no {name}, which its architecture needs; {remedy}")
         if tensor.shape != parameter.shape:
             raise ValueError(
                 f"{source}: {name} is {tuple(tensor.shape)}, its architecture says "
-                f"{tuple(parameter.shape)}; give an intact copy"
+                f"{tuple(parameter.shape)}; {remedy}"
             )
         if tensor.dtype not in _DTYPES:
             raise ValueError(

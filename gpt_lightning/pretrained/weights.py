@@ -21,6 +21,7 @@ from gpt_lightning.model.config import GPTConfig
 _KEEPS_MAPPED = os.name != "nt"
 _MODULE_PREFIX = "model."  # GPTLightningModule holds the GPTModel as ``model``
 POSITION_EMBEDDING = "pos_emb.weight"  # a tensor that every GPTModel has
+_HEAD_DIM = 64  # in every GPT-2 and in the book's models
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,25 @@ def with_head(weights: ModelWeights, *, tied: bool) -> ModelWeights:
     config = replace(weights.config, tied_embeddings=tied)
     # the optimizer state does not fit: it has one entry where there are now two matrices, or the reverse
     return replace(weights, config=config, state_dict=tensors, optimizer_state=None)
+
+
+def assumed_heads(emb_dim: int, path: Path) -> tuple[int, str]:
+    """The number of attention heads for a file that does not contain it, and a warning that says so.
+
+    Raises:
+        ValueError: ``emb_dim`` is not a multiple of 64, so the number must be given.
+    """
+    remedy = "give --n_heads (--model.config.n_heads with fit and validate)"
+    if emb_dim % _HEAD_DIM:
+        raise ValueError(
+            f"n_heads: {path} does not contain it, and its emb_dim of {emb_dim} is not a multiple of "
+            f"{_HEAD_DIM}; {remedy}"
+        )
+    n_heads = emb_dim // _HEAD_DIM
+    return n_heads, (
+        f"{path}: does not contain its number of attention heads; assuming {n_heads} "
+        f"({_HEAD_DIM} dimensions each); if that is wrong, {remedy}"
+    )
 
 
 def verify_zip_checksums(path: Path) -> None:

@@ -20,6 +20,7 @@ from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import check_strategy, is_rank_zero
 from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.lightning_compat import use_fast_epoch_loop
+from gpt_lightning.training.logger_runs import LoggerRuns, continue_logger_runs
 from gpt_lightning.training.loggers import RunTensorBoardLogger, block_tensorflow
 from gpt_lightning.training.loop_state import LoopState
 from gpt_lightning.training.module import GPTLightningModule
@@ -38,6 +39,7 @@ CALLBACK_ORDER: tuple[type[Callback], ...] = (
     MaxTokens,  # ends the run; later callbacks see that this step is the last one
     LoopState,  # corrects the counters of a resumed run before others read them
     TrainMetrics,  # logs a GPU's row of the step before, before others log this step
+    LoggerRuns,  # keeps the ids of the loggers' runs
     SpeedMonitor,  # takes the time before the others need some
     SkipBadSteps,  # no optimizer step is evaluated or saved before its gradients are checked
     EvaluationCallback,
@@ -198,6 +200,7 @@ def _training_callbacks(config: RunConfig, clock: Stopwatch) -> list[Callback]:
     evaluation = config.evaluation
     callbacks: list[Callback] = [
         LoopState(),
+        LoggerRuns(),
         SpeedMonitor(clock, config.throughput.every_n_steps),
         SkipBadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
         TrainMetrics(clock),
@@ -303,10 +306,12 @@ def _explain_trainer(error: Exception) -> str:
 def _logger(config: RunConfig, start: Start) -> Any:
     """Return the loggers that the settings name, or TensorBoard's in the run's folder."""
     chosen = config.trainer.get("logger")
+    resumed = start.checkpoint_path and read_checkpoint(start.checkpoint_path)
     if chosen is not None and chosen is not True:
+        if resumed:
+            continue_logger_runs(_as_list(chosen), resumed)
         return chosen
     block_tensorflow()
-    resumed = start.checkpoint_path and read_checkpoint(start.checkpoint_path)
     return RunTensorBoardLogger(config.folder, purge_step=resumed["global_step"] if resumed else 0)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import (
@@ -359,3 +360,12 @@ def use_fast_epoch_loop(trainer: Trainer) -> None:
     loop.epoch_loop = FastTrainingEpochLoop(
         trainer, loop.epoch_loop.min_steps, loop.epoch_loop.max_steps
     )
+
+
+def set_logger_run_id(logger: Logger, run_id: str) -> None:
+    """Make a W&B or MLflow logger that has written nothing continue a run, unless the user has named one."""
+    if isinstance(logger, MLFlowLogger):
+        logger._run_id = logger._run_id or run_id
+    elif isinstance(logger, WandbLogger):
+        logger._id = logger._id or run_id
+        logger._wandb_init["id"] = logger._id

@@ -76,7 +76,7 @@ class GPTLightningModule(LightningModule):
     ) -> None:
         super().__init__()
         if isinstance(config, dict):
-            config = GPTConfig(**config)
+            config = GPTConfig.from_dict(config)
         for name, value in [("lr", lr), ("weight_decay", weight_decay), ("min_lr", min_lr)]:
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"model.{name}: {value} is out of range; give 0 or more")

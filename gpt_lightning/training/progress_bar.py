@@ -1,5 +1,6 @@
-"""Progress of a run on stderr: a bar with an ETA on a terminal, otherwise a plain line at intervals."""
+"""Progress of a run: a bar with an ETA on a terminal and in a notebook, otherwise a plain line at intervals."""
 
+import io
 import logging
 import sys
 import time
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_REDRAWS = 0.1
+SECONDS_BETWEEN_NOTEBOOK_REDRAWS = 0.5  # each one is a message to the browser
 
 
 class RunProgressBar(StepEndCallback, ProgressBar):
@@ -36,6 +38,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: Progress | None = None
+        self._output: NotebookOutput | None = None
         self._total: int | None = None
         self._began = 0.0
         self._first = 0
@@ -116,7 +119,7 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         console = Console(file=getattr(sys.stderr, "unescaped", sys.stderr))
         # A dumb terminal (TERM=dumb) cannot redraw a line.
         quiet = not self._enabled or logging.getLogger("gpt_lightning").level > logging.INFO
-        if quiet or not console.is_terminal or console.is_dumb_terminal:
+        if quiet or not (console.is_jupyter or console.is_terminal) or console.is_dumb_terminal:
             return
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -132,7 +135,10 @@ class RunProgressBar(StepEndCallback, ProgressBar):
             redirect_stdout=sys.stdout.isatty(),  # else results would leave stdout for the terminal
         )
         self._bar.add_task(what, total=total, completed=done, note="")
-        self._bar.start()
+        if console.is_jupyter:  # rich's own redrawing there needs ipywidgets
+            self._output = NotebookOutput(self._bar)
+        else:
+            self._bar.start()
 
     def _advance(self, done: int) -> None:
         if not self._enabled:
@@ -140,7 +146,9 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         now = time.monotonic()
         if self._bar is not None:
             self._done = done
-            if now - self._shown >= SECONDS_BETWEEN_REDRAWS:
+            in_notebook = self._output is not None
+            pause = SECONDS_BETWEEN_NOTEBOOK_REDRAWS if in_notebook else SECONDS_BETWEEN_REDRAWS
+            if now - self._shown >= pause:
                 self._shown = now
                 self._show()
             return
@@ -156,12 +164,38 @@ class RunProgressBar(StepEndCallback, ProgressBar):
         assert self._bar is not None
         note = " ".join(f"{name} {loss:.3f}" for name, loss in sorted(self._losses.items()))
         self._bar.update(self._bar.task_ids[0], completed=self._done, note=note)
+        if self._output is not None:
+            self._output.draw(self._bar)
 
     def _stop(self) -> None:
         if self._bar is not None:
             self._show()
             self._bar.stop()
-            self._bar = None
+            self._bar = self._output = None
+
+
+class NotebookOutput:
+    """An output of a notebook's cell that shows a bar and is replaced by each new drawing."""
+
+    def __init__(self, bar: Progress) -> None:
+        from IPython.display import display  # every notebook has it
+
+        self._display = display(self._html(bar), display_id=True)
+
+    def draw(self, bar: Progress) -> None:
+        self._display.update(self._html(bar))
+
+    def _html(self, bar: Progress) -> Any:
+        from IPython.display import HTML
+
+        console = Console(
+            file=io.StringIO(), record=True, force_jupyter=False, force_terminal=True, width=120
+        )
+        console.print(bar.get_renderable())
+        html = console.export_html(
+            inline_styles=True, code_format='<pre style="white-space:pre">{code}</pre>'
+        )
+        return HTML(html)
 
 
 def total_steps(trainer: Trainer) -> int | None:

@@ -190,7 +190,7 @@ class MetricsCSV(StepEndCallback):
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         from matplotlib.image import imsave
 
-        evaluations = [row for row in self.rows if "val_loss" in row]
+        evaluations = _evaluations(self.rows)
         if not evaluations:
             return
         pixels = figure_to_array(loss_figure(evaluations))
@@ -229,11 +229,20 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
+def _evaluations(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "val_loss" in row]
+
+
 def loss_figure(rows: list[Row]) -> "Figure":
-    """Plot both losses over epochs, with tokens seen on a second axis, like the book."""
+    """Plot both losses of all evaluations over epochs, with tokens seen on a second axis, like the book.
+
+    Args:
+        rows: What :func:`read_rows` reads from a run's ``metrics.csv``.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    rows = _evaluations(rows)
     epochs = [row["seen_epochs"] for row in rows]
     marker = "o" if len(rows) == 1 else ""  # a line of one point is not visible
     figure = Figure(figsize=(6, 4), dpi=150)

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from gpt_lightning.data.dataloader import Batch
 from gpt_lightning.model.async_copy import AsyncHostCopy
-from gpt_lightning.training.distributed import mean_over_ranks
 from gpt_lightning.model.precision import has_float64
+from gpt_lightning.training.distributed import mean_over_ranks
 from gpt_lightning.training.loggers import StepPosition, publish_metrics
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback

@@ -27,9 +27,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def run(*arguments: str) -> str:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        assert stop.value.code == 0
+        assert main(arguments) == 0
         return capsys.readouterr().out
 
     return run

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,12 +103,9 @@ def test_only_the_options_are_taken_from_the_arguments(command: Command) -> None
      "download --help", "prepare --help", "convert --help", "verify-resume --help"],
 )  # fmt: skip
 def test_every_complete_help_names_the_options_of_every_command(
-    command: Command, capsys: pytest.CaptureFixture[str], asked: str
+    command: Command, asked: str
 ) -> None:
-    shown = ""
-    with suppress(SystemExit):  # argparse ends so, after it has printed the help
-        shown = command(*asked.split()).out
-    shown += capsys.readouterr().out
+    shown = command(*asked.split()).out
     assert OPTIONS_OF_EVERY_COMMAND in " ".join(shown.split())
 
 
@@ -158,3 +157,33 @@ def test_python_program_decides_what_it_sees() -> None:
         "gpt_lightning.pretrained.load an info",
         "gpt_lightning.pretrained.load a warning",
     ]
+
+
+def test_command_leaves_nothing_behind_in_a_notebook(command: Command) -> None:
+    """No handlers, signal handlers, filters of warnings or replaced streams."""
+
+    def state() -> list[object]:
+        names = ("", "gpt_lightning", "lightning.pytorch", "lightning.fabric")
+        handlers = [logging.getLogger(name).handlers[:] for name in names]
+        signals = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        return [handlers, signals, warnings.filters[:], sys.stdout, sys.stderr, sys.excepthook]
+
+    before = state()
+    assert command(*FIT).code == 0
+    assert command("fit", "--config=none.yaml").code == 2
+    assert command("validate", "--help-all").code == 0
+    assert state() == before
+
+
+@pytest.mark.slow
+def test_backend_of_a_notebook_does_not_end_a_command(tmp_path: Path) -> None:
+    """``!python -m gpt_lightning`` inherits a kernel's MPLBACKEND, also into an environment that lacks the backend."""
+    env = os.environ | {"MPLBACKEND": "module://not_installed.backend_inline"}
+    for arguments in (
+        ["report", "sampling", "--num_samples=10", "--out=figures"],
+        [*FIT, "--trainer.accelerator=cpu"],
+    ):
+        result = python("-m", "gpt_lightning", *arguments, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("figures/*.png"))
+    assert list(tmp_path.glob("checkpoints/*/loss.png"))

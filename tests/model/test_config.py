@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from gpt_lightning import GPTConfig
+from gpt_lightning import GPTConfig, GPTModel
 
 
 @pytest.mark.parametrize(
@@ -20,3 +21,21 @@ from gpt_lightning import GPTConfig
 def test_invalid_configs_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_model_takes_the_books_dict() -> None:
+    GPT_CONFIG_124M = {
+        "vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
+        "drop_rate": 0.1, "qkv_bias": False,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = GPTModel(GPT_CONFIG_124M)
+    assert model.config == GPTConfig()
+    assert sum(p.numel() for p in model.parameters()) == 163_009_536  # the book's number
+
+
+def test_unknown_key_of_a_dict_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"config: n_head is not a setting .*; did you mean n_heads"
+    ):
+        GPTModel({"n_head": 12})

@@ -1,7 +1,10 @@
 """Progress: a bar on a terminal, else lines."""
 
+import builtins
 import re
+import sys
 from functools import partial
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -50,6 +53,48 @@ def test_bar_of_a_resumed_run_starts_at_its_step(fit: Command) -> None:
     result = fit(f"--trainer.max_steps={STEPS}", "--ckpt_path=last")
     assert shown(result.err)[0] == 4
     assert shown(result.err)[-1] == STEPS
+
+
+class Shown:
+    """Stand-in for what ``IPython.display.display`` returns; it keeps the HTML of each drawing."""
+
+    html: list[str]
+
+    def update(self, html: str) -> None:
+        self.html.append(html)
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    shown = Shown()
+
+    def display(html: str, *, display_id: bool) -> Shown:
+        assert display_id  # else it could not be updated
+        shown.html = [html]
+        return shown
+
+    module = ModuleType("IPython.display")
+    vars(module).update(display=display, HTML=str)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    kernel = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: kernel, raising=False)
+    return shown
+
+
+@pytest.mark.parametrize("seconds", [0, 1000])
+def test_bar_in_a_notebook(
+    fit: Command, notebook: Shown, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_NOTEBOOK_REDRAWS", seconds)
+    result = fit(f"--trainer.max_steps={STEPS}", "--evaluation.eval_freq=1")
+    steps = [number for html in notebook.html for number in shown(re.sub("<.*?>", "", html))]
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (0, STEPS)
+    assert len({*steps}) == (STEPS + 1 if seconds == 0 else 3)  # of 1000 s: 0, 1 and the end
+    assert re.search(r"val_loss \d+\.\d{3}", notebook.html[-1])
+    assert "\x1b" not in "".join(notebook.html)
+    assert "━" not in result.out + result.err
 
 
 def test_lines_without_a_terminal(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:

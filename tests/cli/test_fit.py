@@ -68,7 +68,8 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path) -> None:
     result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART,
                   "--model.compile=true", cwd=tmp_path, env={**os.environ, "CXX": "/nonexistent/g++"})  # fmt: skip
     assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    first, line = result.stderr.splitlines()
+    assert first.startswith("fit: new run quickstart, ")
     assert line.startswith("gpt_lightning: error: model.compile: ")
     assert "/nonexistent/g++" in line
     assert not (tmp_path / "checkpoints").exists()

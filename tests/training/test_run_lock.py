@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from gpt_lightning.training import run_lock
+from gpt_lightning.training.run_files import read_rows
 from gpt_lightning.training.run_lock import LOCK, RunLock
 from helpers import (
     SMALL_QUICKSTART,
@@ -226,5 +227,6 @@ def test_one_of_two_simultaneous_fits_is_refused(tmp_path: Path) -> None:
     else:
         assert codes == [0, 2]
         assert any("is being trained by process" in err for _, err in output)
-    rows = (tmp_path / RUN / "metrics.csv").read_text().splitlines()
-    assert len(rows) == len(set(rows)) == 1 + 2  # steps 0 and 20
+    rows = read_rows(tmp_path / RUN / "metrics.csv")
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 20]
+    assert [row["step"] for row in rows if "train/loss" in row] == [9, 19, 29, 39]

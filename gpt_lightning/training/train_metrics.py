@@ -17,6 +17,8 @@ from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.throughput import Stopwatch
 
+_MAX_LOSSES = 100  # that are collected before they are added
+
 
 @dataclass(frozen=True)
 class _PendingRow:
@@ -47,9 +49,9 @@ class TrainMetrics(StepEndCallback):
 
     def __init__(self, clock: Stopwatch) -> None:
         self.clock = clock
-        self._sum = torch.zeros(
-            2
-        )  # losses of the finite steps since the last row, and their number
+        # sum of the losses of the finite steps since the last row, and the number of these steps
+        self._sum = torch.zeros(2)
+        self._losses: list[Tensor] = []  # of steps that are not in the sum yet
         self._step_loss: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._tokens = 0
@@ -83,10 +85,15 @@ class TrainMetrics(StepEndCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        self._add_step()
+        assert self._step_loss is not None
+        self._losses.append(self._step_loss)
+        self._step_loss = None
+        if len(self._losses) == _MAX_LOSSES:
+            self._add_losses()
         self._log_pending(trainer, pl_module)
         if self._grad_norm is None:
             return
+        self._add_losses()
         total, steps = self._mean_over_ranks(trainer)
         seconds = self.clock.seconds() - self._began
         self._pending = _PendingRow(
@@ -104,11 +111,14 @@ class TrainMetrics(StepEndCallback):
     def _start_interval(self) -> None:
         self._began, self._tokens = self.clock.seconds(), 0
 
-    def _add_step(self) -> None:
-        assert self._step_loss is not None
-        loss, self._step_loss = self._step_loss, None
-        finite = loss.isfinite()
-        self._sum += torch.stack([loss.where(finite, 0), finite.to(loss)])
+    def _add_losses(self) -> None:
+        """Add the collected losses to the sum, in few operations: several for each step cost a tenth of a millisecond."""
+        if not self._losses:
+            return
+        losses = torch.stack(self._losses).to(self._sum.dtype)
+        self._losses.clear()
+        finite = losses.isfinite()
+        self._sum += torch.stack([losses.where(finite, 0).sum(), finite.sum().to(losses)])
 
     def _mean_over_ranks(self, trainer: Trainer) -> Tensor:
         return self._sum if trainer.world_size == 1 else mean_over_ranks(self._sum)
@@ -129,6 +139,7 @@ class TrainMetrics(StepEndCallback):
     ) -> None:
         # On all ranks: rank 0's checkpoint holds the mean over ranks, and all continue from it.
         self._log_pending(trainer, pl_module)
+        self._add_losses()
         self._sum = self._mean_over_ranks(trainer)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 

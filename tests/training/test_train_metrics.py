@@ -150,6 +150,16 @@ class _CountsReads(TorchDispatchMode):
 def test_a_gpu_is_not_waited_for(fit: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """No hook reads a value, except from a copy that was started one step before. A CPU stands in for the GPU."""
     counter, copies, step = _CountsReads(), [], [0]
+    in_hook = [False]
+
+    def forbidden(name: str) -> Any:
+        method = getattr(torch.Tensor, name)
+
+        def call(self: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+            assert not in_hook[0], f"a hook calls Tensor.{name}"
+            return method(self, *arguments, **settings)
+
+        return call
 
     class Copy(AsyncHostCopy):
         def __init__(self, tensor: torch.Tensor) -> None:
@@ -158,19 +168,24 @@ def test_a_gpu_is_not_waited_for(fit: Command, monkeypatch: pytest.MonkeyPatch) 
 
         def read(self) -> torch.Tensor:
             copies.append((self.made_in, step[0]))
+            in_hook[0] = False  # from here on there is a value of the host
             return super().read()
 
     def counted(hook: Any) -> Any:
         def call(self: Any, trainer: Any, *arguments: Any) -> None:
             step[0] = trainer.global_step
+            in_hook[0] = True
             with counter:
                 hook(self, trainer, *arguments)
+            in_hook[0] = False
 
         return call
 
     fit("--run=now", "--trainer.max_steps=9", "--trainer.log_every_n_steps=2", *TINY_MODEL)
     monkeypatch.setattr(train_metrics, "_reads_later", lambda device: True)
     monkeypatch.setattr(train_metrics, "AsyncHostCopy", Copy)
+    for name in ("tolist", "numpy", "cpu", "__array__"):  # which the mode does not see
+        monkeypatch.setattr(torch.Tensor, name, forbidden(name))
     for name in ("on_before_optimizer_step", "on_train_batch_end"):
         monkeypatch.setattr(TrainMetrics, name, counted(getattr(TrainMetrics, name)))
     fit("--trainer.max_steps=9", "--trainer.log_every_n_steps=2", *TINY_MODEL)

@@ -66,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: a training run or a check failed. 2: the user made a mistake. 130, 143: SIGINT or SIGTERM stopped
     the command. 141: nobody reads standard output any more (``| head``).
     """
-    if (
-        sys.platform == "win32"
-    ):  # Intel's Fortran library, if NumPy brings it, ends the process at Ctrl-C
+    if sys.platform == "win32":
+        # Intel's Fortran library, if NumPy brings it, ends the process at Ctrl-C
         os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet, verbose, debug = (flag in arguments for flag in ("--quiet", "--verbose", "--debug"))

@@ -22,7 +22,7 @@ OLDER_THAN_AMPERE = ("V100", "T4")  # without bfloat16
 # a log line for a run or a text on Apple's GPUs
 MPS_UNTRIED = (
     "mps: this package was never run on Apple's GPUs, only on a stand-in for MPS; give cpu if the results look "
-    "wrong (docs/machines.md)"
+    "wrong"
 )
 # bytes; of the A100, H100 and V100 the largest model. Vendors' GB are counted as 10⁹ bytes although they are
 # GiB: CUDA itself and fragmentation take the difference of 7 %

@@ -23,9 +23,6 @@ from gpt_lightning.training.checkpoint_io import (
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
-    check_content,
-    check_is_replaceable,
-    check_saves,
     link_or_copy,
     remove_leftovers,
 )
@@ -33,6 +30,7 @@ from gpt_lightning.training.config import OnFailure
 from gpt_lightning.training.distributed import local
 from gpt_lightning.training.lightning_compat import dump_checkpoint
 from gpt_lightning.training.loggers import StepPosition, ignore_full_disk
+from gpt_lightning.training.save_checks import check_content, check_is_replaceable, check_saves
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.stopping import ends_run
 from gpt_lightning.training.throughput import Stopwatch
@@ -69,6 +67,9 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         every_n_train_steps: Optimizer steps between two saves; ``None``: at the end of each epoch.
         save_best: Whether the best checkpoint is kept too.
         on_failure: Whether training continues after a failed save. A failed save at the end always stops it.
+
+    Attributes:
+        best: The best evaluation that was saved.
     """
 
     def __init__(

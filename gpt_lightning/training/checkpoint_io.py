@@ -12,11 +12,8 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
-from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -48,10 +45,6 @@ logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 _MAX_ENTRIES = 8  # in a manifest, before unread files are read to find entries that can go
-
-# exact types that torch.load(weights_only=True) restores; a numpy float is a subclass of float
-_PRIMITIVES = {type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size}
-_CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -112,7 +105,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def _attempt(self, checkpoint: dict[str, Any], path: Path, also_named: str | None) -> None:
         try:
-            self._write(checkpoint, path)
+            self.write(checkpoint, path)
             if also_named is not None:
                 saved, path = path, path.with_name(also_named)  # a failure is this name's
                 link_or_copy(saved, path)
@@ -122,10 +115,11 @@ class AtomicCheckpointIO(CheckpointIO):
                 "the file that was there is intact" if path.exists() else "there is no such file"
             )
             self.failures[path.name] = OSError(
-                f"{path}: cannot be written ({_cause(error)}); {before}"
+                f"{path}: cannot be written ({cause_of_failure(error)}); {before}"
             )
 
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Write a checkpoint now; raise ``OSError`` or ``RuntimeError`` if a step of the save fails."""
         folder = path.parent
         folder.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
@@ -165,44 +159,10 @@ class AtomicCheckpointIO(CheckpointIO):
         self._checksums[PREVIOUS] = sha256
 
 
-def _cause(error: OSError | RuntimeError) -> str:
+def cause_of_failure(error: OSError | RuntimeError) -> str:
     """Why a save failed, in words; torch's writer hides a full disk in a ``RuntimeError``."""
     cause = getattr(error.__cause__ or error.__context__ or error, "strerror", None)
     return cause or "the disk may be full"
-
-
-def check_saves(existing: Path) -> None:
-    """Save a small checkpoint in a temporary folder in ``existing``, with each step of a real save.
-
-    Raises:
-        OSError: The folder or the system refuses a step; the message is the cause.
-    """
-    checkpoint: dict[str, Any] = {"hyper_parameters": {"config": {}}}
-    try:
-        # each process has its own: several runs may start in one folder
-        with tempfile.TemporaryDirectory(prefix=".check-", dir=existing) as scratch:
-            path = Path(scratch) / LAST
-            path.touch()  # a file that the save replaces
-            AtomicCheckpointIO()._write(checkpoint, path)
-            link_or_copy(path, path.with_name(BEST))
-    except (OSError, RuntimeError) as error:
-        raise OSError(_cause(error)) from error
-
-
-def check_is_replaceable(path: Path) -> None:
-    """Replace a file by a second name of itself, as a save replaces it.
-
-    Raises:
-        OSError: It is refused: on Windows while a program has the file open or mapped.
-    """
-    temporary = temporary_path(path)
-    try:
-        with suppress(OSError):  # a file system without hard links
-            os.link(path, temporary)
-        if temporary.exists():
-            replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # replaced by itself, it keeps both names
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -217,25 +177,6 @@ def _on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
         Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint
     )
     return copied
-
-
-def check_content(content: Any, key: str = "checkpoint") -> None:
-    """Raise a ``ValueError`` with the key of a value that could not be loaded again: no tensor and no primitive."""
-    kind = type(content)
-    if isinstance(content, Tensor) or kind in _PRIMITIVES:
-        return
-    if kind not in _CONTAINERS:
-        raise ValueError(
-            f"{key}: is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds tensors, numbers, "
-            "strings and containers of them: convert it where the state is made"
-        )
-    if isinstance(content, Mapping):
-        for name, value in content.items():
-            check_content(name, f"a key of {key}")
-            check_content(value, f"{key}.{name}")
-    else:
-        for i, value in enumerate(content):
-            check_content(value, f"{key}.{i}")
 
 
 _SMALL = 1 << 20  # bytes

@@ -12,7 +12,8 @@ from gpt_lightning.model.precision import has_float64
 class TokenWeightedLoss(Metric):
     """Mean loss in which every token has the same weight, in double precision. A NaN makes the mean NaN.
 
-    On a device without float64 the sums are on the host. torchmetrics' ``MeanMetric`` ignores NaN, or with ``nan_strategy="disable"`` the weights.
+    On a device without float64 the sums are on the host. torchmetrics' ``MeanMetric`` ignores NaN, or with
+    ``nan_strategy="disable"`` the weights.
     """
 
     total: Tensor
@@ -33,9 +34,8 @@ class TokenWeightedLoss(Metric):
         if not has_float64(loss.device):
             self.to("cpu")
             loss, text_bytes = loss.cpu(), torch.as_tensor(text_bytes).cpu()
-        self.set_dtype(
-            torch.float64
-        )  # at each update: Lightning moves metrics to the model's precision too
+        # at each update: Lightning moves metrics to the model's precision too
+        self.set_dtype(torch.float64)
         if not weight:
             return
         self.total += loss.to(self.total.dtype) * weight

@@ -85,7 +85,7 @@ class FullDisk(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
-        real, saves = io._write, []
+        real, saves = io.write, []
 
         def write(checkpoint: Any, path: Path) -> None:
             saves.append(path)
@@ -93,7 +93,7 @@ class FullDisk(Callback):
                 raise OSError(28, "No space left on device")
             real(checkpoint, path)
 
-        io._write = write
+        io.write = write
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

@@ -34,9 +34,10 @@ from gpt_lightning.pretrained.load import (
 )
 from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
 from gpt_lightning.reports.plotting import add_caption, grouped_bars
+from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
 # the time to the first token is the median of at least so many passes, and of at least so many seconds
 _MIN_FIRST_TOKEN_PASSES = 5
@@ -95,10 +96,30 @@ class ModelMeasurement:
     peak_memory_bytes: int | None = None
     samples: tuple[str, ...] = ()
 
+    def as_text(self) -> dict[str, str]:
+        def formatted(value: float | None, spec: str) -> str:
+            return "" if value is None else format(value, spec)
+
+        milliseconds = self.seconds_to_first_token and 1e3 * self.seconds_to_first_token
+        return {
+            "model": self.source,
+            "parameters": f"{self.parameters / 1e6:,.1f} M",
+            "file": f"{self.file_bytes / 1e6:,.0f} MB",
+            "train loss": formatted(self.train_loss, ".6f"),
+            "val loss": formatted(self.val_loss, ".6f"),
+            "train perpl.": formatted(self.train_perplexity, ",.2f"),
+            "val perpl.": formatted(self.val_perplexity, ",.2f"),
+            "tokens/s": formatted(self.tokens_per_second, ",.1f"),
+            "first token": "" if milliseconds is None else f"{milliseconds:,.1f} ms",
+            "peak memory": formatted(
+                self.peak_memory_bytes and self.peak_memory_bytes / 1e9, ",.2f"
+            ) + (" GB" if self.peak_memory_bytes else ""),
+        }  # fmt: skip
+
 
 def measure_all(
     sources: Sequence[str], task: ComparisonTask, on_model: Callable[[], None] = lambda: None
-) -> list[ModelMeasurement]:
+) -> Table[ModelMeasurement]:
     """Measure the models one after the other, each in a separate process, so that its peak memory is known.
 
     Args:
@@ -112,7 +133,7 @@ def measure_all(
         weight_files(source)
     if task.text is not None:
         read_splits(task.text, task.train_ratio)
-    measurements = []
+    measurements: Table[ModelMeasurement] = Table()
     for source in sources:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             try:
@@ -267,9 +288,9 @@ def as_dict(measurements: Sequence[ModelMeasurement]) -> dict[str, list[dict[str
     return {"models": [asdict(model) for model in measurements]}
 
 
-def comparison_figure(measurements: Sequence[ModelMeasurement], caption: str) -> "Figure":
+def comparison_figure(measurements: Sequence[ModelMeasurement], caption: str = "") -> "Figure":
     """Bars of loss, memory, speed and time to the first token of the measured models."""
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
     models = [model for model in measurements if model.skipped is None]
     width = max(5.0, 1.1 * len(models) + 1.5)

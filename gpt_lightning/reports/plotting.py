@@ -1,4 +1,4 @@
-"""Helpers for the reports' figures: captions, text that the font can draw, grouped bars."""
+"""Helpers for the reports' figures and tables: captions, text that the font can draw, bars, numbers as text."""
 
 import math
 import textwrap
@@ -9,11 +9,14 @@ from gpt_lightning.palette import SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from gpt_lightning.figure import Figure
 
 
 def add_caption(figure: "Figure", caption: str) -> None:
-    """Write the settings of a report under its figure, wrapped to the width."""
+    """Write the settings of a report under its figure, wrapped to the width; an empty caption takes no space."""
+    if not caption:
+        return
     characters = int(13 * figure.get_figwidth())  # of 9 points
     text = textwrap.fill(escape_undrawable(caption), characters)
     figure.supxlabel(text, fontsize=9, parse_math=False)
@@ -81,3 +84,8 @@ def format_percent(share: float) -> str:
     if share < 0.0001:
         return "<0.01 %"
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def value_or_all(value: object) -> str:
+    """A filter's setting for a table: ``None`` keeps all tokens."""
+    return "all" if value is None else f"{value}"

@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 
 from gpt_lightning.palette import INK
+from gpt_lightning.reports.plotting import value_or_all
 from gpt_lightning.reports.sweep import (
     GridCell,
     PlainLoopComparison,
@@ -36,7 +37,7 @@ def html_page(
     for top_p, temperatures, top_ks in grid_axes(cells):
         if top_p is not None:
             parts.append(f"<h2>top_p {top_p:g}</h2>")
-        head = "".join(f"<th>top_k {'all' if k is None else k}</th>" for k in top_ks)
+        head = "".join(f"<th>top_k {value_or_all(k)}</th>" for k in top_ks)
         parts.append(f"<table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>")
         for temperature in temperatures:
             row = "".join(

@@ -12,5 +12,5 @@ class Figure(matplotlib.figure.Figure):
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
-        self.savefig(file, format="png")
+        self.savefig(file, format="png", dpi=100)
         return file.getvalue()

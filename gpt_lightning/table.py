@@ -9,6 +9,7 @@ from typing import Protocol, SupportsIndex, TypeVar, final, overload
 
 from gpt_lightning.data.unicode import printable
 
+ALL = "all"  # a filter that keeps all tokens
 MAX_ROWS = 60  # a table of a whole vocabulary would stop the browser
 
 
@@ -25,7 +26,10 @@ Row = TypeVar("Row", bound=AsText)
 
 @final
 class Table(list[Row]):
-    """List that a notebook shows as a table. A part, such as ``table[:5]``, is a table too."""
+    """List that a notebook shows as a table. A part, such as ``table[:5]``, is a table too.
+
+    The notebook's table has no column for a filter that keeps all tokens in every row.
+    """
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Row: ...
@@ -37,9 +41,16 @@ class Table(list[Row]):
         return super().__getitem__(index)
 
     def _repr_html_(self) -> str:
-        shown = html_table([row.as_text() for row in self[:MAX_ROWS]])
+        rows = [row.as_text() for row in self[:MAX_ROWS]]
+        used = {name for row in rows for name, text in row.items() if text != ALL}
+        shown = html_table([{name: row[name] for name in row if name in used} for row in rows])
         more = len(self) - MAX_ROWS
         return f"{shown}<p>and {more:,} more rows</p>" if more > 0 else shown
+
+
+def value_or_all(value: object) -> str:
+    """Return the text of a filter's setting: ``None`` keeps all tokens."""
+    return ALL if value is None else f"{value}"
 
 
 def html_table(rows: Sequence[dict[str, str]]) -> str:

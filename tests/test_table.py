@@ -65,9 +65,9 @@ def test_reports_return_tables_with_the_columns_of_the_terminal() -> None:
     logits = torch.tensor(sampling.BOOK_LOGITS)
     rows, distributions = sampling.frequencies(logits, sampling.BOOK_TOKENS, sweep.grid([5.0]))
     shown = cells(rows._repr_html_())
-    assert shown[0] == [*rows[0].as_text()]
-    assert ["5", "all", "all", "pizza", "4.2998%", "43.0", "32", "27 – 60", "-1.71"] in shown
-    assert cells(distributions._repr_html_())[1][:3] == ["5", "all", "all"]
+    assert shown[0] == [name for name in rows[0].as_text() if name not in ("top_k", "top_p")]
+    assert ["5", "pizza", "4.2998%", "43.0", "32", "27 – 60", "-1.71"] in shown
+    assert cells(distributions._repr_html_())[0][:2] == ["temperature", "entropy (nats)"]
     timings = sampling.compare_estimators(logits, 5.0, num_samples=10, seed=1)
     assert [row[0] for row in cells(timings._repr_html_())[1:]] == [t.name for t in timings]
 
@@ -77,6 +77,7 @@ def test_reports_return_tables_with_the_columns_of_the_terminal() -> None:
         tiny_gpt2_vocabulary(), [1, 2], grid, num_samples=2, max_new_tokens=2, seed=1
     )
     shown = cells(found._repr_html_())
+    assert shown[0][:3] == ["temperature", "top_k", "distinct-1"]  # no top_p
     assert [row[:2] for row in shown[1:]] == [["0", "1"], ["0", "all"], ["1", "1"], ["1", "all"]]
     assert shown[1][-1] == "all 2"
 

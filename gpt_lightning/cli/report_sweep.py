@@ -24,7 +24,7 @@ from gpt_lightning.cli.console import (
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
-from gpt_lightning.reports.plotting import value_or_all
+from gpt_lightning.table import value_or_all
 
 if TYPE_CHECKING:
     from gpt_lightning.figure import Figure

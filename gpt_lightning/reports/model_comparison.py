@@ -1,6 +1,7 @@
 """Exercise 5.6: comparison of models of different sizes on the same prompt and the same text."""
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -218,6 +220,11 @@ def _peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        # getrusage also counts the memory of the process that started this one, such as a notebook's kernel
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if (peak_kb := re.search(r"^VmHWM:\s*(\d+) kB", status, re.M)) is not None:
+            return int(peak_kb[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Helpers for the reports' figures and tables: captions, text that the font can draw, bars, numbers as text."""
+"""Helpers for the reports' figures: captions, text that the font can draw, grouped bars."""
 
 import math
 import textwrap
@@ -84,8 +84,3 @@ def format_percent(share: float) -> str:
     if share < 0.0001:
         return "<0.01 %"
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
-
-
-def value_or_all(value: object) -> str:
-    """A filter's setting for a table: ``None`` keeps all tokens."""
-    return "all" if value is None else f"{value}"

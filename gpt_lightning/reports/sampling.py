@@ -18,9 +18,8 @@ from gpt_lightning.reports.plotting import (
     add_caption,
     escape_undrawable,
     format_percent,
-    value_or_all,
 )
-from gpt_lightning.table import Table
+from gpt_lightning.table import Table, value_or_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

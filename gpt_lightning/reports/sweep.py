@@ -12,8 +12,8 @@ from gpt_lightning.generation.engine import NO_TOKEN, generate_simple, stream_id
 from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.palette import SEQUENTIAL, ink_on
-from gpt_lightning.reports.plotting import add_caption, value_or_all
-from gpt_lightning.table import Table
+from gpt_lightning.reports.plotting import add_caption
+from gpt_lightning.table import Table, value_or_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

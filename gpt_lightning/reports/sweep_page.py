@@ -4,7 +4,6 @@ import html
 from collections.abc import Sequence
 
 from gpt_lightning.palette import INK
-from gpt_lightning.reports.plotting import value_or_all
 from gpt_lightning.reports.sweep import (
     GridCell,
     PlainLoopComparison,
@@ -12,6 +11,7 @@ from gpt_lightning.reports.sweep import (
     group_by_texts,
     setting_name,
 )
+from gpt_lightning.table import value_or_all
 
 # the page's explanation of each metric; {n} is the number of texts in a cell
 LEGEND = {

@@ -3,11 +3,14 @@
 import ast
 import os
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nbformat
 import pytest
+import torch
 
 from helpers import ENVIRONMENT, ROOT
 
@@ -89,6 +92,27 @@ def test_examples_of_the_pages_use_public_names_only(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     assert set().union(*map(names_of_the_package, examples)) <= public_names()
+
+
+def test_first_cell_installs_in_colab_only_and_keeps_torch(
+    notebook: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    shell = InteractiveShell(
+        config=Config({"HistoryManager": {"enabled": False}}),
+        user_module=ModuleType("chapter05"),  # else it replaces the tests' __main__
+    )
+    installed: list[str] = []
+    shell.register_magic_function(installed.append, "line", "pip")
+    first = code_cells(notebook)[0].source
+    shell.run_cell(first).raise_error()
+    assert installed == []
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    shell.run_cell(first).raise_error()
+    assert installed == [f'install -q gpt-lightning "torch=={torch.__version__}"']
 
 
 def outputs(notebook: Any, cell_id: str) -> list[Any]:

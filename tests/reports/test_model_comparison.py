@@ -89,7 +89,7 @@ def test_time_to_first_token_excludes_the_warm_up(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(sys.platform != "linux", reason="getrusage of other systems is not tried here")
 def test_peak_memory_does_not_count_the_process_that_starts_the_measurement() -> None:
     """A notebook's kernel is larger than the small models that it compares."""
-    measured = "import torch; from gpt_lightning.reports.model_comparison import _peak_memory as f"
+    measured = "import torch; from gpt_lightning.reports.model_comparison import peak_memory as f"
     large = np.ones(1_500_000_000 // 8)  # all pages are in memory
     result = python("-c", f"{measured}; print(f('cpu'))", env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr

@@ -28,7 +28,7 @@ from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.lightning_messages import quiet_lightning
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_files import loss_figure, read_rows
-from gpt_lightning.training.run_length import run_steps
+from gpt_lightning.training.run_length import Progress, run_steps
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.run_warnings import device_warnings, run_warnings
 
@@ -210,8 +210,15 @@ def setup_data_early(built: BuiltRun, stage: str = "fit") -> None:
 
 def _check_schedule(built: BuiltRun) -> None:
     """Refuse a schedule that does not fit the length of the run."""
-    epoch = built.datamodule.epoch_shape()
-    built.module.schedule.resolve(run_steps(epoch, built.trainer, built.config.max_tokens))
+    done = Progress()
+    if built.start.checkpoint_path is not None:
+        checkpoint = read_checkpoint(built.start.checkpoint_path)
+        done = Progress(checkpoint["global_step"], checkpoint["tokens_seen"])
+    epoch, schedule = built.datamodule.epoch_shape(), built.module.schedule
+    steps = run_steps(epoch, built.trainer, built.config.max_tokens, done)
+    schedule.resolve(steps)
+    if not built.config.trainer.get("fast_dev_run"):
+        schedule.check_clipping(steps)
 
 
 def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from gpt_lightning.training.config import RunConfig
 
 CHUNK_SIZE = 8192  # tokens, if the settings have no model.loss_chunk_size
-ROWS = 8
 
 
 def run(arguments: list[str]) -> int:
@@ -22,11 +21,15 @@ def run(arguments: list[str]) -> int:
     Accepts the settings of fit (--config, --data.text, --data.batch_size, ...). Every row trains from the same weights
     on the same windows, without dropout, and its losses must be those of the first row up to rounding. A change that is
     slower on this machine is left out of the next rows. With --out, the command also writes a figure (PNG), CSV and
-    JSON. Nothing is saved of the training.
+    JSON. Nothing is saved of the training. Of the settings only the architecture, text, batch size, learning rate,
+    weight decay, seed and chunk size have an effect.
     """
     from gpt_lightning.cli.training_cli import TrainingCLI
 
     cli = TrainingCLI("report speed", arguments, run.__doc__)
+    for name in ("ckpt_path", "init_from"):
+        if cli.config[name] is not None:
+            raise ValueError(f"{name}: report speed starts from random weights; leave it out")
     if not 0 < cli.config.minutes < float("inf"):
         raise ValueError(f"minutes: {cli.config.minutes} is out of range; give more than 0")
     task = _task(cli.run_config())
@@ -38,9 +41,9 @@ def _report(task: "SpeedTask", minutes: float, out: Path | None, *, as_json: boo
     """Measure the rows, write the report to ``out`` and print it."""
     import torch
 
-    from gpt_lightning.reports.speed import as_dict, measure_all, speed_figure
+    from gpt_lightning.reports.speed import as_dict, improvements, measure_all, speed_figure
 
-    with progress("rows", ROWS) as advance:
+    with progress("rows", len(list(improvements(task.device))) + 1) as advance:
         rows = measure_all(task, 60 * minutes, advance)
     device = (
         torch.cuda.get_device_name()

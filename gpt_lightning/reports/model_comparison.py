@@ -1,16 +1,10 @@
 """Exercise 5.6: comparison of models of different sizes on the same prompt and the same text."""
 
 import math
-import re
-import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -36,6 +30,7 @@ from gpt_lightning.pretrained.load import (
 )
 from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
 from gpt_lightning.reports.plotting import add_caption, grouped_bars
+from gpt_lightning.reports.separate_process import ProcessKilledError, peak_memory, run_in_process
 from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
@@ -137,13 +132,11 @@ def measure_all(
         read_splits(task.text, task.train_ratio)
     measurements: Table[ModelMeasurement] = Table()
     for source in sources:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            try:
-                measurements.append(process.submit(measure, source, task).result())
-            except BrokenProcessPool:
-                weights = read_weights(source, n_heads=task.n_heads)
-                cause = "its process was killed, probably because memory was full"
-                measurements.append(replace(_not_measured(source, weights), skipped=cause))
+        try:
+            measurements.append(run_in_process(measure, source, task))
+        except ProcessKilledError as error:
+            weights = read_weights(source, n_heads=task.n_heads)
+            measurements.append(replace(_not_measured(source, weights), skipped=str(error)))
         on_model()
     return measurements
 
@@ -213,23 +206,6 @@ def _free_memory(task: ComparisonTask) -> int:
     else:
         free = int(psutil.virtual_memory().available)
     return free if task.max_memory is None else min(free, task.max_memory)
-
-
-def peak_memory(device: str) -> int:
-    """The peak resident memory of this process; on a GPU the peak that torch allocated there."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        # getrusage also counts the memory of the process that started this one, such as a notebook's kernel
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if (peak_kb := re.search(r"^VmHWM:\s*(\d+) kB", status, re.M)) is not None:
-            return int(peak_kb[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _speed(model: GPTModel, task: ComparisonTask) -> tuple[float, float | None]:

@@ -26,6 +26,7 @@ from gpt_lightning.training.distributed import (
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.lightning_messages import quiet_lightning
+from gpt_lightning.training.loggers import RunTensorBoardLogger
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_files import loss_figure, read_rows
 from gpt_lightning.training.run_length import Progress, run_steps
@@ -131,7 +132,7 @@ def _train(built: BuiltRun) -> FitResult:
         else:
             for line in _summary(built):
                 logger.info(line)
-            logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
+            logger.info(f"{folder}: done{_viewer(built)}")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return FitResult(folder, stopped_by, metrics)
 
@@ -167,6 +168,13 @@ def _summary(built: BuiltRun) -> Iterator[str]:
             f"(every {evaluation.eval_freq} steps)"
         )
     yield f"generate --from {folder} takes last.ckpt"
+
+
+def _viewer(built: BuiltRun) -> str:
+    """The command that shows TensorBoard's files, if the run has written them."""
+    if not any(isinstance(each, RunTensorBoardLogger) for each in built.trainer.loggers):
+        return ""
+    return f"; tensorboard --logdir {built.config.folder.parent} shows it"
 
 
 def _losses(metrics: Mapping[str, float]) -> str:

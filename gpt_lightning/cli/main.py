@@ -46,6 +46,7 @@ VERBS = {
     "download": ("download", "run", "download GPT-2's public weights"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
     "convert": ("convert", "run", "convert weights from one format to another"),
+    "tune": ("tune", "run", "search for the settings with the lowest validation loss"),
     "configs": ("configs", "run", "list the configurations of the package, or copy one"),
     "verify-resume": (
         "verify_resume",
@@ -57,7 +58,7 @@ VERBS = {
 VERBS_WITH_SHORT_HELP = ("fit", "validate", "plan")
 HELP_FLAGS = ("-h", "--help")
 
-MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume")
+MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

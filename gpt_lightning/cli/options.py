@@ -55,6 +55,10 @@ def add_options(parser: ArgumentParser, verb: str) -> None:
     )
     if verb == "plan":
         _add_plan_options(parser)
+    if verb == "validate":
+        add(
+            "--val_only", action="store_true", help="Leave out the training split, which is larger."
+        )
     if verb in ("validate", "plan"):
         add("--json", action="store_true", help="Print one JSON object and nothing else.")
 

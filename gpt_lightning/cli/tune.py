@@ -244,8 +244,10 @@ def _command(study: "TuneStudy", trial: "TrialResult") -> str:
     arguments = fit_arguments(
         study.folder, trial.params, f"{study.folder.name}-best", study.config.allow_import
     )
-    threads = "" if trial.threads is None else f"OMP_NUM_THREADS={trial.threads} "
-    return threads + shlex.join(["python", "-m", "gpt_lightning", "fit", *arguments])
+    words = ["python", "-m", "gpt_lightning", "fit", *arguments]
+    if trial.threads is not None and os.environ.get("OMP_NUM_THREADS") != str(trial.threads):
+        words = ["env", f"OMP_NUM_THREADS={trial.threads}", *words]
+    return shlex.join(words)
 
 
 def _print(

@@ -137,18 +137,24 @@ class TuneStudy:
                 database cannot be used; the message is one line, and nothing was written.
         """
         recorded = _recorded(storage, folder.name)
-        if recorded is None:
-            _check_unused(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
+        obstacle = None if recorded else _other_content(folder)
+        if obstacle is not None:  # or a process that has just started the study has made a trial
+            recorded = _recorded(storage, folder.name)
+            if recorded is None:
+                raise ValueError(obstacle)
+        if recorded is not None:
             _check_same(folder.name, recorded, config.to_json())
+        folder.mkdir(parents=True, exist_ok=True)
         study = cls(storage, folder, config)
         with storage.errors():
             saved = optuna.create_study(
                 storage=study._storage, study_name=folder.name, load_if_exists=True
             )
+            recorded = saved.user_attrs.get(_RECORD)
             if recorded is None:
                 saved.set_user_attr(_RECORD, config.to_json())
+            else:
+                _check_same(folder.name, recorded, config.to_json())
         return study
 
     def folder_of(self, number: int) -> Path:
@@ -228,9 +234,7 @@ class TuneStudy:
         folder = self.folder_of(trial.number)
         if trial.state == TrialState.WAITING:
             if folder.exists():
-                raise ValueError(
-                    f"study: {folder} is there already, from another study; move it, or give another --study NAME"
-                )
+                raise ValueError(_trial_exists(folder))
             return self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         if trial.state != TrialState.RUNNING:
             return False
@@ -383,7 +387,7 @@ def _running_child(recorded: Mapping[str, Any] | None) -> psutil.Process | None:
 
 
 def _recorded(storage: StudyStorage, name: str) -> dict[str, Any] | None:
-    """The record of a study; ``None`` if there is no such study. Nothing is written."""
+    """The record of a study; ``None`` if there is no such study, or it is just being created. Nothing is written."""
     if not storage.has_tables():
         return None
     with storage.errors():
@@ -391,36 +395,43 @@ def _recorded(storage: StudyStorage, name: str) -> dict[str, Any] | None:
             study = optuna.load_study(study_name=name, storage=storage.connect())
         except KeyError:
             return None
-        if _RECORD not in study.user_attrs:
+        recorded: dict[str, Any] | None = study.user_attrs.get(_RECORD)
+        if recorded is None and study.get_trials(deepcopy=False):
             raise ValueError(
                 f"study: {name} was made by another program; give another --study NAME"
             )
-        return dict(study.user_attrs[_RECORD])
+        return recorded
 
 
-def _check_unused(folder: Path) -> None:
-    """Refuse the folder of a run, or of a study that is in another database."""
-    if not folder.is_dir():
-        return
-    names = sorted(path.name for path in folder.iterdir())
+def _other_content(folder: Path) -> str | None:
+    """An error line if a folder has a run, or trials of a study that is in another database."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if "config.yaml" in names:
-        raise ValueError(f"study: {folder} is the folder of a run; give another --study NAME")
+        return f"study: {folder} is the folder of a run; give another --study NAME"
     if trials := [name for name in names if name.startswith("trial-")]:
-        raise ValueError(
-            f"study: {folder / trials[0]} is there already, from another study; move it, or give another --study NAME"
-        )
+        return _trial_exists(folder / trials[0])
+    return None
+
+
+def _trial_exists(folder: Path) -> str:
+    return f"study: {folder} is there already, from another study; move it, or give another --study NAME"
 
 
 def _check_same(name: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse a study whose trials had another space, other settings or another sampler."""
-    for part, title in [("sampler", "sampler"), ("space", "space"), ("settings", "settings"),
-                        ("allow_import", "settings"), ("seed", "seed")]:  # fmt: skip
-        if recorded[part] == given[part]:
-            continue
-        first = _first_difference(recorded[part], given[part])
-        raise ValueError(
-            f"study: {name} has another {title}: {first}; give that, or another --study NAME"
-        )
+    titles = {
+        "sampler": "another sampler",
+        "space": "another space",
+        "settings": "other settings",
+        "allow_import": "another --allow_import",
+        "seed": "another seed",
+    }
+    for part, title in titles.items():
+        if recorded[part] != given[part]:
+            first = _first_difference(recorded[part], given[part])
+            raise ValueError(
+                f"study: {name} has {title}: {first}; give that, or another --study NAME"
+            )
 
 
 def _first_difference(recorded: Any, given: Any, path: str = "") -> str:

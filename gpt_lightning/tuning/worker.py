@@ -51,7 +51,7 @@ def work(
             is_waiting = True
             logger.info(f"waiting for {study.held_by_others} trials of other processes")
         on_finished()
-        time.sleep(POLL_SECONDS)
+        time.sleep(4 * POLL_SECONDS)
     if study.elsewhere:
         numbers = ", ".join(map(str, study.elsewhere))
         logger.warning(

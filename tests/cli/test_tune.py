@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,15 @@ from tensorboard.plugins.hparams import metadata
 from gpt_lightning.cli.config_files import configs_folder
 from gpt_lightning.tuning.proposal import as_text, propose
 from gpt_lightning.tuning.space import read_space
-from helpers import ENVIRONMENT, SMALL_QUICKSTART, Command, CommandResult, assert_refused, json_of
+from helpers import (
+    ENVIRONMENT,
+    ROOT,
+    SMALL,
+    SMALL_QUICKSTART,
+    Command,
+    assert_refused,
+    json_of,
+)
 from runs import BARE
 
 # without dropout and samples; TensorBoard is on
@@ -36,9 +45,10 @@ def space(tmp_path: Path) -> Path:
 
 def run_alone(command: Command, line: str) -> float:
     """The validation loss of the run of a command line, measured by ``validate``."""
-    words = [word for word in shlex.split(line) if not word.startswith("OMP_NUM_THREADS=")]
-    assert words[:3] == ["python", "-m", "gpt_lightning"]
-    assert command(*words[3:]).code == 0
+    words = shlex.split(line)
+    first = words.index("python")  # after env OMP_NUM_THREADS=…
+    assert words[first + 1 : first + 3] == ["-m", "gpt_lightning"]
+    assert command(*words[first + 3 :]).code == 0
     (name,) = (word.removeprefix("--run=") for word in words if word.startswith("--run="))
     result = json_of(command("validate", f"--init_from=checkpoints/{name}", "--json",
                              "--trainer.accelerator=cpu"))  # fmt: skip
@@ -93,7 +103,7 @@ def test_best_trial_alone_has_its_loss(command: Command, space: Path, tmp_path: 
     space.write_text(SPACE)
     assert_refused(
         command("tune", *TINY, "--model.weight_decay=0.2", f"--space={space}", "--trials=2"),
-        "study: toy has another settings: model.weight_decay is null there and 0.2 here",
+        "study: toy has other settings: model.weight_decay is null there and 0.2 here",
     )
     assert_refused(
         command("fit", *TINY, "--run=toy/trial-0000"), "checkpoints/toy/trial-0000 holds a run"
@@ -231,7 +241,7 @@ def test_stopped_study_resumes_the_trial_under_way(
     assert trial["state"] == "RUNNING"
     answer = json_of(command("tune", *arguments, "--json"))
     assert answer["best"]["state"] == "COMPLETE"
-    assert "resumed from" in (checkpoint.parent / "fit.log").read_text()
+    assert re.search(r"step [1-9]\d* of 36 ", (checkpoint.parent / "fit.log").read_text())
     alone = run_alone(command, answer["best"]["command"])
     assert alone == pytest.approx(answer["best"]["value"], abs=1e-6)
 
@@ -267,8 +277,24 @@ def test_12_trials_in_two_processes_of_which_one_is_killed(
         assert {"lr", "data/batch_size"} <= hparams_of(tmp_path / trial["folder"])
 
 
-def test_book_space_is_found_by_name(command: Command) -> None:
-    """Its settings are checked before anything is written."""
-    for name in ("book-hparam-search", "configs/spaces/book-hparam-search.yaml"):
-        result: CommandResult = command("tune", *TINY, f"--space={name}", "--trials=0")
-        assert_refused(result, "trials: 0 is too small")
+BOOK = (f"--config={ROOT}/configs/appendix-d.yaml", *SMALL, *BARE, "--data.train_ratio=0.9",
+        "--data.stride=64", "--trials=20", "--sampler=grid")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["book-hparam-search", "configs/spaces/book-hparam-search.yaml"])
+def test_fit_accepts_each_value_of_the_book_grid(
+    command: Command, tmp_path: Path, name: str
+) -> None:
+    """Only the database is missing, which is looked for after the settings are checked."""
+    storage = "--storage=postgresql://127.0.0.1:9/db"
+    result = command("tune", *BOOK, f"--space={name}", storage)
+    assert_refused(result, "storage: postgresql://127.0.0.1:9/db cannot be used")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_setting_of_the_book_grid_runs(command: Command) -> None:
+    arguments = (*BOOK, "--space=book-hparam-search", "--trials=1")
+    (trial,) = json_of(command("tune", *arguments, "--json"))["trials"]
+    assert trial["state"] == "COMPLETE"
+    assert len(trial["params"]) == 8

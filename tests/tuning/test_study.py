@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from fake_tune import FOLDER, SPACE, fake_study, work
@@ -40,9 +41,9 @@ def test_study_is_continued_with_the_same_space_and_settings() -> None:
         ({"space": {"model.lr": [0.0, 1.0]}}, "another space: model.lr is {"),
         ({"space": {**SPACE, "a": [1]}}, "another space: a is null there and [1] here"),
         ({"settings": {"data": {"text": "b.txt"}}},
-         'another settings: data.text is "sample" there and "b.txt" here'),
+         'other settings: data.text is "sample" there and "b.txt" here'),
         ({"settings": {"data": {"text": "sample"}, "model": {"compile": True}}},
-         'another settings: model is null there and {"compile": true} here'),
+         'other settings: model is null there and {"compile": true} here'),
         ({"sampler": "random"}, 'another sampler: is "tpe" there and "random" here'),
         ({"seed": 2}, "another seed: is 1 there and 2 here"),
     ],
@@ -50,7 +51,7 @@ def test_study_is_continued_with_the_same_space_and_settings() -> None:
 def test_study_of_other_settings_is_refused(changes: dict[str, Any], message: str) -> None:
     open_study()
     before = (FOLDER / "study.db").read_bytes()
-    with pytest.raises(ValueError, match="study: study has another") as raised:
+    with pytest.raises(ValueError, match="study: study has") as raised:
         open_study(**changes)
     assert message in str(raised.value)
     assert (FOLDER / "study.db").read_bytes() == before
@@ -71,6 +72,18 @@ def test_trials_of_a_lost_database_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trial-0000 is there already, from another study"):
         fake_study()
     assert not (FOLDER / "study.db").exists()
+
+
+def test_study_of_another_program_is_refused_unless_it_is_empty() -> None:
+    """A process that has just created the study has not recorded its space yet."""
+    FOLDER.mkdir(parents=True)
+    database = StudyStorage(sqlite_url(FOLDER / "study.db")).connect()
+    other = optuna.create_study(storage=database, study_name="study")
+    assert open_study().results() == []
+    other = optuna.create_study(storage=database, study_name="other")
+    other.ask()
+    with pytest.raises(ValueError, match="study: other was made by another program"):
+        TuneStudy.load(StudyStorage(sqlite_url(FOLDER / "study.db")), FOLDER.with_name("other"))
 
 
 def test_importances_need_different_losses() -> None:

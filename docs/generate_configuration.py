@@ -88,7 +88,7 @@ def page() -> str:
         parts += [f"### {heading}\n\n{text}\n", table(rows)]
     known = {name for name, *_ in settings(fit)}
     for verb, parser in other_parsers().items():
-        takes_all_of_fit = verb in ("validate", "plan", "verify-resume", "report speed")
+        takes_all_of_fit = verb in ("validate", "plan", "verify-resume", "report speed", "tune")
         rows = [row for row in settings(parser) if not (takes_all_of_fit and row[0] in known)]
         introduction = "Besides all settings of `fit`:\n\n" if takes_all_of_fit else ""
         parts += [f"## Options of `{verb}`\n", introduction + table(rows)]

@@ -20,10 +20,11 @@ PACKAGE = ROOT / "gpt_lightning"
 _BASE = {"kernels", "storage"}
 _MIDDLE = _BASE | {"generation", "pretrained", "model", "data"}
 LAYERS = {
-    "cli": _MIDDLE | {"cli", "training", "planning", "reports"},
+    "cli": _MIDDLE | {"cli", "training", "planning", "reports", "tuning"},
     "training": _MIDDLE | {"training"},
     "planning": _MIDDLE | {"planning"},
     "reports": _MIDDLE | {"reports"},
+    "tuning": _MIDDLE | {"tuning"},
     "generation": _BASE | {"generation", "model", "data"},
     "pretrained": _BASE | {"pretrained", "model", "data"},
     "model": _BASE | {"model"},
@@ -85,7 +86,7 @@ PRIVATE_NAMES = {
     "cli/parsing.py": "_actions _typehint",
     "cli/short_help.py": "_actions",
     "cli/text_options.py": "_actions _option_string_actions",
-    "cli/verify_resume.py": "_option_string_actions",
+    "cli/wrapped_fit.py": "_option_string_actions",
     # Lightning
     "cli/main.py": "_version",
     "cli/plan.py": "_ddp_kwargs",

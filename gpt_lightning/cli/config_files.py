@@ -31,6 +31,14 @@ def find_config(name: str) -> str:
     return name
 
 
+def find_space(name: str) -> str:
+    """The path of the space ``name`` of ``tune``. A file that exists, or that names no space, is unchanged."""
+    known = configs_folder() / "spaces" / f"{Path(name).stem}.yaml"
+    names = (known.stem, known.name, f"configs/spaces/{known.name}")
+    is_known = name in names and known.is_file()
+    return str(known) if is_known and not os.path.exists(name) else name
+
+
 def with_config_paths(arguments: Sequence[str]) -> list[str]:
     """The arguments with a path in place of each configuration's name."""
     found = []

@@ -174,21 +174,38 @@ def progress(unit: str, total: int) -> Iterator[Callable[[], None]]:
     Yields:
         A function to call after each unit.
     """
-    from rich.progress import Progress
-
-    done, last_line = 0, time.monotonic()
+    done = 0
 
     def advance() -> None:
-        nonlocal done, last_line
+        nonlocal done
         done += 1
-        bar.advance(task)
+        show(done, "")
+
+    with progress_to(unit, total) as show:
+        yield advance
+
+
+@contextmanager
+def progress_to(unit: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show how many of ``total`` units are done, as :func:`progress` does.
+
+    Yields:
+        A function to call with the number, and with text to show beside it.
+    """
+    from rich.progress import Progress
+
+    last_line = time.monotonic()
+
+    def show(done: int, text: str) -> None:
+        nonlocal last_line
+        bar.update(task, completed=done, description=unit + text)
         if bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
-            logger.info(f"{done} of {total} {unit}")
+            logger.info(f"{done} of {total} {unit}{text}")
 
     with Progress(console=_stderr_console(), disable=not _draws_progress()) as bar:
         task = bar.add_task(unit, total=total)
-        yield advance
+        yield show
 
 
 def _stderr_console() -> "Console":

@@ -30,7 +30,7 @@ def validate(arguments: list[str]) -> None:
     The weights are those of --ckpt_path (last, best or a path), else of --init_from SOURCE.
     """
     cli = TrainingCLI("validate", arguments, validate.__doc__)
-    result = run.validate(cli.run_config())
+    result = run.validate(cli.run_config(), val_only=cli.config.val_only)
     if not is_rank_zero():
         return
     if cli.config.json:
@@ -46,6 +46,8 @@ def _print_validation(result: dict[str, Any]) -> None:
         f"text        {text}, windows of {result['context_length']} tokens, one every {result['stride']}"
     )
     for split, name in (("train", "training"), ("val", "validation")):
+        if f"{split}_loss" not in result:
+            continue
         print(
             f"{name:<10}  loss {result[f'{split}_loss']:.6f}  "
             f"perplexity {result[f'{split}_perplexity']:.3f}  "

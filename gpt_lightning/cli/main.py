@@ -46,6 +46,7 @@ VERBS = {
     "download": ("download", "run", "download GPT-2's public weights"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
     "convert": ("convert", "run", "convert weights from one format to another"),
+    "tune": ("tune", "run", "search for the settings with the lowest validation loss"),
     "configs": ("configs", "run", "list the configurations of the package, or copy one"),
     "verify-resume": (
         "verify_resume",
@@ -58,7 +59,7 @@ REPORT_THAT_TRAINS = ["report", "speed"]
 VERBS_WITH_SHORT_HELP = ("fit", "validate", "plan", "report speed")
 HELP_FLAGS = ("-h", "--help")
 
-MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume", "report_speed")
+MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume", "report_speed", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

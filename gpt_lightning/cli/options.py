@@ -55,6 +55,10 @@ def add_options(parser: ArgumentParser, verb: str) -> None:
     )
     if verb == "plan":
         _add_plan_options(parser)
+    if verb == "validate":
+        add(
+            "--val_only", action="store_true", help="Leave out the training split, which is larger."
+        )
     if verb == "report speed":
         add("--minutes", type=float, default=3.0, help="Time for all rows together.")
         add(

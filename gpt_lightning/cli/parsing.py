@@ -78,24 +78,27 @@ def _try_int_before_float(parser: ArgumentParser) -> None:
             vars(action)["_typehint"] = Union[ordered]  # noqa: UP007
 
 
-def check_config_file(name: str) -> None:
+def check_config_file(name: str, option: str = "config") -> None:
     """Check that a configuration file exists and is UTF-8.
 
     ``name`` may also be ``-`` for standard input, or YAML text.
+
+    Args:
+        option: Option that gives it, for messages.
     """
     path = Path(os.path.expanduser(name))
     try:
         if path.is_dir():
-            raise ValueError(f"config: {name} is a folder; give a YAML file")
+            raise ValueError(f"{option}: {name} is a folder; give a YAML file")
         if path.is_file():  # not a pipe, which can only be read once
             if path.stat().st_size > 4 * MAX_CHARACTERS:
                 raise ValueError(
-                    f"config: {name} is too large for a configuration; give another file"
+                    f"{option}: {name} is too large for a configuration; give another file"
                 )
             try:
                 decode_text(path.read_bytes())
             except ValueError as error:
-                raise ValueError(f"config: {name} {error}; convert it to UTF-8") from error
+                raise ValueError(f"{option}: {name} {error}; convert it to UTF-8") from error
         elif (
             not path.exists()
             and name != "-"
@@ -103,13 +106,25 @@ def check_config_file(name: str) -> None:
         ):
             near = nearest_config(name) or nearest(Path(name).stem, config_names())
             remedy = f"did you mean {near}?" if near else "give a YAML file"
-            raise FileNotFoundError(f"config: {name} does not exist; {remedy}")
+            raise FileNotFoundError(f"{option}: {name} does not exist; {remedy}")
     except OSError as error:
         if error.strerror is None:
             raise
         raise OSError(
-            f"config: {name} cannot be read ({error.strerror}); check the file"
+            f"{option}: {name} cannot be read ({error.strerror}); check the file"
         ) from error
+
+
+def setting_types(parser: ArgumentParser) -> dict[str, Any]:
+    """Setting → its type, without groups of settings and options that are not settings."""
+    types = {
+        action.dest: (action, getattr(action, "_typehint", None)) for action in parser._actions
+    }
+    return {
+        name: kind
+        for name, (action, kind) in types.items()
+        if kind is not None and f"--{name}" in action.option_strings and not name.endswith(".help")
+    }
 
 
 def _check_null_settings(parser: ArgumentParser, config: Namespace) -> None:

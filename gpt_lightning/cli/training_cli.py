@@ -110,15 +110,26 @@ class TrainingCLI(LightningCLI):
 
     def recorded_trainer(self) -> dict[str, Any]:
         """Return the settings ``trainer.*`` as numbers, text, lists and mappings, as a YAML file has them."""
+        trainer: dict[str, Any] = self._as_yaml(self.config)["trainer"]
+        return trainer
+
+    def given_settings(self) -> dict[str, Any]:
+        """Return the settings that the user gives, in all files and on the command line, as one YAML file has them."""
+        given = self._as_yaml(self._given())
+        return {
+            name: value for name, value in given.items() if name not in ("config", "allow_import")
+        }
+
+    def _as_yaml(self, settings: Namespace) -> dict[str, Any]:
         # the default of Lightning's Timer is an Enum where a string is expected
         yaml.SafeDumper.add_multi_representer(
             Enum, lambda dumper, enum: dumper.represent_data(enum.value)
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance")
-            text = self.parser.dump(self.config, skip_validation=True)
-        trainer: dict[str, Any] = _without_objects(yaml.safe_load(text)["trainer"])
-        return trainer
+            text = self.parser.dump(settings, skip_validation=True)
+        plain: dict[str, Any] = _without_objects(yaml.safe_load(text))
+        return plain
 
     def _settings(self) -> RunConfig:
         settings = self.config.as_dict()
@@ -134,10 +145,12 @@ class TrainingCLI(LightningCLI):
 
     def _named_architecture(self) -> dict[str, Any]:
         """Return the keys of ``model.config`` that the user gives; the others come from the weights."""
-        # without defaults, except keys that others are linked to
+        return self._given().as_dict().get("model", {}).get("config") or {}
+
+    def _given(self) -> Namespace:
+        """Return the settings that the user gives, and those that others are linked to."""
         linked = [f"--rng={self.config.rng}", f"--seed_everything={self.config.seed_everything}"]
-        given = self.parser.parse_args(linked + self.arguments, defaults=False).as_dict()
-        return given.get("model", {}).get("config") or {}
+        return self.parser.parse_args(linked + self.arguments, defaults=False)
 
 
 def _without_objects(value: Any) -> Any:

@@ -3,16 +3,12 @@
 import argparse
 import json
 import logging
-import signal
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from gpt_lightning.cli.errors import explain
 from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
+from gpt_lightning.cli.wrapped_fit import split_arguments, terminated_by_exit
 
 if TYPE_CHECKING:
     from gpt_lightning.training.verify_resume import ShortRun
@@ -29,7 +25,7 @@ def run(arguments: list[str]) -> int:
     counters and the windows of every step must have the same bits. Otherwise the exit code is 1 and a message names
     the first difference.
     """
-    options, fit_arguments = _split_arguments(arguments)
+    options, fit_arguments = split_arguments(_parser(), arguments)
     if {"--print_config", "--help-all"} & {*fit_arguments}:
         from gpt_lightning.cli.fit import fit
 
@@ -51,7 +47,7 @@ def run(arguments: list[str]) -> int:
         logger.info(f"verify-resume: {description}")
 
     with (
-        _terminated_by_exit(),
+        terminated_by_exit(),
         # a killed process may hold a file for a moment longer on Windows, which is no failure of the check
         tempfile.TemporaryDirectory(prefix="verify-resume-", ignore_cleanup_errors=True) as scratch,
         output_folder(options.out or scratch) as folder,
@@ -113,31 +109,6 @@ def _plan_of_short_run(
     if plan.epoch_steps < epoch.steps:
         description += f" (instead of {epoch.steps}, so that a kill is at the end of an epoch)"
     return plan, description
-
-
-def _split_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and the remaining arguments, which are for ``fit``."""
-    parser = _parser()
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error), parser)) from error
-    for option in parser._option_string_actions:
-        for word in rest:
-            name = word.partition("=")[0]
-            if name.startswith("--") and option.startswith(name):
-                raise ValueError(f"{name[2:]}: is not a setting; did you mean {option[2:]}?")
-    return options, rest
-
-
-@contextmanager
-def _terminated_by_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that the running ``fit`` ends and temporary files are removed."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:

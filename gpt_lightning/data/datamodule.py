@@ -103,6 +103,7 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.rng: Rng = rng
+        self.validates_training = True
         self._windows: dict[str, WindowDataset | ConcatWindowDataset] = {}
         self._counts: list[int] = []  # training windows of each text
         self._checked: Trainer | None = None  # whose batches were
@@ -303,8 +304,12 @@ class TextDataModule(LightningDataModule):
         return self._loader("validation", shuffle=False, drop_last=False)
 
     def val_dataloader(self) -> ResumableDataLoader | list[ResumableDataLoader]:
-        """The validation windows; for ``trainer.validate`` a list of them and of all training windows."""
-        if self.trainer is not None and self.trainer.state.fn == "validate":
+        """The validation windows; for ``trainer.validate`` a list of them and of all training windows.
+
+        ``validates_training = False`` leaves the training windows out.
+        """
+        validates = self.trainer is not None and self.trainer.state.fn == "validate"
+        if validates and self.validates_training:
             training = self._loader("training", shuffle=False, drop_last=False)
             return [self.validation_windows(), training]
         return self.validation_windows()

@@ -230,7 +230,9 @@ def _file_callbacks(
     """Callbacks that write the files beside the checkpoints."""
     recorded = recorded_settings(config, architecture, recorded_trainer)
     data = {**recorded["data"], **_seeds(config)}
-    return [SaveRunConfig(config, recorded), MetricsCSV(config.folder, {"data": data})]
+    trainer = {k: v for k, v in recorded["trainer"].items() if isinstance(v, str | int | float)}
+    hparams = {"data": data, "trainer": trainer}
+    return [SaveRunConfig(config, recorded), MetricsCSV(config.folder, hparams)]
 
 
 def _users_callbacks(config: RunConfig) -> list[Callback]:

@@ -85,7 +85,7 @@ class RunConfig:
     """Settings of a run.
 
     Args:
-        run: Name of the run; its files are in checkpoints/NAME.
+        run: Name of the run; its files are in checkpoints/NAME. GROUP/NAME puts them in checkpoints/GROUP/NAME.
         seed_everything: Seed of the initial weights, the order of the windows and dropout.
         rng: Source of random numbers: step = computed from seed and step; global = torch's global generator, as in
             the book.
@@ -147,11 +147,11 @@ class RunConfig:
         Raises:
             ValueError: A setting cannot be used; the message is one line.
         """
-        if not re.fullmatch(r"\w[\w.-]*", self.run):
+        if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", self.run):
             raise ValueError(
                 f"run: {self.run} is not a folder's name; give letters, digits, '.', '_', '-'"
             )
-        if _NO_WINDOWS_NAME.fullmatch(self.run):
+        if any(_NO_WINDOWS_NAME.fullmatch(name) for name in self.run.split("/")):
             raise ValueError(f"run: {self.run} cannot be a folder's name on Windows; give another")
         if not 0 <= self.seed_everything < 2**32:
             raise ValueError(

@@ -257,10 +257,13 @@ def _check_compiler(built: BuiltRun) -> None:
 
 
 @quiet_lightning()
-def validate(config: RunConfig) -> dict[str, Any]:
+def validate(config: RunConfig, *, val_only: bool = False) -> dict[str, Any]:
     """Compute loss and perplexity of a model on both splits of a text; every token has the same weight.
 
     The weights are those of ``ckpt_path`` (last, best or a path), else of ``init_from``.
+
+    Args:
+        val_only: Leave out the training split, which is much larger.
 
     Returns:
         Losses, perplexities, bits per byte and tokens of both splits, with the names of ``validate --json``, and
@@ -274,6 +277,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
     if config.source is None:
         raise ValueError("init_from: validate needs weights; give --init_from SOURCE")
     built = build_run(config, trains=False)
+    built.datamodule.validates_training = not val_only
     trainer = built.trainer
     if is_rank_zero():
         setup_data_early(built, "validate")
@@ -291,7 +295,7 @@ def validate(config: RunConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         name: value.item() for name, value in trainer.callback_metrics.items()
     }
-    for split in ("train", "val"):
+    for split in ("val",) if val_only else ("train", "val"):
         metrics[f"{split}_tokens"] = int(metrics[f"{split}_tokens"])
     source = config.source
     # not one of our checkpoints, or on another drive of Windows than the working directory

@@ -96,7 +96,10 @@ def test_validate_measures_the_best_checkpoint(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run": "a/b"}, "run: a/b is not a folder's name"),
+        ({"run": "a/b/c"}, "run: a/b/c is not a folder's name"),
+        ({"run": "../b"}, "run: ../b is not a folder's name"),
+        ({"run": "/b"}, "run: /b is not a folder's name"),
+        ({"run": "nul/b"}, "run: nul/b cannot be a folder's name on Windows"),
         ({"run": "nul"}, "run: nul cannot be a folder's name on Windows"),
         ({"run": "Con.1"}, "run: Con.1 cannot be a folder's name on Windows"),
         ({"run": "long."}, "run: long. cannot be a folder's name on Windows"),

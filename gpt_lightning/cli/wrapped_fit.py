@@ -1,0 +1,35 @@
+"""What commands share that run ``fit`` in child processes and take its settings: verify-resume and tune."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gpt_lightning.cli.errors import explain
+
+
+def split_arguments(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and the remaining arguments, which are for ``fit``."""
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error), parser)) from error
+    for option in parser._option_string_actions:
+        for word in rest:
+            name = word.partition("=")[0]
+            if name.startswith("--") and option.startswith(name):
+                raise ValueError(f"{name[2:]}: is not a setting; did you mean {option[2:]}?")
+    return options, rest
+
+
+@contextmanager
+def terminated_by_exit() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that the running ``fit`` ends and ``finally`` blocks are executed."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gpt_lightning.model.gpt import GPTModel
     from gpt_lightning.pretrained.convert import save_model
     from gpt_lightning.pretrained.hub import push_to_hub
-    from gpt_lightning.pretrained.load import load_model
+    from gpt_lightning.pretrained.load import load_model, load_tokenizer
     from gpt_lightning.training.build import build_trainer
     from gpt_lightning.training.config import (
         CheckpointConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "generate",
     "generate_simple",
     "load_model",
+    "load_tokenizer",
     "push_to_hub",
     "save_model",
     "validate",
@@ -66,6 +67,7 @@ _MODULES = {
     "generate": "generation.engine",
     "generate_simple": "generation.engine",
     "load_model": "pretrained.load",
+    "load_tokenizer": "pretrained.load",
     "push_to_hub": "pretrained.hub",
     "save_model": "pretrained.convert",
     "validate": "training.run",

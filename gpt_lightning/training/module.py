@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt_lightning.data.dataloader import Batch, Rng
-from gpt_lightning.data.tokenizer import byte_lengths
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.weights import ModelWeights, pop_weights
+from gpt_lightning.pretrained.weights import ModelWeights, pop_weights, tokenizer_state
 from gpt_lightning.training.distributed import check_strategy, shard_model
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.optimizer import (
@@ -54,6 +54,9 @@ class GPTLightningModule(LightningModule):
             GPU, and 6 to 10 percent faster on a CPU.
         seed: Seed of initial weights and dropout.
         rng: Source of random numbers: 'step' or 'global', see gpt_lightning/training/rng.py.
+
+    Attributes:
+        tokenizer: The tokenizer of its texts, GPT-2's unless it is set; checkpoints hold it.
     """
 
     model: GPTModel
@@ -113,6 +116,7 @@ class GPTLightningModule(LightningModule):
                                    "betas": list(betas), "decay_matrices_only": decay_matrices_only,
                                    "warmup_steps": warmup_steps, "decay_steps": decay_steps,
                                    "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
+        self.tokenizer: Tokenizer = GPT2
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenWeightedLoss() for split in SPLITS})
         self._grad_norm: list[Tensor] = []  # of the current step, once it was computed
@@ -262,7 +266,7 @@ class GPTLightningModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         targets = batch[1]
-        text_bytes = byte_lengths().to(targets.device)[targets].sum()
+        text_bytes = self.tokenizer.byte_lengths.to(targets.device)[targets].sum()
         self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), targets.numel(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
@@ -277,6 +281,7 @@ class GPTLightningModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint |= tokenizer_state(self.tokenizer)
         if self.rng == "global":
             checkpoint["random_numbers"] = get_rng_state()
 

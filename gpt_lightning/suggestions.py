@@ -9,7 +9,9 @@ from pathlib import Path
 _SETTINGS = {
     "epochs num_epochs n_epochs num_train_epochs": ("trainer.max_epochs",),
     "steps num_steps max_iters iters total_steps": ("trainer.max_steps", "steps"),
-    "learning_rate": ("model.lr",),
+    "learning_rate peak_lr max_lr": ("model.lr",),
+    "start_lr warmup_lr initial_learning_rate": ("model.initial_lr",),
+    "final_lr end_lr lr_min": ("model.min_lr",),
     "wd": ("model.weight_decay",),
     "warmup num_warmup_steps warmup_iters": ("model.warmup_steps",),
     "batch bs micro_batch_size per_device_train_batch_size": ("data.batch_size", "batch_size"),

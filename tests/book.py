@@ -1,4 +1,4 @@
-"""The book's chapters 4 and 5 in plain torch: the reference for our digits.
+"""The book's chapters 4 and 5 and its appendix D in plain torch: the reference for our digits.
 
 It has separate query, key and value projections, attention by explicit softmax, hand-written LayerNorm and
 GELU, a dataset that is a list of tensors, torch's own ``DataLoader``, and one global generator for
@@ -114,6 +114,40 @@ class BookDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 @dataclass
+class AppendixD:
+    """Appendix D: warmup, cosine decay and clipping, and what each step had of them.
+
+    ``clip_from`` is the first step that is clipped: ``warmup`` in the repository, one more in the printed editions.
+    """
+
+    peak_lr: float
+    initial_lr: float
+    min_lr: float
+    warmup: int
+    total: int
+    max_norm: float
+    clip_from: int
+    lrs: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if step < self.warmup:
+            lr = self.initial_lr + step * (self.peak_lr - self.initial_lr) / self.warmup
+        else:
+            progress = (step - self.warmup) / (self.total - self.warmup)
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            lr = self.min_lr + (self.peak_lr - self.min_lr) * cosine
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.lrs.append(lr)
+
+    def clip(self, model: nn.Module, step: int) -> None:
+        if step >= self.clip_from:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=self.max_norm)
+            self.norms.append(norm.item())
+
+
+@dataclass
 class BookRun:
     """What ``train_model_simple`` returns, with the model and the optimizer."""
 
@@ -160,22 +194,27 @@ def train(
     epochs: int,
     eval_freq: int,
     eval_iter: int,
+    appendix: AppendixD | None = None,
     say: Any = None,
     sample: Any = None,
 ) -> BookRun:
     """The book's loop: an optimizer step, then every ``eval_freq`` steps an evaluation on new passes.
 
-    ``sample`` is called with the model after each epoch.
+    ``sample`` is called with the model after each epoch. With ``appendix`` it is the loop of appendix D.
     """
     tokens_seen, step = 0, -1
     for epoch in range(epochs):
         run.model.train()
         for inputs, targets in train_loader:
             run.optimizer.zero_grad()
+            step += 1
+            if appendix:
+                appendix.set_learning_rate(run.optimizer, step)
             batch_loss(run.model, inputs, targets).backward()
+            if appendix:
+                appendix.clip(run.model, step)
             run.optimizer.step()
             tokens_seen += inputs.numel()
-            step += 1
             if step % eval_freq == 0:
                 run.model.eval()
                 with torch.no_grad():

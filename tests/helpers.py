@@ -175,5 +175,5 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
             return content[:at] + rng.randbytes(rng.randrange(1, 64)) + content[at:]
         case _:
             other = rng.randrange(len(content))
-            piece = content[other : other + rng.randrange(1, 256)]
-            return content[:at] + piece + content[at + len(piece) :]
+            chunk = content[other : other + rng.randrange(1, 256)]
+            return content[:at] + chunk + content[at + len(chunk) :]

@@ -32,7 +32,7 @@ PROMPT = "The clock’s tower"  # cp1252 has ’, at another byte than UTF-8
 
 
 class Commands:
-    """Commands in a folder, each in a process of its own."""
+    """Commands in a folder, each in a separate process."""
 
     def __init__(self, folder: Path, environment: dict[str, str], path: list[Path]) -> None:
         self.folder = folder

@@ -69,7 +69,7 @@ def written_as(folder: Path, kind: str, texts: Sequence[str]) -> Path:
         parquet.write_table(table, path, row_group_size=300)
     else:
         datasets = pytest.importorskip("datasets")
-        # with a fingerprint of its own, for which datasets 5.2 would pickle what dill 0.4.1 does not
+        # with its own fingerprint, for which datasets 5.2 would pickle what dill 0.4.1 does not
         table = datasets.table.InMemoryTable.from_pydict({"text": list(texts)})
         datasets.Dataset(table, fingerprint="made-here").save_to_disk(str(path))
     return path
@@ -98,7 +98,7 @@ def interrupted_everywhere(
             prepare(inputs, out, settings, workers=2, skip=skip, on_progress=interrupt)
             return times
         except KeyboardInterrupt:
-            every += 1  # else a shard of so many pieces would never be whole
+            every += 1  # else a shard of so many chunks would never be complete
     raise AssertionError("it never ends")
 
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from gpt_lightning.cli.plan_text import print_plan
+from gpt_lightning.cli.plan_text import describe_schedule, print_plan
 from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT
 from gpt_lightning.data.dataset import window_count
@@ -27,7 +27,8 @@ from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.suggestions import suggest
 from gpt_lightning.training.build import build_modules
 from gpt_lightning.training.hardware import peak_flops
-from gpt_lightning.training.module import reconcile_config
+from gpt_lightning.training.module import GPTLightningModule, reconcile_config
+from gpt_lightning.training.schedule import Schedule
 from gpt_lightning.training.start import Start, find_start, was_started
 
 # what fit's process needs beyond plan's: tokenizer, TensorBoard, matplotlib, threads
@@ -70,10 +71,20 @@ def run(arguments: list[str]) -> None:
         device_memory=device_memory,
     )
     cli.note_what_is_not_counted()
+    schedule = cli.schedule(steps, epoch)
     if config.json:
-        print(json.dumps({**asdict(result), "settings": asdict(spec), "notes": cli.notes}))
+        print(
+            json.dumps(
+                {
+                    **asdict(result),
+                    "schedule": asdict(schedule),
+                    "settings": asdict(spec),
+                    "notes": cli.notes,
+                }
+            )
+        )
     else:
-        print_plan(result, spec, cli.notes)
+        print_plan(result, spec, {**describe_schedule(schedule, cli.clip_norm), **cli.notes})
 
 
 class PlanCLI(TrainingCLI):
@@ -84,6 +95,7 @@ class PlanCLI(TrainingCLI):
     """
 
     notes: dict[str, str]
+    _module: GPTLightningModule
 
     def __init__(self, arguments: list[str]) -> None:
         self.notes = {}
@@ -118,7 +130,7 @@ class PlanCLI(TrainingCLI):
             )
         strategy, bucket_view = self._strategy(devices, precision)
         architecture = self.architecture
-        build_modules(
+        self._module, _ = build_modules(
             self.run_config(), architecture, self.start.tokenizer
         )  # they check their settings
         length = window_length(data.context_length, architecture.context_length)
@@ -250,15 +262,21 @@ class PlanCLI(TrainingCLI):
             max_epochs = 1000  # Lightning's default
         if epoch is None:
             epoch, max_epochs = spec.epoch(None), None
-        steps = epoch.steps_of_run(max_steps, max_epochs)
-        if max_tokens:
-            by_tokens = epoch.steps_for(max_tokens)
-            steps = by_tokens if steps is None else min(steps, by_tokens)
+        steps = epoch.steps_of_run(max_steps, max_epochs, max_tokens)
         if steps is None:
             return None, None
         if config.train_tokens is not None:
             return int(config.train_tokens), steps
         return epoch.tokens_after(steps), steps
+
+    def schedule(self, steps: int | None, epoch: EpochShape | None) -> Schedule:
+        """Learning rate and clipping of the run; with shares of the run if its length is not known."""
+        schedule = self._module.schedule
+        return schedule if steps is None and epoch is None else schedule.resolve(steps)
+
+    @property
+    def clip_norm(self) -> float | None:
+        return self.config.trainer.gradient_clip_val or None
 
     def epoch(self, spec: RunSpec) -> EpochShape | None:
         """An epoch of the run; ``None``: its text is not here."""

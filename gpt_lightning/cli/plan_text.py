@@ -3,6 +3,7 @@
 from gpt_lightning.cli.console import print_table
 from gpt_lightning.model.precision import SHARDED_PRECISIONS
 from gpt_lightning.planning.plan import Plan, RunSpec
+from gpt_lightning.training.schedule import Schedule, Steps
 
 
 def print_plan(plan: Plan, spec: RunSpec, notes: dict[str, str]) -> None:
@@ -44,6 +45,27 @@ def print_plan(plan: Plan, spec: RunSpec, notes: dict[str, str]) -> None:
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
     print(f"{'verdict':<{width}}  {_verdict(plan, step.precision)}")
+
+
+def describe_schedule(schedule: Schedule, clip_norm: float | None) -> dict[str, str]:
+    """Lines about learning rate and clipping; a share of the run stays a share if its length is not known."""
+    rate = f"{schedule.lr:g}"
+    if warmup := schedule.warmup_steps:
+        first, last = schedule.initial_lr, warmup
+        if isinstance(warmup, int) and first is None:
+            first, last = schedule.lr / warmup, warmup - 1
+        rate = f"{first or 0:g} to {rate} at {_step(last)}"
+    if schedule.decay_steps is not None:
+        rate += f", then a cosine to {schedule.min_lr:g} at {_step(schedule.decay_steps)}"
+    lines = {"learning rate": rate}
+    if clip_norm is not None:
+        start = schedule.clip_from_step
+        lines["clipping"] = f"to {clip_norm:g}" + (f" from {_step(start)} on" if start else "")
+    return lines
+
+
+def _step(value: Steps) -> str:
+    return f"{value:.3g} of the run" if isinstance(value, float) else f"step {value}"
 
 
 MANY_EPOCHS = 40

@@ -32,7 +32,16 @@ def run(arguments: list[str]) -> None:
     from gpt_lightning.data.token_cache import find_tokenizer
 
     chosen = PrepareConfig(
-        settings.field, settings.split, settings.val_ratio, settings.shard_tokens
+        settings.field,
+        settings.split,
+        settings.val_ratio,
+        settings.shard_tokens,
+        fallback_encoding=_given(
+            settings.fallback_encoding, "latin-1" if settings.gutenberg else None
+        ),
+        strip_gutenberg=settings.strip_gutenberg or settings.gutenberg,
+        min_ascii=_given(settings.min_ascii, 0.9 if settings.gutenberg else 0.0),
+        collapse_blank_lines=settings.collapse_blank_lines or settings.gutenberg,
     )
     out = Path(os.path.expanduser(settings.out))
     tokenizer = find_tokenizer(settings.tokenizer, [])
@@ -63,12 +72,17 @@ def run(arguments: list[str]) -> None:
             name: manifest[name]
             for name in ("tokens", "documents", "skipped", "empty", "settings", "tokenizer")
         },
+        **({"cleaned": manifest["cleaned"]} if "cleaned" in manifest else {}),
         "shards": {name: len(shards) for name, shards in manifest["shards"].items()},
         "sources": len(manifest["sources"]),
         "already_prepared": prepared.already_prepared,
         "seconds": round(time.monotonic() - start, 3),
     }
     print(json.dumps(result) if settings.json else for_stream(_described(result), sys.stdout))
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _cpus() -> int:
@@ -86,6 +100,13 @@ def _described(result: dict[str, Any]) -> str:
         parts.append(f"{result['skipped']:,} that cannot be read skipped")
     if result["empty"]:
         parts.append(f"{result['empty']:,} empty rows left out")
+    cleaned, settings = result.get("cleaned", {}), result["settings"]
+    if count := cleaned.get("header_or_footer_removed"):
+        parts.append(f"Gutenberg's header or footer removed from {count:,}")
+    if count := cleaned.get("decoded_by_fallback"):
+        parts.append(f"{count:,} not in UTF-8 read as {settings['fallback_encoding']}")
+    if count := cleaned.get("too_little_ascii"):
+        parts.append(f"{count:,} with less than {settings['min_ascii']:.0%} ASCII left out")
     return f"{result['folder']}: {', '.join(parts)}"
 
 
@@ -120,6 +141,34 @@ def _parser() -> ArgumentParser:
         default="stop",
         help="What to do with a document that cannot be read: stop, or leave it out and count it. In a "
         "damaged file the rest is left out, and counted as one document.",
+    )
+    add(
+        "--gutenberg",
+        action="store_true",
+        help="For books of Project Gutenberg: --strip_gutenberg --collapse_blank_lines --min_ascii 0.9 "
+        "--fallback_encoding latin-1.",
+    )
+    add(
+        "--strip_gutenberg",
+        action="store_true",
+        help="Remove Project Gutenberg's header and footer, with its license, by their markers.",
+    )
+    add(
+        "--collapse_blank_lines",
+        action="store_true",
+        help="Make one blank line of several.",
+    )
+    add(
+        "--min_ascii",
+        type=float | None,
+        help="Leave out documents of which less than this share of the characters is ASCII; null = 0, or 0.9 "
+        "with --gutenberg.",
+    )
+    add(
+        "--fallback_encoding",
+        type=str | None,
+        help="Read documents that are not UTF-8 in this encoding, such as latin-1; null = they are an error, "
+        "or latin-1 with --gutenberg.",
     )
     add("--json", action="store_true", help="Print one JSON object and nothing else.")
     return parser

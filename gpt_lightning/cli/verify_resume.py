@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from gpt_lightning.cli.errors import explain
@@ -87,7 +87,8 @@ def _plan_of_short_run(
     from gpt_lightning.cli.training_cli import TrainingCLI
     from gpt_lightning.training.build import build_run
     from gpt_lightning.training.run import setup_data_early
-    from gpt_lightning.training.verify_resume import Limit, plan_short_run
+    from gpt_lightning.training.run_length import run_steps
+    from gpt_lightning.training.verify_resume import Limit, plan_short_run, schedule_options
 
     cli = TrainingCLI("fit", fit_arguments, run.__doc__)
     if cli.config.ckpt_path:
@@ -97,12 +98,14 @@ def _plan_of_short_run(
     data, trainer = built.datamodule, built.trainer
     epoch = data.epoch_shape()
     by_trainer = epoch.steps_of_run(trainer.max_steps, trainer.max_epochs)
-    by_tokens = epoch.steps_for(cli.config.max_tokens) if cli.config.max_tokens else None
+    whole = run_steps(epoch, trainer, cli.config.max_tokens)
     ends_by: Limit = "max_steps" if by_trainer == trainer.max_steps else "max_epochs"
-    if by_tokens is not None and (by_trainer is None or by_tokens < by_trainer):
+    if whole != by_trainer:
         ends_by = "max_tokens"
     unit = epoch.accumulate if data.has_global_batch else 1
     plan = plan_short_run(epoch, ends_by, steps, more_steps, kills, limit_unit=unit)
+    schedule = built.module.schedule.resolve(whole)
+    plan = replace(plan, schedule=tuple(schedule_options(schedule, clip_from_step=steps)))
     description = f"{plan.steps} steps, ended by {ends_by}; {plan.epoch_steps} steps per epoch"
     if plan.epoch_steps < epoch.steps:
         description += f" (instead of {epoch.steps}, so that a kill is at the end of an epoch)"

@@ -36,11 +36,15 @@ class EpochShape:
         last = -(-tokens // (self.accumulate * self.tokens_per_batch))
         return epochs * self.steps + last - -(-after_batches // self.accumulate)
 
-    def steps_of_run(self, max_steps: int, max_epochs: int | None) -> int | None:
-        """Optimizer steps of a run with Lightning's limits, where -1 or None is no limit; ``None``: it has none."""
+    def steps_of_run(
+        self, max_steps: int, max_epochs: int | None, max_tokens: int | None = None
+    ) -> int | None:
+        """Optimizer steps of a run with these limits, where -1 or None is no limit; ``None``: it has none."""
         limits = [max_steps] if max_steps >= 0 else []
         if max_epochs is not None and max_epochs >= 0:
             limits.append(max_epochs * self.steps)
+        if max_tokens is not None:
+            limits.append(self.steps_for(max_tokens))
         return min(limits, default=None)
 
 

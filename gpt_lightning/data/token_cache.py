@@ -1,4 +1,4 @@
-"""Token ids of ``data.text``: of a token store, or of a text, which is cached as a token store if it is long."""
+"""Turns ``data.text`` into token ids: opens a token store, or tokenizes a text and caches the ids if it is long."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""Sampling filters: pure functions from logits ``(B, V)`` to probabilities and token ids.
+"""Sampling filters (top-k, top-p, min-p): pure functions from logits ``(B, V)`` to probabilities and token ids.
 
 :func:`probabilities` applies, in this order: repetition penalty, temperature, top-k, top-p, min-p, softmax.
 Each filter gets the result of the one before. Transformers uses the same order. The random generator is an argument.

@@ -375,12 +375,12 @@ def _reduction_of_rest(shape: StepShape) -> MemoryBreakdown:
 
 def _optimizer_step(shape: StepShape) -> MemoryBreakdown:
     """The optimizer step; float16's is not fused on a GPU and takes one value per weight more."""
-    held = _weights_and_moments(shape)
+    stored = _weights_and_moments(shape)
     unfused = shape.precision == "16-mixed" and shape.device == "cuda"
     return replace(
-        held,
-        gradients=held.weights,
-        optimizer_step=held.weights * unfused,
+        stored,
+        gradients=stored.weights,
+        optimizer_step=stored.weights * unfused,
         phase="optimizer step",
     )
 

@@ -1,7 +1,4 @@
-"""Download of one file from the first of several URLs that has it. The file is complete or absent.
-
-Interrupted downloads resume, also in a later run.
-"""
+"""Download of one file over HTTP: resumed after an interruption, also in a later run; verified; complete or absent."""
 
 import base64
 import hashlib

@@ -117,7 +117,7 @@ def cached_sha256(path: Path) -> str:
 
     It is cached under the file's path, size, time of change (ns) and inode. A change that leaves all of
     them (a failing disk, a time of change that was set back) is noticed only before the checksum is cached;
-    remove the folder ``sums/`` of the cache to compute all checksums again.
+    remove the folder ``checksums/`` of the cache to compute all checksums again.
     """
     state = file_state(path)
     cached = _cached_path(path)
@@ -157,7 +157,7 @@ def file_state(path: Path) -> dict[str, Any]:
 
 def _cached_path(path: Path) -> Path:
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    return cache_folder() / "sums" / f"{key}.json"
+    return cache_folder() / "checksums" / f"{key}.json"
 
 
 def _write_cached(cached: Path, state: dict[str, Any], sha256: str) -> None:

@@ -111,6 +111,7 @@ def build_run(
     seed_everything(config.seed_everything, workers=True)
     start = find_start(config, trains=trains)
     module, datamodule = build_modules(config, start.architecture, start.tokenizer)
+    module.max_tokens = config.max_tokens
     if start.weights is not None:
         module.initialize_from(start.weights, with_optimizer=trains and config.init_optimizer)
     stop, clock = GracefulStop(), Stopwatch()

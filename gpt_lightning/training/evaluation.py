@@ -1,4 +1,7 @@
-"""Evaluation during training: losses and sample texts, printed and logged; ``TAGS`` are their TensorBoard tags."""
+"""Evaluation during training: losses and sample texts, printed and logged.
+
+``TAGS`` are their TensorBoard tags; those of training itself are in ``train_metrics.py``.
+"""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Mean losses over batches of different sizes, on any number of processes."""
+"""Mean validation loss, weighted by tokens, over batches of different sizes and any number of processes."""
 
 import math
 

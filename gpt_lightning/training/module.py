@@ -1,5 +1,6 @@
 """``GPTModel`` as a LightningModule: training step, optimizer, gradient clipping, validation, state of a run."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
@@ -21,10 +22,13 @@ from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.optimizer import (
     build_adamw,
     global_grad_norm,
-    learning_rate,
     load_optimizer_moments,
 )
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
+from gpt_lightning.training.run_length import epoch_shape, run_steps
+from gpt_lightning.training.schedule import Schedule, Steps
+
+logger = logging.getLogger(__name__)
 
 # splits in the order of TextDataModule.val_dataloader
 SPLITS = ("val", "train")
@@ -34,8 +38,8 @@ class GPTLightningModule(LightningModule):
     """LightningModule that trains a :class:`GPTModel` with next-token cross-entropy and AdamW.
 
     ``configure_model`` seeds the generator and makes the weights, so that they do not depend on earlier random
-    numbers. The learning rate of each step is a function of the step; a resumed run uses the settings that it is
-    resumed with.
+    numbers. The learning rate of each step is a function of the step, see :class:`Schedule`; a resumed run uses the
+    settings that it is resumed with.
 
     Args:
         config: Architecture; a dict in checkpoints.
@@ -43,9 +47,15 @@ class GPTLightningModule(LightningModule):
         weight_decay: Decoupled weight decay of AdamW.
         betas: Decay rates of AdamW's two moments.
         decay_matrices_only: Apply no weight decay to biases and norms; the book decays all parameters.
-        warmup_steps: Steps over which the learning rate rises linearly to lr.
-        decay_steps: Step at which the cosine decay from lr reaches min_lr; null = constant learning rate.
+        warmup_steps: Steps over which the learning rate rises linearly to lr; a float such as 0.2 is a share of the
+            run, rounded down.
+        decay_steps: Step at which the cosine decay from lr reaches min_lr; null = constant learning rate. A float is a
+            share of the run: 1.0 = its end.
         min_lr: Learning rate at the end of the cosine decay.
+        initial_lr: Learning rate of the first step of the warmup, whose end has lr, as in appendix D of the book;
+            null = lr / warmup_steps.
+        clip_from_step: First step (from 0) whose gradients trainer.gradient_clip_val clips; a float is a share of the
+            run; null = all steps are clipped.
         loss_chunk_size: Tokens whose logits are computed per chunk; null = all tokens of a batch at once. Saves two to three times
             the memory of a batch's logits; faster on a GPU.
         activation_checkpointing: Save memory for a third more work; the backward pass computes the activations of a
@@ -53,13 +63,18 @@ class GPTLightningModule(LightningModule):
         compile: Compile the blocks, which takes up to a minute when training starts; steps are then faster on a
             GPU, and 6 to 10 percent faster on a CPU.
         seed: Seed of initial weights and dropout.
-        rng: Source of random numbers: 'step' or 'global', see gpt_lightning/training/rng.py.
+        rng: Source of random numbers: 'step' or 'global', see gpt_lightning/training/rng.py. With 'global' the norm
+            for clipping is the one of ``torch.nn.utils.clip_grad_norm_``, as in the book.
 
     Attributes:
+        schedule: Learning rate and clipping as the settings have them, with shares of the run.
+        run_schedule: The same with numbers of steps, once training has started.
+        max_tokens: Tokens after which the run ends, if these end it: shares of the run need its length.
         tokenizer: The tokenizer of its texts, GPT-2's unless it is set; checkpoints hold it.
     """
 
     model: GPTModel
+    max_tokens: int | None = None
 
     def __init__(
         self,
@@ -68,9 +83,11 @@ class GPTLightningModule(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         decay_matrices_only: bool = False,
-        warmup_steps: int = 0,
-        decay_steps: int | None = None,
+        warmup_steps: Steps = 0,
+        decay_steps: Steps | None = None,
         min_lr: float = 0.0,
+        initial_lr: float | None = None,
+        clip_from_step: Steps | None = None,
         loss_chunk_size: int | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002 — torch's word
@@ -80,20 +97,11 @@ class GPTLightningModule(LightningModule):
         super().__init__()
         if isinstance(config, dict):
             config = GPTConfig.from_dict(config)
-        for name, value in [("lr", lr), ("weight_decay", weight_decay), ("min_lr", min_lr)]:
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"model.{name}: {value} is out of range; give 0 or more")
+        schedule = Schedule(lr, min_lr, initial_lr, warmup_steps, decay_steps, clip_from_step)
+        if not 0.0 <= weight_decay < math.inf:
+            raise ValueError(f"model.weight_decay: {weight_decay} is out of range; give 0 or more")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"model.betas: {betas} are not in [0, 1); the book has 0.9 and 0.999")
-        if warmup_steps < 0:
-            raise ValueError(f"model.warmup_steps: {warmup_steps} is negative; give 0 or more")
-        if decay_steps is not None and decay_steps <= warmup_steps:
-            raise ValueError(
-                f"model.decay_steps: {decay_steps} is not after the {warmup_steps} warmup_steps; "
-                "give more, or leave it out for a constant rate"
-            )
-        if min_lr > lr:
-            raise ValueError(f"model.min_lr: {min_lr} is above model.lr {lr}; give less")
         if loss_chunk_size is not None and loss_chunk_size < 1:
             raise ValueError(
                 f"model.loss_chunk_size: {loss_chunk_size} is too small; give 1 or more"
@@ -106,19 +114,17 @@ class GPTLightningModule(LightningModule):
         self.weight_decay = weight_decay
         self.betas = betas
         self.decay_matrices_only = decay_matrices_only
-        self.warmup_steps = warmup_steps
-        self.decay_steps = decay_steps
-        self.min_lr = min_lr
+        self.schedule = self.run_schedule = schedule
         self.seed = seed
         self.rng: Rng = rng
         # only a dict can be loaded with weights_only=True by every loader
-        self.save_hyperparameters({"config": asdict(config), "lr": lr, "weight_decay": weight_decay,
+        self.save_hyperparameters({"config": asdict(config), **asdict(schedule), "weight_decay": weight_decay,
                                    "betas": list(betas), "decay_matrices_only": decay_matrices_only,
-                                   "warmup_steps": warmup_steps, "decay_steps": decay_steps,
-                                   "min_lr": min_lr, "seed": seed, "rng": rng})  # fmt: skip
+                                   "seed": seed, "rng": rng})  # fmt: skip
         self.tokenizer: Tokenizer = GPT2
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenWeightedLoss() for split in SPLITS})
+        self._run_steps: int | None = None  # of this run, or of the run that it resumes
         self._grad_norm: list[Tensor] = []  # of the current step, once it was computed
         self._start: ModelWeights | None = None
         self._start_with_moments = False
@@ -192,6 +198,7 @@ class GPTLightningModule(LightningModule):
         )
 
     def on_train_start(self) -> None:
+        self._resolve_schedule()
         if self._start is not None and self._start_with_moments:
             assert self._start.optimizer_state is not None
             load_optimizer_moments(self._optimizer(), self._start.optimizer_state)
@@ -210,6 +217,20 @@ class GPTLightningModule(LightningModule):
         if self.rng == "global" and self._random_numbers is not None:
             set_rng_state(self._random_numbers)  # undo random numbers that were drawn since
 
+    def _resolve_schedule(self) -> None:
+        """Turn shares of the run into numbers of steps; log it if a resumed run has another length than before."""
+        trainer = self.trainer
+        before = self._run_steps
+        self._run_steps = run_steps(epoch_shape(trainer), trainer, self.max_tokens)
+        self.run_schedule = self.schedule.resolve(self._run_steps)
+        if before is None or self._run_steps is None or not trainer.is_global_zero:
+            return
+        if changes := self.schedule.changes(before, self._run_steps):
+            logger.warning(
+                f"the run has {self._run_steps} steps now, and had {before}; from step {trainer.global_step} on: "
+                f"{', '.join(changes)}"
+            )
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.rng == "step":
             trainer = self.trainer
@@ -224,7 +245,8 @@ class GPTLightningModule(LightningModule):
     def grad_norm(self) -> Tensor:
         """Return the gradient norm of the current step over all parameters, before clipping; computed once a step."""
         if not self._grad_norm:
-            self._grad_norm.append(global_grad_norm(self.gradients()))
+            by_blocks = self.rng != "global"
+            self._grad_norm.append(global_grad_norm(self.gradients(), by_blocks=by_blocks))
         return self._grad_norm[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -246,6 +268,8 @@ class GPTLightningModule(LightningModule):
         """Clip like Lightning, but also with mixed precision and a fused AdamW, which Lightning refuses."""
         if not gradient_clip_val or gradient_clip_val < 0:  # as in Lightning
             return
+        if not self.run_schedule.clips(self.trainer.global_step):
+            return
         if not self.gradients():  # a bad step has none
             return
         if gradient_clip_algorithm == "value":
@@ -254,13 +278,7 @@ class GPTLightningModule(LightningModule):
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.grad_norm())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        rate = learning_rate(
-            self.trainer.global_step,
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            min_lr=self.min_lr,
-        )
+        rate = self.run_schedule.learning_rate(self.trainer.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -282,11 +300,14 @@ class GPTLightningModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint |= tokenizer_state(self.tokenizer)
+        if self.schedule.has_shares:
+            checkpoint["run_steps"] = self._run_steps
         if self.rng == "global":
             checkpoint["random_numbers"] = get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
+        self._run_steps = checkpoint.get("run_steps")
         random_numbers = checkpoint.get("random_numbers")
         if random_numbers is not None:  # copies, because the checkpoint is mapped
             random_numbers = {name: state.clone() for name, state in random_numbers.items()}

@@ -1,6 +1,5 @@
-"""AdamW, the learning rate of a step, the gradient norm, and loading of saved moments."""
+"""AdamW, the gradient norm, and loading of saved moments."""
 
-import math
 from typing import Any
 
 import torch
@@ -33,23 +32,6 @@ def build_adamw(
     return AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
-def learning_rate(
-    step: int, *, lr: float, warmup_steps: int, decay_steps: int | None, min_lr: float
-) -> float:
-    """Return the learning rate of step ``step`` (from 0): a linear warmup, then constant or a cosine decay.
-
-    With ``decay_steps`` the cosine goes from ``lr`` at the end of the warmup to ``min_lr`` at ``decay_steps``, and
-    stays there. It does not depend on the run's length: a run that is extended has the learning rates of a run
-    that had this length from the start.
-    """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if decay_steps is None:
-        return lr
-    progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
-    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
 _BLOCK = 1024  # elements whose squares float32 sums accurately
 
 
@@ -67,16 +49,19 @@ def _norm_on_cpu(parts: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)
 
 
-def global_grad_norm(gradients: list[Tensor]) -> Tensor:
+def global_grad_norm(gradients: list[Tensor], *, by_blocks: bool = True) -> Tensor:
     """Return the 2-norm over all gradients: a scalar in float32, or float64 for float64 gradients.
 
     With sharded gradients it is the norm of the full ones; all ranks must call it. On a CPU it is computed by
     blocks: torch sums the squares of a tensor in float32, which makes the norm of the 124M model's embedding
     0.3 % too small, and differs between a tensor and its shards.
+
+    Args:
+        by_blocks: ``False``: the norm of ``torch.nn.utils.clip_grad_norm_``, also on a CPU.
     """
     first = gradients[0] if gradients else None
     parts = [local(g) for g in gradients] if isinstance(first, DTensor) else gradients
-    on_cpu = bool(parts) and parts[0].device.type == "cpu"
+    on_cpu = by_blocks and bool(parts) and parts[0].device.type == "cpu"
     norm = _norm_on_cpu(parts) if on_cpu else nn.utils.get_total_norm(parts)
     if isinstance(first, DTensor):
         squares = norm.double().square()

@@ -21,8 +21,9 @@ from rich.progress import (
 from rich.table import Column
 
 from gpt_lightning.training.loggers import StepPosition
+from gpt_lightning.training.run_length import epoch_shape
 from gpt_lightning.training.step_callback import StepEndCallback
-from gpt_lightning.training.stopping import MaxTokens, epoch_shape
+from gpt_lightning.training.stopping import MaxTokens
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.hardware import keep_freed_memory
 from gpt_lightning.training.resume import reached_limit
 from gpt_lightning.training.run_files import read_rows
+from gpt_lightning.training.run_length import run_steps
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.run_warnings import device_warnings, run_warnings
 
@@ -81,6 +82,7 @@ def _train(built: BuiltRun) -> FitResult:
         if built.checkpoint_callback is not None:
             built.checkpoint_callback.check_disk_space(built.module.config, str(trainer.precision))
         setup_data_early(built)
+        _check_schedule(built)
         _check_compiler(built)
     init_elastic_process_group(trainer)
     on_cpu = trainer.strategy.root_device.type == "cpu"
@@ -185,6 +187,12 @@ def setup_data_early(built: BuiltRun, stage: str = "fit") -> None:
     built.datamodule.setup(stage)
     if built.start.checkpoint_path is not None:
         _check_position(built.datamodule, read_checkpoint(built.start.checkpoint_path))
+
+
+def _check_schedule(built: BuiltRun) -> None:
+    """Refuse a schedule that does not fit the length of the run."""
+    epoch = built.datamodule.epoch_shape()
+    built.module.schedule.resolve(run_steps(epoch, built.trainer, built.config.max_tokens))
 
 
 def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""When a run stops: after max_tokens, or on a signal."""
+"""Stops a run after the current step: at ``max_tokens``, or on SIGTERM and Ctrl-C, with a checkpoint."""
 
 import logging
 import os
@@ -12,11 +12,10 @@ from types import FrameType
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.lightning_compat import can_stop_early
 from gpt_lightning.training.module import GPTLightningModule
+from gpt_lightning.training.run_length import epoch_shape
 from gpt_lightning.training.step_callback import StepEndCallback
 from gpt_lightning.training.windows_console import ConsoleCloseHandler
 
@@ -62,12 +61,6 @@ def ends_run(trainer: Trainer) -> bool:
         return can_stop_early(trainer)
     ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return ends_epochs or trainer.global_step == trainer.max_steps
-
-
-def epoch_shape(trainer: Trainer) -> EpochShape | None:
-    """Return the batches and steps of an epoch; ``None`` if the data are not a :class:`TextDataModule`."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return data.epoch_shape() if isinstance(data, TextDataModule) else None
 
 
 # Signals and the command's exit codes. SLURM warns with SIGUSR1 before it terminates a job. On Windows, Ctrl-Break and

@@ -23,6 +23,7 @@ from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.storage.atomic import created_folder
 from gpt_lightning.training.checkpoint_io import LAST
+from gpt_lightning.training.schedule import STEP_SETTINGS, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class ShortRun:
         epoch_steps: Optimizer steps of an epoch.
         kills: The steps, counted from 0, at whose start the run is killed; at least one starts an epoch.
         save_every: Steps between two checkpoints.
+        schedule: The arguments of ``fit`` that give it the first steps of the user's schedule.
     """
 
     limits: tuple[str, ...]
@@ -91,6 +93,7 @@ class ShortRun:
     epoch_steps: int
     kills: tuple[int, ...]
     save_every: int
+    schedule: tuple[str, ...] = ()
 
 
 def plan_short_run(
@@ -151,6 +154,20 @@ def plan_short_run(
     return ShortRun(tuple(limits), total, length, tuple(dict.fromkeys(kill_steps)), save_every)
 
 
+def schedule_options(schedule: Schedule, *, clip_from_step: int) -> Iterator[str]:
+    """Options that give a short run the first steps of a schedule, and start clipping at ``clip_from_step`` at the latest.
+
+    Args:
+        schedule: The schedule of the user's run, without shares.
+    """
+    for name in STEP_SETTINGS:
+        steps = getattr(schedule, name)
+        if name == "clip_from_step" and steps is not None:
+            steps = min(steps, clip_from_step)
+        if steps is not None:
+            yield f"--model.{name}={steps}"
+
+
 def verify_resume(
     fit_arguments: list[str],
     folder: Path,
@@ -173,6 +190,7 @@ def verify_resume(
         *fit_arguments,
         f"--run={RUN_NAME}",
         *plan.limits,
+        *plan.schedule,
         f"--checkpoint.every_n_train_steps={plan.save_every}",
         "--checkpoint.save_best=false",  # each best evaluation would save, and a kill lose no steps
     ]

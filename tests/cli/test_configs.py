@@ -1,4 +1,4 @@
-"""The shipped configurations: parsed, documented, composed, and the recipe's figures."""
+"""The shipped configurations: parsed, documented, composed, and the recipe's numbers."""
 
 import re
 import shlex

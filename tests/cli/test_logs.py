@@ -73,7 +73,7 @@ LIGHTNING_INFO = "`Trainer.fit` stopped"  # one of Lightning's messages, at the 
 
 
 def test_only_verbose_fit_shows_lightnings_messages(command: Command, tmp_path: Path) -> None:
-    """In a process of its own, because Lightning sets up its logger when it is imported."""
+    """In a separate process, because Lightning sets up its logger when it is imported."""
     result = python("-m", "gpt_lightning", *FIT, "--verbose", "--run=verbose", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert LIGHTNING_INFO in result.stderr

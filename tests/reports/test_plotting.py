@@ -95,12 +95,10 @@ def test_sampling_figure_has_a_readable_panel_for_each_setting() -> None:
     assert "4.3 %" in [text.get_text() for text in figure.axes[2].texts]
 
 
-def measured(source: str, **figures: Any) -> model_comparison.ModelMeasurement:
+def measured(source: str, **values: Any) -> model_comparison.ModelMeasurement:
     known = {"train_loss": 2.08, "val_loss": 5.4, "seconds_to_first_token": 1.0204,
              "tokens_per_second": 13523.2, "peak_memory_bytes": 6_230_000_000}  # fmt: skip
-    return model_comparison.ModelMeasurement(
-        source, 164_000_000, 13_700_000, **{**known, **figures}
-    )
+    return model_comparison.ModelMeasurement(source, 164_000_000, 13_700_000, **{**known, **values})
 
 
 def test_sizes_figure_has_plain_numbers_and_nothing_covers_its_bars() -> None:

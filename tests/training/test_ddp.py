@@ -62,9 +62,9 @@ def test_run_of_two_processes_resumes_in_one_process(fit: Command, tmp_path: Pat
         for run in ("one", "two")
     ]
     columns = [rows[0][0].index(name) for name in ("step", "train_loss", "val_loss", "tokens_seen")]
-    figures = [[[float(row[i]) for i in columns] for row in run[1:]] for run in rows]
-    assert len(figures[0]) == len(figures[1]) == 7
-    for ours, theirs in zip(*figures, strict=True):
+    metrics = [[[float(row[i]) for i in columns] for row in run[1:]] for run in rows]
+    assert len(metrics[0]) == len(metrics[1]) == 7
+    for ours, theirs in zip(*metrics, strict=True):
         assert theirs == pytest.approx(ours, abs=1e-5)
 
 

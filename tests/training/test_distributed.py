@@ -197,7 +197,7 @@ def test_fsdp2_gathers_bf16_and_keeps_float32(folder: Path) -> None:
 
 
 class NotFinite(Callback):
-    """Spoils one rank's share of a gradient in the third update."""
+    """Spoils one rank's share of a gradient in the third step."""
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if trainer.global_step == 2 and trainer.global_rank == 1:
@@ -262,8 +262,8 @@ def validated(folder: Path, *arguments: str) -> dict[str, float]:
                   "--data.stride=37", "--json", *arguments,
                   cwd=folder, env=ENVIRONMENT, timeout=120)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    figures: dict[str, float] = json.loads(result.stdout)
-    return figures
+    metrics: dict[str, float] = json.loads(result.stdout)
+    return metrics
 
 
 @pytest.mark.slow
@@ -271,10 +271,10 @@ def test_validation_counts_each_window_once(folder: Path) -> None:
     """The last batch may be smaller, or empty for the second process."""
     alone = validated(folder, "--init_from=checkpoints/one", "--data.batch_size=4")
     for arguments in ([*FSDP, "--data.batch_size=5"], [*DDP_CONFIG, "--data.batch_size=70"]):
-        figures = validated(folder, "--init_from=checkpoints/one", *arguments)
+        metrics = validated(folder, "--init_from=checkpoints/one", *arguments)
         for split in ("train", "val"):
-            assert figures[f"{split}_tokens"] == alone[f"{split}_tokens"]
-            assert figures[f"{split}_loss"] == pytest.approx(alone[f"{split}_loss"], rel=1e-6)
+            assert metrics[f"{split}_tokens"] == alone[f"{split}_tokens"]
+            assert metrics[f"{split}_loss"] == pytest.approx(alone[f"{split}_loss"], rel=1e-6)
 
 
 def block_after(heading: str) -> str:

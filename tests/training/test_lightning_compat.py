@@ -80,12 +80,12 @@ class Record(Callback):
                    {k: float(v) for k, v in sorted(trainer.logged_metrics.items()) if "own" in k})  # fmt: skip
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        figures = {**trainer.logged_metrics, **trainer.callback_metrics}
-        self._note("epoch_end", trainer, module, {k: float(v) for k, v in sorted(figures.items())})
+        metrics = {**trainer.logged_metrics, **trainer.callback_metrics}
+        self._note("epoch_end", trainer, module, {k: float(v) for k, v in sorted(metrics.items())})
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
-        figures = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
-        self._note("validated", trainer, module, figures)
+        metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        self._note("validated", trainer, module, metrics)
 
     @staticmethod
     def _gradients(module: Any) -> list[float | None]:

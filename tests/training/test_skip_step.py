@@ -272,7 +272,7 @@ def test_spike_is_six_deviations_above_128_steps() -> None:
 
 
 class Blown(Callback):
-    """An update that makes a parameter infinite, from a gradient that was finite."""
+    """A step that makes a parameter infinite, from a gradient that was finite."""
 
     def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if trainer.global_step == 3:

@@ -1,14 +1,21 @@
 """Converts chunks to token ids in a thread of ``prepare``: parses rows of JSON, then tokenizes their texts."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gpt_lightning.data.prepare.chunk import EOT_BYTES, Split, TextChunk, content_hash, split_of
+from gpt_lightning.data.prepare.clean import Cleaning
 from gpt_lightning.data.prepare.rows import as_python
 from gpt_lightning.data.tokenizer import GPT2, Ids, Tokenizer
 from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
+
+# ways of cleaning, as they are counted
+STRIPPED = "header_or_footer_removed"
+DECODED_BY_FALLBACK = "decoded_by_fallback"
+TOO_LITTLE_ASCII = "too_little_ascii"
 
 
 class TokenRun(NamedTuple):
@@ -27,17 +34,20 @@ class EncodedChunk:
     Attributes:
         problems: One line for each document that cannot be read and was left out.
         empty: Number of rows with nothing but white space, which are left out too.
+        cleaned: Number of documents that were cleaned in some way, by the name of the way.
     """
 
     tokens: list[TokenRun] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     empty: int = 0
+    cleaned: Counter[str] = field(default_factory=Counter)
 
 
 class _Text(NamedTuple):
     location: str  # for a message
     offset: int
     text: str
+    is_decoded_by_fallback: bool = False
 
 
 class _Problem(NamedTuple):
@@ -45,7 +55,13 @@ class _Problem(NamedTuple):
 
 
 def encode_chunk(
-    chunk: TextChunk, *, name: str, val_ratio: float, skip: bool, tokenizer: Tokenizer = GPT2
+    chunk: TextChunk,
+    *,
+    name: str,
+    val_ratio: float,
+    skip: bool,
+    cleaning: Cleaning,
+    tokenizer: Tokenizer = GPT2,
 ) -> EncodedChunk:
     """Token ids of a chunk by split.
 
@@ -68,7 +84,7 @@ def encode_chunk(
         return encoded
     texts: dict[Split, list[_Text]] = {"train": [], "val": []}
     problems: list[_Problem] = []
-    for document in _documents(chunk, name):
+    for document in _cleaned(_documents(chunk, name, cleaning), cleaning, encoded.cleaned):
         if isinstance(document, _Problem):
             if not skip:
                 raise ValueError(document.message)
@@ -102,10 +118,27 @@ def texts_of(chunk: TextChunk, name: str) -> Iterator[str]:
     if chunk.part:
         yield _plain(chunk.content, chunk.at.offset)
         return
-    for document in _documents(chunk, name):
+    for document in _documents(chunk, name, Cleaning()):
         if isinstance(document, _Problem):
             raise ValueError(document.message)
         yield document.text
+
+
+def _cleaned(
+    documents: Iterator[_Text | _Problem], cleaning: Cleaning, counts: Counter[str]
+) -> Iterator[_Text | _Problem]:
+    """The cleaned documents without those that are left out; ``counts`` is increased."""
+    for document in documents:
+        if isinstance(document, _Problem) or not cleaning.is_on:
+            yield document
+            continue
+        text, was_stripped = cleaning.clean(document.text)
+        if cleaning.is_left_out(text):
+            counts[TOO_LITTLE_ASCII] += 1
+            continue
+        counts[STRIPPED] += was_stripped
+        counts[DECODED_BY_FALLBACK] += document.is_decoded_by_fallback
+        yield document._replace(text=text)
 
 
 def _tokenized(texts: list[_Text], tokenizer: Tokenizer) -> tuple[Ids, int, list[_Problem]]:
@@ -133,13 +166,13 @@ def _split(chunk: TextChunk, document: _Text, val_ratio: float) -> Split:
     return split_of(content_hash(document.text.encode()), val_ratio)
 
 
-def _plain(content: bytes, offset: int) -> str:
+def _plain(content: bytes | str, offset: int) -> str:
     """Text from ``offset`` of a plain text file, as :func:`decode_text` reads it: a byte order mark is at 0."""
-    text = content.decode()
+    text = content if isinstance(content, str) else content.decode()
     return clean_text(text) if offset == 0 else line_ends(text)
 
 
-def _documents(chunk: TextChunk, name: str) -> Iterator[_Text | _Problem]:
+def _documents(chunk: TextChunk, name: str, cleaning: Cleaning) -> Iterator[_Text | _Problem]:
     path = chunk.source.path
     if chunk.problem is not None:
         yield _Problem(f"{path}: {chunk.problem}")
@@ -147,7 +180,8 @@ def _documents(chunk: TextChunk, name: str) -> Iterator[_Text | _Problem]:
         offset = chunk.at.offset
         for content in chunk.content.split(EOT_BYTES):
             try:
-                yield _Text(str(path), offset, _plain(content, offset))
+                text, by_fallback = cleaning.decode(content)
+                yield _Text(str(path), offset, _plain(text, offset), by_fallback)
             except UnicodeDecodeError as error:
                 problem = decoding_problem(error, offset + error.start)
                 yield _Problem(f"{path}: {problem}; convert it to UTF-8")
@@ -156,16 +190,18 @@ def _documents(chunk: TextChunk, name: str) -> Iterator[_Text | _Problem]:
         offset = chunk.at.offset
         for number, line in enumerate(chunk.content.split(b"\n"), chunk.at.line + 1):
             if line.strip():
-                yield _of_line(f"{path}, line {number}", offset, line, name)
+                yield _of_line(f"{path}, line {number}", offset, line, name, cleaning)
             offset += len(line) + 1
     else:
         for row, text in enumerate(as_python(chunk.content), chunk.at.offset):
-            yield _of_text(f"{path}, row {row + 1}", row, text, name)
+            yield _of_text(f"{path}, row {row + 1}", row, text, name, cleaning)
 
 
-def _of_line(location: str, offset: int, line: bytes, name: str) -> _Text | _Problem:
+def _of_line(
+    location: str, offset: int, line: bytes, name: str, cleaning: Cleaning
+) -> _Text | _Problem:
     try:
-        text = line.decode()
+        text, by_fallback = cleaning.decode(line)
     except UnicodeDecodeError as error:
         problem = decoding_problem(error, offset + error.start)
         return _Problem(f"{location}: {problem}; correct it, or --on_error skip")
@@ -179,14 +215,20 @@ def _of_line(location: str, offset: int, line: bytes, name: str) -> _Text | _Pro
         return _Problem(
             f"{location}: lacks the field {name}; name the text's with --field, or --on_error skip"
         )
-    return _of_text(location, offset, content[name], name)
+    document = _of_text(location, offset, content[name], name, cleaning)
+    if isinstance(document, _Text):
+        return document._replace(is_decoded_by_fallback=by_fallback)
+    return document
 
 
-def _of_text(location: str, offset: int, text: object, name: str) -> _Text | _Problem:
+def _of_text(
+    location: str, offset: int, text: object, name: str, cleaning: Cleaning
+) -> _Text | _Problem:
     """A row's text. Its line ends are data; a byte order mark is not, it comes from the file of origin."""
+    by_fallback = False
     if isinstance(text, bytes):
         try:
-            text = text.decode()
+            text, by_fallback = cleaning.decode(text)
         except UnicodeDecodeError as error:
             problem = decoding_problem(error)
             return _Problem(f"{location}: {problem}; correct it, or --on_error skip")
@@ -199,4 +241,4 @@ def _of_text(location: str, offset: int, text: object, name: str) -> _Text | _Pr
         return _Problem(
             f"{location}: {name} holds half a surrogate pair; correct it, or --on_error skip"
         )
-    return _Text(location, offset, text.removeprefix(BOM))
+    return _Text(location, offset, text.removeprefix(BOM), by_fallback)

@@ -4,7 +4,7 @@ Chunks are tokenized in parallel and written in order, so the store is a functio
 settings alone, however often it was interrupted: see ``token_store.py``.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -16,7 +16,14 @@ from typing import Any
 from filelock import Timeout
 
 from gpt_lightning.data.prepare.chunk import ReadPosition, TextChunk
-from gpt_lightning.data.prepare.encode import EncodedChunk, encode_chunk
+from gpt_lightning.data.prepare.clean import Cleaning
+from gpt_lightning.data.prepare.encode import (
+    DECODED_BY_FALLBACK,
+    STRIPPED,
+    TOO_LITTLE_ASCII,
+    EncodedChunk,
+    encode_chunk,
+)
 from gpt_lightning.data.prepare.inputs import InputFile, find_inputs, with_checksums
 from gpt_lightning.data.prepare.readers import read_chunks
 from gpt_lightning.data.prepare.resume import check_same, check_unfinished
@@ -57,16 +64,28 @@ class PrepareConfig:
         field: Field of JSON objects and tables that has the text.
         split: 'hash': a document is for validation if the hash of its content is below ``val_ratio``, whatever
             the other documents are. 'ratio': the last ``val_ratio`` of the text is for validation; a plain text
-            is cut there, at white space, a row is not.
+            is cut there, at white space, a row and a document that is cleaned are not.
         shard_tokens: Tokens in a shard; the last of a split has fewer.
+        fallback_encoding, strip_gutenberg, min_ascii, collapse_blank_lines: See :class:`Cleaning`.
     """
 
     field: str = "text"
     split: SplitBy = "hash"
     val_ratio: float = 0.1
     shard_tokens: int = 100_000_000
+    fallback_encoding: str | None = None
+    strip_gutenberg: bool = False
+    min_ascii: float = 0.0
+    collapse_blank_lines: bool = False
+
+    @property
+    def cleaning(self) -> Cleaning:
+        return Cleaning(
+            self.fallback_encoding, self.strip_gutenberg, self.min_ascii, self.collapse_blank_lines
+        )
 
     def __post_init__(self) -> None:
+        _ = self.cleaning  # it checks its values
         if not 0.0 <= self.val_ratio < 1.0:
             raise ValueError(
                 f"val_ratio: {self.val_ratio} leaves nothing for training; give a share from 0 to below 1"
@@ -119,7 +138,8 @@ def prepare(
     sources = find_inputs(inputs)
     _check_out(out)
     sources = with_checksums(sources, workers)
-    check_texts(sources, settings.split, settings.val_ratio)
+    if not settings.cleaning.is_on:  # else the split of a document depends on its cleaned text
+        check_texts(sources, settings.split, settings.val_ratio)
     about = {
         "reader": _READER,
         "settings": asdict(settings),
@@ -132,7 +152,7 @@ def prepare(
     with _locked(out):
         if (out / MANIFEST).exists():
             manifest = read_manifest(out)
-            check_same(out, manifest, writer.about)
+            check_same(out, _with_all_settings(manifest), writer.about)
             check_shards(out, manifest, tokenizer)
             (out / PROGRESS).unlink(missing_ok=True)
             return PrepareResult(out, manifest, already_prepared=True)
@@ -145,7 +165,7 @@ def prepare(
             on_progress,
         )
         if (out / PROGRESS).exists():
-            check_unfinished(out, read_progress(out), writer.about)
+            check_unfinished(out, _with_all_settings(read_progress(out)), writer.about)
             work.continue_from(writer.resume())
         try:
             return work.run()
@@ -155,6 +175,11 @@ def prepare(
             raise
         finally:
             writer.close()
+
+
+def _with_all_settings(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a store records, also of a version that did not have all settings."""
+    return {**recorded, "settings": {**asdict(PrepareConfig()), **recorded["settings"]}}
 
 
 class _PreparePipeline:
@@ -174,11 +199,13 @@ class _PreparePipeline:
         self._bytes = sum(source.bytes for source in sources)
         self.position = ReadPosition()
         self.skipped = self.empty = 0
+        self.cleaned: Counter[str] = Counter()
         self.problems: list[str] = []
 
     def continue_from(self, recorded: dict[str, Any]) -> None:
         self.position = ReadPosition(*recorded["at"])
         self.skipped, self.empty = recorded["skipped"], recorded["empty"]
+        self.cleaned = Counter(recorded.get("cleaned", {}))
 
     def run(self) -> PrepareResult:
         self.writer.tokenizer.load()
@@ -194,7 +221,7 @@ class _PreparePipeline:
             )
         self._check_splits()
         with self._writing():
-            manifest = self.writer.finish(skipped=self.skipped, empty=self.empty)
+            manifest = self.writer.finish(**self._counts())
         return PrepareResult(
             self.writer.folder, manifest, already_prepared=False, problems=self.problems
         )
@@ -203,7 +230,11 @@ class _PreparePipeline:
         """Chunks with their tokens, in order; a few are in progress. A reader's error is raised after its chunks."""
         val_ratio = self.settings.val_ratio
         chunks = read_chunks(
-            self.sources, self.position, field=self.settings.field, val_ratio=val_ratio
+            self.sources,
+            self.position,
+            field=self.settings.field,
+            val_ratio=val_ratio,
+            complete_documents=self.settings.cleaning.is_on,
         )
         encode = partial(
             encode_chunk,
@@ -211,6 +242,7 @@ class _PreparePipeline:
             val_ratio=val_ratio,
             skip=self.skip,
             tokenizer=self.writer.tokenizer,
+            cleaning=self.settings.cleaning,
         )
         in_progress: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()
         failure: Exception | None = None
@@ -243,6 +275,7 @@ class _PreparePipeline:
                 self.writer.append(split, ids, documents, begins=begins)
             self.skipped += len(encoded.problems)
             self.empty += encoded.empty
+            self.cleaned += encoded.cleaned
             self.problems += encoded.problems[: _MAX_PROBLEMS - len(self.problems)]
             if self.writer.has_shards_to_record:
                 self._record()
@@ -260,15 +293,23 @@ class _PreparePipeline:
             ) from error
 
     def _record(self) -> None:
-        self.writer.record(
-            {"at": list(self.position), "skipped": self.skipped, "empty": self.empty}
-        )
+        self.writer.record({"at": list(self.position), **self._counts()})
+
+    def _counts(self) -> dict[str, Any]:
+        counts: dict[str, Any] = {"skipped": self.skipped, "empty": self.empty}
+        if self.settings.cleaning.is_on:
+            counts["cleaned"] = {
+                way: self.cleaned[way] for way in (STRIPPED, DECODED_BY_FALLBACK, TOO_LITTLE_ASCII)
+            }
+        return counts
 
     def _check_splits(self) -> None:
         splits = self.writer.splits
         documents = sum(split.documents for split in splits.values())
         if not documents:
             left_out = f"; {self.skipped} were skipped" if self.skipped else ""
+            if few := self.cleaned[TOO_LITTLE_ASCII]:
+                left_out += f"; {few} have a smaller share of ASCII than --min_ascii"
             raise ValueError(
                 f"{self.sources[0].path}: holds no document with text{left_out}; give more"
             )

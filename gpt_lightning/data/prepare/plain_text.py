@@ -93,6 +93,34 @@ def read_text(
             )
 
 
+def read_documents(source: InputFile, begin: ReadPosition, before: int) -> Iterator[TextChunk]:
+    """Complete documents, which cleaning needs; the one at ``train_until`` is not cut."""
+    number, offset, *_ = begin
+    size = chunk.CHUNK_BYTES
+    with source.path.open("rb") as file:
+        while offset < source.bytes:
+            file.seek(offset)
+            data = file.read(size)
+            if not data:
+                raise OSError("it became shorter while it was read")
+            if offset + len(data) == source.bytes:
+                complete = len(data)
+            else:
+                complete = data.rfind(EOT_BYTES) + len(EOT_BYTES) if EOT_BYTES in data else 0
+            if not complete:
+                if size >= MAX_TEXT_BYTES:
+                    raise ValueError(
+                        f"{source.path}: has a document of more than {MAX_TEXT_BYTES >> 20} MB from byte {offset}, "
+                        "which cannot be cleaned; split it, or leave out the options that clean texts"
+                    )
+                size *= 2
+                continue
+            at, size = ReadPosition(number, offset), chunk.CHUNK_BYTES
+            offset += complete
+            after = ReadPosition(number, offset)
+            yield TextChunk(source, data[:complete], at, after, before + offset)
+
+
 def safe_cut(text: bytes) -> int:
     """The last position where a text may be cut into two that are tokenized separately; 0: there is none."""
     for tail in (4096, 65536, len(text)):

@@ -10,14 +10,22 @@ from gpt_lightning.data.prepare.inputs import (
     open_lines,
     open_parquet,
 )
-from gpt_lightning.data.prepare.plain_text import read_text
+from gpt_lightning.data.prepare.plain_text import read_documents, read_text
 from gpt_lightning.data.prepare.rows import read_dataset, read_lines, read_parquet
 
 
 def read_chunks(
-    sources: Sequence[InputFile], start: ReadPosition, *, field: str, val_ratio: float
+    sources: Sequence[InputFile],
+    start: ReadPosition,
+    *,
+    field: str,
+    val_ratio: float,
+    complete_documents: bool = False,
 ) -> Iterator[TextChunk]:
     """All chunks from ``start`` on. The rest of a damaged input is one chunk, with a problem.
+
+    Args:
+        complete_documents: Whether no document of a plain text is cut.
 
     Raises:
         ValueError, OSError: An input cannot be read, or has no ``field``.
@@ -25,7 +33,9 @@ def read_chunks(
     before = sum(source.bytes for source in sources[: start.source])
     for number, source in enumerate(sources[start.source :], start.source):
         begin = start if number == start.source else ReadPosition(number)
-        if source.kind == "text":
+        if source.kind == "text" and complete_documents:
+            chunks = read_documents(source, begin, before)
+        elif source.kind == "text":
             chunks = read_text(source, begin, before, val_ratio)
         elif source.kind == "lines":
             chunks = read_lines(source, begin, before)

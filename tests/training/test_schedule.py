@@ -1,0 +1,219 @@
+"""Learning rate and clipping: functions of the step, from numbers of steps or shares of the run."""
+
+import math
+import random
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from forked_runs import Runs, Stop
+from gpt_lightning.data.epochs import EpochShape
+from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.training.run_files import read_rows
+from gpt_lightning.training.schedule import Schedule
+from gpt_lightning.training.verify_resume import compare_checkpoints
+from helpers import SMALL_QUICKSTART, Command
+from runs import BARE
+
+EVERY_STEP = "--trainer.log_every_n_steps=1"
+CSV = "metrics.csv"
+
+
+def rows_of(run: str) -> list[dict[str, float]]:
+    return [row for row in read_rows(Path("checkpoints", run, CSV)) if "lr" in row]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_learning_rates_are_the_appendix_formula(seed: int) -> None:
+    rng = random.Random(seed)
+    run_steps = rng.randint(2, 300)
+    warmup, peak = rng.uniform(0.0, 0.9), rng.uniform(1e-5, 1e-2)
+    first, last = rng.uniform(0.0, peak), rng.uniform(0.0, peak)
+    schedule = Schedule(peak, last, first, warmup, 1.0, warmup).resolve(run_steps)
+    steps = int(warmup * run_steps)
+    increment = (peak - first) / max(1, steps)
+    for step in range(run_steps):
+        if step < steps:
+            expected = first + step * increment
+        else:
+            angle = math.pi * (step - steps) / (run_steps - steps)
+            expected = last + (peak - last) * 0.5 * (1 + math.cos(angle))
+        assert schedule.learning_rate(step) == pytest.approx(expected, abs=1e-12)
+        assert schedule.clips(step) == (step >= steps)
+
+
+def test_without_initial_lr_the_last_step_of_the_warmup_has_lr() -> None:
+    schedule = Schedule(0.01, warmup_steps=4)
+    rates = [schedule.learning_rate(step) for step in range(6)]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup", "clip_from"),
+    [((1, 2), 1, 2), ((1.0, 0.5), 54, 27), ((0.0, 0.99), 0, 53), ((0.2, 0.2), 10, 10)],
+)
+def test_an_int_is_a_number_of_steps_and_a_float_a_share(
+    given: tuple[float, float], warmup: int, clip_from: int
+) -> None:
+    schedule = Schedule(0.01, warmup_steps=given[0], clip_from_step=given[1]).resolve(54)
+    assert (schedule.warmup_steps, schedule.clip_from_step) == (warmup, clip_from)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ((-1, 2, None), 14),
+        ((5, 2, None), 5),
+        ((-1, -1, 600), 10),
+        ((-1, 2, 600), 10),
+        ((9, 2, 600), 9),
+        ((-1, -1, None), None),
+    ],
+)
+def test_the_first_limit_ends_the_run(
+    limits: tuple[int, int, int | None], steps: int | None
+) -> None:
+    """13 batches of 32 tokens make 7 steps of two batches, the last one of one batch."""
+    assert EpochShape(13, 2, 32).steps_of_run(*limits) == steps
+
+
+@pytest.mark.parametrize(
+    "limit", ["--trainer.max_steps=12", "--max_tokens=700"], ids=["max_steps", "max_tokens"]
+)
+def test_shares_follow_the_limit_of_the_command(fit: Command, limit: str) -> None:
+    fit(
+        *BARE, limit, EVERY_STEP, "--trainer.max_epochs=-1", "--model.lr=0.01",
+        "--model.warmup_steps=0.5", "--model.decay_steps=1.0", "--model.initial_lr=0.001",
+    )  # fmt: skip
+    rates = [row["lr"] for row in rows_of("quickstart")]
+    steps = len(rates)
+    schedule = Schedule(0.01, 0.0, 0.001, steps // 2, steps)
+    assert rates == pytest.approx([schedule.learning_rate(step) for step in range(steps)])
+
+
+def test_clipping_begins_with_its_step(fit: Command) -> None:
+    """The norms are taken before clipping: the first one that differs follows the first clipped step."""
+    common = [*BARE, "--trainer.max_steps=6", EVERY_STEP, "--trainer.gradient_clip_val=1e-3"]
+    settings = {"none": ["--trainer.gradient_clip_val=null"], "two": ["--model.clip_from_step=2"],
+                "share": ["--model.clip_from_step=0.5"], "all": []}  # fmt: skip
+    for run, arguments in settings.items():
+        fit(f"--run={run}", *common, *arguments)
+    norms = {run: [row["train/grad_norm"] for row in rows_of(run)] for run in settings}
+
+    def first_different(run: str) -> int:
+        return next(i for i in range(6) if norms[run][i] != norms["none"][i])
+
+    assert {run: first_different(run) for run in ("all", "two", "share")} == {
+        "all": 1,
+        "two": 3,
+        "share": 4,
+    }
+
+
+def test_clip_from_step_alone_is_reported(fit: Command) -> None:
+    result = fit(*BARE, "--trainer.max_steps=2", "--model.clip_from_step=1")
+    assert "model.clip_from_step: has no effect without trainer.gradient_clip_val" in result.err
+
+
+def test_a_prolonged_run_takes_the_shares_of_its_new_length(fit: Command) -> None:
+    shares = [
+        *BARE, EVERY_STEP, "--model.lr=0.01", "--model.warmup_steps=0.5", "--model.decay_steps=1.0",
+    ]  # fmt: skip
+    fit(*shares, "--trainer.max_steps=4")
+    result = fit(*shares, "--trainer.max_steps=10", "--ckpt_path=last")
+    (line,) = [line for line in result.err.splitlines() if "had 4" in line]
+    assert line.endswith(
+        "the run has 10 steps now, and had 4; from step 4 on: model.warmup_steps 0.5 is 5 steps (was 2), "
+        "model.decay_steps 1.0 is 10 steps (was 4)"
+    )
+    rates = [row["lr"] for row in rows_of("quickstart")]
+    old, new = (
+        Schedule(0.01, warmup_steps=0.5, decay_steps=1.0).resolve(steps) for steps in (4, 10)
+    )
+    assert rates == pytest.approx(
+        [*map(old.learning_rate, range(4)), *map(new.learning_rate, range(4, 10))]
+    )
+    result = fit(*shares, "--trainer.max_steps=10", "--ckpt_path=last")
+    assert "steps now" not in result.err
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    with Runs() as process:
+        yield process
+
+
+@pytest.mark.parametrize("rng", ["step", "global"])
+def test_resume_in_warmup_and_decay_is_exact(runs: Runs, tmp_path: Path, rng: str) -> None:
+    arguments = [
+        "fit", *SMALL_QUICKSTART, "--run=r", f"--rng={rng}", "--trainer.max_steps=14", EVERY_STEP,
+        "--model.lr=0.01", "--model.initial_lr=0.001", "--model.warmup_steps=5",
+        "--model.decay_steps=12", "--model.min_lr=0.002", "--trainer.gradient_clip_val=0.1",
+        "--model.clip_from_step=7", "--checkpoint.every_n_train_steps=3",
+        "--checkpoint.save_best=false",
+    ]  # fmt: skip
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    straight.mkdir()
+    cut.mkdir()
+    assert runs.run(straight, arguments) == 0
+    stops = [
+        Stop(signal.SIGKILL, "batch", 4),
+        Stop(signal.SIGTERM, "batch", 6),
+        Stop(signal.SIGKILL, "batch", 10),
+    ]
+    for stop in stops:
+        code = runs.run(cut, [*arguments, "--ckpt_path=auto"], stop)
+        assert code == (-signal.SIGKILL if stop.signum == signal.SIGKILL else 143)
+    assert runs.run(cut, [*arguments, "--ckpt_path=auto"]) == 0
+    last = "checkpoints/r/last.ckpt"
+    assert not [c for c in compare_checkpoints(straight / last, cut / last) if c.difference]
+    table = [
+        [
+            (row["lr"], row["train/loss"], row["train/grad_norm"])
+            for row in read_rows(f / "checkpoints/r" / CSV)
+            if "lr" in row
+        ]
+        for f in (straight, cut)
+    ]
+    assert table[0] == table[1]
+    assert len(table[0]) == 14
+
+
+@pytest.mark.slow
+def test_verify_resume_with_shares_and_a_late_start_of_clipping(command: Command) -> None:
+    """The short run has the first steps of the schedule, and clips from its first kill on at the latest."""
+    result = command(
+        "verify-resume", *SMALL_QUICKSTART, "--trainer.max_steps=1000",
+        "--trainer.max_epochs=-1", "--model.warmup_steps=0.2",
+        "--model.decay_steps=1.0", "--model.clip_from_step=0.3", "--trainer.gradient_clip_val=0.1",
+        "--steps=4", "--more_steps=2", "--kills=1", "--out=kept",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    recorded = read_checkpoint(Path("kept/cut/checkpoints/verified/last.ckpt"))["hyper_parameters"]
+    assert [recorded[name] for name in ("warmup_steps", "decay_steps", "clip_from_step")] == [
+        200,
+        1000,
+        4,
+    ]
+
+
+def test_plan_has_the_schedule(command: Command) -> None:
+    arguments = [
+        "plan", *SMALL_QUICKSTART, "--trainer.max_steps=100",
+        "--trainer.max_epochs=-1", "--model.lr=0.01",
+        "--model.initial_lr=0.001", "--model.warmup_steps=0.2", "--model.decay_steps=1.0",
+        "--model.clip_from_step=30", "--trainer.gradient_clip_val=1",
+    ]  # fmt: skip
+    result = command(*arguments)
+    assert result.code == 0, result.err
+    line = next(line for line in result.out.splitlines() if line.startswith("learning rate"))
+    assert re.sub(r"  +", " ", line) == (
+        "learning rate 0.001 to 0.01 at step 20, then a cosine to 0 at step 100"
+    )
+    line = next(line for line in result.out.splitlines() if line.startswith("clipping"))
+    assert "from step 30 on" in line
+    result = command(*arguments, "--json")
+    assert '"schedule": {"lr": 0.01' in result.out

@@ -131,7 +131,7 @@ def names_we_define(path: Path) -> set[str]:
 def test_private_names_of_libraries_are_the_listed_ones() -> None:
     """A new name belongs in training/lightning_compat.py; a name that is no longer used leaves the list."""
     files = [path for path in PACKAGE.rglob("*.py") if path.name != "lightning_compat.py"]
-    ours = {"_asdict"}.union(*map(names_we_define, files))
+    ours = {"_asdict", "_replace"}.union(*map(names_we_define, files))
     used = {path.relative_to(PACKAGE).as_posix(): private_names(path) - ours for path in files}
     listed = {file: set(names.split()) for file, names in PRIVATE_NAMES.items()}
     assert {file: names for file, names in used.items() if names} == listed
@@ -145,7 +145,14 @@ def loaded_by(code: str) -> set[str]:
 
 def test_package_and_its_model_do_not_import_lightning() -> None:
     assert not {"lightning", "torch"} & loaded_by("import gpt_lightning")
-    assert "lightning" not in loaded_by("from gpt_lightning import GPTModel, generate, load_model")
+    loaded = loaded_by("from gpt_lightning import GPTModel, generate, load_model, load_tokenizer")
+    assert not {"lightning", "tokenizers"} & loaded
+
+
+def test_gpt2s_tokenizer_does_not_import_the_package_tokenizers() -> None:
+    code = "from gpt_lightning.cli.main import main; main(['generate', '--help']); "
+    code += "from gpt_lightning import encode_prompt; encode_prompt('Every effort moves you')"
+    assert not {"tokenizers", "huggingface_hub"} & loaded_by(code)
 
 
 @pytest.mark.parametrize(

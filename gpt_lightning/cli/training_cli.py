@@ -99,7 +99,8 @@ class TrainingCLI(LightningCLI):
         return [
             f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in data.items()
-            if value is not None and key not in ("seed", "rng")
+            # the weights have their tokenizer
+            if value is not None and key not in ("seed", "rng", "tokenizer")
         ]
 
     def instantiate_classes(self) -> None:

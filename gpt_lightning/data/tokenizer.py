@@ -197,8 +197,11 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of token ids; a token may end within a character."""
-        tokens = self.token_bytes
-        return b"".join(tokens[i] if i < len(tokens) else _REPLACEMENT for i in ids)
+        tokens, ids = self.token_bytes, list(ids)
+        try:
+            return b"".join(map(tokens.__getitem__, ids))
+        except IndexError:
+            return b"".join(tokens[i] if i < len(tokens) else _REPLACEMENT for i in ids)
 
     def load(self) -> None:
         """Read its files now: several threads that need them first would each read them."""

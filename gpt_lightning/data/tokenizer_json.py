@@ -259,7 +259,7 @@ def gpt2_differences(content: Any) -> Iterator[str]:
             yield f"has {key} {model[key]!r}"
     if content.get("normalizer") is not None:
         yield "has a normalizer"
-    if not _splits_as_gpt2(content.get("pre_tokenizer")):
+    if not splits_as_gpt2(content.get("pre_tokenizer")):
         yield "splits text differently"
     if adds_tokens(content.get("post_processor")):
         yield "adds tokens to each text"
@@ -267,7 +267,8 @@ def gpt2_differences(content: Any) -> Iterator[str]:
         yield "decodes tokens differently"
 
 
-def _splits_as_gpt2(pre_tokenizer: Any) -> bool:
+def splits_as_gpt2(pre_tokenizer: Any) -> bool:
+    """Whether a pre-tokenizer splits text by GPT-2's pattern, without a blank before it."""
     return (
         isinstance(pre_tokenizer, dict)
         and pre_tokenizer.get("type") == "ByteLevel"

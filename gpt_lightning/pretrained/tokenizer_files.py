@@ -16,7 +16,13 @@ from gpt_lightning.data.tokenizer import (
     token_ids,
     vocabulary_bytes,
 )
-from gpt_lightning.data.tokenizer_json import FILE, adds_tokens, gpt2_differences, read_tokenizer
+from gpt_lightning.data.tokenizer_json import (
+    FILE,
+    adds_tokens,
+    gpt2_differences,
+    read_tokenizer,
+    splits_as_gpt2,
+)
 
 _VOCABULARIES = ("vocab.json", "encoder.json")
 _MERGES = ("merges.txt", "vocab.bpe")
@@ -26,9 +32,10 @@ _MAX_PADDED = 51200  # GPT-2's 50257 tokens padded to a multiple of 1,024, the m
 _OTHER_TOKENIZERS = (
     "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "meta.pkl",
 )  # fmt: skip
-# GPT-2's own classes, and those that load any tokenizer.json
+# GPT-2's own classes, which read vocabulary and merges only, and those that load any tokenizer.json
+_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _CLASSES = (
-    "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer",
+    *_GPT2_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer",
 )  # fmt: skip
 _SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
@@ -84,6 +91,10 @@ def _conflicts(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
     yield from _differences(folder, tokenizer, model["vocab"], merge_pairs(model["merges"]))
     if adds_tokens(content.get("post_processor")):
         yield f"{folder / FILE} adds tokens to each text"
+    path = folder / "tokenizer_config.json"
+    is_gpt2s = lexists(path) and _json(path).get("tokenizer_class") in _GPT2_CLASSES
+    if is_gpt2s and (content.get("normalizer") or not splits_as_gpt2(content["pre_tokenizer"])):
+        yield f"{path} names a class that does not read its normalizer and pre_tokenizer"
 
 
 def _differences(

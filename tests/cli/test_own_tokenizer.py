@@ -133,6 +133,9 @@ def test_raw_text_and_resume(command: Command, tmp_path: Path) -> None:
     weights = [torch.load(f"checkpoints/{run}/last.ckpt", weights_only=True)["state_dict"]
                for run in ("whole", "cut")]  # fmt: skip
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    Path("own").rename("moved")
+    assert json_of(command("validate", "--init_from=checkpoints/cut", "--json"))["val_loss"] < 7
+    Path("moved").rename("own")
     plan = json_of(command("plan", *FIT, "--data.tokenizer=own", "--json"))
     assert plan["settings"]["step"]["config"]["vocab_size"] == OWN_VOCAB_SIZE
     write_own(tmp_path / "other", 400)

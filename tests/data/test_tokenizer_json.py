@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_lightning.data import tokenizer_json
+from gpt_lightning.data import token_cache, tokenizer_json
+from gpt_lightning.data.prepare import chunk
+from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.data.tokenizer_json import (
     added_token,
@@ -106,6 +108,23 @@ def test_gpt2_with_an_added_token_has_gpt2s_ids_elsewhere() -> None:
     rng = random.Random(3)
     for text in [random_string(rng).replace("<|user|>", "") for _ in range(5000)]:
         assert extended.encode_prompt(text) == GPT2.encode_prompt(text), repr(text)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_long_documents_are_cut_where_tokens_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 6000)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 1 << 40)
+    own = tokenizer_from(FILES[name](), name)
+    rng = random.Random(9)
+    parts = ["word", " two", " 3", "!?", "?\n", "\n\n", " <|user|>", "é", " ", "\t", "'s"]
+    text = "".join(rng.choices(parts, k=30_000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    settings = PrepareConfig(val_ratio=0)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", settings, tokenizer=own, workers=2)
+    (stored,), _ = token_cache.read_splits(str(tmp_path / "out"), 1.0, own)
+    assert stored.tolist() == own.encode_corpus(text).tolist()
 
 
 def test_special_tokens_are_plain_characters_unless_asked_for() -> None:

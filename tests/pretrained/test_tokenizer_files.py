@@ -106,6 +106,11 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "added": (add_token, "its vocabulary has 50257 tokens, fewer than hf (50,258 tokens"),
     "bos": (save_with(add_bos_token=True), "adds tokens to each text"),
+    "prefix space": (save_with(add_prefix_space=True), "splits text differently"),
+    "normalizer": (
+        lambda f: edit_json(f / "tokenizer.json", normalizer={"type": "NFC"}),
+        "has a normalizer",
+    ),
     "not json": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be read"),
     "class": (
         lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class="BertTokenizer"),
@@ -119,7 +124,7 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-SLOW = ("bos", "vocabulary", "merges")
+SLOW = ("prefix space", "bos", "vocabulary", "merges")
 
 
 @pytest.mark.parametrize(
@@ -141,23 +146,13 @@ def test_another_tokenizer_is_refused_for_text(
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda f: edit_json(f / "tokenizer.json", normalizer={"type": "NFC"}), "cafe\u0301"),
-        pytest.param(save_with(add_prefix_space=True), "moves you", marks=pytest.mark.slow),
-    ],
-    ids=["normalizer", "prefix space"],
-)
 def test_another_byte_level_bpe_is_read(
-    with_tokenizer: Path,
-    tmp_path: Path,
-    command: Command,
-    change: Callable[[Path], None],
-    text: str,
+    with_tokenizer: Path, tmp_path: Path, command: Command
 ) -> None:
     shutil.copytree(with_tokenizer, "hf")
-    change(Path("hf"))
+    edit_json(Path("hf/tokenizer.json"), normalizer={"type": "NFC"})
+    edit_json(Path("hf/tokenizer_config.json"), tokenizer_class="PreTrainedTokenizerFast")
+    text = "cafe\u0301"
     result = json_of(
         command("generate", "--from=hf", f"--prompt={text}", "--max_new_tokens=1", "--json")
     )

@@ -88,7 +88,7 @@ def page() -> str:
         parts += [f"### {heading}\n\n{text}\n", table(rows)]
     known = {name for name, *_ in settings(fit)}
     for verb, parser in other_parsers().items():
-        takes_all_of_fit = verb in ("validate", "plan", "verify-resume")
+        takes_all_of_fit = verb in ("validate", "plan", "verify-resume", "report speed")
         rows = [row for row in settings(parser) if not (takes_all_of_fit and row[0] in known)]
         introduction = "Besides all settings of `fit`:\n\n" if takes_all_of_fit else ""
         parts += [f"## Options of `{verb}`\n", introduction + table(rows)]
@@ -100,6 +100,7 @@ def other_parsers() -> dict[str, argparse.ArgumentParser]:
     parsers: dict[str, argparse.ArgumentParser] = {
         "validate": TrainingCLI("validate", [], None).parser,
         "plan": PlanCLI([]).parser,
+        "report speed": TrainingCLI("report speed", [], None).parser,
     }
     modules = {verb: module for verb, (module, *_) in VERBS.items() if verb != "report"}
     modules |= {f"report {report}": module for report, (module, _) in REPORTS.items()}

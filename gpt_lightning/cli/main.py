@@ -41,7 +41,7 @@ VERBS = {
     "report": (
         "report",
         "run",
-        "study a model's texts: sampling, temperature × top_k, model sizes",
+        "study a model: sampling, temperature × top_k, model sizes, training speed",
     ),
     "download": ("download", "run", "download GPT-2's public weights"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
@@ -59,10 +59,11 @@ VERBS = {
     ),
 }
 
-VERBS_WITH_SHORT_HELP = ("fit", "validate", "plan")
+REPORT_THAT_TRAINS = ["report", "speed"]
+VERBS_WITH_SHORT_HELP = ("fit", "validate", "plan", "report speed")
 HELP_FLAGS = ("-h", "--help")
 
-MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume")
+MODULES_WITH_LIGHTNING = ("fit", "plan", "verify_resume", "report_speed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +146,9 @@ def _run(arguments: list[str]) -> int:
 
                 raise ValueError(f"{verb}: is not a command; {suggest(verb, VERBS)}")
             module, function, purpose = VERBS[verb]
+            if arguments[:2] == REPORT_THAT_TRAINS:
+                module, verb, rest = "report_speed", " ".join(REPORT_THAT_TRAINS), rest[1:]
+                purpose = "compare the training speed of the book's model and of each improvement"
             if verb in VERBS_WITH_SHORT_HELP and not {*HELP_FLAGS}.isdisjoint(rest):
                 from gpt_lightning.cli.short_help import short_help
 

@@ -55,7 +55,15 @@ def add_options(parser: ArgumentParser, verb: str) -> None:
     )
     if verb == "plan":
         _add_plan_options(parser)
-    if verb in ("validate", "plan"):
+    if verb == "report speed":
+        add("--minutes", type=float, default=3.0, help="Time for all rows together.")
+        add(
+            "--out",
+            type=str | None,
+            metavar="FOLDER",
+            help="Also write a figure, CSV and JSON there.",
+        )
+    if verb in ("validate", "plan", "report speed"):
         add("--json", action="store_true", help="Print one JSON object and nothing else.")
 
 

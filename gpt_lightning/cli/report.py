@@ -32,11 +32,15 @@ REPORTS = {
         "exercises 5.2, 5.3: temperature × top_k, deterministic settings",
     ),
     "sizes": ("report_sizes", "exercise 5.6: models of different sizes side by side"),
+    "speed": (
+        "report_speed",
+        "training speed: the book's model, then one improvement after the other",
+    ),
 }
 
 
-def run(arguments: list[str]) -> None:
-    """Run the report that the first argument names."""
+def run(arguments: list[str]) -> int | None:
+    """Run the report that the first argument names; return its exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, REPORTS))
         print("usage: gpt_lightning report REPORT [options]\n\nreports:")
@@ -44,11 +48,12 @@ def run(arguments: list[str]) -> None:
             print(f"  {name:<{width}}  {description}")
         print("\n'gpt_lightning report REPORT --help' lists a report's options.")
         print(OPTIONS_OF_EVERY_COMMAND)
-        return
+        return 0
     name, *rest = arguments
     if name not in REPORTS:
         raise ValueError(f"{name}: is not a report; {suggest(name, REPORTS)}")
-    import_module(f"gpt_lightning.cli.{REPORTS[name][0]}").run(rest)
+    code: int | None = import_module(f"gpt_lightning.cli.{REPORTS[name][0]}").run(rest)
+    return code
 
 
 def report_parser(

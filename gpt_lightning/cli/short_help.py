@@ -49,6 +49,13 @@ GROUPS = {
         "Devices": "gpu devices device_memory_gb peak_tflops mfu",
         "Output": "json quiet print_config",
     },
+    "report speed": {
+        "Model": "config model.config.context_length model.config.emb_dim model.config.n_heads "
+        "model.config.n_layers",
+        "Data": "data.text data.batch_size",
+        "Training": "model.lr model.loss_chunk_size trainer.accelerator",
+        "Output": "minutes out json quiet print_config",
+    },
 }
 
 EXAMPLES = {
@@ -63,6 +70,10 @@ EXAMPLES = {
     "plan": (
         "plan --config configs/pretrain-124M.yaml --gpu H100",
         "plan --config configs/gpt2.yaml --init_from gpt2-355M",
+    ),
+    "report speed": (
+        "report speed --config quickstart --minutes 1",
+        "report speed --config verdict --out speed",
     ),
 }
 

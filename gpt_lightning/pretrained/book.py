@@ -90,7 +90,7 @@ def write_book(weights: ModelWeights, path: Path) -> None:
     left out: they belong to one matrix, and the book has two.
     """
     config = weights.config
-    theirs = OrderedDict(_to_book(weights.state_dict, config))
+    theirs = OrderedDict(to_book(weights.state_dict, config))
     if config.tied_embeddings:
         theirs["out_head.weight"] = _copy(weights.state_dict["tok_emb.weight"])
     names = list(theirs)
@@ -147,7 +147,8 @@ def _concatenate(parts: list[Tensor], name: str) -> Tensor:
     return torch.cat(parts)
 
 
-def _to_book(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+def to_book(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Return copies of weights under the book's names, with separate matrices for query, key and value."""
     book: dict[str, Tensor] = {}
     for name, group in _names(config).items():
         parts = (tensors[name],) if len(group) == 1 else tensors[name].chunk(3)

@@ -173,7 +173,7 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         seconds_to_load=seconds_to_load,
         seconds_to_first_token=first_token,
         tokens_per_second=rate,
-        peak_memory_bytes=_peak_memory(task.device),
+        peak_memory_bytes=peak_memory(task.device),
         samples=tuple(sample.text for sample in samples),
         train_loss=train_loss,
         val_loss=val_loss,
@@ -197,7 +197,8 @@ def _free_memory(task: ComparisonTask) -> int:
     return free if task.max_memory is None else min(free, task.max_memory)
 
 
-def _peak_memory(device: str) -> int:
+def peak_memory(device: str) -> int:
+    """The peak resident memory of this process; on a GPU the peak that torch allocated there."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

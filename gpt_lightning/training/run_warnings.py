@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.cpu_peak import measured_peak
 from gpt_lightning.model.hardware import MPS_UNTRIED
 from gpt_lightning.training.config import RunConfig
-from gpt_lightning.training.hardware import measured_peak
 
 # settings of Lightning's own validation → their default values
 _VALIDATION_DEFAULTS = {

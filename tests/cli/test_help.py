@@ -1,4 +1,4 @@
-"""``--help`` and ``--help-all`` of ``fit``, ``validate`` and ``plan``."""
+"""``--help`` and ``--help-all`` of ``fit`` and of the commands with its settings."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ def entries(text: str) -> dict[str, str]:
 
 @each_verb
 def test_help_fits_on_one_screen(command: Command, verb: str) -> None:
-    result = command(verb, "--help")
+    result = command(*verb.split(), "--help")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
     assert len(lines) <= 39  # a terminal of 40 lines also shows the prompt
@@ -52,16 +52,16 @@ def test_help_fits_on_one_screen(command: Command, verb: str) -> None:
 
 @each_verb
 def test_help_is_printed_wherever_it_is_asked_for(command: Command, verb: str) -> None:
-    shown = command(verb, "--help").out
+    shown = command(*verb.split(), "--help").out
     for arguments in (["-h"], ["--config", "nowhere.yaml", "-h"], ["--help", "--model.lrr=1"]):
-        assert command(verb, *arguments).out == shown
+        assert command(*verb.split(), *arguments).out == shown
 
 
 @each_verb
 def test_help_agrees_with_the_parser(command: Command, verb: str) -> None:
     """It is made without the parser, so descriptions and defaults are compared."""
     actions = {action.dest: action for action in parser_of(verb)._actions}
-    shown = entries(command(verb, "--help").out)
+    shown = entries(command(*verb.split(), "--help").out)
     assert [*shown] == " ".join(GROUPS[verb].values()).split()
     del shown["quiet"]  # main takes it out of the arguments
     for name, text in shown.items():
@@ -88,7 +88,7 @@ def test_examples_of_help_are_accepted(
     monkeypatch: pytest.MonkeyPatch,
     verb: str,
 ) -> None:
-    shown = command(verb, "--help").out
+    shown = command(*verb.split(), "--help").out
     monkeypatch.chdir(ROOT)
     for example in EXAMPLES[verb]:
         assert f"\n  python -m gpt_lightning {example}\n" in shown
@@ -97,7 +97,7 @@ def test_examples_of_help_are_accepted(
 
 @each_verb
 def test_complete_help_has_every_setting(printed: Callable[..., str], verb: str) -> None:
-    shown = printed(verb, "--help-all")
+    shown = printed(*verb.split(), "--help-all")
     assert shown.startswith(f"usage: gpt_lightning {verb} ")
     settings = parser_of(verb).get_defaults().keys(nested=True)
     assert {"model.lr", "data.mixture", "trainer.max_time", "checkpoint.save_best"} <= {*settings}

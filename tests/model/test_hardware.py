@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from gpt_lightning.model.cpu_peak import measured_peak
 from gpt_lightning.model.hardware import PEAKS, gpu_value
-from gpt_lightning.training.hardware import measured_peak
 
 
 def test_peak_rates_of_gpus_by_name() -> None:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt_lightning.training import hardware
-from gpt_lightning.training.hardware import measured_peak
+from gpt_lightning.model import cpu_peak
+from gpt_lightning.model.cpu_peak import measured_peak
 
 
 @pytest.mark.parametrize(("each", "size"), [(1.0, 96), (1e-6, 300)])
@@ -16,5 +16,5 @@ def test_peak_is_measured_by_a_product_that_is_quick(
 ) -> None:
     """A slow product is not followed by a larger one."""
     clock = itertools.count(step=each)
-    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(cpu_peak, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert measured_peak(torch.float32, 300) == pytest.approx(2 * size**3 / each)

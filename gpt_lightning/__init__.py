@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt_lightning.data.datamodule import TextDataModule
-    from gpt_lightning.data.tokenizer import decode, encode_prompt
+    from gpt_lightning.data.tokenizer import Tokenizer, decode, encode_prompt
     from gpt_lightning.generation.engine import generate, generate_simple
     from gpt_lightning.model.config import GPTConfig
     from gpt_lightning.model.gpt import GPTModel
@@ -37,6 +37,7 @@ __all__ = [
     "RunConfig",
     "TextDataModule",
     "ThroughputConfig",
+    "Tokenizer",
     "build_trainer",
     "decode",
     "encode_prompt",
@@ -60,6 +61,7 @@ _MODULES = {
     "RunConfig": "training.config",
     "TextDataModule": "data.datamodule",
     "ThroughputConfig": "training.config",
+    "Tokenizer": "data.tokenizer",
     "build_trainer": "training.build",
     "decode": "data.tokenizer",
     "encode_prompt": "data.tokenizer",

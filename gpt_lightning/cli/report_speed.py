@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gpt_lightning.cli.console import output_folder, print_table, progress, write_csv
 
 if TYPE_CHECKING:
-    from gpt_lightning.reports.speed import SpeedRow, SpeedTask
+    from gpt_lightning.reports.speed import SpeedTask
     from gpt_lightning.training.config import RunConfig
 
 CHUNK_SIZE = 8192  # tokens, if the settings have no model.loss_chunk_size
@@ -67,25 +67,8 @@ def _report(task: "SpeedTask", minutes: float, out: Path | None, *, as_json: boo
     if as_json:
         print(json.dumps(answer))
     else:
-        print_table(caption, [_cells(row) for row in rows], texts=["row", "note"])
+        print_table(caption, [row.as_text() for row in rows], texts=["row", "note"])
     return 0 if all(row.is_equal is not False for row in rows) else 1
-
-
-def _cells(row: "SpeedRow") -> dict[str, str]:
-    if row.tokens_per_second is None or row.peak_memory_bytes is None:
-        return {"row": row.name, "tokens/s": "", "x first": "", "memory": "", "loss differs by": "",
-                "note": f"not measured: {row.reason}"}  # fmt: skip
-    note = row.change if row.is_kept else f"{row.change}; slower here, so left out below"
-    if not row.is_equal:
-        note += "; the loss is ANOTHER one"
-    return {
-        "row": row.name,
-        "tokens/s": f"{row.tokens_per_second:,.0f}",
-        "x first": f"{row.speedup:.2f}",
-        "memory": f"{row.peak_memory_bytes / 1e9:,.2f} GB",
-        "loss differs by": f"{row.loss_difference:.1e}",
-        "note": note,
-    }
 
 
 def _task(config: "RunConfig") -> "SpeedTask":

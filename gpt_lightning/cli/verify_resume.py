@@ -86,6 +86,7 @@ def _plan_of_short_run(
     """The plan of a short run for the settings of ``fit``, and a line that describes it."""
     from gpt_lightning.cli.training_cli import TrainingCLI
     from gpt_lightning.training.build import build_run
+    from gpt_lightning.training.lightning_messages import quiet_lightning
     from gpt_lightning.training.run import setup_data_early
     from gpt_lightning.training.run_length import run_steps
     from gpt_lightning.training.verify_resume import Limit, plan_short_run, schedule_options
@@ -93,7 +94,8 @@ def _plan_of_short_run(
     cli = TrainingCLI("fit", fit_arguments, run.__doc__)
     if cli.config.ckpt_path:
         raise ValueError("ckpt_path: verify-resume trains new runs; leave it out")
-    built = build_run(cli.run_config())
+    with quiet_lightning():
+        built = build_run(cli.run_config())
     setup_data_early(built)
     data, trainer = built.datamodule, built.trainer
     epoch = data.epoch_shape()

@@ -29,9 +29,10 @@ from gpt_lightning.pretrained.book import to_book
 from gpt_lightning.reports.book_model import BookGPT
 from gpt_lightning.reports.model_comparison import peak_memory
 from gpt_lightning.reports.plotting import add_caption, format_number
+from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
 MAX_STEPS = 20
 BATCH_FACTOR = 4
@@ -113,6 +114,22 @@ class SpeedRow:
     loss_difference: float | None = None
     is_equal: bool | None = None
 
+    def as_text(self) -> dict[str, str]:
+        if self.tokens_per_second is None or self.peak_memory_bytes is None:
+            return {"row": self.name, "tokens/s": "", "x first": "", "memory": "", "loss differs by": "",
+                    "note": f"not measured: {self.reason}"}  # fmt: skip
+        note = self.change if self.is_kept else f"{self.change}; slower here, so left out below"
+        if not self.is_equal:
+            note += "; the loss is ANOTHER one"
+        return {
+            "row": self.name,
+            "tokens/s": f"{self.tokens_per_second:,.0f}",
+            "x first": f"{self.speedup:.2f}",
+            "memory": f"{self.peak_memory_bytes / 1e9:,.2f} GB",
+            "loss differs by": f"{self.loss_difference:.1e}",
+            "note": note,
+        }
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -146,7 +163,7 @@ def improvements(device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def measure_all(
     task: SpeedTask, seconds: float, on_row: Callable[[], None] = lambda: None
-) -> list[SpeedRow]:
+) -> Table[SpeedRow]:
     """Measure all rows, each in a separate process, so that its peak memory is known.
 
     Args:
@@ -160,13 +177,13 @@ def measure_all(
     if isinstance(first, str):
         raise ValueError(f"the book's model cannot be trained here: {first}")
     tokens = task.batch_size * (task.windows.shape[1] - 1)
-    rows = [
+    rows = Table([
         SpeedRow(
             "the book's model", "chapter 4, AdamW as in chapter 5", None, True,
             tokens / first.seconds_per_step, first.seconds_per_step, 1.0, first.peak_memory_bytes,
             tuple(first.losses), 0.0, True,
         )
-    ]  # fmt: skip
+    ])  # fmt: skip
     kept, setup = rows[0], Setup(is_book=True)
     for i, (name, change, values) in enumerate(changes):
         candidate = replace(setup, **values)
@@ -318,9 +335,9 @@ def as_dict(rows: Sequence[SpeedRow]) -> dict[str, list[dict[str, object]]]:
     return {"rows": [asdict(row) for row in rows]}
 
 
-def speed_figure(rows: Sequence[SpeedRow], caption: str) -> "Figure":
+def speed_figure(rows: Sequence[SpeedRow], caption: str = "") -> "Figure":
     """Bars of the tokens per second of the rows that were measured."""
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
     measured = [row for row in rows if row.tokens_per_second is not None]
     figure = Figure(figsize=(9, 0.55 * len(measured) + 1.8), layout="constrained")

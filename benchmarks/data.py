@@ -25,7 +25,8 @@ import numpy as np
 from machine import at_least, at_most, description, ratio
 
 from gpt_lightning.data.corpus import read_corpus
-from gpt_lightning.data.token_store import KIND, TOKENIZER
+from gpt_lightning.data.token_store import KIND
+from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.storage.checksum import write_self_checksummed
 
 KILLS = 5
@@ -186,7 +187,7 @@ def open_twice(folder: Path, tokens: int) -> list[dict[str, float]]:
     with shard.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     shards = [{"name": shard.name, "tokens": tokens, "sha256": sha256}]
-    manifest = {"tokenizer": TOKENIZER, "settings": {"val_ratio": 0.0},
+    manifest = {"tokenizer": GPT2.record, "settings": {"val_ratio": 0.0},
                 "shards": {"train": shards, "val": []}}  # fmt: skip
     write_self_checksummed(folder / "manifest.json", KIND, manifest)
     measurements = []

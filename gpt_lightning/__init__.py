@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt_lightning.data.datamodule import TextDataModule
-    from gpt_lightning.data.tokenizer import decode, encode_prompt
+    from gpt_lightning.data.tokenizer import Tokenizer, decode, encode_prompt
     from gpt_lightning.generation.engine import generate, generate_simple
     from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.model.config import GPTConfig
     from gpt_lightning.model.gpt import GPTModel
     from gpt_lightning.pretrained.convert import save_model
     from gpt_lightning.pretrained.hub import push_to_hub
-    from gpt_lightning.pretrained.load import load_model
+    from gpt_lightning.pretrained.load import load_model, load_tokenizer
     from gpt_lightning.training.build import build_trainer
     from gpt_lightning.training.config import (
         CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "SamplingParams",
     "TextDataModule",
     "ThroughputConfig",
+    "Tokenizer",
     "build_trainer",
     "decode",
     "encode_prompt",
@@ -46,6 +47,7 @@ __all__ = [
     "generate",
     "generate_simple",
     "load_model",
+    "load_tokenizer",
     "push_to_hub",
     "save_model",
     "validate",
@@ -62,6 +64,7 @@ _MODULES = {
     "SamplingParams": "generation.sampling",
     "TextDataModule": "data.datamodule",
     "ThroughputConfig": "training.config",
+    "Tokenizer": "data.tokenizer",
     "build_trainer": "training.build",
     "decode": "data.tokenizer",
     "encode_prompt": "data.tokenizer",
@@ -69,6 +72,7 @@ _MODULES = {
     "generate": "generation.engine",
     "generate_simple": "generation.engine",
     "load_model": "pretrained.load",
+    "load_tokenizer": "pretrained.load",
     "push_to_hub": "pretrained.hub",
     "save_model": "pretrained.convert",
     "validate": "training.run",

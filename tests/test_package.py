@@ -149,7 +149,14 @@ def loaded_by(code: str) -> set[str]:
 
 def test_package_and_its_model_do_not_import_lightning() -> None:
     assert not {"lightning", "torch"} & loaded_by("import gpt_lightning")
-    assert "lightning" not in loaded_by("from gpt_lightning import GPTModel, generate, load_model")
+    loaded = loaded_by("from gpt_lightning import GPTModel, generate, load_model, load_tokenizer")
+    assert not {"lightning", "tokenizers"} & loaded
+
+
+def test_gpt2s_tokenizer_does_not_import_the_package_tokenizers() -> None:
+    code = "from gpt_lightning.cli.main import main; main(['generate', '--help']); "
+    code += "from gpt_lightning import encode_prompt; encode_prompt('Every effort moves you')"
+    assert not {"tokenizers", "huggingface_hub"} & loaded_by(code)
 
 
 @pytest.mark.parametrize(

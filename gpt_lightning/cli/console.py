@@ -167,6 +167,42 @@ def byte_progress() -> "Progress":
     )
 
 
+class BytesProgress:
+    """Progress of reading files on stderr: a bar on a terminal, otherwise a plain line at intervals."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._bar = byte_progress()
+        self._first: tuple[float, int] | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> "BytesProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, done: int, total: int, tokens: int | None = None) -> None:
+        now = time.monotonic()
+        if not self._bar.disable:
+            if not self._bar.tasks:
+                self._bar.add_task(self.description)
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+            return
+        if self._first is None:  # a resumed process does not start at 0
+            self._first = now, done
+        start, first = self._first
+        if now - self._last_line > SECONDS_BETWEEN_LINES and done > first:
+            self._last_line = now
+            rate = (done - first) / (now - start)
+            counted = "" if tokens is None else f"{tokens:,} tokens, "
+            logger.info(
+                f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {counted}{rate / 1e6:.1f} MB/s, "
+                f"eta {(total - done) / rate:,.0f} s"
+            )
+
+
 @contextmanager
 def progress(unit: str, total: int) -> Iterator[Callable[[], None]]:
     """Show the progress of ``total`` units: a bar on a terminal, otherwise a line now and then.

@@ -10,11 +10,13 @@ from jsonargparse import ArgumentParser
 from gpt_lightning.cli.generate import N_HEADS_HELP, SOURCE_HELP
 from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
+from gpt_lightning.cli.text_options import TextList
 
 logger = logging.getLogger(__name__)
 
 # a copy of the type in pretrained/convert.py, which imports torch: --help should be fast
 WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
+InitAdded = Literal["mean", "normal"]  # as in pretrained/add_tokens.py
 
 
 def run(arguments: list[str]) -> None:
@@ -27,7 +29,14 @@ def run(arguments: list[str]) -> None:
     from gpt_lightning.pretrained.convert import convert
 
     dest = Path(os.path.expanduser(settings.dest))
-    convert(settings.source, dest, settings.format, n_heads=settings.n_heads)
+    convert(
+        settings.source,
+        dest,
+        settings.format,
+        n_heads=settings.n_heads,
+        added_tokens=settings.add_tokens or (),
+        init_added=settings.init_added,
+    )
     logger.info(f"{dest}: written")
 
 
@@ -40,5 +49,18 @@ def _parser() -> ArgumentParser:
     add("source", type=str, help=SOURCE_HELP)
     add("dest", type=str, help="The file or folder to write. It must not exist.")
     add("--format", type=WeightFormat, required=True, help="The format of DEST.")
+    add(
+        "--add_tokens",
+        action=TextList,
+        nargs="+",
+        metavar="TOKEN",
+        help="New tokens, such as '<|user|>', for hf and lightning; their ids follow those of the vocabulary.",
+    )
+    add(
+        "--init_added",
+        type=InitAdded,
+        default="mean",
+        help="Embeddings of new tokens: 'mean' of the others, or 'normal', drawn around it with their deviation.",
+    )
     add("--n_heads", type=int | None, help=N_HEADS_HELP)
     return parser

@@ -16,6 +16,7 @@ from gpt_lightning.cli.text_options import TextList, values_of
 from gpt_lightning.data.unicode import clean_text, decode_text, for_stream, utf8_text
 
 if TYPE_CHECKING:
+    from gpt_lightning.data.tokenizer import Tokenizer
     from gpt_lightning.model.gpt import GPTModel
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,12 @@ def run(arguments: list[str]) -> None:
         repetition_penalty=settings.repetition_penalty,
     )
     device = resolve_device(settings.device)
-    model = load_for_inference(settings["from"], device, settings.dtype, settings.n_heads)
-    _warn_if_cropped(prompts, model, special=settings.allow_special_tokens)
+    model, tokenizer = load_for_inference(
+        settings["from"], device, settings.dtype, settings.n_heads
+    )
+    _warn_if_cropped(prompts, model, tokenizer, special=settings.allow_special_tokens)
+    if settings.eos_id == "end_of_text":
+        settings.eos_id = tokenizer.end_of_text_id
     stream = settings.stream if settings.stream is not None else sys.stdout.isatty()
     is_single = len(prompts) == settings.num_samples == 1 and not settings.json
     if settings.stream and not is_single:
@@ -83,6 +88,7 @@ def run(arguments: list[str]) -> None:
         settings.max_new_tokens,
         sampling,
         num_samples=settings.num_samples,
+        tokenizer=tokenizer,
         eos_id=settings.eos_id,
         stop=settings.stop or (),
         special_tokens=settings.allow_special_tokens,
@@ -119,22 +125,18 @@ class _StreamedText:
 
 def load_for_inference(
     source: str, device: str, dtype: str | None, n_heads: int | None = None
-) -> "GPTModel":
-    """The model of ``source`` on a device, with packed weights in ``dtype`` ('float32', 'bfloat16', …)."""
+) -> tuple["GPTModel", "Tokenizer"]:
+    """The model of ``source`` on a device, with packed weights in ``dtype`` ('float32', …), and its tokenizer."""
     import torch
 
     from gpt_lightning.model.packed_linear import pack_weights
-    from gpt_lightning.pretrained.load import load_model
+    from gpt_lightning.pretrained.load import load_for_text
 
-    model = load_model(
-        source,
-        device=device,
-        dtype=getattr(torch, dtype) if dtype else None,
-        n_heads=n_heads,
-        for_text=True,
+    model, tokenizer = load_for_text(
+        source, device=device, dtype=getattr(torch, dtype) if dtype else None, n_heads=n_heads
     )
     pack_weights(model)
-    return model
+    return model, tokenizer
 
 
 def resolve_device(name: str | None) -> str:
@@ -200,12 +202,12 @@ def _decoded(content: bytes, name: str) -> str:
         raise ValueError(f"{name} {error}; convert it to UTF-8") from error
 
 
-def _warn_if_cropped(prompts: list[str], model: "GPTModel", *, special: bool) -> None:
-    from gpt_lightning.data.tokenizer import encode_prompt
-
+def _warn_if_cropped(
+    prompts: list[str], model: "GPTModel", tokenizer: "Tokenizer", *, special: bool
+) -> None:
     max_tokens = model.config.context_length
     for prompt in prompts:
-        if (tokens := len(encode_prompt(prompt, special=special))) > max_tokens:
+        if (tokens := len(tokenizer.encode_prompt(prompt, special=special))) > max_tokens:
             logger.warning(
                 f"prompt: has {tokens} tokens, the model reads {max_tokens}; "
                 f"the first {tokens - max_tokens} are not read"
@@ -250,9 +252,9 @@ def _parser() -> ArgumentParser:
     add("--num_samples", type=int, default=1, help="Number of continuations of each prompt.")
     add(
         "--eos_id",
-        type=int | None,
-        default=50256,
-        help="Stop at this token id; 50256 = <|endoftext|>; null = never.",
+        type=int | Literal["end_of_text"] | None,
+        default="end_of_text",
+        help="Stop at this token id; end_of_text = the tokenizer's <|endoftext|>, GPT-2's is 50256; null = never.",
     )
     add("--stop", action=TextList, metavar="TEXT", help="Stop before this text; repeatable.")
     add("--seed", type=int, default=123, help=SEED_HELP)

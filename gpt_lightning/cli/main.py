@@ -45,6 +45,11 @@ VERBS = {
     ),
     "download": ("download", "run", "download GPT-2's public weights"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
+    "train-tokenizer": (
+        "train_tokenizer",
+        "run",
+        "train a vocabulary of your own on any amount of text",
+    ),
     "convert": ("convert", "run", "convert weights from one format to another"),
     "tune": ("tune", "run", "search for the settings with the lowest validation loss"),
     "configs": ("configs", "run", "list the configurations of the package, or copy one"),

@@ -14,7 +14,8 @@ from gpt_lightning.cli.training_cli import TrainingCLI
 from gpt_lightning.data.corpus import VERDICT
 from gpt_lightning.data.dataset import window_count
 from gpt_lightning.data.epochs import EpochShape, batches_of_epoch, global_batch, window_length
-from gpt_lightning.data.token_cache import count_training_tokens
+from gpt_lightning.data.token_cache import count_training_tokens, find_tokenizer
+from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.config import GPT2_SIZES, GPTConfig
 from gpt_lightning.model.hardware import MEMORY, OLDER_THAN_AMPERE, PEAKS
@@ -28,7 +29,7 @@ from gpt_lightning.training.build import build_modules
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.module import GPTLightningModule, reconcile_config
 from gpt_lightning.training.schedule import Schedule
-from gpt_lightning.training.start import find_start, was_started
+from gpt_lightning.training.start import Start, find_start, was_started
 
 # what fit's process needs beyond plan's: tokenizer, TensorBoard, matplotlib, threads
 IMPORTED_LATER = 120_000_000
@@ -100,17 +101,23 @@ class PlanCLI(TrainingCLI):
         self.notes = {}
         super().__init__("plan", arguments, run.__doc__)
 
-    @cached_property
+    @property
     def architecture(self) -> GPTConfig:
-        """The architecture of the run's weights; that of GPT-2 is known before it is downloaded."""
+        return self.start.architecture
+
+    @cached_property
+    def start(self) -> Start:
+        """The start of the run; GPT-2's architecture is known before it is downloaded."""
         config = self.run_config()
         resumes = config.ckpt_path and (config.ckpt_path != "auto" or was_started(config.folder))
         size = None if resumes else size_to_download(config.init_from or "")
         if size is None:
-            return find_start(config).architecture
-        return reconcile_config(
+            return find_start(config)
+        architecture = reconcile_config(
             f"init_from: {config.init_from}", GPT2_SIZES[size], config.given_architecture
         )
+        tokenizer = find_tokenizer(self.config.data.tokenizer, config.texts, GPT2)
+        return Start(architecture=architecture, tokenizer=tokenizer)
 
     def spec(self) -> RunSpec:
         config, trainer, data = self.config, self.config.trainer, self.config.data
@@ -124,7 +131,7 @@ class PlanCLI(TrainingCLI):
         strategy, bucket_view = self._strategy(devices, precision)
         architecture = self.architecture
         self._module, _ = build_modules(
-            self.run_config(), architecture
+            self.run_config(), architecture, self.start.tokenizer
         )  # they check their settings
         length = window_length(data.context_length, architecture.context_length)
         step = StepShape(
@@ -304,7 +311,10 @@ class PlanCLI(TrainingCLI):
         if "verdict" in texts and not (cache_folder() / VERDICT).exists():
             return None
         try:
-            counts = [count_training_tokens(text, data.train_ratio) for text in texts]
+            counts = [
+                count_training_tokens(text, data.train_ratio, self.start.tokenizer)
+                for text in texts
+            ]
         except (ValueError, OSError) as error:
             self.notes["text"] = " ".join(str(error).split())
             return None

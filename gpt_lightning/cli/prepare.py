@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
+from gpt_lightning.cli.console import BytesProgress
 from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.text_options import TextList
@@ -29,6 +29,7 @@ def run(arguments: list[str]) -> None:
     """
     settings = parse(_parser(), arguments)
     from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
+    from gpt_lightning.data.token_cache import find_tokenizer
 
     chosen = PrepareConfig(
         settings.field,
@@ -43,13 +44,15 @@ def run(arguments: list[str]) -> None:
         collapse_blank_lines=settings.collapse_blank_lines or settings.gutenberg,
     )
     out = Path(os.path.expanduser(settings.out))
+    tokenizer = find_tokenizer(settings.tokenizer, [])
     start = time.monotonic()
     try:
-        with _Progress() as progress:
+        with BytesProgress("preparing") as progress:
             prepared = prepare(
                 settings.inputs,
                 out,
                 chosen,
+                tokenizer=tokenizer,
                 workers=_cpus() if settings.workers is None else settings.workers,
                 skip=settings.on_error == "skip",
                 on_progress=progress.advance,
@@ -66,7 +69,8 @@ def run(arguments: list[str]) -> None:
     result = {
         "folder": str(out),
         **{
-            name: manifest[name] for name in ("tokens", "documents", "skipped", "empty", "settings")
+            name: manifest[name]
+            for name in ("tokens", "documents", "skipped", "empty", "settings", "tokenizer")
         },
         **({"cleaned": manifest["cleaned"]} if "cleaned" in manifest else {}),
         "shards": {name: len(shards) for name, shards in manifest["shards"].items()},
@@ -106,40 +110,6 @@ def _described(result: dict[str, Any]) -> str:
     return f"{result['folder']}: {', '.join(parts)}"
 
 
-class _Progress:
-    """Progress on stderr: a bar on a terminal, otherwise a plain line at intervals."""
-
-    def __init__(self) -> None:
-        self._bar = byte_progress()
-        self._first: tuple[float, int] | None = None
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, done: int, total: int, tokens: int) -> None:
-        now = time.monotonic()
-        if not self._bar.disable:
-            if not self._bar.tasks:
-                self._bar.add_task("preparing")
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-            return
-        if self._first is None:  # a resumed process does not start at 0
-            self._first = now, done
-        start, first = self._first
-        if now - self._last_line > SECONDS_BETWEEN_LINES and done > first:
-            self._last_line = now
-            rate = (done - first) / (now - start)
-            logger.info(
-                f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s, "
-                f"eta {(total - done) / rate:,.0f} s"
-            )
-
-
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="gpt_lightning prepare", description=run.__doc__, exit_on_error=False
@@ -148,6 +118,12 @@ def _parser() -> ArgumentParser:
     add("--config", action="config", help=CONFIG_HELP)
     add("inputs", action=TextList, nargs="+", metavar="INPUT", help="Files, folders, globs.")
     add("--out", type=str, required=True, help="The folder of the token store; new, or unfinished.")
+    add(
+        "--tokenizer",
+        type=str | None,
+        metavar="PATH",
+        help="A tokenizer.json of byte-level BPE, or a folder with one; null = GPT-2's.",
+    )
     add("--field", type=str, default="text", help="The field of a row that holds its text.")
     add(
         "--split",

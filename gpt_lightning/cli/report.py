@@ -21,6 +21,7 @@ from gpt_lightning.cli.text_options import TextList
 from gpt_lightning.suggestions import suggest
 
 if TYPE_CHECKING:
+    from gpt_lightning.data.tokenizer import Tokenizer
     from gpt_lightning.model.gpt import GPTModel
 
 # report → (module, description)
@@ -88,8 +89,8 @@ def report_parser(
     return parser
 
 
-def load_model_of(settings: Namespace) -> "GPTModel":
-    """The model of a report's --from, --device, --dtype and --n_heads."""
+def load_model_of(settings: Namespace) -> tuple["GPTModel", "Tokenizer"]:
+    """The model and the tokenizer of a report's --from, --device, --dtype and --n_heads."""
     return load_for_inference(
         settings["from"], resolve_device(settings.device), settings.dtype, settings.n_heads
     )

@@ -108,10 +108,8 @@ def _distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int] |
 def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[int]]:
     import torch
 
-    from gpt_lightning.data.tokenizer import decode, encode_prompt
-
-    model = load_model_of(settings)
-    ids = encode_prompt(settings.prompt)[-model.config.context_length :]
+    model, tokenizer = load_model_of(settings)
+    ids = tokenizer.encode_prompt(settings.prompt)[-model.config.context_length :]
     with torch.inference_mode():
         idx = torch.tensor([ids], device=model.tok_emb.weight.device)
         logits = model(idx)[0, -1].float().cpu().clone()
@@ -119,12 +117,12 @@ def _model_distribution(settings: Namespace) -> tuple[list[str], "Tensor", list[
         raise ValueError(f"from: {settings['from']} gives NaN or inf; its weights are damaged")
     row_ids = logits.topk(min(settings.show, len(logits))).indices.tolist()
     if settings.token is not None:
-        token_ids = encode_prompt(settings.token)
+        token_ids = tokenizer.encode_prompt(settings.token)
         if len(token_ids) != 1:
             raise ValueError(f"token: {settings.token!r} is {len(token_ids)} tokens; give one")
         row_ids = list(dict.fromkeys([*row_ids, *token_ids]))
         settings.token = repr(settings.token)
-    return [repr(decode([i])) for i in range(len(logits))], logits, row_ids
+    return [repr(tokenizer.decode([i])) for i in range(len(logits))], logits, row_ids
 
 
 def _combinations(settings: Namespace, default: Sequence[float]) -> list["SamplingParams"]:

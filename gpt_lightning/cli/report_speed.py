@@ -86,8 +86,9 @@ def _task(config: "RunConfig") -> "SpeedTask":
     from gpt_lightning.training.build import build_modules
     from gpt_lightning.training.start import find_start
 
-    architecture = find_start(config).architecture
-    module, data = build_modules(config, architecture)
+    start = find_start(config)
+    architecture = start.architecture
+    module, data = build_modules(config, architecture, start.tokenizer)
     accelerator = config.trainer.get("accelerator") or "auto"
     has_gpu = torch.cuda.is_available()
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
@@ -97,7 +98,7 @@ def _task(config: "RunConfig") -> "SpeedTask":
     if data.mixture:
         raise ValueError("data.mixture: report speed reads one text; give data.text")
     length = window_length(data.context_length, architecture.context_length)
-    tokens = read_splits(data.text, data.train_ratio)[0]
+    tokens = read_splits(data.text, data.train_ratio, data.tokenizer)[0]
     windows = WindowDataset(tokens, length, data.stride or length)
     if not len(windows):
         raise ValueError(f"data.text: has no window of {length} tokens; give more text")

@@ -48,7 +48,6 @@ def run(arguments: list[str]) -> None:
 
 def _report(settings: Namespace, out: Path | None) -> None:
     """Generate the texts, write the report to ``out`` and print it."""
-    from gpt_lightning.data.tokenizer import encode_prompt
     from gpt_lightning.reports import sweep as report
     from gpt_lightning.reports.sweep_page import html_page
 
@@ -57,19 +56,21 @@ def _report(settings: Namespace, out: Path | None) -> None:
         [k or None for k in settings.top_k],
         [None] if settings.top_p is None else settings.top_p,
     )
-    model = load_model_of(settings)
+    model, tokenizer = load_model_of(settings)
+    prompt_ids = tokenizer.encode_prompt(settings.prompt)
     with progress("cells", len(combinations)) as advance:
         cells = report.sweep(
             model,
-            encode_prompt(settings.prompt),
+            prompt_ids,
             combinations,
             num_samples=settings.num_samples,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
+            tokenizer=tokenizer,
             on_cell=advance,
         )
     loop = report.compare_with_plain_loop(
-        model, encode_prompt(settings.prompt), cells, settings.max_new_tokens
+        model, prompt_ids, cells, settings.max_new_tokens, tokenizer
     )
     used_settings = {
         key: settings[key] for key in ("from", "prompt", "num_samples", "max_new_tokens", "seed")

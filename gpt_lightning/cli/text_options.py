@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from gpt_lightning.data.unicode import clean_text, utf8_text
 
 # options whose text goes to the tokenizer and must be UTF-8; paths are not here, since they may be any bytes
-_TEXTS = ("prompt", "evaluation.prompt", "stop", "token", "tokens")
+_TEXTS = ("prompt", "evaluation.prompt", "stop", "token", "tokens", "add_tokens")
 _PROMPTS = ("prompt", "evaluation.prompt")
 
 

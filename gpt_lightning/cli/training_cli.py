@@ -88,7 +88,8 @@ class TrainingCLI(LightningCLI):
         return [
             f"--data.{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in data.items()
-            if value is not None and key not in ("seed", "rng")
+            # the weights have their tokenizer
+            if value is not None and key not in ("seed", "rng", "tokenizer")
         ]
 
     def instantiate_classes(self) -> None:
@@ -139,12 +140,18 @@ class TrainingCLI(LightningCLI):
                 values[field.name] = field.type(**values[field.name])
         for name in ("seed", "rng"):  # linked to settings of the run
             del values["model"][name], values["data"][name]
-        if self.config.ckpt_path or self.config.init_from:
+        if self.config.ckpt_path or self.config.init_from or self._may_have_own_tokenizer():
             values["model"]["config"] = self._named_architecture()
         return RunConfig(**values)
 
+    def _may_have_own_tokenizer(self) -> bool:
+        """Return whether a tokenizer or a folder is named, so that the default of ``vocab_size`` may be another."""
+        data = self.config.data
+        texts = [data.text] if data.mixture is None else data.mixture
+        return data.tokenizer is not None or any(os.path.isdir(text) for text in texts)
+
     def _named_architecture(self) -> dict[str, Any]:
-        """Return the keys of ``model.config`` that the user gives; the others come from the weights."""
+        """Return the keys of ``model.config`` that the user gives; the others come from weights or tokenizer."""
         return self._given().as_dict().get("model", {}).get("config") or {}
 
     def _given(self) -> Namespace:

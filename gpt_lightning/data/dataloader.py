@@ -25,7 +25,7 @@ from gpt_lightning.data.sampler import (
     sequential,
     shuffled,
 )
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID
+from gpt_lightning.data.tokenizer import GPT2
 
 Rng = Literal["step", "global"]
 Batch = tuple[Tensor, ...]  # inputs, targets and, with a document mask, documents
@@ -60,7 +60,7 @@ class ResumableDataLoader:
             ones together. The batches are the same.
         pin_memory: Whether batches are in pinned memory, from which a GPU copies while it computes.
         documents: Whether a batch has a third tensor ``(B, L)``, with the same number for tokens of the same
-            document. A document begins with its ``<|endoftext|>``.
+            document. A document begins with its delimiter, ``end_of_text_id``.
         mixture: Sampler for a dataset of several texts. Its stream continues from one epoch to the next.
         rank: Which slice of each ``world_size * batch_size`` windows this process takes.
 
@@ -84,6 +84,7 @@ class ResumableDataLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         documents: bool = False,
+        end_of_text_id: int = GPT2.end_of_text_id,
         mixture: MixtureSampler | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -100,6 +101,7 @@ class ResumableDataLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.documents = documents
+        self.end_of_text_id = end_of_text_id
         self.mixture = mixture if shuffle else None
         self.rank = rank
         self.world_size = world_size
@@ -205,7 +207,7 @@ class ResumableDataLoader:
         inputs, targets = self._pinned(ids[:, :-1]), self._pinned(ids[:, 1:])
         if not self.documents:
             return inputs, targets
-        documents = (inputs == END_OF_TEXT_ID).cumsum(dim=1)
+        documents = (inputs == self.end_of_text_id).cumsum(dim=1)
         return inputs, targets, self._pinned(documents)
 
     def _pinned(self, batch: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from gpt_lightning.data.epochs import (
 )
 from gpt_lightning.data.same_windows import check_same_windows
 from gpt_lightning.data.sampler import MixtureSampler
-from gpt_lightning.data.token_cache import read_splits
+from gpt_lightning.data.token_cache import find_tokenizer, read_splits
 from gpt_lightning.data.token_store import is_store
-from gpt_lightning.data.tokenizer import VOCAB_SIZE
+from gpt_lightning.data.tokenizer import Tokenizer
 
 
 class TextDataModule(LightningDataModule):
@@ -40,6 +40,8 @@ class TextDataModule(LightningDataModule):
             together. Validation reads all windows of all texts.
         train_ratio: Share of the characters that is for training; it is the start of the text. No effect on a
             token store, which is split already.
+        tokenizer: A tokenizer.json of byte-level BPE, or a folder with one, for a text that is not a token store;
+            gpt2 = GPT-2's; null = that of the weights or of the token store, else GPT-2's.
         context_length: Tokens in a window; null = the model's context_length.
         stride: Tokens from one window's start to the next; null = the window's length.
         document_mask: Whether attention stays within a document; each begins with <|endoftext|> and has
@@ -59,6 +61,7 @@ class TextDataModule(LightningDataModule):
         text: str = "verdict",
         mixture: dict[str, float] | None = None,
         train_ratio: float = 0.9,
+        tokenizer: str | None = None,
         context_length: int | None = None,
         stride: int | None = None,
         document_mask: bool = False,
@@ -94,6 +97,7 @@ class TextDataModule(LightningDataModule):
         self.text = text
         self.mixture = mixture
         self.train_ratio = train_ratio
+        self.tokenizer_path = tokenizer
         self.context_length = context_length
         self.stride = stride
         self.document_mask = document_mask
@@ -104,9 +108,26 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.rng: Rng = rng
         self.validates_training = True
+        self._tokenizer: Tokenizer | None = None
         self._windows: dict[str, WindowDataset | ConcatWindowDataset] = {}
         self._counts: list[int] = []  # training windows of each text
         self._checked: Trainer | None = None  # whose batches were
+
+    @property
+    def texts(self) -> list[str]:
+        """What is read: ``text``, or the texts of ``mixture``."""
+        return [self.text] if self.mixture is None else list(self.mixture)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all texts; set it to that of a model with weights."""
+        if self._tokenizer is None:
+            self._tokenizer = find_tokenizer(self.tokenizer_path, self.texts)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
     @property
     def windows_per_batch(self) -> int:
@@ -119,13 +140,13 @@ class TextDataModule(LightningDataModule):
         return 1 if self._global_batch() is None else self._accumulate()
 
     def setup(self, stage: str) -> None:
-        texts = [self.text] if self.mixture is None else list(self.mixture)
+        texts = self.texts
         if self.trainer is not None and self.trainer.world_size > 1:
             # one process per node downloads what is missing. Lightning's prepare_data waits in another process
             # group, which gloo sometimes cannot connect after a restart, and then waits forever
             if self.trainer.local_rank == 0:
                 for text in texts:
-                    read_splits(text, self.train_ratio)
+                    read_splits(text, self.train_ratio, self.tokenizer)
             self.trainer.strategy.barrier()
         if not self._windows:
             self._cut_windows(texts)
@@ -139,7 +160,7 @@ class TextDataModule(LightningDataModule):
             self._check_model()
         of_texts = []
         for text in texts:
-            splits = read_splits(text, self.train_ratio)._asdict()
+            splits = read_splits(text, self.train_ratio, self.tokenizer)._asdict()
             of_text = {
                 name: WindowDataset(parts, length, self.stride or length)
                 for name, parts in splits.items()
@@ -323,6 +344,7 @@ class TextDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
             documents=self.document_mask,
+            end_of_text_id=self.tokenizer.end_of_text_id,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size(),
             **settings,
@@ -339,10 +361,15 @@ class TextDataModule(LightningDataModule):
 
     def _check_model(self) -> None:
         model = self._model_config()
-        if model.vocab_size < VOCAB_SIZE:
+        of_module: Any = self.trainer.lightning_module.tokenizer  # type: ignore[union-attr]
+        if not self.tokenizer.equals(of_module):
+            raise ValueError(
+                f"data.tokenizer: the data's is {self.tokenizer}, the module's is {of_module}; set module.tokenizer"
+            )
+        if model.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(
                 f"model.config.vocab_size: {model.vocab_size} is less than the tokenizer's "
-                f"{VOCAB_SIZE}; give that or more"
+                f"{self.tokenizer.vocab_size}; give that or more"
             )
         window_length(self.context_length, model.context_length)
 

@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gpt_lightning.data.sampler import Indices
+from gpt_lightning.data.tokenizer import Ids
 from gpt_lightning.storage.checksum import cached_sha256
 
 _MAX_RESIDENT_BYTES = 32 << 20  # of mapped files, before their pages are freed
@@ -43,11 +44,12 @@ class WindowDataset:
         max_resident_bytes: Of mapped files.
     """
 
-    def __init__(self, parts: Sequence[NDArray[np.uint16]], length: int, stride: int) -> None:
+    def __init__(self, parts: Sequence[Ids], length: int, stride: int) -> None:
         # slicing a memmap takes ten times as long
         self.parts = [np.asarray(part) for part in parts]
         self.length = length
         self.stride = stride
+        self._itemsize = self.parts[0].itemsize
         self.tokens = sum(map(len, parts))
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         self._digests = [partial(_sha256, part) for part in parts]
@@ -80,7 +82,7 @@ class WindowDataset:
         starts = indices * self.stride
         if self._rows is not None:
             windows = self._rows[starts].astype(np.int64)
-            self._free_pages(len(indices) * (2 * width + _FAULT_BYTES))
+            self._free_pages(len(indices) * (self._itemsize * width + _FAULT_BYTES))
             return windows
         windows = np.empty((len(indices), width), dtype=np.int64)
         parts = np.searchsorted(self._ends, starts, side="right")
@@ -99,7 +101,7 @@ class WindowDataset:
                     break
                 part += 1
                 chunk = self.parts[part][: width - filled]
-        self._free_pages(len(indices) * (2 * width + _FAULT_BYTES))
+        self._free_pages(len(indices) * (self._itemsize * width + _FAULT_BYTES))
         return windows
 
     def _free_pages(self, newly_resident: int) -> None:
@@ -112,16 +114,16 @@ class WindowDataset:
                     mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _sha256(part: NDArray[np.uint16]) -> str:
+def _sha256(part: Ids) -> str:
     """Checksum of the tokens; that of a complete mapped file is computed once on a machine."""
     if isinstance(part, np.memmap) and part.filename is not None:
         path = Path(part.filename)
         if path.stat().st_size == part.nbytes:
             return cached_sha256(path)
-    return sha256(np.ascontiguousarray(part, dtype="<u2").data).hexdigest()
+    return sha256(np.ascontiguousarray(part, dtype=part.dtype.newbyteorder("<")).data).hexdigest()
 
 
-def _mapping(part: NDArray[np.uint16]) -> mmap.mmap | None:
+def _mapping(part: Ids) -> mmap.mmap | None:
     """The memory map of a read-only ``part`` whose pages can be freed, else None."""
     if not (isinstance(part, np.memmap) and part.mode == "r" and hasattr(mmap, "MADV_DONTNEED")):
         return None

@@ -1,4 +1,7 @@
-"""Token store: a folder with the token ids of two splits, in shards of uint16 little-endian, and a manifest.
+"""Token store: a folder with the token ids of two splits, in little-endian shards, and a manifest.
+
+The ids are uint16, or uint32 if the vocabulary is larger. The manifest names the tokenizer; a store of another
+tokenizer than GPT-2's has its ``tokenizer.json``.
 
 ``manifest.json`` is written last, so a folder that has one is complete. Until then ``progress.json`` records
 how far each split was when a shard was last completed, and where reading the inputs resumes.
@@ -13,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCABULARY_SHA256
-from gpt_lightning.storage.atomic import temporary_path
+from gpt_lightning.data.tokenizer import GPT2, Ids, Tokenizer
+from gpt_lightning.data.tokenizer_json import FILE, tokenizer_from
+from gpt_lightning.storage.atomic import atomic_output, temporary_path
 from gpt_lightning.storage.checksum import (
     MANIFEST,
     cache_sha256,
@@ -30,7 +33,6 @@ from gpt_lightning.storage.checksum import (
 KIND = "gpt_lightning token store 1"
 PROGRESS = "progress.json"
 SPLITS = ("train", "val")
-TOKENIZER = {"name": "gpt2", **VOCABULARY_SHA256}
 _SUFFIX = ".bin"
 # stores of earlier versions have shards that end in .u16; readers take the names from the manifest
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}(?:\{_SUFFIX}|\.u16)")
@@ -59,7 +61,7 @@ def _shards_in(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
 
 
-def open_store(folder: Path) -> dict[str, list[NDArray[np.uint16]]]:
+def open_store(folder: Path, tokenizer: Tokenizer = GPT2) -> dict[str, list[Ids]]:
     """Token ids of each split, memory-mapped: one array per shard, at least one.
 
     The size of a shard is checked each time, its SHA-256 the first time on this machine and after each change
@@ -69,14 +71,16 @@ def open_store(folder: Path) -> dict[str, list[NDArray[np.uint16]]]:
         ValueError, OSError: It is unfinished, damaged, or of another tokenizer.
     """
     manifest = read_manifest(folder)
-    splits: dict[str, list[NDArray[np.uint16]]] = {}
+    _check_tokenizer(folder, manifest, tokenizer)
+    splits: dict[str, list[Ids]] = {}
     for split in SPLITS:
         shards = manifest["shards"][split]
         for shard in shards:
-            _check_shard(folder / shard["name"], shard)
+            _check_shard(folder / shard["name"], shard, tokenizer.dtype)
         splits[split] = [
-            np.memmap(folder / shard["name"], dtype="<u2", mode="r") for shard in shards
-        ] or [np.empty(0, dtype=np.uint16)]
+            np.memmap(folder / shard["name"], dtype=_stored(tokenizer.dtype), mode="r")
+            for shard in shards
+        ] or [np.empty(0, dtype=tokenizer.dtype)]
     return splits
 
 
@@ -84,7 +88,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Manifest of a complete store.
 
     Raises:
-        ValueError: It is unfinished, damaged, or of another tokenizer.
+        ValueError: It is unfinished or damaged.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -95,12 +99,50 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     names = [shard["name"] for split in SPLITS for shard in manifest["shards"][split]]
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{path}: names a shard outside of {folder}; prepare the text again")
-    if manifest["tokenizer"] != TOKENIZER:
-        raise ValueError(
-            f"{folder}: holds tokens of another tokenizer ({_name(manifest['tokenizer'])}), not of "
-            f"{TOKENIZER['name']} with this vocabulary; prepare the text again"
-        )
     return manifest
+
+
+def store_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a store.
+
+    Raises:
+        ValueError: The store is unfinished or damaged, or its tokenizer is not known.
+        OSError: The package ``tokenizers`` is not installed.
+    """
+    recorded = read_manifest(folder)["tokenizer"]
+    if recorded == GPT2.record:
+        return GPT2
+    file = folder / FILE
+    content = file.read_bytes() if file.is_file() else b""
+    if not isinstance(recorded, dict) or not is_recorded(recorded, content):
+        raise ValueError(
+            f"{folder}: holds tokens of another tokenizer ({_name(recorded)}), not of gpt2 with this vocabulary, "
+            f"and its {FILE} is missing or damaged; prepare the text again"
+        )
+    try:
+        return tokenizer_from(content, str(recorded["name"]))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {_REMEDY.format(folder=folder)}") from error
+
+
+def is_recorded(record: dict[str, Any], file: bytes) -> bool:
+    """Whether ``file`` is the ``tokenizer.json`` of a tokenizer's record."""
+    return record.get("sha256") == hashlib.sha256(file).hexdigest()
+
+
+def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    if manifest["tokenizer"] == tokenizer.record:
+        return
+    other = store_tokenizer(folder)
+    if not other.equals(tokenizer):
+        raise ValueError(
+            f"{folder}: holds tokens of another tokenizer, {other}, not of {tokenizer}; prepare the text again with "
+            "prepare --tokenizer"
+        )
+
+
+def _stored(dtype: type[np.unsignedinteger[Any]]) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -112,17 +154,17 @@ def _read(path: Path) -> dict[str, Any]:
     return read_self_checksummed(path, KIND, _REMEDY.format(folder=path.parent))
 
 
-def check_shards(folder: Path, manifest: dict[str, Any]) -> None:
+def check_shards(folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
     for split in SPLITS:
         for shard in manifest["shards"][split]:
-            _check_shard(folder / shard["name"], shard)
+            _check_shard(folder / shard["name"], shard, tokenizer.dtype)
 
 
-def _check_shard(path: Path, shard: dict[str, Any]) -> None:
+def _check_shard(path: Path, shard: dict[str, Any], dtype: type[np.unsignedinteger[Any]]) -> None:
     remedy = _REMEDY.format(folder=path.parent)
     if not path.is_file():
         raise ValueError(f"{path}: is missing; {remedy}")
-    size, expected = path.stat().st_size, 2 * shard["tokens"]
+    size, expected = path.stat().st_size, np.dtype(dtype).itemsize * shard["tokens"]
     if size != expected:
         raise ValueError(f"{path}: is damaged: it has {size} bytes, not {expected}; {remedy}")
     if cached_sha256(path) != shard["sha256"]:
@@ -172,10 +214,17 @@ class StoreWriter:
         about: What the manifest and the progress file hold besides: settings, inputs.
     """
 
-    def __init__(self, folder: Path, shard_tokens: int, about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shard_tokens: int,
+        about: dict[str, Any],
+        tokenizer: Tokenizer = GPT2,
+    ) -> None:
         self.folder = folder
         self.shard_tokens = shard_tokens
-        self.about = {"tokenizer": TOKENIZER, **about}
+        self.tokenizer = tokenizer
+        self.about = {"tokenizer": tokenizer.record, **about}
         self.splits = {name: _ShardWriter(name) for name in SPLITS}
         self._recorded_shards = 0
 
@@ -188,9 +237,7 @@ class StoreWriter:
     def has_shards_to_record(self) -> bool:
         return self.shards > self._recorded_shards
 
-    def append(
-        self, split: str, ids: NDArray[np.uint16], documents: int = 1, *, begins: bool = True
-    ) -> None:
+    def append(self, split: str, ids: Ids, documents: int = 1, *, begins: bool = True) -> None:
         """Append tokens to a split, after an ``<|endoftext|>`` if they ``begin`` a document that is not the first.
 
         Raises:
@@ -198,16 +245,18 @@ class StoreWriter:
         """
         writer = self.splits[split]
         if begins and writer.tokens:
-            self._extend(writer, np.array([END_OF_TEXT_ID], dtype=np.uint16))
+            self._extend(
+                writer, np.array([self.tokenizer.end_of_text_id], dtype=self.tokenizer.dtype)
+            )
         writer.documents += documents
         self._extend(writer, ids)
 
-    def _extend(self, writer: _ShardWriter, ids: NDArray[np.uint16]) -> None:
+    def _extend(self, writer: _ShardWriter, ids: Ids) -> None:
         while len(ids):
             if writer.file is None:
                 writer.file = (self.folder / writer.shard_name).open("wb")
             fitting, ids = np.split(ids, [self.shard_tokens - writer.filled])
-            data = fitting.astype("<u2").tobytes()
+            data = fitting.astype(_stored(self.tokenizer.dtype)).tobytes()
             writer.file.write(data)
             writer.checksum.update(data)
             writer.filled += len(fitting)
@@ -251,7 +300,7 @@ class StoreWriter:
             writer.shards, writer.documents = state["shards"], state["documents"]
             writer.filled = state["filled"]
             for shard in writer.shards:
-                _check_shard(self.folder / shard["name"], shard)
+                _check_shard(self.folder / shard["name"], shard, self.tokenizer.dtype)
             if writer.filled:
                 self._reopen(writer, state["sha256"])
         recorded = {shard["name"] for split in self.splits.values() for shard in split.shards}
@@ -267,7 +316,7 @@ class StoreWriter:
         if not path.is_file():  # lost, or of a version that wrote .u16
             raise ValueError(f"{path}: is missing; remove {path.parent} and prepare it again")
         file = path.open("r+b")
-        file.truncate(2 * writer.filled)
+        file.truncate(np.dtype(self.tokenizer.dtype).itemsize * writer.filled)
         writer.checksum = hashlib.sha256()
         for block in iter(lambda: file.read(1 << 20), b""):
             writer.checksum.update(block)
@@ -289,6 +338,9 @@ class StoreWriter:
             "documents": {name: writer.documents for name, writer in self.splits.items()},
             "shards": {name: writer.shards for name, writer in self.splits.items()},
         }
+        if self.tokenizer.file is not None:
+            with atomic_output(self.folder / FILE) as temporary:
+                temporary.write_bytes(self.tokenizer.file)
         write_self_checksummed(self.folder / MANIFEST, KIND, manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
@@ -306,6 +358,7 @@ class StoreWriter:
         self.close()
         for path in [
             *_shards_in(self.folder),
+            self.folder / FILE,
             self.folder / PROGRESS,
             temporary_path(self.folder / PROGRESS),
         ]:

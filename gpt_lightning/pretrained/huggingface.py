@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, VOCAB_SIZE, vocabulary_bytes
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.name_map import HEAD, gpt2_params, hf_name, unwrap_hf_names
-from gpt_lightning.pretrained.tokenizer_files import tokenizer_difference
+from gpt_lightning.pretrained.tokenizer_files import folder_tokenizer, write_tokenizer
 from gpt_lightning.pretrained.weights import ModelWeights, same_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -107,8 +106,10 @@ def read_huggingface(folder: Path) -> ModelWeights:
         raise ValueError(
             f"{folder}: has no lm_head.weight, which its config.json needs; give an intact copy"
         )
-    other_tokenizer = tokenizer_difference(folder, config.vocab_size)
-    return ModelWeights(config, state_dict, warnings=warnings, other_tokenizer=other_tokenizer)
+    tokenizer, other_tokenizer = folder_tokenizer(folder, config.vocab_size)
+    return ModelWeights(
+        config, state_dict, warnings=warnings, tokenizer=tokenizer, other_tokenizer=other_tokenizer
+    )
 
 
 def write_huggingface(weights: ModelWeights, folder: Path) -> None:
@@ -124,7 +125,9 @@ def write_huggingface(weights: ModelWeights, folder: Path) -> None:
         tensors[f"transformer.{hf_name(param)}"] = tensor.contiguous()
     if not config.tied_embeddings:
         tensors["lm_head.weight"] = state_dict["out_head.weight"].contiguous()
-    end_of_text = END_OF_TEXT_ID if config.vocab_size > END_OF_TEXT_ID else None
+    tokenizer = weights.tokenizer
+    fits = config.vocab_size >= tokenizer.vocab_size  # otherwise its tokens are not the tokenizer's
+    end_of_text = tokenizer.end_of_text_id if fits else None
     settings = {
         "architectures": ["GPT2LMHeadModel"],
         **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
@@ -140,9 +143,8 @@ def write_huggingface(weights: ModelWeights, folder: Path) -> None:
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / "config.json", settings)
-    if config.vocab_size >= VOCAB_SIZE:  # otherwise its tokens are not GPT-2's
-        for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-            (folder / theirs).write_bytes(vocabulary_bytes(ours))
+    if fits:
+        write_tokenizer(tokenizer, folder)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gpt_lightning.data.tokenizer import VOCAB_SIZE
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.precision import has_float64
@@ -128,18 +128,20 @@ def read_weights(source: str, *, n_heads: int | None = None) -> ModelWeights:
         raise ValueError(
             f"{source}: is damaged or contradicts itself ({cause}); give another"
         ) from error
-    if weights.other_tokenizer is None and weights.config.vocab_size < VOCAB_SIZE:
+    if weights.other_tokenizer is None and weights.config.vocab_size < weights.tokenizer.vocab_size:
         difference = f"its vocabulary has {weights.config.vocab_size} tokens"
+        if weights.tokenizer is not GPT2:
+            difference += f", fewer than {weights.tokenizer}"
         weights = replace(weights, other_tokenizer=difference)
     return weights
 
 
 def check_tokenizer(weights: ModelWeights, source: str) -> None:
-    """Raise ``ValueError`` if GPT-2's tokenizer cannot encode text for this model."""
+    """Raise ``ValueError`` if the model has a tokenizer that cannot be read."""
     if weights.other_tokenizer is not None:
         raise ValueError(
             f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; give a model "
-            "with GPT-2's tokenizer"
+            "with GPT-2's tokenizer, or with a tokenizer.json of byte-level BPE"
         )
 
 
@@ -163,24 +165,45 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     n_heads: int | None = None,
-    for_text: bool = False,
 ) -> GPTModel:
     """Load the model that ``source`` names, in eval mode. Errors are those of :func:`read_weights`.
+
+    A warning says if its tokenizer cannot be read; its token ids can be used all the same.
 
     Args:
         dtype: Of the weights. ``None``: as stored.
         n_heads: As in :func:`read_weights`.
-        for_text: Refuse a model whose tokenizer is not GPT-2's. Otherwise there is a warning.
     """
     weights = read_weights(source, n_heads=n_heads)
     check_heads(weights, source, n_heads)
-    if for_text:
-        check_tokenizer(weights, source)
-    elif weights.other_tokenizer is not None:
+    if weights.other_tokenizer is not None:
         line = f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}"
         weights = replace(weights, warnings=(*weights.warnings, line))
     print_warnings(weights)
     return build_model(replace(weights, optimizer_state=None), device=device, dtype=dtype)
+
+
+def load_for_text(
+    source: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    n_heads: int | None = None,
+) -> tuple[GPTModel, Tokenizer]:
+    """Load a model as :func:`load_model` does, and its tokenizer; a model without one is refused."""
+    weights = read_weights(source, n_heads=n_heads)
+    check_heads(weights, source, n_heads)
+    check_tokenizer(weights, source)
+    print_warnings(weights)
+    model = build_model(replace(weights, optimizer_state=None), device=device, dtype=dtype)
+    return model, weights.tokenizer
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of the model that ``source`` names; ``ValueError`` if it cannot be read."""
+    weights = read_weights(source)
+    check_tokenizer(weights, source)
+    return weights.tokenizer
 
 
 def build_model(

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
+from gpt_lightning.data.tokenizer_json import tokenizer_from
 from gpt_lightning.model.config import GPTConfig
 
 # Windows refuses to replace or remove a file while it is mapped
@@ -34,7 +36,8 @@ class ModelWeights:
         optimizer_state: What ``Optimizer.state_dict()`` returned, with ``param_names`` in its groups.
         assumed: Keys of ``config`` that the file does not contain. Another value is no contradiction.
         warnings: What a user should know about how the files were read, one line each.
-        other_tokenizer: Why GPT-2's tokenizer does not fit this model. ``None``: it fits.
+        tokenizer: The tokenizer of its texts.
+        other_tokenizer: Why the model has another tokenizer, which cannot be read. ``None``: ``tokenizer`` fits.
     """
 
     config: GPTConfig
@@ -42,6 +45,7 @@ class ModelWeights:
     optimizer_state: dict[str, Any] | None = None
     assumed: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    tokenizer: Tokenizer = GPT2
     other_tokenizer: str | None = None
 
 
@@ -254,7 +258,25 @@ def read_lightning(checkpoint: dict[str, Any], path: Path) -> ModelWeights:
         config=checkpoint_config(checkpoint, path),
         state_dict={ours: tensors[name] for ours, name in names.items()},
         optimizer_state=optimizers[0],
+        tokenizer=_checkpoint_tokenizer(checkpoint, path),
     )
+
+
+def tokenizer_state(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint of ours holds besides, so that it has its tokenizer; nothing for GPT-2's."""
+    if tokenizer.file is None:
+        return {}
+    return {"tokenizer": {"name": tokenizer.name, "json": tokenizer.file.decode()}}
+
+
+def _checkpoint_tokenizer(checkpoint: dict[str, Any], path: Path) -> Tokenizer:
+    state = checkpoint.get("tokenizer")
+    if state is None:
+        return GPT2
+    try:
+        return tokenizer_from(state["json"].encode(), state["name"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: its tokenizer cannot be read ({error}); give another") from error
 
 
 def write_lightning(weights: ModelWeights, path: Path) -> None:
@@ -262,6 +284,7 @@ def write_lightning(weights: ModelWeights, path: Path) -> None:
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": version("lightning"),
         "hyper_parameters": {"config": asdict(weights.config)},
+        **tokenizer_state(weights.tokenizer),
         "state_dict": {
             _MODULE_PREFIX + name: t.clone(memory_format=torch.contiguous_format)
             for name, t in weights.state_dict.items()

@@ -13,8 +13,8 @@ import torch
 
 from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import WindowDataset
-from gpt_lightning.data.token_cache import read_splits
-from gpt_lightning.data.tokenizer import encode_prompt
+from gpt_lightning.data.token_cache import find_tokenizer, read_splits
+from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.generation.text import generate_texts
@@ -129,7 +129,7 @@ def measure_all(
     for source in sources:
         weight_files(source)
     if task.text is not None:
-        read_splits(task.text, task.train_ratio)
+        read_splits(task.text, task.train_ratio, find_tokenizer(None, [task.text]))
     measurements: Table[ModelMeasurement] = Table()
     for source in sources:
         try:
@@ -165,10 +165,11 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         cause = f"needs about {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are available"
         return replace(measurement, skipped=cause)
     start = time.perf_counter()
+    tokenizer = weights.tokenizer
     model = build_model(weights, device=task.device, dtype=dtype)
     pack_weights(model)
     seconds_to_load = time.perf_counter() - start
-    first_token, rate = _speed(model, task)
+    first_token, rate = _speed(model, tokenizer, task)
     generator = make_generator(task.seed, task.device)
     samples = generate_texts(
         model,
@@ -176,9 +177,13 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         task.max_new_tokens,
         task.sampling,
         num_samples=task.num_samples,
+        tokenizer=tokenizer,
+        eos_id=tokenizer.end_of_text_id,
         generator=generator,
     )
-    train_loss, val_loss = (None, None) if task.text is None else _losses(model, task.text, task)
+    train_loss, val_loss = None, None
+    if task.text is not None:
+        train_loss, val_loss = _losses(model, tokenizer, task.text, task)
     return replace(
         measurement,
         seconds_to_load=seconds_to_load,
@@ -208,29 +213,33 @@ def _free_memory(task: ComparisonTask) -> int:
     return free if task.max_memory is None else min(free, task.max_memory)
 
 
-def _speed(model: GPTModel, task: ComparisonTask) -> tuple[float, float | None]:
+def _speed(
+    model: GPTModel, tokenizer: Tokenizer, task: ComparisonTask
+) -> tuple[float, float | None]:
     """Median seconds to the first token, and tokens per second of the median step (``None`` for one token).
 
     The first passes of a process are slow, because they load kernels and read the weights from disk. A median
     is not changed by interruptions from other processes.
     """
-    _token_times(model, task, 2)  # warm-up
+    _token_times(model, tokenizer, task, 2)  # warm-up
     first_tokens: list[float] = []
     while (
         len(first_tokens) < _MIN_FIRST_TOKEN_PASSES or sum(first_tokens) < _MIN_FIRST_TOKEN_SECONDS
     ):
-        first_tokens += _token_times(model, task, 1)
-    steps = _token_times(model, task, task.max_new_tokens)[1:]
+        first_tokens += _token_times(model, tokenizer, task, 1)
+    steps = _token_times(model, tokenizer, task, task.max_new_tokens)[1:]
     return median(first_tokens), 1 / median(steps) if steps else None
 
 
-def _token_times(model: GPTModel, task: ComparisonTask, new_tokens: int) -> list[float]:
+def _token_times(
+    model: GPTModel, tokenizer: Tokenizer, task: ComparisonTask, new_tokens: int
+) -> list[float]:
     """Seconds for each new token of one text. The first includes reading the prompt."""
     generator = make_generator(task.seed, task.device)
     times = [time.perf_counter()]
     for step in stream_ids(
         model,
-        [encode_prompt(task.prompt)],
+        [tokenizer.encode_prompt(task.prompt)],
         new_tokens,
         task.sampling,
         eos_id=None,
@@ -242,12 +251,14 @@ def _token_times(model: GPTModel, task: ComparisonTask, new_tokens: int) -> list
 
 
 @torch.inference_mode()
-def _losses(model: GPTModel, text: str, task: ComparisonTask) -> tuple[float, float]:
+def _losses(
+    model: GPTModel, tokenizer: Tokenizer, text: str, task: ComparisonTask
+) -> tuple[float, float]:
     """Mean loss over all tokens of the training and of the validation split."""
     length = min(task.context_length, model.config.context_length)
     train, val = (
         _loss(model, WindowDataset(tokens, length, length), task)
-        for tokens in read_splits(text, task.train_ratio)
+        for tokens in read_splits(text, task.train_ratio, tokenizer)
     )
     return train, val
 

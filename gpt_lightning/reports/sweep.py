@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, decode
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.generation.engine import NO_TOKEN, generate_simple, stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.model.gpt import GPTModel
@@ -133,6 +133,7 @@ def sweep(
     num_samples: int,
     max_new_tokens: int,
     seed: int,
+    tokenizer: Tokenizer = GPT2,
     on_cell: Callable[[], None] | None = None,
 ) -> Table[GridCell]:
     """Continue the prompt ``num_samples`` times under each setting, with the same seed in each cell.
@@ -151,7 +152,9 @@ def sweep(
     model.eval()
     cells: Table[GridCell] = Table()
     for sampling in settings:
-        cells.append(_cell(model, prompt_ids, sampling, num_samples, max_new_tokens, seed))
+        cells.append(
+            _cell(model, prompt_ids, sampling, num_samples, max_new_tokens, seed, tokenizer)
+        )
         if on_cell is not None:
             on_cell()
     return cells
@@ -164,6 +167,7 @@ def _cell(
     num_samples: int,
     max_new_tokens: int,
     seed: int,
+    tokenizer: Tokenizer,
 ) -> GridCell:
     device = model.tok_emb.weight.device
     steps = list(
@@ -173,7 +177,7 @@ def _cell(
             max_new_tokens,
             sampling,
             num_samples=num_samples,
-            eos_id=END_OF_TEXT_ID,
+            eos_id=tokenizer.end_of_text_id,
             generator=make_generator(seed, device),
         )
     )
@@ -194,21 +198,25 @@ def _cell(
         next_token_entropy=_next_token_entropy(model, prompt_ids, sampling),
         identical_share=max_count / len(rows),
         deterministic=max_count == len(rows),
-        texts=[decode(prompt_ids + row) for row in rows],
+        texts=[tokenizer.decode(prompt_ids + row) for row in rows],
     )
 
 
 @torch.inference_mode()
 def compare_with_plain_loop(
-    model: GPTModel, prompt_ids: list[int], cells: Sequence[GridCell], max_new_tokens: int
+    model: GPTModel,
+    prompt_ids: list[int],
+    cells: Sequence[GridCell],
+    max_new_tokens: int,
+    tokenizer: Tokenizer = GPT2,
 ) -> PlainLoopComparison:
     """Exercise 5.3: compare the greedy settings with the plain loop, which has no cache and no sampling."""
     model.eval()
     idx = torch.tensor([prompt_ids], device=_device(model))
     new = generate_simple(model, idx, max_new_tokens)[0, len(prompt_ids) :].tolist()
-    if END_OF_TEXT_ID in new:
-        new = new[: new.index(END_OF_TEXT_ID)]
-    text = decode(prompt_ids + new)
+    if tokenizer.end_of_text_id in new:
+        new = new[: new.index(tokenizer.end_of_text_id)]
+    text = tokenizer.decode(prompt_ids + new)
     greedy = [cell for cell in cells if cell.is_greedy]
     return PlainLoopComparison(text, len(greedy), sum(set(cell.texts) == {text} for cell in greedy))
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.precision import has_float64
 from gpt_lightning.pretrained.weights import read_checkpoint
@@ -109,7 +110,7 @@ def build_run(
     check_trainer(config.trainer, trains=trains)
     seed_everything(config.seed_everything, workers=True)
     start = find_start(config, trains=trains)
-    module, datamodule = build_modules(config, start.architecture)
+    module, datamodule = build_modules(config, start.architecture, start.tokenizer)
     module.max_tokens = config.max_tokens
     if start.weights is not None:
         module.initialize_from(start.weights, with_optimizer=trains and config.init_optimizer)
@@ -173,7 +174,7 @@ def writes_files(config: RunConfig) -> bool:
 
 
 def build_modules(
-    config: RunConfig, architecture: GPTConfig
+    config: RunConfig, architecture: GPTConfig, tokenizer: Tokenizer
 ) -> tuple[GPTLightningModule, TextDataModule]:
     """Build module and data module, which check their settings.
 
@@ -181,10 +182,12 @@ def build_modules(
         ValueError: A setting cannot be used; the message is one line.
     """
     seeds = _seeds(config)
-    return (
-        GPTLightningModule(**{**seeds, **_python_numbers(config.model), "config": architecture}),
-        TextDataModule(**{**seeds, **_python_numbers(config.data)}),
+    module = GPTLightningModule(
+        **{**seeds, **_python_numbers(config.model), "config": architecture}
     )
+    data = TextDataModule(**{**seeds, **_python_numbers(config.data)})
+    module.tokenizer = data.tokenizer = tokenizer
+    return module, data
 
 
 def _python_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,6 +174,12 @@ class RunConfig:
         return Path(root) / RUNS / self.run
 
     @property
+    def texts(self) -> list[str]:
+        """What ``data.text`` or ``data.mixture`` names."""
+        mixture = self.data.get("mixture")
+        return list(mixture) if mixture else [self.data.get("text", "verdict")]
+
+    @property
     def source(self) -> str | None:
         """Existing weights that ``ckpt_path`` or ``init_from`` names; ``None`` if neither is given."""
         if self.ckpt_path in ("last", "best"):

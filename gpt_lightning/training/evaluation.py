@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader, Rng
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.data.tokenizer import decode, encode_prompt
 from gpt_lightning.data.unicode import for_stream
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import entropy
@@ -218,7 +217,7 @@ class SampleTextCallback(Callback):
             trainer.precision_plugin.forward_context(),
             _uncompiled(module),
         ):
-            ids = encode_prompt(self.prompt)[-module.config.context_length :]
+            ids = module.tokenizer.encode_prompt(self.prompt)[-module.config.context_length :]
             features = module.model.features(torch.tensor([ids], device=module.device))
             p = module.model.head(features[:, -1]).float().softmax(dim=-1)[0]
             nats, largest = float(entropy(p)), float(p.max())
@@ -229,7 +228,8 @@ class SampleTextCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, GPTLightningModule)
         self._sampled_step = trainer.global_step
-        tokens, context_length = len(encode_prompt(self.prompt)), pl_module.config.context_length
+        tokens = len(pl_module.tokenizer.encode_prompt(self.prompt))
+        context_length = pl_module.config.context_length
         if tokens > context_length and trainer.is_global_zero:
             logger.info(
                 f"evaluation.prompt: {tokens} tokens, the model reads {context_length}; "
@@ -247,7 +247,7 @@ class SampleTextCallback(Callback):
     def _sample(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, GPTLightningModule)
         self._sampled_step = trainer.global_step
-        idx = torch.tensor([encode_prompt(self.prompt)], device=module.device)
+        idx = torch.tensor([module.tokenizer.encode_prompt(self.prompt)], device=module.device)
         with (
             self.clock.stopped(module.device),
             _random_numbers(self.rng),
@@ -255,7 +255,7 @@ class SampleTextCallback(Callback):
             _uncompiled(module),
         ):
             ids = generate(module.model, idx, self.max_new_tokens)
-        self._show(trainer, decode(ids[0].tolist()), step)
+        self._show(trainer, module.tokenizer.decode(ids[0].tolist()), step)
 
     @rank_zero_only
     def _show(self, trainer: Trainer, text: str, step: int) -> None:

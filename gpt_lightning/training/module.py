@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gpt_lightning.data.dataloader import Batch, Rng
-from gpt_lightning.data.tokenizer import byte_lengths
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.weights import ModelWeights, pop_weights
+from gpt_lightning.pretrained.weights import ModelWeights, pop_weights, tokenizer_state
 from gpt_lightning.training.distributed import check_strategy, shard_model
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.optimizer import (
@@ -70,6 +70,7 @@ class GPTLightningModule(LightningModule):
         schedule: Learning rate and clipping as the settings have them, with shares of the run.
         run_schedule: The same with numbers of steps, once training has started.
         max_tokens: Tokens after which the run ends, if these end it: shares of the run need its length.
+        tokenizer: The tokenizer of its texts, GPT-2's unless it is set; checkpoints hold it.
     """
 
     model: GPTModel
@@ -120,6 +121,7 @@ class GPTLightningModule(LightningModule):
         self.save_hyperparameters({"config": asdict(config), **asdict(schedule), "weight_decay": weight_decay,
                                    "betas": list(betas), "decay_matrices_only": decay_matrices_only,
                                    "seed": seed, "rng": rng})  # fmt: skip
+        self.tokenizer: Tokenizer = GPT2
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenWeightedLoss() for split in SPLITS})
         self._run_steps: int | None = None  # of this run, or of the run that it resumes
@@ -283,7 +285,7 @@ class GPTLightningModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         targets = batch[1]
-        text_bytes = byte_lengths().to(targets.device)[targets].sum()
+        text_bytes = self.tokenizer.byte_lengths.to(targets.device)[targets].sum()
         self._mean(SPLITS[dataloader_idx]).update(self.loss(batch), targets.numel(), text_bytes)
 
     def on_validation_epoch_end(self) -> None:
@@ -298,6 +300,7 @@ class GPTLightningModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint |= tokenizer_state(self.tokenizer)
         if self.schedule.has_shares:
             checkpoint["run_steps"] = self._run_steps
         if self.rng == "global":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.load import find_checkpoint, read_weights
 from gpt_lightning.pretrained.weights import read_checkpoint
@@ -53,8 +54,8 @@ def latest_valid_checkpoint(folder: Path) -> Path:
 
 def checkpoint_to_resume(
     folder: Path, ckpt_path: str, named: Mapping[str, Any]
-) -> tuple[Path, GPTConfig]:
-    """Return the file that ``--ckpt_path`` names (``last``, ``best`` or a path), and its architecture.
+) -> tuple[Path, GPTConfig, Tokenizer]:
+    """Return the file that ``--ckpt_path`` names (``last``, ``best`` or a path), its architecture and tokenizer.
 
     Args:
         named: Keys of the architecture that the configuration names.
@@ -89,7 +90,8 @@ def checkpoint_to_resume(
             f"ckpt_path: {path} has other names than a run's checkpoint; give it as --init_from"
         )
     _check_state(checkpoint, path)
-    return path, reconcile_config(f"ckpt_path: {path}", found.config, named)
+    architecture = reconcile_config(f"ckpt_path: {path}", found.config, named)
+    return path, architecture, found.tokenizer
 
 
 def reached_limit(

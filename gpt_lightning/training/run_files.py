@@ -87,7 +87,12 @@ def recorded_settings(
     settings["model"] = {"config": asdict(architecture), **model}
     settings["trainer"] = config.trainer if trainer is None else trainer
     plain: dict[str, Any] = _plain(settings)
-    for group, name in (("data", "text"), ("data", "mixture"), ("trainer", "default_root_dir")):
+    for group, name in (
+        ("data", "text"),
+        ("data", "mixture"),
+        ("data", "tokenizer"),
+        ("trainer", "default_root_dir"),
+    ):
         if plain[group].get(name) is not None:
             plain[group][name] = _with_slashes(plain[group][name])
     return plain

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt_lightning.data.token_cache import find_tokenizer
+from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, with_head
@@ -21,9 +23,11 @@ class Start:
         architecture: Architecture of the checkpoint or the weights, else the one that the settings name.
         checkpoint_path: Checkpoint that the run resumes; ``None`` for a new run.
         weights: Weights of a new run; ``None`` for random ones.
+        tokenizer: Tokenizer of the model and the data.
     """
 
     architecture: GPTConfig
+    tokenizer: Tokenizer
     checkpoint_path: Path | None = None
     weights: ModelWeights | None = None
 
@@ -45,10 +49,13 @@ def find_start(config: RunConfig, *, trains: bool = True) -> Start:
     else:
         ckpt_path = config.ckpt_path if trains else None
     if ckpt_path is not None:
-        path, architecture = checkpoint_to_resume(config.folder, ckpt_path, named)
-        return Start(architecture=architecture, checkpoint_path=path)
+        path, architecture, of_run = checkpoint_to_resume(config.folder, ckpt_path, named)
+        tokenizer = _tokenizer(config, of_run)
+        return Start(architecture=architecture, tokenizer=tokenizer, checkpoint_path=path)
     if source is None:
-        return Start(architecture=GPTConfig(**named))
+        tokenizer = _tokenizer(config, None)
+        architecture = GPTConfig(**{"vocab_size": tokenizer.vocab_size, **named})
+        return Start(architecture=architecture, tokenizer=tokenizer)
     weights = read_weights(source, n_heads=named.get("n_heads"))
     check_tokenizer(weights, source)
     if "tied_embeddings" in named:
@@ -56,7 +63,12 @@ def find_start(config: RunConfig, *, trains: bool = True) -> Start:
     architecture = reconcile_config(f"init_from: {source}", weights.config, named, weights.assumed)
     if is_rank_zero():
         print_warnings(weights)
-    return Start(architecture=architecture, weights=weights)
+    tokenizer = _tokenizer(config, weights.tokenizer)
+    return Start(architecture=architecture, tokenizer=tokenizer, weights=weights)
+
+
+def _tokenizer(config: RunConfig, of_model: Tokenizer | None) -> Tokenizer:
+    return find_tokenizer(config.data.get("tokenizer"), config.texts, of_model)
 
 
 def was_started(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from gpt_lightning import GPTConfig, TextDataModule, load_model
 from gpt_lightning.data import dataloader as loader_module
-from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
+from gpt_lightning.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, GPT2
 from helpers import (
     ROOT,
     Command,
@@ -32,7 +32,7 @@ def data_of_rank(
         world_size=world_size, global_rank=rank, local_rank=rank, accumulate_grad_batches=1,
         limit_train_batches=limit, overfit_batches=0, state=SimpleNamespace(fn="fit"),
         strategy=SimpleNamespace(barrier=lambda: None, root_device=torch.device("cpu")),
-        lightning_module=SimpleNamespace(config=GPTConfig(context_length=length)),
+        lightning_module=SimpleNamespace(config=GPTConfig(context_length=length), tokenizer=GPT2),
     )  # fmt: skip
     data.trainer = trainer  # type: ignore[assignment]
     data.setup("fit")

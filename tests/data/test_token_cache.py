@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_lightning.data import token_cache, tokenizer
-from gpt_lightning.data.tokenizer import encode_corpus
+from gpt_lightning.data import token_cache
+from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.storage.checksum import MANIFEST
 from helpers import mutate
 from token_stores import SAMPLE
@@ -35,7 +35,7 @@ def test_tokens_of_a_long_text_come_from_the_cache(
             token_cache.read_splits(str(path), 0.5)
     path.write_text(SAMPLE[1:])
     (changed,), _ = token_cache.read_splits(str(path), 0.5)
-    assert changed.tolist() == encode_corpus(SAMPLE[1:][: len(SAMPLE[1:]) // 2]).tolist()
+    assert changed.tolist() == GPT2.encode_corpus(SAMPLE[1:][: len(SAMPLE[1:]) // 2]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_damaged_cached_tokens_are_made_again(
     text = tmp_path / "mine.txt"
     text.write_text("Every effort moves you. " * 200)
     split = int(0.8 * len(text.read_text()))
-    expected = [tokenizer.encode_corpus(text.read_text()[:split]),
-                tokenizer.encode_corpus(text.read_text()[split:])]  # fmt: skip
+    expected = [GPT2.encode_corpus(text.read_text()[:split]),
+                GPT2.encode_corpus(text.read_text()[split:])]  # fmt: skip
 
     def are_right(found: token_cache.Splits) -> bool:
         return all(

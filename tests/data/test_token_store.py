@@ -10,7 +10,7 @@ import pytest
 from gpt_lightning.data import token_cache, token_store
 from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 from gpt_lightning.data.token_store import open_store
-from gpt_lightning.data.tokenizer import encode_corpus
+from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.storage import checksum
 from helpers import QUICKSTART, SMALL, SMALL_QUICKSTART, Command, assert_refused, mutate
 from token_stores import PARAGRAPHS, SAMPLE, as_earlier_version, store_tokens, write_lines
@@ -98,7 +98,7 @@ def test_fit_and_validate_read_a_store(command: Command, tmp_path: Path) -> None
     )
     assert result.code == 0, result.err
     output = json.loads(result.out)
-    assert sum(output["tokens"].values()) == len(encode_corpus(SAMPLE))
+    assert sum(output["tokens"].values()) == len(GPT2.encode_corpus(SAMPLE))
     config = QUICKSTART
     small = [argument for argument in SMALL if not argument.startswith("--data.t")]
     result = command("fit", config, *small, "--data.text=store", "--data.train_ratio=0.3",

@@ -9,9 +9,8 @@ import pytest
 from gpt_lightning.data import tokenizer
 from gpt_lightning.data.tokenizer import (
     END_OF_TEXT_ID,
+    GPT2,
     decode,
-    encode_corpus,
-    encode_documents,
     encode_prompt,
     gpt2_encoding,
 )
@@ -27,7 +26,7 @@ def test_tokenizer_is_that_of_gpt2() -> None:
 
 def test_too_many_blanks_are_refused() -> None:
     """They overflow the stack of tiktoken's regular expressions."""
-    for encode in (encode_corpus, encode_prompt):
+    for encode in (GPT2.encode_corpus, encode_prompt):
         with pytest.raises(
             ValueError, match="has more blanks in a row than the tokenizer can read"
         ):
@@ -44,14 +43,14 @@ def test_each_thread_has_its_own_encoding() -> None:
 
 def test_end_of_text_is_a_token_in_a_corpus_and_plain_text_in_a_prompt() -> None:
     text = "one<|endoftext|>two"
-    assert encode_corpus(text).tolist().count(50256) == 1
+    assert GPT2.encode_corpus(text).tolist().count(50256) == 1
     assert 50256 not in encode_prompt(text)
     assert encode_prompt(text, special=True).count(50256) == 1
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud800"])
 def test_lone_surrogates_are_refused(text: str) -> None:
-    for encode in (encode_corpus, encode_prompt):
+    for encode in (GPT2.encode_corpus, encode_prompt):
         with pytest.raises(ValueError, match="is not valid UTF-8"):
             encode(text)
 
@@ -67,7 +66,7 @@ def test_documents_encoded_together_equal_documents_encoded_alone() -> None:
     for _ in range(300):
         texts = ["".join(rng.choices(parts, k=rng.randrange(1, 6))) for _ in range(3)]
         one, two, three = map(encode_prompt, texts)
-        assert encode_documents(texts).tolist() == [
+        assert GPT2.encode_documents(texts).tolist() == [
             *one,
             END_OF_TEXT_ID,
             *two,

@@ -1,4 +1,4 @@
-"""Tokenizer files beside weights: GPT-2's is recognized, another one is refused for text."""
+"""Tokenizer files beside weights: GPT-2's is recognized, a tokenizer.json is read, others are refused for text."""
 
 import json
 import shutil
@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from gpt_lightning import load_model
-from gpt_lightning.data.tokenizer import vocabulary_file
+from gpt_lightning.data.tokenizer import encode_prompt, vocabulary_file
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.reports.model_comparison import ComparisonTask, measure
 from helpers import (
     ROOT,
     Command,
+    json_of,
 )
 from random_gpt2 import random_gpt2, transformers
 from weight_files import (
@@ -103,9 +104,9 @@ OTHERS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: swap(f / "tokenizer.json", "model", "merges"),
         "tokenizer.json has other merges",
     ),
-    "added": (add_token, "adds the token '<|user|>'"),
-    "prefix space": (save_with(add_prefix_space=True), "splits text differently"),
+    "added": (add_token, "its vocabulary has 50257 tokens, fewer than hf (50,258 tokens"),
     "bos": (save_with(add_bos_token=True), "adds tokens to each text"),
+    "prefix space": (save_with(add_prefix_space=True), "splits text differently"),
     "normalizer": (
         lambda f: edit_json(f / "tokenizer.json", normalizer={"type": "NFC"}),
         "has a normalizer",
@@ -143,6 +144,20 @@ def test_another_tokenizer_is_refused_for_text(
     ), result.err
     assert cause in result.err
     assert result.err.count("\n") == 1
+
+
+def test_another_byte_level_bpe_is_read(
+    with_tokenizer: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(with_tokenizer, "hf")
+    edit_json(Path("hf/tokenizer.json"), normalizer={"type": "NFC"})
+    edit_json(Path("hf/tokenizer_config.json"), tokenizer_class="PreTrainedTokenizerFast")
+    text = "cafe\u0301"
+    result = json_of(
+        command("generate", "--from=hf", f"--prompt={text}", "--max_new_tokens=1", "--json")
+    )
+    expected = transformers.AutoTokenizer.from_pretrained("hf")(text)["input_ids"]
+    assert result["token_ids"][:-1] == expected != encode_prompt(text)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpt_lightning.data.corpus import read_corpus
+from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.reports import model_comparison
 from helpers import (
     ENVIRONMENT,
@@ -76,11 +77,11 @@ def test_time_to_first_token_excludes_the_warm_up(monkeypatch: pytest.MonkeyPatc
     """A process's first pass takes a second, which must not be added to the first model only."""
     times = iter([[1.02, 0.5], [0.4], *[[0.008]] * 200, [0.008, 0.01, 0.3, 0.01]])
     monkeypatch.setattr(
-        model_comparison, "_token_times", lambda model, task, new_tokens: next(times)
+        model_comparison, "_token_times", lambda model, tokenizer, task, new_tokens: next(times)
     )
     monkeypatch.setattr(model_comparison, "_MIN_FIRST_TOKEN_SECONDS", 0.4 + 199.5 * 0.008)
     task = model_comparison.ComparisonTask("x", model_comparison.SamplingParams(), 1, 4, 1)
-    first_token, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
+    first_token, rate = model_comparison._speed(None, GPT2, task)  # type: ignore[arg-type]
     assert first_token == 0.008
     assert rate == pytest.approx(100)
 

@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gpt_lightning.data.prepare.chunk import EOT_BYTES, Split, TextChunk, content_hash, split_of
 from gpt_lightning.data.prepare.clean import Cleaning
 from gpt_lightning.data.prepare.rows import as_python
-from gpt_lightning.data.tokenizer import encode_documents
+from gpt_lightning.data.tokenizer import GPT2, Ids, Tokenizer
 from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
 
 _BEFORE_SPACE = re.compile(r"\S(?=\s)")  # where a text may be cut
@@ -27,7 +24,7 @@ class TokenRun(NamedTuple):
     """Token ids of successive documents of a split, or of part of one; ``begins`` is False for the rest of one."""
 
     split: Split
-    ids: NDArray[np.uint16]
+    ids: Ids
     documents: int
     begins: bool
 
@@ -61,7 +58,13 @@ class _Problem(NamedTuple):
 
 
 def encode_chunk(
-    chunk: TextChunk, *, name: str, val_ratio: float, skip: bool, cleaning: Cleaning
+    chunk: TextChunk,
+    *,
+    name: str,
+    val_ratio: float,
+    skip: bool,
+    cleaning: Cleaning,
+    tokenizer: Tokenizer = GPT2,
 ) -> EncodedChunk:
     """Token ids of a chunk by split.
 
@@ -76,7 +79,7 @@ def encode_chunk(
     if chunk.part:
         assert chunk.split is not None
         try:
-            ids = encode_documents([_plain(chunk.content, chunk.at.offset)])
+            ids = tokenizer.encode_documents([_plain(chunk.content, chunk.at.offset)])
         except ValueError as error:
             location = f"{chunk.source.path}, from byte {chunk.at.offset}"
             raise ValueError(f"{location}: {error}") from error
@@ -98,7 +101,7 @@ def encode_chunk(
         ):  # two delimiters in a row in a plain text are not an empty row
             encoded.empty += 1
     for split, documents in texts.items():
-        ids, count, refused = _tokenized(documents)
+        ids, count, refused = _tokenized(documents, tokenizer)
         if refused and not skip:
             raise ValueError(refused[0].message)
         problems += refused
@@ -106,6 +109,24 @@ def encode_chunk(
             encoded.tokens.append(TokenRun(split, ids, count, True))
     encoded.problems = [problem.message for problem in problems]
     return encoded
+
+
+def texts_of(chunk: TextChunk, name: str) -> Iterator[str]:
+    """The texts of a chunk's documents, or of the part of one that it is.
+
+    Args:
+        name: The JSON field that holds a line's text.
+
+    Raises:
+        ValueError: A document cannot be read.
+    """
+    if chunk.part:
+        yield _plain(chunk.content, chunk.at.offset)
+        return
+    for document in _documents(chunk, name, Cleaning()):
+        if isinstance(document, _Problem):
+            raise ValueError(document.message)
+        yield document.text
 
 
 def _cleaned(
@@ -139,20 +160,20 @@ def _cleaned(
         yield document._replace(text=text[end:], offset=until)
 
 
-def _tokenized(texts: list[_Text]) -> tuple[NDArray[np.uint16], int, list[_Problem]]:
+def _tokenized(texts: list[_Text], tokenizer: Tokenizer) -> tuple[Ids, int, list[_Problem]]:
     """Token ids, the number of texts they are of, and a problem for each text that the tokenizer refuses."""
     refused = []
     try:
-        return encode_documents([text.text for text in texts]), len(texts), []
+        return tokenizer.encode_documents([text.text for text in texts]), len(texts), []
     except ValueError:
         accepted = []
         for text in texts:
             try:
-                encode_documents([text.text])
+                tokenizer.encode_documents([text.text])
                 accepted.append(text.text)
             except ValueError as error:
                 refused.append(_Problem(f"{text.location}: {error}"))
-    return encode_documents(accepted), len(accepted), refused
+    return tokenizer.encode_documents(accepted), len(accepted), refused
 
 
 def _split(chunk: TextChunk, document: _Text, val_ratio: float) -> Split:

@@ -36,7 +36,7 @@ from gpt_lightning.data.token_store import (
     read_progress,
     was_written_here,
 )
-from gpt_lightning.data.tokenizer import token_ranks
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.storage.atomic import created_folder, temporary_path
 from gpt_lightning.storage.checksum import MANIFEST
 from gpt_lightning.storage.lock import lock_file
@@ -115,6 +115,7 @@ def prepare(
     out: Path,
     settings: PrepareConfig,
     *,
+    tokenizer: Tokenizer = GPT2,
     workers: int = 1,
     skip: bool = False,
     on_progress: OnProgress = lambda done, total, tokens: None,
@@ -147,14 +148,14 @@ def prepare(
             for s in sources
         ],
     }
+    writer = StoreWriter(out, settings.shard_tokens, about, tokenizer)
     with _locked(out):
         if (out / MANIFEST).exists():
             manifest = read_manifest(out)
-            check_same(out, _with_all_settings(manifest), about)
-            check_shards(out, manifest)
+            check_same(out, _with_all_settings(manifest), writer.about)
+            check_shards(out, manifest, tokenizer)
             (out / PROGRESS).unlink(missing_ok=True)
             return PrepareResult(out, manifest, already_prepared=True)
-        writer = StoreWriter(out, settings.shard_tokens, about)
         work = _PreparePipeline(
             with_cuts(sources, settings.split, settings.val_ratio, skip=skip),
             settings,
@@ -164,7 +165,7 @@ def prepare(
             on_progress,
         )
         if (out / PROGRESS).exists():
-            check_unfinished(out, _with_all_settings(read_progress(out)), about)
+            check_unfinished(out, _with_all_settings(read_progress(out)), writer.about)
             work.continue_from(writer.resume())
         try:
             return work.run()
@@ -207,7 +208,7 @@ class _PreparePipeline:
         self.cleaned = Counter(recorded.get("cleaned", {}))
 
     def run(self) -> PrepareResult:
-        token_ranks()  # read once, and not by all threads at once
+        self.writer.tokenizer.load()
         before = [(s.path, s.path.stat().st_mtime_ns) for s in self.sources]
         with self._writing():
             self._record()
@@ -240,6 +241,7 @@ class _PreparePipeline:
             name=self.settings.field,
             val_ratio=val_ratio,
             skip=self.skip,
+            tokenizer=self.writer.tokenizer,
             cleaning=self.settings.cleaning,
         )
         in_progress: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()

@@ -57,6 +57,12 @@ def _check_settings(out: Path, recorded: dict[str, Any], current: dict[str, Any]
             f"{out}: was prepared by a version that reads byte order marks and line ends differently; "
             "remove it, or give another --out"
         )
+    before, now = recorded["tokenizer"], current["tokenizer"]
+    if {**before, "name": ""} != {**now, "name": ""}:
+        raise ValueError(
+            f"{out}: was started with the tokenizer {_tokenizer(before)}, not {_tokenizer(now)}; give that, or "
+            "another --out"
+        )
     for name, value in current["settings"].items():
         before = recorded["settings"].get(name)
         if before != value:
@@ -70,6 +76,11 @@ def _option(name: str, value: object) -> str:
     if value is None or isinstance(value, bool):
         return f"with --{name}" if value else f"without --{name}"
     return f"with --{name} {value}"
+
+
+def _tokenizer(record: dict[str, str]) -> str:
+    sha256 = record.get("sha256")
+    return record["name"] if sha256 is None else f"{record['name']} (SHA-256 {sha256[:8]}…)"
 
 
 def _first_difference(

@@ -8,7 +8,7 @@ import pytest
 
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
-from gpt_lightning.data.tokenizer import encode_corpus
+from gpt_lightning.data.tokenizer import GPT2
 from helpers import Command, assert_refused
 from token_stores import PARAGRAPHS, documents_of, store_tokens
 
@@ -20,7 +20,7 @@ def test_folder_equals_what_data_text_reads(tmp_path: Path) -> None:
         (folder.parent if i % 2 else folder).joinpath(f"{i}.txt").write_text(paragraph)
     (folder / "z.csv").write_text("a,b")
     prepare([str(folder.parent)], tmp_path / "out", PrepareConfig(val_ratio=0))
-    expected = encode_corpus(read_corpus(str(folder.parent)))
+    expected = GPT2.encode_corpus(read_corpus(str(folder.parent)))
     assert store_tokens(tmp_path / "out")[0] == expected.tolist()
 
 

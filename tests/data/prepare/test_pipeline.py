@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_lightning.cli import prepare as cli_prepare
+from gpt_lightning.cli import console
 from gpt_lightning.data.prepare.pipeline import prepare
 from gpt_lightning.data.token_store import open_store
 from helpers import Command, python
@@ -45,7 +45,7 @@ def test_second_prepare_of_one_store_is_refused(corpus: list[str], tmp_path: Pat
 def test_progress_is_reported(
     command: Command, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_prepare, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
     result = command("prepare", *corpus, "--out=store")
     assert result.code == 0
     assert re.search(r"^\d+ of \d+ MB, [\d,]+ tokens, [\d.]+ MB/s, eta \d+ s$", result.err, re.M)

@@ -11,7 +11,7 @@ from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.prepare import chunk
 from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
 from gpt_lightning.data.prepare.plain_text import safe_cut
-from gpt_lightning.data.tokenizer import encode_corpus, encode_prompt
+from gpt_lightning.data.tokenizer import GPT2, encode_prompt
 from token_stores import (
     awkward_text,
     store_tokens,
@@ -25,8 +25,10 @@ def test_safe_cut_does_not_change_the_tokens() -> None:
         text = awkward_text(rng, rng.randrange(2, 40)).encode()
         if cut := safe_cut(text):
             cuts += 1
-            parts = [encode_corpus(part.decode()).tolist() for part in (text[:cut], text[cut:])]
-            assert parts[0] + parts[1] == encode_corpus(text.decode()).tolist(), (text, cut)
+            parts = [
+                GPT2.encode_corpus(part.decode()).tolist() for part in (text[:cut], text[cut:])
+            ]
+            assert parts[0] + parts[1] == GPT2.encode_corpus(text.decode()).tolist(), (text, cut)
     assert cuts > 1500
     # other cuts change the tokens
     assert encode_prompt("a\n\n") + encode_prompt("b") != encode_prompt("a\n\nb")
@@ -45,7 +47,7 @@ def test_text_read_in_chunks_equals_the_text(
     )
     (tmp_path / "a.txt").write_bytes(text.encode())
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", PrepareConfig(val_ratio=0), workers=3)
-    whole = encode_corpus((tmp_path / "a.txt").read_text(encoding="utf-8"))
+    whole = GPT2.encode_corpus((tmp_path / "a.txt").read_text(encoding="utf-8"))
     assert store_tokens(tmp_path / "out") == (whole.tolist(), [])
 
 
@@ -75,4 +77,4 @@ def test_byte_order_marks_and_line_ends_change_neither_tokens_nor_splits(
         stores.append(store_tokens(tmp_path / f"{name}-out"))
     assert stores[0] == stores[1] == stores[2]
     if split == "ratio":
-        assert stores[0][0] == encode_corpus(read_corpus(str(tmp_path / "b"))).tolist()
+        assert stores[0][0] == GPT2.encode_corpus(read_corpus(str(tmp_path / "b"))).tolist()

@@ -6,7 +6,7 @@ import pytest
 
 from gpt_lightning.data.prepare import chunk
 from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
-from gpt_lightning.data.tokenizer import decode, encode_corpus
+from gpt_lightning.data.tokenizer import GPT2, decode
 from helpers import Command, assert_refused
 from token_stores import (
     KINDS,
@@ -41,7 +41,7 @@ def test_split_by_ratio_cuts_a_text_once(tmp_path: Path, val_ratio: float) -> No
         [str(tmp_path / "mine.txt")], tmp_path / "out", PrepareConfig("text", "ratio", val_ratio)
     )
     train, val = store_tokens(tmp_path / "out")
-    assert train + val == encode_corpus(SAMPLE).tolist()
+    assert train + val == GPT2.encode_corpus(SAMPLE).tolist()
     cut = len(decode(train).encode()) - (1 - val_ratio) * len(SAMPLE.encode())
     assert 0 <= cut < 20
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gpt_lightning.data.datamodule import TextDataModule
     from gpt_lightning.data.tokenizer import decode, encode_prompt
     from gpt_lightning.generation.engine import generate, generate_simple
+    from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.model.config import GPTConfig
     from gpt_lightning.model.gpt import GPTModel
     from gpt_lightning.pretrained.convert import save_model
@@ -35,6 +36,7 @@ __all__ = [
     "GPTLightningModule",
     "GPTModel",
     "RunConfig",
+    "SamplingParams",
     "TextDataModule",
     "ThroughputConfig",
     "build_trainer",
@@ -57,6 +59,7 @@ _MODULES = {
     "GPTLightningModule": "training.module",
     "GPTModel": "model.gpt",
     "RunConfig": "training.config",
+    "SamplingParams": "generation.sampling",
     "TextDataModule": "data.datamodule",
     "ThroughputConfig": "training.config",
     "build_trainer": "training.build",

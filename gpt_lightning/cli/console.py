@@ -54,6 +54,11 @@ def print_table(
         console.print(_transposed(rows))
 
 
+def without(row: Row, columns: Collection[str]) -> Row:
+    """The row without some columns."""
+    return {name: value for name, value in row.items() if name not in columns}
+
+
 def print_texts(title: str, texts: Sequence[tuple[str, str]]) -> None:
     """Print texts with their names, wrapped to the width of the terminal."""
     width = min(_console().width, 100)
@@ -212,11 +217,6 @@ def _stderr_console() -> "Console":
 
 def _draws_progress() -> bool:
     return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
-
-
-def value_or_all(value: object) -> str:
-    """A filter's setting for a table: ``None`` keeps all tokens."""
-    return "all" if value is None else f"{value}"
 
 
 @contextmanager

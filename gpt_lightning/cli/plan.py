@@ -265,7 +265,11 @@ class PlanCLI(TrainingCLI):
     def schedule(self, steps: int | None, epoch: EpochShape | None) -> Schedule:
         """Learning rate and clipping of the run; with shares of the run if its length is not known."""
         schedule = self._module.schedule
-        return schedule if steps is None and epoch is None else schedule.resolve(steps)
+        if steps is None and epoch is None:
+            return schedule
+        if self.config.train_tokens is None:
+            schedule.check_clipping(steps)
+        return schedule.resolve(steps)
 
     @property
     def clip_norm(self) -> float | None:

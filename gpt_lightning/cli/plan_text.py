@@ -50,11 +50,13 @@ def print_plan(plan: Plan, spec: RunSpec, notes: dict[str, str]) -> None:
 def describe_schedule(schedule: Schedule, clip_norm: float | None) -> dict[str, str]:
     """Lines about learning rate and clipping; a share of the run stays a share if its length is not known."""
     rate = f"{schedule.lr:g}"
-    if warmup := schedule.warmup_steps:
-        first, last = schedule.initial_lr, warmup
-        if isinstance(warmup, int) and first is None:
-            first, last = schedule.lr / warmup, warmup - 1
-        rate = f"{first or 0:g} to {rate} at {_step(last)}"
+    warmup, first = schedule.warmup_steps, schedule.initial_lr
+    if warmup and first is not None:
+        rate = f"{first:g} to {rate} at {_step(warmup)}"
+    elif isinstance(warmup, int) and warmup > 1:
+        rate = f"{schedule.lr / warmup:g} to {rate} at {_step(warmup - 1)}"
+    elif isinstance(warmup, float) and warmup:
+        rate = f"rises to {rate} at {_step(warmup)}"
     if schedule.decay_steps is not None:
         rate += f", then a cosine to {schedule.min_lr:g} at {_step(schedule.decay_steps)}"
     lines = {"learning rate": rate}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from gpt_lightning.cli.console import output_folder, print_table, value_or_all, write_csv
+from gpt_lightning.cli.console import output_folder, print_table, without, write_csv
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
@@ -60,48 +60,12 @@ def _report(settings: Namespace, out: Path | None) -> None:
     if settings.json:
         print(json.dumps(answer))
         return
-    print_table(
-        caption,
-        [
-            {
-                "temperature": f"{row.temperature:g}",
-                **({"top_k": value_or_all(row.top_k)} if settings.top_k else {}),
-                **({"top_p": value_or_all(row.top_p)} if settings.top_p else {}),
-                "token": row.token,
-                "probability": f"{row.probability:.4%}",
-                "expected": f"{row.expected:.1f}",
-                "count": f"{row.count}",
-                "99 % of runs": f"{row.low} – {row.high}",
-                "z": f"{row.z:+.2f}",
-            }
-            for row in rows
-        ],
-        texts=["token"],
-    )
-    print_table(
-        "distributions",
-        [
-            {
-                "temperature": f"{d.temperature:g}",
-                "top_k": value_or_all(d.top_k),
-                "top_p": value_or_all(d.top_p),
-                "entropy (nats)": f"{d.entropy:.4f}",
-                "effective vocabulary": f"{d.effective_vocabulary:.2f}",
-                "tokens left": f"{d.tokens_left}",
-            }
-            for d in distributions
-        ],
-    )
+    unused = [name for name in ("top_k", "top_p") if not settings[name]]
+    print_table(caption, [without(row.as_text(), unused) for row in rows], texts=["token"])
+    print_table("distributions", [distribution.as_text() for distribution in distributions])
     print_table(
         f"three methods, {timing_samples} samples at temperature {timing_temperature:g}",
-        [
-            {
-                "method": timing.name,
-                "time": f"{timing.seconds * 1e3:.3f} ms",
-                "largest error of a probability": f"{timing.largest_error:.4f}",
-            }
-            for timing in timings
-        ],
+        [timing.as_text() for timing in timings],
         texts=["method"],
     )
     for row in rows:

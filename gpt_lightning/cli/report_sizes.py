@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -13,9 +12,6 @@ from gpt_lightning.cli.console import output_folder, print_table, progress, writ
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import report_parser
 from gpt_lightning.data.unicode import printable
-
-if TYPE_CHECKING:
-    from gpt_lightning.reports.model_comparison import ModelMeasurement
 
 
 def run(arguments: list[str]) -> None:
@@ -83,7 +79,7 @@ def _report(settings: Namespace, out: Path | None) -> None:
     if settings.json:
         print(json.dumps(answer))
         return
-    print_table(caption, [_row(model) for model in measurements])
+    print_table(caption, [model.as_text() for model in measurements])
     for model in measurements:
         if model.skipped:
             print(printable(f"{model.source}: skipped: {model.skipped}"))
@@ -102,27 +98,6 @@ def _report(settings: Namespace, out: Path | None) -> None:
             texts=[model.source for model in measured],
             lines=True,
         )
-
-
-def _row(model: "ModelMeasurement") -> dict[str, str]:
-    def formatted(value: float | None, spec: str) -> str:
-        return "" if value is None else format(value, spec)
-
-    milliseconds = model.seconds_to_first_token and 1e3 * model.seconds_to_first_token
-    return {
-        "model": model.source,
-        "parameters": f"{model.parameters / 1e6:,.1f} M",
-        "file": f"{model.file_bytes / 1e6:,.0f} MB",
-        "train loss": formatted(model.train_loss, ".6f"),
-        "val loss": formatted(model.val_loss, ".6f"),
-        "train perpl.": formatted(model.train_perplexity, ",.2f"),
-        "val perpl.": formatted(model.val_perplexity, ",.2f"),
-        "tokens/s": formatted(model.tokens_per_second, ",.1f"),
-        "first token": "" if milliseconds is None else f"{milliseconds:,.1f} ms",
-        "peak memory": formatted(
-            model.peak_memory_bytes and model.peak_memory_bytes / 1e9, ",.2f"
-        ) + (" GB" if model.peak_memory_bytes else ""),
-    }  # fmt: skip
 
 
 def _parser() -> ArgumentParser:

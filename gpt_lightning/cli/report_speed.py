@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 from gpt_lightning.cli.console import output_folder, print_table, progress, write_csv
 
 if TYPE_CHECKING:
-    from gpt_lightning.reports.speed import SpeedRow, SpeedTask
+    from gpt_lightning.reports.speed import SpeedTask
     from gpt_lightning.training.config import RunConfig
 
 CHUNK_SIZE = 8192  # tokens, if the settings have no model.loss_chunk_size
-ROWS = 8
 
 
 def run(arguments: list[str]) -> int:
@@ -22,11 +21,15 @@ def run(arguments: list[str]) -> int:
     Accepts the settings of fit (--config, --data.text, --data.batch_size, ...). Every row trains from the same weights
     on the same windows, without dropout, and its losses must be those of the first row up to rounding. A change that is
     slower on this machine is left out of the next rows. With --out, the command also writes a figure (PNG), CSV and
-    JSON. Nothing is saved of the training.
+    JSON. Nothing is saved of the training. Of the settings only the architecture, text, batch size, learning rate,
+    weight decay, seed and chunk size have an effect.
     """
     from gpt_lightning.cli.training_cli import TrainingCLI
 
     cli = TrainingCLI("report speed", arguments, run.__doc__)
+    for name in ("ckpt_path", "init_from"):
+        if cli.config[name] is not None:
+            raise ValueError(f"{name}: report speed starts from random weights; leave it out")
     if not 0 < cli.config.minutes < float("inf"):
         raise ValueError(f"minutes: {cli.config.minutes} is out of range; give more than 0")
     task = _task(cli.run_config())
@@ -38,9 +41,9 @@ def _report(task: "SpeedTask", minutes: float, out: Path | None, *, as_json: boo
     """Measure the rows, write the report to ``out`` and print it."""
     import torch
 
-    from gpt_lightning.reports.speed import as_dict, measure_all, speed_figure
+    from gpt_lightning.reports.speed import as_dict, improvements, measure_all, speed_figure
 
-    with progress("rows", ROWS) as advance:
+    with progress("rows", len(list(improvements(task.device))) + 1) as advance:
         rows = measure_all(task, 60 * minutes, advance)
     device = (
         torch.cuda.get_device_name()
@@ -67,25 +70,8 @@ def _report(task: "SpeedTask", minutes: float, out: Path | None, *, as_json: boo
     if as_json:
         print(json.dumps(answer))
     else:
-        print_table(caption, [_cells(row) for row in rows], texts=["row", "note"])
+        print_table(caption, [row.as_text() for row in rows], texts=["row", "note"])
     return 0 if all(row.is_equal is not False for row in rows) else 1
-
-
-def _cells(row: "SpeedRow") -> dict[str, str]:
-    if row.tokens_per_second is None or row.peak_memory_bytes is None:
-        return {"row": row.name, "tokens/s": "", "x first": "", "memory": "", "loss differs by": "",
-                "note": f"not measured: {row.reason}"}  # fmt: skip
-    note = row.change if row.is_kept else f"{row.change}; slower here, so left out below"
-    if not row.is_equal:
-        note += "; the loss is ANOTHER one"
-    return {
-        "row": row.name,
-        "tokens/s": f"{row.tokens_per_second:,.0f}",
-        "x first": f"{row.speedup:.2f}",
-        "memory": f"{row.peak_memory_bytes / 1e9:,.2f} GB",
-        "loss differs by": f"{row.loss_difference:.1e}",
-        "note": note,
-    }
 
 
 def _task(config: "RunConfig") -> "SpeedTask":

@@ -18,16 +18,16 @@ from gpt_lightning.cli.console import (
     print_table,
     print_texts,
     progress,
-    value_or_all,
+    without,
     write_csv,
 )
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import load_model_of, report_parser
 from gpt_lightning.data.unicode import printable
+from gpt_lightning.table import value_or_all
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+    from gpt_lightning.figure import Figure
     from gpt_lightning.reports.sweep import GridCell
 
 
@@ -92,23 +92,8 @@ def _report(settings: Namespace, out: Path | None) -> None:
     if settings.json:
         print(json.dumps(answer))
         return
-    print_table(
-        caption,
-        [
-            {
-                "temperature": f"{cell.temperature:g}",
-                "top_k": value_or_all(cell.top_k),
-                **({"top_p": value_or_all(cell.top_p)} if settings.top_p else {}),
-                "distinct-1": f"{cell.distinct_1:.3f}",
-                "distinct-2": f"{cell.distinct_2:.3f}",
-                "repetition": f"{cell.repetition_rate:.3f}",
-                "log-prob.": f"{cell.mean_log_probability:.2f}",
-                "entropy": f"{cell.next_token_entropy:.3f}",
-                "identical": cell.identical,
-            }
-            for cell in cells
-        ],
-    )
+    unused = [] if settings.top_p else ["top_p"]
+    print_table(caption, [without(cell.as_text(), unused) for cell in cells])
     print_texts(
         "\none text of each setting",
         [(_setting_names(group), group[0].texts[0]) for group in report.group_by_texts(cells)],

@@ -1,7 +1,6 @@
 """LightningCLI for our module, data and callbacks: settings are parsed and checked, nothing runs."""
 
 import json
-import logging
 import os
 import warnings
 from dataclasses import fields, is_dataclass
@@ -20,26 +19,16 @@ from gpt_lightning.cli.text_options import configs_first
 from gpt_lightning.cli.yaml_input import load_checked
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.training.config import RunConfig
+from gpt_lightning.training.lightning_messages import quiet_lightning
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.trainer_settings import check_trainer
-
-
-def _quiet_lightning() -> None:
-    """Hide Lightning's tips (not with --verbose), and warnings that a user of the command cannot act on."""
-    verbose = logging.getLogger("gpt_lightning").isEnabledFor(logging.DEBUG)
-    level = logging.INFO if verbose else logging.WARNING
-    logging.getLogger("lightning.pytorch").setLevel(level)
-    logging.getLogger("lightning.fabric").setLevel(level)
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # evaluation.eval_freq decides when metrics are logged
-    warnings.filterwarnings("ignore", message=r".*smaller than the logging interval")
 
 
 class TrainingCLI(LightningCLI):
     """Settings of a run, parsed and checked; :meth:`run_config` returns them for the functions that run them."""
 
+    @quiet_lightning()
     def __init__(self, verb: str, arguments: list[str], description: str | None) -> None:
-        _quiet_lightning()
         self.verb = verb
         self.arguments = arguments
         super().__init__(

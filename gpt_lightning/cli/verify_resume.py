@@ -82,24 +82,27 @@ def _plan_of_short_run(
     """The plan of a short run for the settings of ``fit``, and a line that describes it."""
     from gpt_lightning.cli.training_cli import TrainingCLI
     from gpt_lightning.training.build import build_run
+    from gpt_lightning.training.lightning_messages import quiet_lightning
     from gpt_lightning.training.run import setup_data_early
-    from gpt_lightning.training.run_length import run_steps
+    from gpt_lightning.training.run_length import Progress, run_steps
     from gpt_lightning.training.verify_resume import Limit, plan_short_run, schedule_options
 
     cli = TrainingCLI("fit", fit_arguments, run.__doc__)
     if cli.config.ckpt_path:
         raise ValueError("ckpt_path: verify-resume trains new runs; leave it out")
-    built = build_run(cli.run_config())
+    with quiet_lightning():
+        built = build_run(cli.run_config())
     setup_data_early(built)
     data, trainer = built.datamodule, built.trainer
     epoch = data.epoch_shape()
     by_trainer = epoch.steps_of_run(trainer.max_steps, trainer.max_epochs)
-    whole = run_steps(epoch, trainer, cli.config.max_tokens)
+    whole = run_steps(epoch, trainer, cli.config.max_tokens, Progress())
     ends_by: Limit = "max_steps" if by_trainer == trainer.max_steps else "max_epochs"
     if whole != by_trainer:
         ends_by = "max_tokens"
     unit = epoch.accumulate if data.has_global_batch else 1
     plan = plan_short_run(epoch, ends_by, steps, more_steps, kills, limit_unit=unit)
+    built.module.schedule.check_clipping(whole)
     schedule = built.module.schedule.resolve(whole)
     plan = replace(plan, schedule=tuple(schedule_options(schedule, clip_from_step=steps)))
     description = f"{plan.steps} steps, ended by {ends_by}; {plan.epoch_steps} steps per epoch"

@@ -52,6 +52,11 @@ def decoding_problem(error: UnicodeDecodeError, at: int | None = None) -> str:
     return f"is not UTF-8 (byte {at}: {error.reason})"
 
 
+def has_other_mark(content: bytes) -> bool:
+    """Whether bytes begin with the byte order mark of UTF-16 or UTF-32."""
+    return content.startswith(tuple(_OTHER_ENCODINGS))
+
+
 def utf8_text(text: str) -> str:
     """Text from the command line, JSON or YAML as UTF-8 can hold it: surrogate pairs become one character.
 

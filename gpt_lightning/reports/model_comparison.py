@@ -1,14 +1,10 @@
 """Exercise 5.6: comparison of models of different sizes on the same prompt and the same text."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from multiprocessing import get_context
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -34,9 +30,11 @@ from gpt_lightning.pretrained.load import (
 )
 from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
 from gpt_lightning.reports.plotting import add_caption, grouped_bars
+from gpt_lightning.reports.separate_process import ProcessKilledError, peak_memory, run_in_process
+from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
 # the time to the first token is the median of at least so many passes, and of at least so many seconds
 _MIN_FIRST_TOKEN_PASSES = 5
@@ -95,10 +93,30 @@ class ModelMeasurement:
     peak_memory_bytes: int | None = None
     samples: tuple[str, ...] = ()
 
+    def as_text(self) -> dict[str, str]:
+        def formatted(value: float | None, spec: str) -> str:
+            return "" if value is None else format(value, spec)
+
+        milliseconds = self.seconds_to_first_token and 1e3 * self.seconds_to_first_token
+        return {
+            "model": self.source,
+            "parameters": f"{self.parameters / 1e6:,.1f} M",
+            "file": f"{self.file_bytes / 1e6:,.0f} MB",
+            "train loss": formatted(self.train_loss, ".6f"),
+            "val loss": formatted(self.val_loss, ".6f"),
+            "train perpl.": formatted(self.train_perplexity, ",.2f"),
+            "val perpl.": formatted(self.val_perplexity, ",.2f"),
+            "tokens/s": formatted(self.tokens_per_second, ",.1f"),
+            "first token": "" if milliseconds is None else f"{milliseconds:,.1f} ms",
+            "peak memory": formatted(
+                self.peak_memory_bytes and self.peak_memory_bytes / 1e9, ",.2f"
+            ) + (" GB" if self.peak_memory_bytes else ""),
+        }  # fmt: skip
+
 
 def measure_all(
     sources: Sequence[str], task: ComparisonTask, on_model: Callable[[], None] = lambda: None
-) -> list[ModelMeasurement]:
+) -> Table[ModelMeasurement]:
     """Measure the models one after the other, each in a separate process, so that its peak memory is known.
 
     Args:
@@ -112,15 +130,13 @@ def measure_all(
         weight_files(source)
     if task.text is not None:
         read_splits(task.text, task.train_ratio)
-    measurements = []
+    measurements: Table[ModelMeasurement] = Table()
     for source in sources:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            try:
-                measurements.append(process.submit(measure, source, task).result())
-            except BrokenProcessPool:
-                weights = read_weights(source, n_heads=task.n_heads)
-                cause = "its process was killed, probably because memory was full"
-                measurements.append(replace(_not_measured(source, weights), skipped=cause))
+        try:
+            measurements.append(run_in_process(measure, source, task))
+        except ProcessKilledError as error:
+            weights = read_weights(source, n_heads=task.n_heads)
+            measurements.append(replace(_not_measured(source, weights), skipped=str(error)))
         on_model()
     return measurements
 
@@ -192,18 +208,6 @@ def _free_memory(task: ComparisonTask) -> int:
     return free if task.max_memory is None else min(free, task.max_memory)
 
 
-def peak_memory(device: str) -> int:
-    """The peak resident memory of this process; on a GPU the peak that torch allocated there."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _speed(model: GPTModel, task: ComparisonTask) -> tuple[float, float | None]:
     """Median seconds to the first token, and tokens per second of the median step (``None`` for one token).
 
@@ -268,9 +272,9 @@ def as_dict(measurements: Sequence[ModelMeasurement]) -> dict[str, list[dict[str
     return {"models": [asdict(model) for model in measurements]}
 
 
-def comparison_figure(measurements: Sequence[ModelMeasurement], caption: str) -> "Figure":
+def comparison_figure(measurements: Sequence[ModelMeasurement], caption: str = "") -> "Figure":
     """Bars of loss, memory, speed and time to the first token of the measured models."""
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
     models = [model for model in measurements if model.skipped is None]
     width = max(5.0, 1.1 * len(models) + 1.5)

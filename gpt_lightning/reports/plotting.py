@@ -9,11 +9,14 @@ from gpt_lightning.palette import SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from gpt_lightning.figure import Figure
 
 
 def add_caption(figure: "Figure", caption: str) -> None:
-    """Write the settings of a report under its figure, wrapped to the width."""
+    """Write the settings of a report under its figure, wrapped to the width; an empty caption takes no space."""
+    if not caption:
+        return
     characters = int(13 * figure.get_figwidth())  # of 9 points
     text = textwrap.fill(escape_undrawable(caption), characters)
     figure.supxlabel(text, fontsize=9, parse_math=False)

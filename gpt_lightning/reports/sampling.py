@@ -14,11 +14,17 @@ from torch import Tensor
 
 from gpt_lightning.generation.sampling import SamplingParams, entropy, make_generator, probabilities
 from gpt_lightning.palette import INK, SERIES
-from gpt_lightning.reports.plotting import add_caption, escape_undrawable, format_percent
+from gpt_lightning.reports.plotting import (
+    add_caption,
+    escape_undrawable,
+    format_percent,
+)
+from gpt_lightning.table import Table, value_or_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from gpt_lightning.figure import Figure
 
 # the book's small vocabulary, with its logits after "every effort moves you"
 BOOK_TOKENS = (
@@ -53,6 +59,19 @@ class TokenFrequency:
     high: int
     z: float
 
+    def as_text(self) -> dict[str, str]:
+        return {
+            "temperature": f"{self.temperature:g}",
+            "top_k": value_or_all(self.top_k),
+            "top_p": value_or_all(self.top_p),
+            "token": self.token,
+            "probability": f"{self.probability:.4%}",
+            "expected": f"{self.expected:.1f}",
+            "count": f"{self.count}",
+            "99 % of runs": f"{self.low} – {self.high}",
+            "z": f"{self.z:+.2f}",
+        }
+
 
 @dataclass(frozen=True)
 class DistributionStats:
@@ -71,6 +90,16 @@ class DistributionStats:
     effective_vocabulary: float
     tokens_left: int
 
+    def as_text(self) -> dict[str, str]:
+        return {
+            "temperature": f"{self.temperature:g}",
+            "top_k": value_or_all(self.top_k),
+            "top_p": value_or_all(self.top_p),
+            "entropy (nats)": f"{self.entropy:.4f}",
+            "effective vocabulary": f"{self.effective_vocabulary:.2f}",
+            "tokens left": f"{self.tokens_left}",
+        }
+
 
 @dataclass(frozen=True)
 class EstimatorTiming:
@@ -79,6 +108,13 @@ class EstimatorTiming:
     name: str
     seconds: float
     largest_error: float
+
+    def as_text(self) -> dict[str, str]:
+        return {
+            "method": self.name,
+            "time": f"{self.seconds * 1e3:.3f} ms",
+            "largest error of a probability": f"{self.largest_error:.4f}",
+        }
 
 
 def draw_counts(p: Tensor, num_samples: int, seed: int) -> Tensor:
@@ -136,7 +172,7 @@ def frequencies(
     num_samples: int = 1000,
     seed: int = 123,
     row_ids: Sequence[int] | None = None,
-) -> tuple[list[TokenFrequency], list[DistributionStats]]:
+) -> tuple[Table[TokenFrequency], Table[DistributionStats]]:
     """Exact and sampled frequencies of next tokens under each setting, each with the same seed.
 
     Args:
@@ -156,7 +192,8 @@ def frequencies(
         raise ValueError("logits: contain NaN or +inf, or are all -inf; give finite ones")
     if num_samples < 1:
         raise ValueError(f"num_samples: {num_samples} is too small; give 1 or more")
-    rows, distributions = [], []
+    rows: Table[TokenFrequency] = Table()
+    distributions: Table[DistributionStats] = Table()
     for sampling in settings:
         sampling.check_vocabulary(len(tokens))
         p = probabilities(logits[None], sampling)[0]
@@ -178,7 +215,7 @@ def frequencies(
 
 def compare_estimators(
     logits: Tensor, temperature: float, num_samples: int, seed: int
-) -> list[EstimatorTiming]:
+) -> Table[EstimatorTiming]:
     """The exercise's second half: the book's loop, the same samples in one call, and the exact probabilities."""
 
     def exact() -> Tensor:
@@ -190,7 +227,7 @@ def compare_estimators(
         ("all draws at once", lambda draws: draw_counts(p, draws, seed) / draws),
         ("exact", lambda draws: exact()),
     ]
-    timings = []
+    timings: Table[EstimatorTiming] = Table()
     for name, estimate in estimators:
         estimate(10)  # warm-up
         start = time.perf_counter()
@@ -200,12 +237,14 @@ def compare_estimators(
     return timings
 
 
-def sampling_figure(rows: Sequence[TokenFrequency], num_samples: int, caption: str) -> "Figure":
+def sampling_figure(
+    rows: Sequence[TokenFrequency], num_samples: int, caption: str = ""
+) -> "Figure":
     """A panel for each setting: each token's exact probability as a bar, its share of the samples as a cross.
 
     The vertical line shows where 99 % of all runs have their cross.
     """
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
     by_setting: dict[tuple[float, int | None, float | None], list[TokenFrequency]] = {}
     for row in rows:

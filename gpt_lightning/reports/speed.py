@@ -6,11 +6,9 @@ row up to the rounding of its number format.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +25,12 @@ from gpt_lightning.model.loss import PAD_VOCABULARY_TO, chunked_cross_entropy, c
 from gpt_lightning.palette import SERIES
 from gpt_lightning.pretrained.book import to_book
 from gpt_lightning.reports.book_model import BookGPT
-from gpt_lightning.reports.model_comparison import peak_memory
 from gpt_lightning.reports.plotting import add_caption, format_number
+from gpt_lightning.reports.separate_process import peak_memory, run_in_process
+from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
 MAX_STEPS = 20
 BATCH_FACTOR = 4
@@ -113,15 +112,30 @@ class SpeedRow:
     loss_difference: float | None = None
     is_equal: bool | None = None
 
+    def as_text(self) -> dict[str, str]:
+        if self.tokens_per_second is None or self.peak_memory_bytes is None:
+            return {"row": self.name, "tokens/s": "", "x first": "", "memory": "", "loss differs by": "",
+                    "note": f"not measured: {self.reason}"}  # fmt: skip
+        note = self.change if self.is_kept else f"{self.change}; slower here, so left out below"
+        if not self.is_equal:
+            note += "; the loss DIFFERS"
+        return {
+            "row": self.name,
+            "tokens/s": f"{self.tokens_per_second:,.0f}",
+            "x first": f"{self.speedup:.2f}",
+            "memory": f"{self.peak_memory_bytes / 1e9:,.2f} GB",
+            "loss differs by": f"{self.loss_difference:.1e}",
+            "note": note,
+        }
+
 
 @dataclass(frozen=True)
 class _Measured:
     losses: list[float]
     seconds_per_step: float
     peak_memory_bytes: int
-    first_losses: list[
-        float
-    ]  # of the first windows with the initial weights, for the row of the batch size
+    # of the first windows with the initial weights, for the row of the batch size
+    first_losses: list[float]
 
 
 def improvements(device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -146,7 +160,7 @@ def improvements(device: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def measure_all(
     task: SpeedTask, seconds: float, on_row: Callable[[], None] = lambda: None
-) -> list[SpeedRow]:
+) -> Table[SpeedRow]:
     """Measure all rows, each in a separate process, so that its peak memory is known.
 
     Args:
@@ -158,24 +172,28 @@ def measure_all(
     first = _measure_apart(task, Setup(is_book=True), seconds / (len(changes) + 1))
     on_row()
     if isinstance(first, str):
-        raise ValueError(f"the book's model cannot be trained here: {first}")
+        raise ValueError(
+            f"report speed: the book's model cannot be trained here ({first}); give a smaller one"
+        )
     tokens = task.batch_size * (task.windows.shape[1] - 1)
-    rows = [
+    rows = Table([
         SpeedRow(
             "the book's model", "chapter 4, AdamW as in chapter 5", None, True,
             tokens / first.seconds_per_step, first.seconds_per_step, 1.0, first.peak_memory_bytes,
             tuple(first.losses), 0.0, True,
         )
-    ]  # fmt: skip
+    ])  # fmt: skip
     kept, setup = rows[0], Setup(is_book=True)
     for i, (name, change, values) in enumerate(changes):
         candidate = replace(setup, **values)
         left = end - time.monotonic()
         reason = _unsupported_reason(task, candidate, values)
-        if reason is None and left <= 0:
-            reason = f"--minutes {seconds / 60:g} were over; give more"
+        if reason is None and left < 2 * first.seconds_per_step:
+            reason = f"--minutes {seconds / 60:g} are too few for this row"
         found = reason or _measure_apart(task, candidate, left / (len(changes) - i))
         row = _row(task, name, change, candidate, found, first, kept)
+        if i == 0 and isinstance(found, _Measured):
+            row = replace(row, is_kept=True)  # the other changes are of this package's model
         rows.append(row)
         if row.is_kept:
             kept, setup = row, candidate
@@ -218,6 +236,7 @@ def _row(
     )
 
 
+@cache
 def _fast_dtype(device: str) -> str | None:
     """The 16-bit format that a device computes fast; ``None``: none."""
     if device == "cpu":
@@ -237,24 +256,25 @@ def _unsupported_reason(task: SpeedTask, setup: Setup, changes: dict[str, Any]) 
 
 def _measure_apart(task: SpeedTask, setup: Setup, seconds: float) -> _Measured | str:
     """The measurements of a row in a new process, or why there are none."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        try:
-            return process.submit(measure, task, setup, seconds).result()
-        except BrokenProcessPool:
-            return "its process was killed, probably because memory was full"
-        except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    try:
+        measured: _Measured = run_in_process(measure, task, setup, seconds)
+        return measured
+    except (RuntimeError, ValueError, OSError, MemoryError) as error:
+        return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def measure(task: SpeedTask, setup: Setup, seconds: float) -> _Measured:
-    """Train for ``seconds``, at least one step and at most ``MAX_STEPS``, in this process."""
+    """Train in this process: a first step that is not timed, then steps for ``seconds``, at least one.
+
+    The first step compiles, allocates, and makes the optimizer's state.
+    """
     start = time.monotonic()
     device = torch.device(task.device)
     model = _model(task, setup).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=task.lr, weight_decay=task.weight_decay, fused=setup.fused or None
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=setup.dtype == "float16")
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=setup.dtype == "float16")
     size = task.batch_size * setup.batch_factor
     first_losses = []
     if setup.is_book:
@@ -265,7 +285,7 @@ def measure(task: SpeedTask, setup: Setup, seconds: float) -> _Measured:
                 )
     losses: list[float] = []
     times: list[float] = []
-    while len(times) < MAX_STEPS and (not times or time.monotonic() - start < seconds):
+    while len(times) < MAX_STEPS and (len(times) < 2 or time.monotonic() - start < seconds):
         windows = task.batch(len(times), size).to(device)
         began = time.perf_counter()
         optimizer.zero_grad()
@@ -277,8 +297,7 @@ def measure(task: SpeedTask, setup: Setup, seconds: float) -> _Measured:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    # the first step compiles, allocates and makes the optimizer's state
-    return _Measured(losses, median(times[1:] or times), peak_memory(task.device), first_losses)
+    return _Measured(losses, median(times[1:]), peak_memory(task.device), first_losses)
 
 
 def _model(task: SpeedTask, setup: Setup) -> nn.Module:
@@ -318,9 +337,9 @@ def as_dict(rows: Sequence[SpeedRow]) -> dict[str, list[dict[str, object]]]:
     return {"rows": [asdict(row) for row in rows]}
 
 
-def speed_figure(rows: Sequence[SpeedRow], caption: str) -> "Figure":
+def speed_figure(rows: Sequence[SpeedRow], caption: str = "") -> "Figure":
     """Bars of the tokens per second of the rows that were measured."""
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
     measured = [row for row in rows if row.tokens_per_second is not None]
     figure = Figure(figsize=(9, 0.55 * len(measured) + 1.8), layout="constrained")

@@ -13,10 +13,12 @@ from gpt_lightning.generation.sampling import SamplingParams, entropy, make_gene
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.palette import SEQUENTIAL, ink_on
 from gpt_lightning.reports.plotting import add_caption
+from gpt_lightning.table import Table, value_or_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from gpt_lightning.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ class GridCell:
             return f"all {same}"
         return "none" if same == 1 else f"{same} of {len(self.texts)}"
 
+    def as_text(self) -> dict[str, str]:
+        return {
+            "temperature": f"{self.temperature:g}",
+            "top_k": value_or_all(self.top_k),
+            "top_p": value_or_all(self.top_p),
+            "distinct-1": f"{self.distinct_1:.3f}",
+            "distinct-2": f"{self.distinct_2:.3f}",
+            "repetition": f"{self.repetition_rate:.3f}",
+            "log-prob.": f"{self.mean_log_probability:.2f}",
+            "entropy": f"{self.next_token_entropy:.3f}",
+            "identical": self.identical,
+        }
+
 
 @dataclass(frozen=True)
 class PlainLoopComparison:
@@ -94,7 +109,9 @@ HEAT_MAP_METRICS = {
 
 
 def grid(
-    temperatures: Sequence[float], top_ks: Sequence[int | None], top_ps: Sequence[float | None]
+    temperatures: Sequence[float],
+    top_ks: Sequence[int | None] = (None,),
+    top_ps: Sequence[float | None] = (None,),
 ) -> list[SamplingParams]:
     """All combinations, in the order of temperature, top_k, top_p; ``ValueError`` if a list is empty."""
     for name, values in [("temperatures", temperatures), ("top_k", top_ks), ("top_p", top_ps)]:
@@ -117,7 +134,7 @@ def sweep(
     max_new_tokens: int,
     seed: int,
     on_cell: Callable[[], None] | None = None,
-) -> list[GridCell]:
+) -> Table[GridCell]:
     """Continue the prompt ``num_samples`` times under each setting, with the same seed in each cell.
 
     The model is put into eval mode.
@@ -132,7 +149,7 @@ def sweep(
     for sampling in settings:
         sampling.check_vocabulary(model.config.vocab_size)
     model.eval()
-    cells = []
+    cells: Table[GridCell] = Table()
     for sampling in settings:
         cells.append(_cell(model, prompt_ids, sampling, num_samples, max_new_tokens, seed))
         if on_cell is not None:
@@ -254,12 +271,12 @@ def group_by_texts(cells: Sequence[GridCell]) -> list[list[GridCell]]:
     return list(groups.values())
 
 
-def heat_maps(cells: Sequence[GridCell], caption: str) -> "Figure":
+def heat_maps(cells: Sequence[GridCell], caption: str = "") -> "Figure":
     """A heat map of each of ``HEAT_MAP_METRICS`` over temperature (rows) × top_k (columns), with numbers.
 
     There are two maps in a row, so that they can be read on a page. The maps of the next top_p are below.
     """
-    from matplotlib.figure import Figure
+    from gpt_lightning.figure import Figure
 
     tables = list(grid_axes(cells))
     max_columns = max(len(top_ks) for _, _, top_ks in tables)
@@ -275,7 +292,7 @@ def heat_maps(cells: Sequence[GridCell], caption: str) -> "Figure":
             axes = next(panels)
             _heat_map(axes, field, table, cells)
             axes.set_title(title if top_p is None else f"{title}, top_p {top_p:g}", fontsize=13)
-            axes.set_xticks(range(len(top_ks)), ["all" if k is None else str(k) for k in top_ks])
+            axes.set_xticks(range(len(top_ks)), [value_or_all(k) for k in top_ks])
             axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
             axes.set_xlabel("top_k", fontsize=11)
             axes.set_ylabel("temperature", fontsize=11)
@@ -307,7 +324,7 @@ def _heat_map(
 
 
 def setting_name(cell: GridCell) -> str:
-    name = f"temperature {cell.temperature:g}, top_k {'all' if cell.top_k is None else cell.top_k}"
+    name = f"temperature {cell.temperature:g}, top_k {value_or_all(cell.top_k)}"
     return name if cell.top_p is None else f"{name}, top_p {cell.top_p:g}"
 
 

@@ -11,6 +11,7 @@ from gpt_lightning.reports.sweep import (
     group_by_texts,
     setting_name,
 )
+from gpt_lightning.table import value_or_all
 
 # the page's explanation of each metric; {n} is the number of texts in a cell
 LEGEND = {
@@ -36,7 +37,7 @@ def html_page(
     for top_p, temperatures, top_ks in grid_axes(cells):
         if top_p is not None:
             parts.append(f"<h2>top_p {top_p:g}</h2>")
-        head = "".join(f"<th>top_k {'all' if k is None else k}</th>" for k in top_ks)
+        head = "".join(f"<th>top_k {value_or_all(k)}</th>" for k in top_ks)
         parts.append(f"<table class='grid'><thead><tr><th></th>{head}</tr></thead><tbody>")
         for temperature in temperatures:
             row = "".join(

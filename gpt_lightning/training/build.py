@@ -311,7 +311,7 @@ def _logger(config: RunConfig, start: Start) -> Any:
     chosen = config.trainer.get("logger")
     resumed = start.checkpoint_path and read_checkpoint(start.checkpoint_path)
     if chosen is not None and chosen is not True:
-        if resumed:
+        if resumed and is_rank_zero():
             continue_logger_runs(_as_list(chosen), resumed)
         return chosen
     block_tensorflow()

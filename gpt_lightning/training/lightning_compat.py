@@ -10,6 +10,7 @@ from itertools import count, repeat
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
@@ -369,3 +370,38 @@ def set_logger_run_id(logger: Logger, run_id: str) -> None:
     elif isinstance(logger, WandbLogger):
         logger._id = logger._id or run_id
         logger._wandb_init["id"] = logger._id
+
+
+def has_mlflow_run(logger: MLFlowLogger, run_id: str) -> bool:
+    """Return whether there is an MLflow run that a logger can continue: it may be deleted, or on another machine."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(logger._mlflow_client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def tag_changed_hyperparams(logger: MLFlowLogger, before: dict[str, Any], step: int) -> None:
+    """Make an MLflow logger write the hyperparameters that a resumed run has changed to tags of its run.
+
+    MLflow refuses another value of a parameter.
+
+    Args:
+        logger: Logger of the resumed run.
+        before: Hyperparameters of the checkpoint.
+        step: Steps before the change.
+    """
+    old = _flatten_dict(before)
+
+    def log_hyperparams(params: Any) -> None:
+        new = _flatten_dict(_convert_params(params))
+        for name in [name for name in new if name in old and str(new[name]) != str(old[name])]:
+            logger.experiment.set_tag(logger.run_id, f"{name} from step {step}", str(new[name]))
+        logged = logger.experiment.get_run(logger.run_id).data.params
+        added = {name: value for name, value in new.items() if name not in logged}
+        type(logger).log_hyperparams(logger, added)
+
+    logger.log_hyperparams = log_hyperparams  # type: ignore[method-assign]

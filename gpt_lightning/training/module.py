@@ -25,7 +25,7 @@ from gpt_lightning.training.optimizer import (
     load_optimizer_moments,
 )
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
-from gpt_lightning.training.run_length import epoch_shape, run_steps
+from gpt_lightning.training.run_length import Progress, epoch_shape, run_steps
 from gpt_lightning.training.schedule import Schedule, Steps
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,8 @@ class GPTLightningModule(LightningModule):
         """Turn shares of the run into numbers of steps; log it if a resumed run has another length than before."""
         trainer = self.trainer
         before = self._run_steps
-        self._run_steps = run_steps(epoch_shape(trainer), trainer, self.max_tokens)
+        done = Progress(trainer.global_step, self.tokens_seen)
+        self._run_steps = run_steps(epoch_shape(trainer), trainer, self.max_tokens, done)
         self.run_schedule = self.schedule.resolve(self._run_steps)
         if before is None or self._run_steps is None or not trainer.is_global_zero:
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.pretrained.load import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.table import html_table
 from gpt_lightning.training.build import BuiltRun, build_run, ensure_new_run, writes_files
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import (
@@ -24,11 +25,16 @@ from gpt_lightning.training.distributed import (
 )
 from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.hardware import keep_freed_memory
+from gpt_lightning.training.lightning_messages import quiet_lightning
+from gpt_lightning.training.loggers import RunTensorBoardLogger
 from gpt_lightning.training.resume import reached_limit
-from gpt_lightning.training.run_files import read_rows
-from gpt_lightning.training.run_length import run_steps
+from gpt_lightning.training.run_files import loss_figure, read_rows
+from gpt_lightning.training.run_length import Progress, run_steps
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.run_warnings import device_warnings, run_warnings
+
+if TYPE_CHECKING:
+    from gpt_lightning.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,21 @@ class FitResult:
     stopped_by: signal.Signals | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def loss_figure(self) -> "Figure":
+        """Plot the training and validation losses of the run's evaluations, also those before a resume.
 
+        Raises:
+            ValueError, OSError: The run has no evaluations, or no ``metrics.csv``.
+        """
+        return loss_figure(read_rows(self.folder / "metrics.csv"))
+
+    def _repr_html_(self) -> str:
+        stopped = {"stopped by": self.stopped_by.name} if self.stopped_by is not None else {}
+        losses = {name: f"{value:.3f}" for name, value in self.metrics.items()}
+        return html_table([{"run": str(self.folder), **stopped, **losses}])
+
+
+@quiet_lightning()
 def fit(config: RunConfig, *, recorded_trainer: Mapping[str, Any] | None = None) -> FitResult:
     """Train a model, as the command ``fit`` does. The first of these that is given decides what the run starts from:
 
@@ -112,7 +132,7 @@ def _train(built: BuiltRun) -> FitResult:
         else:
             for line in _summary(built):
                 logger.info(line)
-            logger.info(f"{folder}: done; tensorboard --logdir {folder.parent} shows it")
+            logger.info(f"{folder}: done{_viewer(built)}")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return FitResult(folder, stopped_by, metrics)
 
@@ -148,6 +168,13 @@ def _summary(built: BuiltRun) -> Iterator[str]:
             f"(every {evaluation.eval_freq} steps)"
         )
     yield f"generate --from {folder} takes last.ckpt"
+
+
+def _viewer(built: BuiltRun) -> str:
+    """The command that shows TensorBoard's files, if the run has written them."""
+    if not any(isinstance(each, RunTensorBoardLogger) for each in built.trainer.loggers):
+        return ""
+    return f"; tensorboard --logdir {built.config.folder.parent} shows it"
 
 
 def _losses(metrics: Mapping[str, float]) -> str:
@@ -191,8 +218,15 @@ def setup_data_early(built: BuiltRun, stage: str = "fit") -> None:
 
 def _check_schedule(built: BuiltRun) -> None:
     """Refuse a schedule that does not fit the length of the run."""
-    epoch = built.datamodule.epoch_shape()
-    built.module.schedule.resolve(run_steps(epoch, built.trainer, built.config.max_tokens))
+    done = Progress()
+    if built.start.checkpoint_path is not None:
+        checkpoint = read_checkpoint(built.start.checkpoint_path)
+        done = Progress(checkpoint["global_step"], checkpoint["tokens_seen"])
+    epoch, schedule = built.datamodule.epoch_shape(), built.module.schedule
+    steps = run_steps(epoch, built.trainer, built.config.max_tokens, done)
+    schedule.resolve(steps)
+    if not built.config.trainer.get("fast_dev_run"):
+        schedule.check_clipping(steps)
 
 
 def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:
@@ -222,6 +256,7 @@ def _check_compiler(built: BuiltRun) -> None:
         ) from error
 
 
+@quiet_lightning()
 def validate(config: RunConfig, *, val_only: bool = False) -> dict[str, Any]:
     """Compute loss and perplexity of a model on both splits of a text; every token has the same weight.
 

@@ -33,7 +33,8 @@ from gpt_lightning.training.train_metrics import TrainMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from gpt_lightning.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -238,11 +239,17 @@ def loss_figure(rows: list[Row]) -> "Figure":
 
     Args:
         rows: What :func:`read_rows` reads from a run's ``metrics.csv``.
+
+    Raises:
+        ValueError: No row has losses of an evaluation.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    from gpt_lightning.figure import Figure
+
     rows = _evaluations(rows)
+    if not rows:
+        raise ValueError("metrics.csv: has no losses of an evaluation; train the run further")
     epochs = [row["seen_epochs"] for row in rows]
     marker = "o" if len(rows) == 1 else ""  # a line of one point is not visible
     figure = Figure(figsize=(6, 4), dpi=150)

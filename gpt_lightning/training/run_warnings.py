@@ -43,6 +43,8 @@ def run_warnings(
             "model.loss_chunk_size: without it the loss of all tokens is computed at once; 8192 (tokens) is faster on a "
             "GPU, with the same result up to rounding"
         )
+    if config.model.get("initial_lr") is not None and not config.model.get("warmup_steps"):
+        yield "model.initial_lr: has no effect without model.warmup_steps"
     if config.model.get("clip_from_step") is not None and not trainer.gradient_clip_val:
         yield "model.clip_from_step: has no effect without trainer.gradient_clip_val, the norm to clip to"
     yield from device_warnings(trainer)

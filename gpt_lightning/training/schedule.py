@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 # a number of optimizer steps (int) or a share of the run (float): 1 is a step, 1.0 is the end of the run
 Steps = int | float
 
+_REMEDY = "give a whole number, such as 10, or a share, such as 0.2"
 STEP_SETTINGS = ("warmup_steps", "decay_steps", "clip_from_step")
 
 
@@ -62,8 +63,7 @@ class Schedule:
             run_steps: Optimizer steps of the run; ``None``: the run has no end.
 
         Raises:
-            ValueError: The run has no end to take a share of, the decay ends before the warmup, or no step would be
-                clipped.
+            ValueError: The run has no end to take a share of, or the decay ends before the warmup.
         """
         if run_steps is None:
             for name, value in self._steps().items():
@@ -73,13 +73,31 @@ class Schedule:
                         "--trainer.max_steps"
                     )
             return self
-        schedule = replace(self, **self._counts(run_steps))
-        if schedule.clip_from_step is not None and 0 < run_steps <= schedule.clip_from_step:
+        if run_steps == 0:  # nothing is trained
+            return replace(self, warmup_steps=0, decay_steps=None, clip_from_step=None)
+        counts = self._counts(run_steps)
+        if self.decay_steps is not None and counts["decay_steps"] <= counts["warmup_steps"]:
             raise ValueError(
-                f"model.clip_from_step: {self.clip_from_step} is beyond the run, which has {run_steps} steps; give "
-                "less, or leave it and trainer.gradient_clip_val out"
+                f"model.decay_steps: {self.decay_steps} is step {counts['decay_steps']} of {run_steps}, which is not after "
+                f"the {counts['warmup_steps']} steps of model.warmup_steps {self.warmup_steps}; give more"
             )
-        return schedule
+        return replace(self, **counts)
+
+    def check_clipping(self, run_steps: int | None) -> None:
+        """Check that a run clips at least one step.
+
+        Raises:
+            ValueError: The first step to clip is after the end of the run.
+        """
+        first = self.clip_from_step
+        if isinstance(first, float) and run_steps is not None:
+            first = int(first * run_steps)
+        if first is not None and run_steps is not None and 0 < run_steps <= first:
+            unit = "step" if run_steps == 1 else "steps"
+            raise ValueError(
+                f"model.clip_from_step: {self.clip_from_step} is beyond the run, which has {run_steps} {unit}; give less, "
+                "or leave it and trainer.gradient_clip_val out"
+            )
 
     def changes(self, before: int, now: int) -> list[str]:
         """Return what a run of ``now`` steps does at other steps than one of ``before`` steps, in words."""
@@ -119,10 +137,11 @@ class Schedule:
 
 
 def _check_steps(name: str, value: Steps) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"model.{name}: {value!r} is not a number; {_REMEDY}")
     if isinstance(value, float) and not 0.0 <= value <= 1.0:
-        remedy = f"write {value:.0f}" if value.is_integer() and value > 0 else "give one of both"
         raise ValueError(
-            f"model.{name}: {value} is neither a whole number of steps nor a share of the run from 0.0 to 1.0; {remedy}"
+            f"model.{name}: {value} is neither a whole number of steps nor a share of the run from 0.0 to 1.0; {_REMEDY}"
         )
     if value < 0:
         raise ValueError(f"model.{name}: {value} is negative; give 0 or more")

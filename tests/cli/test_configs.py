@@ -48,7 +48,7 @@ def test_configs_are_listed_and_copied(command: Command, tmp_path: Path) -> None
     assert copy.read_text() == "run: mine\n"
     for arguments, cause in {
         "copy quickstrat": "quickstrat: is not a configuration; did you mean quickstart?",
-        "copy": "configs copy: needs a name; give one of 16gb, ddp, ",
+        "copy": "configs copy: needs a name; give one of 16gb, appendix-d, ddp, ",
         "list ddp": "configs list: ddp is one argument too many",
         "cpoy ddp": "cpoy is unknown; did you mean copy?",
     }.items():

@@ -82,6 +82,39 @@ def test_only_verbose_fit_shows_lightnings_messages(command: Command, tmp_path: 
     assert LIGHTNING_INFO not in quiet.err + quiet.out
 
 
+NOTEBOOK = """
+import logging, sys
+import gpt_lightning
+from gpt_lightning import RunConfig, fit, validate
+
+logging.getLogger("gpt_lightning").setLevel(sys.argv[1])
+config = RunConfig(
+    model={"config": dict(context_length=16, emb_dim=4, n_heads=1, n_layers=1)},
+    data={"text": "sample", "train_ratio": 0.1, "stride": 40},
+    trainer={"accelerator": "cpu", "max_steps": 2},
+)
+fit(config)
+config.ckpt_path = "last"
+validate(config)
+print([logging.getLogger(f"lightning.{name}").level for name in ("pytorch", "fabric")])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "is_shown"), [("NOTSET", False), ("DEBUG", True)])
+def test_python_program_does_not_see_lightnings_tips(
+    tmp_path: Path, level: str, is_shown: bool
+) -> None:
+    result = python("-W", "default", "-c", NOTEBOOK, level, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for message in (LIGHTNING_INFO, "Seed set to", "GPU available"):
+        assert (message in result.stderr) == is_shown
+    assert "LeafSpec" not in result.stderr
+    assert "logging interval" not in result.stderr
+    # Lightning's own levels are back
+    assert result.stdout.splitlines()[-1] == str([logging.INFO] * 2)
+
+
 def test_quiet_and_verbose_contradict(command: Command) -> None:
     result = command("fit", "--quiet", "--verbose")
     assert (result.code, result.err) == (
@@ -164,7 +197,8 @@ def test_command_leaves_nothing_behind_in_a_notebook(command: Command) -> None:
 
     def state() -> list[object]:
         names = ("", "gpt_lightning", "lightning.pytorch", "lightning.fabric")
-        handlers = [logging.getLogger(name).handlers[:] for name in names]
+        loggers = [logging.getLogger(name) for name in names]
+        handlers = [(logger.handlers[:], logger.level) for logger in loggers]
         signals = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
         return [handlers, signals, warnings.filters[:], sys.stdout, sys.stderr, sys.excepthook]
 

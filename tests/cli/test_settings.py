@@ -35,12 +35,15 @@ from helpers import (
         (["--model.initial_lr=5"], ["model.initial_lr: 5.0 is above model.lr"]),
         (["--model.initial_lr=-1"], ["model.initial_lr: -1.0 is out of range"]),
         (["--model.warmup_steps=1.5"], ["1.5 is neither a whole number of steps nor a share"]),
-        (["--model.warmup_steps=10.0"], ["10.0 is neither", "write 10"]),
+        (["--model.warmup_steps=10.0"], ["10.0 is neither", "give a whole number, such as 10"]),
         (["--model.warmup_steps=-0.1"], ["-0.1 is neither"]),
         (["--model.warmup_steps=.nan"], ["model.warmup_steps", "nan"]),
-        (["--model.decay_steps=0.5", "--model.warmup_steps=1"], ["decay_steps: 0 is not after"]),
+        (
+            ["--model.decay_steps=0.5", "--model.warmup_steps=1"],
+            ["model.decay_steps: 0.5 is step 0 of 1, which is not after the 1 steps"],
+        ),
         (["--model.decay_steps=0.1", "--model.warmup_steps=0.2"], ["0.1 is not after the 0.2"]),
-        (["--model.clip_from_step=1"], ["clip_from_step: 1 is beyond the run, which has 1 steps"]),
+        (["--model.clip_from_step=1"], ["clip_from_step: 1 is beyond the run, which has 1 step;"]),
         (["--model.clip_from_step=1.0"], ["clip_from_step: 1.0 is beyond the run"]),
         (["--model.clip_from_step=-1"], ["clip_from_step: -1 is negative"]),
         (

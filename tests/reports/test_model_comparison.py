@@ -2,15 +2,19 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.reports import model_comparison
 from helpers import (
+    ENVIRONMENT,
     Command,
+    python,
     validated_losses,
 )
 from random_gpt2 import random_gpt2
@@ -79,3 +83,14 @@ def test_time_to_first_token_excludes_the_warm_up(monkeypatch: pytest.MonkeyPatc
     first_token, rate = model_comparison._speed(None, task)  # type: ignore[arg-type]
     assert first_token == 0.008
     assert rate == pytest.approx(100)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage of other systems is not tried here")
+def test_peak_memory_does_not_count_the_process_that_starts_the_measurement() -> None:
+    """A notebook's kernel is larger than the small models that it compares."""
+    measured = "import torch; from gpt_lightning.reports.model_comparison import peak_memory as f"
+    large = np.ones(1_500_000_000 // 8)  # all pages are in memory
+    result = python("-c", f"{measured}; print(f('cpu'))", env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert 50_000_000 < int(result.stdout) < large.nbytes / 2

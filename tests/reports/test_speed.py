@@ -47,7 +47,7 @@ def test_losses_of_each_row_are_those_of_the_books_model(
 def test_a_larger_batch_has_the_mean_loss_of_the_same_windows() -> None:
     book = speed.measure(task(), BOOK, 0.0)
     large = speed.measure(task(), Setup(batch_factor=speed.BATCH_FACTOR), 0.0)
-    assert len(book.losses) == 1  # at least one step, whatever the time
+    assert len(book.losses) == 2  # whatever the time
     assert large.losses[0] == pytest.approx(np.mean(book.first_losses), abs=1e-5)
 
 
@@ -63,10 +63,11 @@ def test_a_row_with_another_loss_is_reported(
         return found
 
     monkeypatch.setattr(speed, "_measure_apart", measured)
-    monkeypatch.setattr(speed, "improvements", lambda device: [("chunks", "", {"chunked": True})])
+    changes = [("our model", "", {"is_book": False}), ("chunks", "", {"chunked": True})]
+    monkeypatch.setattr(speed, "improvements", lambda device: changes)
     result = command("report", "speed", "--config=quickstart", *TINY_MODEL)
     assert result.code == 1, result.err
-    assert "the loss is ANOTHER one" in result.out
+    assert "the loss DIFFERS" in result.out
 
 
 def test_rows_that_are_not_measured_say_why(
@@ -86,6 +87,29 @@ def test_rows_that_are_not_measured_say_why(
     assert rows["bfloat16"]["reason"] == "this CPU multiplies bfloat16 slower than float32"
     assert rows["compiled"]["reason"] == "no compiler"
     assert all(row["is_equal"] for row in rows.values() if row["reason"] is None)
+
+
+def test_changes_are_made_to_our_model_also_where_it_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setups: list[Setup] = []
+
+    def measured(task: SpeedTask, setup: Setup, seconds: float) -> Any:
+        if setup.compiled:
+            return "no compiler"
+        setups.append(setup)
+        found = speed.measure(task, setup, 0.0)
+        return replace(found, seconds_per_step=1.0 + len(setups))  # each row is slower
+
+    monkeypatch.setattr(speed, "_measure_apart", measured)
+    monkeypatch.setattr(speed, "_fast_dtype", lambda device: None)
+    rows = speed.measure_all(task(), 1e9)
+    assert [setup.is_book for setup in setups] == [True] + [False] * (len(setups) - 1)
+    assert [row.name for row in rows if row.is_kept] == [
+        "the book's model",
+        "our model",
+        "batch size x4",
+    ]
 
 
 @pytest.mark.slow
@@ -114,6 +138,7 @@ def test_report_in_real_processes(command: Command) -> None:
     ("arguments", "cause"),
     [
         (["--minutes=0"], "minutes: 0.0 is out of range"),
+        (["--init_from=gpt2-124M"], "init_from: report speed starts from random weights"),
         (["--minutes=soon"], "minutes: soon is not a number"),
         (["--trainer.accelerator=mps"], "trainer.accelerator: report speed knows cpu and gpu"),
         (["--data.text=nowhere.txt"], "nowhere.txt does not exist"),

@@ -1,8 +1,10 @@
 """``fit`` and ``validate`` in Python do what the commands do."""
 
 import json
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 import yaml
 
 import gpt_lightning
-from gpt_lightning import CheckpointConfig, EvaluationConfig, RunConfig
+from gpt_lightning import CheckpointConfig, EvaluationConfig, FitResult, RunConfig
 from gpt_lightning.cli.main import main
 from gpt_lightning.training.evaluation import EvaluationCallback
+from gpt_lightning.training.run_files import read_rows
 from runs import assert_same_bits, small_command, small_run
 
 
@@ -47,6 +50,33 @@ def test_fit_resumes_and_knows_a_finished_run(tmp_path: Path) -> None:
     assert (folder / "last.ckpt").read_bytes() == before
     gpt_lightning.fit(small_run(tmp_path, "straight"))
     assert_same_bits(folder / "last.ckpt", folder.with_name("straight") / "last.ckpt")
+
+
+def test_notebook_shows_a_run_and_its_curves(tmp_path: Path) -> None:
+    """Also those of a run that was finished before, or was stopped by a signal."""
+    result = gpt_lightning.fit(small_run(tmp_path, max_steps=5))
+    shown = result._repr_html_()
+    for text in (str(result.folder), "val_loss", f"{result.metrics['val_loss']:.3f}"):
+        assert text in shown
+    assert "stopped by" not in shown
+    stopped = replace(result, stopped_by=signal.SIGINT)
+    assert "<th>stopped by</th>" in stopped._repr_html_()
+    assert "<td>SIGINT</td>" in stopped._repr_html_()
+
+    longer = small_run(tmp_path)
+    longer.ckpt_path = "last"
+    for resumed in (gpt_lightning.fit(longer), gpt_lightning.fit(longer)):
+        curve = resumed.loss_figure().axes[0].lines[1].get_ydata()
+        rows = read_rows(resumed.folder / "metrics.csv")
+        assert list(curve) == [row["val_loss"] for row in rows if "val_loss" in row]
+        assert len(curve) == 3
+        assert str(resumed.folder) in resumed._repr_html_()
+
+
+def test_curves_of_a_run_without_evaluations_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss\n1,1,2.5\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv: has no losses of an evaluation; train"):
+        FitResult(tmp_path).loss_figure()
 
 
 def test_validate_measures_the_best_checkpoint(
@@ -133,6 +163,7 @@ def test_python_values_are_recorded_as_yaml(tmp_path: Path) -> None:
 # a process that locks a run until its input ends
 HOLDER = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from gpt_lightning.training.run_lock import RunLock
 with RunLock() as lock:

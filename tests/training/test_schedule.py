@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from forked_runs import Runs, Stop
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.run_files import read_rows
+from gpt_lightning.training.run_length import Progress, run_steps
 from gpt_lightning.training.schedule import Schedule
 from gpt_lightning.training.verify_resume import compare_checkpoints
 from helpers import SMALL_QUICKSTART, Command
@@ -62,6 +64,25 @@ def test_an_int_is_a_number_of_steps_and_a_float_a_share(
     assert (schedule.warmup_steps, schedule.clip_from_step) == (warmup, clip_from)
 
 
+@pytest.mark.parametrize("changed", [(13, 2, 32), (26, 1, 16), (5, 3, 64), (7, 1, 96)])
+def test_a_run_that_is_resumed_with_other_batches_counts_what_is_left(
+    changed: tuple[int, int, int],
+) -> None:
+    """Until its 10th step the run had 13 batches of 32 tokens, two a step."""
+    before, now = EpochShape(13, 2, 32), EpochShape(*changed)
+    done = Progress(10, before.tokens_after(10))
+    trainer = SimpleNamespace(max_steps=-1, max_epochs=4)
+    steps = run_steps(now, trainer, None, done)
+    assert steps is not None
+    left = 4 * now.tokens - done.tokens
+    assert steps - 10 == pytest.approx(left / (now.accumulate * now.tokens_per_batch), abs=4)
+    if changed == (13, 2, 32):
+        assert steps == 4 * before.steps
+        for step in range(4 * before.steps):
+            same = Progress(step, before.tokens_after(step))
+            assert run_steps(before, trainer, None, same) == 4 * before.steps
+
+
 @pytest.mark.parametrize(
     ("limits", "steps"),
     [
@@ -78,6 +99,8 @@ def test_the_first_limit_ends_the_run(
 ) -> None:
     """13 batches of 32 tokens make 7 steps of two batches, the last one of one batch."""
     assert EpochShape(13, 2, 32).steps_of_run(*limits) == steps
+    trainer = SimpleNamespace(max_steps=limits[0], max_epochs=limits[1])
+    assert run_steps(EpochShape(13, 2, 32), trainer, limits[2], Progress()) == steps
 
 
 @pytest.mark.parametrize(
@@ -138,6 +161,29 @@ def test_a_prolonged_run_takes_the_shares_of_its_new_length(fit: Command) -> Non
     )
     result = fit(*shares, "--trainer.max_steps=10", "--ckpt_path=last")
     assert "steps now" not in result.err
+
+
+def test_shares_of_a_run_that_continues_with_a_larger_batch(fit: Command) -> None:
+    shares = [
+        *BARE,
+        EVERY_STEP,
+        "--model.lr=0.01",
+        "--model.decay_steps=1.0",
+        "--trainer.max_steps=-1",
+    ]
+    fit(*shares, "--trainer.max_epochs=1", "--data.batch_size=2")
+    first = len(rows_of("quickstart"))
+    result = fit(*shares, "--trainer.max_epochs=2", "--data.batch_size=7", "--ckpt_path=last")
+    rates = [row["lr"] for row in rows_of("quickstart")]
+    total = len(rates)
+    assert total < 2 * first
+    assert f"the run has {total} steps now, and had {first}" in result.err
+    schedule = Schedule(0.01, decay_steps=total)
+    assert rates[first:] == pytest.approx([schedule.learning_rate(i) for i in range(first, total)])
+
+
+def test_fast_dev_run_ignores_the_length_of_the_run(fit: Command) -> None:
+    fit("--trainer.fast_dev_run=true", "--model.clip_from_step=27", "--trainer.gradient_clip_val=1")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Converts chunks to token ids in a thread of ``prepare``: parses rows of JSON, then tokenizes their texts."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from gpt_lightning.data.prepare.rows import as_python
 from gpt_lightning.data.tokenizer import encode_documents
 from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
 
-# ways of cleaning, as they are counted
+_BEFORE_SPACE = re.compile(r"\S(?=\s)")  # where a text may be cut
+# kinds of cleaning that are counted
 STRIPPED = "header_or_footer_removed"
 DECODED_BY_FALLBACK = "decoded_by_fallback"
 TOO_LITTLE_ASCII = "too_little_ascii"
@@ -37,7 +39,7 @@ class EncodedChunk:
     Attributes:
         problems: One line for each document that cannot be read and was left out.
         empty: Number of rows with nothing but white space, which are left out too.
-        cleaned: Number of documents that were cleaned in some way, by the name of the way.
+        cleaned: Number of cleaned documents by kind of cleaning.
     """
 
     tokens: list[TokenRun] = field(default_factory=list)
@@ -51,6 +53,7 @@ class _Text(NamedTuple):
     offset: int
     text: str
     is_decoded_by_fallback: bool = False
+    bytes: int = 0  # in a plain text
 
 
 class _Problem(NamedTuple):
@@ -81,7 +84,9 @@ def encode_chunk(
         return encoded
     texts: dict[Split, list[_Text]] = {"train": [], "val": []}
     problems: list[_Problem] = []
-    for document in _cleaned(_documents(chunk, name, cleaning), cleaning, encoded.cleaned):
+    documents_of_chunk = _documents(chunk, name, cleaning)
+    until = chunk.source.train_until if chunk.source.kind == "text" else None
+    for document in _cleaned(documents_of_chunk, cleaning, encoded.cleaned, until):
         if isinstance(document, _Problem):
             if not skip:
                 raise ValueError(document.message)
@@ -104,20 +109,34 @@ def encode_chunk(
 
 
 def _cleaned(
-    documents: Iterator[_Text | _Problem], cleaning: Cleaning, counts: Counter[str]
+    documents: Iterator[_Text | _Problem],
+    cleaning: Cleaning,
+    counts: Counter[str],
+    until: int | None,
 ) -> Iterator[_Text | _Problem]:
-    """The cleaned documents without those that are left out; ``counts`` is increased."""
+    """The cleaned documents without those that are left out; ``counts`` is increased.
+
+    Args:
+        until: Where the training split ends; a plain text is cut there.
+    """
     for document in documents:
         if isinstance(document, _Problem) or not cleaning.is_on:
             yield document
             continue
+        counts[DECODED_BY_FALLBACK] += document.is_decoded_by_fallback
         text, was_stripped = cleaning.clean(document.text)
-        if cleaning.is_left_out(text):
+        if text is None:
             counts[TOO_LITTLE_ASCII] += 1
             continue
         counts[STRIPPED] += was_stripped
-        counts[DECODED_BY_FALLBACK] += document.is_decoded_by_fallback
-        yield document._replace(text=text)
+        if until is None or not document.offset < until < document.offset + document.bytes:
+            yield document._replace(text=text)
+            continue
+        share = (until - document.offset) / document.bytes
+        cut = _BEFORE_SPACE.search(text, int(share * len(text)))
+        end = len(text) if cut is None else cut.end()
+        yield document._replace(text=text[:end])
+        yield document._replace(text=text[end:], offset=until)
 
 
 def _tokenized(texts: list[_Text]) -> tuple[NDArray[np.uint16], int, list[_Problem]]:
@@ -160,7 +179,7 @@ def _documents(chunk: TextChunk, name: str, cleaning: Cleaning) -> Iterator[_Tex
         for content in chunk.content.split(EOT_BYTES):
             try:
                 text, by_fallback = cleaning.decode(content)
-                yield _Text(str(path), offset, _plain(text, offset), by_fallback)
+                yield _Text(str(path), offset, _plain(text, offset), by_fallback, len(content))
             except UnicodeDecodeError as error:
                 problem = decoding_problem(error, offset + error.start)
                 yield _Problem(f"{path}: {problem}; convert it to UTF-8")

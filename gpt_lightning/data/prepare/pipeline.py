@@ -64,7 +64,7 @@ class PrepareConfig:
         field: Field of JSON objects and tables that has the text.
         split: 'hash': a document is for validation if the hash of its content is below ``val_ratio``, whatever
             the other documents are. 'ratio': the last ``val_ratio`` of the text is for validation; a plain text
-            is cut there, at white space, a row and a document that is cleaned are not.
+            is cut there, at white space, a row is not.
         shard_tokens: Tokens in a shard; the last of a split has fewer.
         fallback_encoding, strip_gutenberg, min_ascii, collapse_blank_lines: See :class:`Cleaning`.
     """

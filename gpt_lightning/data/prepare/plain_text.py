@@ -94,7 +94,7 @@ def read_text(
 
 
 def read_documents(source: InputFile, begin: ReadPosition, before: int) -> Iterator[TextChunk]:
-    """Complete documents, which cleaning needs; the one at ``train_until`` is not cut."""
+    """Complete documents, which cleaning needs."""
     number, offset, *_ = begin
     size = chunk.CHUNK_BYTES
     with source.path.open("rb") as file:

@@ -61,8 +61,15 @@ def _check_settings(out: Path, recorded: dict[str, Any], current: dict[str, Any]
         before = recorded["settings"].get(name)
         if before != value:
             raise ValueError(
-                f"{out}: was started with --{name} {before}, not {value}; give that, or another --out"
+                f"{out}: was started {_option(name, before)}, not {_option(name, value)}; "
+                "give the same, or another --out"
             )
+
+
+def _option(name: str, value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return f"with --{name}" if value else f"without --{name}"
+    return f"with --{name} {value}"
 
 
 def _first_difference(

@@ -9,7 +9,7 @@ import pytest
 from gpt_lightning.data.prepare.clean import Cleaning, strip_gutenberg
 from gpt_lightning.data.token_store import read_manifest
 from gpt_lightning.data.tokenizer import decode
-from helpers import Command
+from helpers import Command, assert_refused
 from token_stores import store_tokens
 
 BODY = """  THE CLOCK
@@ -62,6 +62,13 @@ Why is this "Small Print!" statement here?
 *END THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*
 
 """,
+    "no article": "*** START OF PROJECT GUTENBERG EBOOK THE CLOCK ***\n\n",
+    "four stars": "**** START OF THE PROJECT GUTENBERG EBOOK THE CLOCK ****\n\n",
+    "a star in the title": "*** START OF THE PROJECT GUTENBERG EBOOK CL*CK ***\n\n",
+    "open": "*** START OF THE PROJECT GUTENBERG EBOOK THE CLOCK\n\n",
+    "beginning": "*** Beginning of this Project Gutenberg EBook ***\n\n",
+    "curly": "*** START OF THE PROJECT GUTENBERG’S EBOOK ***\n\n",
+    "mixed case": "*END*The Small Print! For Public Domain Etexts*Ver.10.04.01*END*\n\n",
     "none": "",
 }
 FOOTERS = {
@@ -84,6 +91,9 @@ End of Project Gutenberg's The Clock, by Somebody
 """,
     "no spaces": "\n\n***END OF THE PROJECT GUTENBERG EBOOK THE CLOCK***\nmore\n",
     "etext": "\n\nEnd of the Project Gutenberg Etext of The Clock, by\nSomebody and Somebody Else\n\n",
+    "the end": "\n\nThe End of the Project Gutenberg Etext of The Clock\n",
+    "stars": "\n\n***End of Project Gutenberg's The Clock***\n",
+    "small print below": "\n\nEnd of Project Gutenberg's The Clock\n\n\n",
     "none": "",
 }
 
@@ -92,6 +102,55 @@ End of Project Gutenberg's The Clock, by Somebody
 @pytest.mark.parametrize("header", HEADERS)
 def test_exactly_header_and_footer_are_removed(header: str, footer: str) -> None:
     assert strip_gutenberg(HEADERS[header] + BODY + FOOTERS[footer]) == BODY
+
+
+def test_small_print_in_the_footer_is_no_header() -> None:
+    small = "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*Ver.02/11/02*END*\n"
+    footer = (
+        "\n\n*** END OF THE PROJECT GUTENBERG EBOOK THE CLOCK ***\n\nThe Legal Small Print\n"
+        + small
+    )
+    assert strip_gutenberg(BODY + footer) == BODY
+    kept = strip_gutenberg(BODY + "\n\nEnd of Project Gutenberg's The Clock\n\n" + small)
+    assert kept.startswith(BODY)
+
+
+def test_no_text_becomes_empty() -> None:
+    text = HEADERS["2020"] + FOOTERS["2020"]
+    assert strip_gutenberg(text) == text
+
+
+def test_share_of_ascii_is_that_before_blank_lines_are_collapsed() -> None:
+    text = "é" * 10 + "\n" * 90
+    assert Cleaning(min_ascii=0.9).clean(text)[0] == text
+    assert Cleaning(min_ascii=0.9, collapse_blank_lines=True).clean(text)[0] == "é" * 10 + "\n\n"
+
+
+def test_utf_16_is_not_read_with_the_fallback(command: Command) -> None:
+    Path("a.txt").write_bytes("Plain words. ".encode("utf-16") * 9)
+    result = command("prepare", "a.txt", "--out=out", "--gutenberg", "--val_ratio=0")
+    assert_refused(result, "a.txt: is UTF-16, not UTF-8")
+
+
+def test_one_book_is_cut_by_ratio(command: Command) -> None:
+    words = " ".join(f"word{i}" for i in range(1000))
+    Path("a.txt").write_text(HEADERS["2020"] + words + FOOTERS["2020"], encoding="utf-8")
+    result = command(
+        "prepare", "a.txt", "--out=out", "--gutenberg", "--split=ratio", "--val_ratio=0.2"
+    )
+    assert result.code == 0, result.err
+    train, val = (decode(ids) for ids in store_tokens(Path("out")))
+    assert train + val == words
+    assert 0.1 < len(val) / len(words) < 0.3
+
+
+def test_several_books_in_one_file_with_a_byte_order_mark(command: Command) -> None:
+    book = HEADERS["2020"] + BODY + FOOTERS["last line"]
+    content = f"\ufeff{book}<|endoftext|>{book}".encode()
+    Path("a.txt").write_bytes(content)
+    result = command("prepare", "a.txt", "--out=out", "--gutenberg", "--val_ratio=0", "--json")
+    assert json.loads(result.out)["cleaned"]["header_or_footer_removed"] == 2
+    assert decode(store_tokens(Path("out"))[0]) == f"{BODY}<|endoftext|>{BODY}"
 
 
 def test_a_book_may_quote_the_markers() -> None:
@@ -113,9 +172,9 @@ def test_nothing_of_a_random_text_is_removed(seed: int) -> None:
 
 def test_share_of_ascii_counts_characters() -> None:
     cleaning = Cleaning(min_ascii=0.9)
-    assert not cleaning.is_left_out("a" * 9 + "é")
-    assert cleaning.is_left_out("a" * 8 + "éé")
-    assert not Cleaning().is_left_out("éé")
+    assert cleaning.clean("a" * 9 + "é")[0] is not None
+    assert cleaning.clean("a" * 8 + "éé")[0] is None
+    assert Cleaning().clean("éé")[0] == "éé"
 
 
 @pytest.fixture
@@ -182,7 +241,7 @@ def test_other_options_are_another_store(command: Command, books: Path) -> None:
     assert command(*arguments).code == 0  # already prepared
     result = command(*arguments, "--strip_gutenberg")
     assert result.code == 2
-    assert "was started with --strip_gutenberg False, not True" in result.err
+    assert "was started without --strip_gutenberg, not with --strip_gutenberg" in result.err
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,11 @@ class PlanCLI(TrainingCLI):
     def start(self) -> Start:
         """The start of the run; GPT-2's architecture is known before it is downloaded."""
         config = self.run_config()
+        try:
+            find_tokenizer(None, config.texts)
+        except (ValueError, OSError) as error:  # a store that cannot be read: fit refuses it
+            self.notes["text"] = " ".join(str(error).split())
+            config.data = {**config.data, "text": "sample", "mixture": None}
         resumes = config.ckpt_path and (config.ckpt_path != "auto" or was_started(config.folder))
         size = None if resumes else size_to_download(config.init_from or "")
         if size is None:

@@ -255,7 +255,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
     write_manifest(hf, [path.name for path in hf.iterdir()])
 
     def resumed() -> Any:
-        path, config = checkpoint_to_resume(run, "last", {})
+        path, config, _ = checkpoint_to_resume(run, "last", {})
         return AtomicCheckpointIO().load_checkpoint(path)["state_dict"], config
 
     def source(path: Path) -> Callable[[], Any]:

@@ -186,7 +186,8 @@ def test_first_rows_of_the_124m_run_equal_the_books(command: Command) -> None:
     expected = reference("appendix_d_124M.json")
     result = command(
         "fit", CONFIG, "--trainer.max_steps=16", "--model.warmup_steps=27",
-        "--model.decay_steps=135", "--model.clip_from_step=null", "--trainer.log_every_n_steps=1",
+        "--model.decay_steps=135", "--trainer.gradient_clip_val=null",
+        "--trainer.log_every_n_steps=1",
     )  # fmt: skip
     assert result.code == 0, result.err
     rows = read_rows(Path("checkpoints/appendix-d/metrics.csv"))

@@ -95,7 +95,8 @@ with standard_streams(ignore_stdout_errors=False), log_to_stderr(logging.INFO):
 def test_progress_bar_of_a_report_is_drawn_on_a_terminal() -> None:
     """Its control characters move the cursor, although those of messages are escaped."""
     terminal, end = os.openpty()
-    subprocess.run([sys.executable, "-c", _PROGRESS], stderr=end, check=True)
+    environment = {**os.environ, "TERM": "xterm"}  # a dumb terminal has no control codes
+    subprocess.run([sys.executable, "-c", _PROGRESS], stderr=end, check=True, env=environment)
     os.close(end)
     drawn_bytes = os.read(terminal, 1 << 16)
     os.close(terminal)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from gpt_lightning.cli.config_files import find_space
 from gpt_lightning.cli.console import print_table, progress_to
-from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
 from gpt_lightning.cli.text_options import values_of
-from gpt_lightning.cli.wrapped_fit import split_arguments, terminated_by_exit
+from gpt_lightning.cli.wrapped_fit import parser_beside_fit, split_arguments, terminated_by_exit
 from gpt_lightning.data.unicode import decode_text, printable
 from gpt_lightning.storage.atomic import write_text
 from gpt_lightning.suggestions import nearest_setting, suggest
@@ -307,14 +306,7 @@ def _draw(study: "TuneStudy", trials: "list[TrialResult]") -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # argparse's own parser, because it returns unknown arguments, which are for fit
-    parser = argparse.ArgumentParser(
-        prog="gpt_lightning tune",
-        description=run.__doc__,
-        epilog=OPTIONS_OF_EVERY_COMMAND,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = parser_beside_fit("tune", run.__doc__)
     add = parser.add_argument
     add("--space", metavar="SPACE.yaml", help="YAML file with the values of each setting.")
     add(

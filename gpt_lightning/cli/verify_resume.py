@@ -7,8 +7,7 @@ import tempfile
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
-from gpt_lightning.cli.wrapped_fit import split_arguments, terminated_by_exit
+from gpt_lightning.cli.wrapped_fit import parser_beside_fit, split_arguments, terminated_by_exit
 
 if TYPE_CHECKING:
     from gpt_lightning.training.verify_resume import ShortRun
@@ -112,14 +111,7 @@ def _plan_of_short_run(
 
 
 def _parser() -> argparse.ArgumentParser:
-    # argparse's own parser, because it returns unknown arguments, which are for fit
-    parser = argparse.ArgumentParser(
-        prog="gpt_lightning verify-resume",
-        description=run.__doc__,
-        epilog=OPTIONS_OF_EVERY_COMMAND,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = parser_beside_fit("verify-resume", run.__doc__)
     add = parser.add_argument
     add(
         "--steps",

@@ -7,6 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gpt_lightning.cli.errors import explain
+from gpt_lightning.cli.logs import OPTIONS_OF_EVERY_COMMAND
+
+
+def parser_beside_fit(verb: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for a command's own options. It is argparse's, which returns unknown arguments: they are for ``fit``."""
+    return argparse.ArgumentParser(
+        prog=f"gpt_lightning {verb}",
+        description=description,
+        epilog=OPTIONS_OF_EVERY_COMMAND,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
 
 
 def split_arguments(

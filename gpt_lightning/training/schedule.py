@@ -89,10 +89,7 @@ class Schedule:
         Raises:
             ValueError: The first step to clip is after the end of the run.
         """
-        first = self.clip_from_step
-        if isinstance(first, float) and run_steps is not None:
-            first = int(first * run_steps)
-        if first is not None and run_steps is not None and 0 < run_steps <= first:
+        if run_steps and self._counts(run_steps).get("clip_from_step", 0) >= run_steps:
             unit = "step" if run_steps == 1 else "steps"
             raise ValueError(
                 f"model.clip_from_step: {self.clip_from_step} is beyond the run, which has {run_steps} {unit}; give less, "

@@ -30,17 +30,20 @@ def postgresql_server() -> Iterator[str]:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     binary = binaries[-1].parent
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # a socket's path must be short
-    user: list[str] = []
+    user: str | None = None
     if os.getuid() == 0:  # the server refuses root
-        user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(folder, "postgres")
+        user = "postgres"
+        shutil.chown(folder, user)
     data, log = folder / "data", folder / "log"
     password = folder / "password"
     password.write_text("s3cret-word\n", encoding="utf-8")
     password.chmod(0o644)
 
     def run(*command: object) -> None:
-        subprocess.run([*user, *map(str, command)], check=True, capture_output=True, cwd=folder)
+        subprocess.run(
+            [*map(str, command)], check=True, capture_output=True, cwd=folder, user=user, group=user,
+            extra_groups=None if user is None else [],
+        )  # fmt: skip
 
     run(binary / "initdb", "-D", data, "-U", "tuner", "-A", "scram-sha-256", "--pwfile", password,
         "--no-sync")  # fmt: skip

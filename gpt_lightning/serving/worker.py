@@ -277,7 +277,7 @@ class ModelWorker:
         self._tokenizer = tokenizer
         self._thread = thread
         self._limits = limits
-        self._batch = DecodeBatch(model)
+        self._batch: DecodeBatch[_Row] = DecodeBatch(model)
         self._lock = threading.Lock()
         self._waiting: deque[Generation] = deque()  # requests with rows that have not started
         self._seconds = 1.0  # a running mean of the time of a request
@@ -309,7 +309,7 @@ class ModelWorker:
         """Give up all requests."""
         self._thread.remove_worker(self)
         with self._lock:
-            generations = {*self._waiting, *(row.generation for row in self._rows)}
+            generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
             self._waiting.clear()
         for generation in generations:
             self._fail(generation, TooSlowError("the model was replaced or the server stops"))
@@ -318,28 +318,24 @@ class ModelWorker:
     def has_work(self) -> bool:
         return bool(self._waiting or self._batch.rows)
 
-    @property
-    def _rows(self) -> list[_Row]:
-        return [row for row in self._batch.rows if isinstance(row, _Row)]
-
     def step(self) -> None:
         """Start waiting rows, then continue all rows by one token. Called by the thread of the models."""
         try:
             self._remove_abandoned()
-            if rows := self._rows:
-                self._continue(rows, self._batch.step())
+            if self._batch.rows:
+                self._continue(*self._batch.step())
             if new := self._next_rows():
                 self._start(new)
         except Exception as error:  # a fault of ours must not end the thread
             logger.exception("serving: a decoding step failed")
-            for generation in {row.generation for row in self._rows}:
+            for generation in {row.generation for row in self._batch.rows}:
                 self._fail(generation, error)
             self._batch = DecodeBatch(self._model)
 
     def _remove_abandoned(self) -> None:
         now = time.monotonic()
         with self._lock:
-            generations = {*self._waiting, *(row.generation for row in self._rows)}
+            generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
         for generation in generations:
             if now > generation.deadline and not generation.is_over:
                 self._fail(
@@ -347,7 +343,7 @@ class ModelWorker:
                 )
         with self._lock:
             self._waiting = deque(g for g in self._waiting if not g.is_over)
-        for row in self._rows:
+        for row in self._batch.rows:
             if row.generation.is_canceled:
                 self._batch.remove(row)
 

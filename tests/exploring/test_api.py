@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.tokenizer import GPT2
-from gpt_lightning.exploring.api import MAX_CHOSEN, MAX_SCORED_TOKENS, routes
+from gpt_lightning.exploring.api import MAX_CHOSEN, MAX_CHOSEN_SAMPLED, MAX_SCORED_TOKENS, routes
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
@@ -86,13 +86,15 @@ def test_next_computes_logits_once(
     model = explorer.models["tiny"].model
     calls: list[int] = []
     features = model.features
-    monkeypatch.setattr(model, "features", lambda idx: calls.append(idx.shape[1]) or features(idx))
+    monkeypatch.setattr(
+        model, "features", lambda idx, cache: calls.append(idx.shape[1]) or features(idx, cache)
+    )
     for temperature in (0.1, 0.5, 1.0):
         post("next", prompt="A new prompt", sampling={"temperature": temperature})
     assert calls == [3]
     path = post("next", prompt="A new prompt", bars=1)["bars"]
     post("next", prompt="A new prompt", path=[path[0]["id"]])
-    assert calls == [3, 4]
+    assert calls == [3, 1]
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG])
@@ -113,7 +115,13 @@ def test_a_long_path_has_figures_at_its_end(post: Post) -> None:
     path = list(range(100, 102 + MAX_CHOSEN))
     steps = post("next", prompt=PROMPT, path=path)["path"]
     assert [step["id"] for step in steps] == path
-    assert [step["rank"] is None for step in steps] == [True] * 2 + [False] * MAX_CHOSEN
+    for name, count in (
+        ("rank", MAX_CHOSEN),
+        ("model_probability", MAX_CHOSEN),
+        ("probability", MAX_CHOSEN_SAMPLED),
+    ):
+        missing = len(path) - count
+        assert [step[name] is None for step in steps] == [True] * missing + [False] * count
 
 
 def test_path_without_a_prompt(post: Post) -> None:
@@ -199,6 +207,18 @@ def test_attention(post: Post) -> None:
     cropped = post("attention", prompt=LONG, layer=0)
     assert cropped["cropped"] == 8
     assert [t["id"] for t in cropped["tokens"]] == GPT2.encode_prompt(LONG)[-24:]
+
+
+def test_heads_of_a_block_are_computed_once(
+    post: Post, explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    model = explorer.models["tiny"].model
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda idx: calls.append(idx.shape[1]) or features(idx))
+    for layer, head in ((0, 0), (0, 1), (0, None), (1, 0)):
+        post("attention", prompt="Heads", layer=layer, head=head)
+    assert len(calls) == 2
 
 
 def test_attention_of_a_long_window(load: LoadModel, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -20,7 +22,7 @@ from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.pretrained.convert import save_model
 from gpt_lightning.serving.worker import BusyError
-from helpers import tiny_gpt2_vocabulary
+from helpers import Command, json_of, tiny_gpt2_vocabulary
 
 PROMPT = "Every effort moves you"
 IDS = GPT2.encode_prompt(PROMPT)
@@ -34,6 +36,16 @@ POSTS = {
     "score": {"text": PROMPT},
     "lens": {"prompt": PROMPT},
     "attention": {"prompt": PROMPT, "layer": 1},
+}
+
+FIELDS_OF = {
+    "load": ["model"],
+    "tokens": ["model", "prompt", "path"],
+    "next": ["model", "prompt", "path", "sampling", "draws", "seed", "bars"],
+    "generate": ["model", "prompt", "path", "sampling", "max_new_tokens", "seed"],
+    "score": ["model", "text"],
+    "lens": ["model", "prompt", "path", "positions"],
+    "attention": ["model", "prompt", "path", "layer", "head"],
 }
 
 Post = Callable[..., Any]
@@ -465,3 +477,118 @@ def test_a_client_that_leaves_ends_its_scoring(
 
     asyncio.run(leave())
     assert len(calls) <= 1
+
+
+# --- the commands' figures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG])
+def test_bars_are_those_of_report_sampling(
+    command: Command, post: Post, tiny_file: Path, prompt: str
+) -> None:
+    report = json_of(
+        command(
+            "report", "sampling", "--from", str(tiny_file), "--prompt", prompt, "--show=40",
+            "--temperatures=[0.5,1,3]", "--top_k=[0,30]", "--top_p=[0.9,1]", "--num_samples=10",
+            "--json",
+        )
+    )  # fmt: skip
+    assert len(report["distributions"]) == 12
+    for distribution in report["distributions"]:
+        sampling = {name: distribution[name] for name in ("temperature", "top_k", "top_p")}
+        rows = [row for row in report["rows"] if sampling.items() <= row.items()]
+        answer = post("next", prompt=prompt, sampling=sampling)
+        assert [repr(bar["text"]) for bar in answer["bars"]] == [row["token"] for row in rows]
+        for bar, row in zip(answer["bars"], rows, strict=True):
+            assert bar["probability"] == pytest.approx(row["probability"], abs=1e-6)
+        assert answer["entropy"] == pytest.approx(distribution["entropy"], rel=1e-6)
+        # rounding may move the last of many thousand nearly equal tokens over the limit of top_p
+        assert abs(answer["num_kept"] - distribution["tokens_left"]) <= 2
+
+
+def test_the_stream_is_the_text_of_generate(command: Command, post: Post, tiny_file: Path) -> None:
+    options = {
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.001,
+        "repetition_penalty": 1.1,
+    }
+    text = json_of(
+        command(
+            "generate", "--from", str(tiny_file), "--prompt", PROMPT, "--seed=7", "--json",
+            "--max_new_tokens=30", *(f"--{name}={value}" for name, value in options.items()),
+        )
+    )  # fmt: skip
+    *events, _ = post("generate", prompt=PROMPT, sampling=options, max_new_tokens=30, seed=7)
+    ids = [event["token"]["id"] for event in events]
+    assert IDS + ids == text["token_ids"]
+    new_bytes = b"".join(bytes.fromhex(event["token"]["bytes"]) for event in events)
+    assert PROMPT + new_bytes.decode(errors="replace") == text["text"]
+
+
+# --- random requests ------------------------------------------------------------------------------
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+SENSIBLE = {
+    "model": st.just("tiny"),
+    "prompt": st.text(max_size=40),
+    "text": st.text(max_size=40),
+    "path": st.lists(st.integers(-1, 50300), max_size=40),
+    "sampling": st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 1e308),
+            "top_k": st.none() | st.integers(-1, 60_000),
+            "top_p": st.none() | st.floats(0, 1.01),
+            "min_p": st.none() | st.floats(0, 1.01),
+            "repetition_penalty": st.floats(0.001, 1000),
+        },
+    ),
+    "draws": st.integers(-1, 10_001),
+    "seed": st.integers(-(2**64), 2**65),
+    "bars": st.integers(-1, 501),
+    "max_new_tokens": st.integers(-1, 5),
+    "positions": st.integers(0, 66),
+    "layer": st.integers(-1, 3),
+    "head": st.none() | st.integers(-1, 3),
+}
+BODIES = st.sampled_from(sorted(POSTS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name),
+        st.fixed_dictionaries(
+            {}, optional={field: SENSIBLE[field] | JSON_VALUES for field in FIELDS_OF[name]}
+        ),
+        st.fixed_dictionaries({field: SENSIBLE[field] for field in FIELDS_OF[name]}),
+        st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=1),
+    )
+)
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(request=BODIES, changes=st.integers(0, 2))
+def test_random_requests(client: TestClient, request: Any, changes: int) -> None:
+    name, some, sensible, others = request
+    body = [sensible, {**sensible, **some}, {**sensible, **some, **others}][changes]
+    response = client.post(
+        f"/api/{name}",
+        content=json.dumps(body),  # NaN and lone surrogates included
+        headers={"Content-Type": "application/json"},
+    )
+    assert response.status_code in (200, 400, 404), (response.text[:500], body)
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+    elif name == "generate":
+        assert '"error": null' in response.text

@@ -97,6 +97,9 @@ def attention_weights(model: GPTModel, ids: Sequence[int], layer: int, num_rows:
 
     Args:
         layer: Number of the block, from 0.
+
+    Raises:
+        ValueError: The weights are not finite.
     """
     config = model.config
     block = model.trf_blocks[layer]
@@ -109,7 +112,10 @@ def attention_weights(model: GPTModel, ids: Sequence[int], layer: int, num_rows:
     scores = q[:, -num_rows:] @ k.transpose(1, 2) * D**-0.5
     R = scores.shape[1]
     is_future = torch.ones(R, T, dtype=torch.bool, device=scores.device).triu(T - R + 1)
-    return scores.masked_fill(is_future, -torch.inf).softmax(dim=-1).cpu()
+    weights = scores.masked_fill(is_future, -torch.inf).softmax(dim=-1).cpu()
+    if not torch.isfinite(weights).all():
+        raise ValueError("attention: has NaN; the model's weights are damaged")
+    return weights
 
 
 def _window(model: GPTModel, ids: Sequence[int]) -> Tensor:

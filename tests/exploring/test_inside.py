@@ -142,6 +142,19 @@ def test_attention_equals_transformers(tmp_path: Path, *, pack: bool) -> None:
         torch.testing.assert_close(weights, expected[0], atol=1e-5, rtol=0)
 
 
+def test_damaged_weights() -> None:
+    model = tiny_gpt()
+    with torch.no_grad():
+        model.trf_blocks[1].norm1.weight[0] = torch.nan  # type: ignore[union-attr, index]
+    attention_weights(model, IDS, 0, 2)
+    with pytest.raises(ValueError, match="the model's weights are damaged"):
+        attention_weights(model, IDS, 1, 2)
+    embedding, *blocks = hidden_states(model, IDS, 2)
+    lens_json(model, GPT2, "embedding", embedding)
+    with pytest.raises(ValueError, match="the model's weights are damaged"):
+        lens_json(model, GPT2, "block 2", blocks[1])
+
+
 def test_no_hook_stays(tiny: GPTModel) -> None:
     attention_weights(tiny, [1, 2], 0, 2)
     hidden_states(tiny, [1, 2], 2)

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.data.tokenizer import GPT2
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
+from gpt_lightning.data.tokenizer_json import read_tokenizer
 from gpt_lightning.exploring.api import MAX_CHOSEN, MAX_CHOSEN_SAMPLED, MAX_SCORED_TOKENS, routes
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.generation.engine import stream_ids
@@ -23,6 +25,7 @@ from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.pretrained.convert import save_model
 from gpt_lightning.serving.worker import BusyError
 from helpers import Command, json_of, tiny_gpt2_vocabulary
+from own_tokenizers import write_own
 
 PROMPT = "Every effort moves you"
 IDS = GPT2.encode_prompt(PROMPT)
@@ -49,6 +52,17 @@ FIELDS_OF = {
 }
 
 Post = Callable[..., Any]
+
+
+@contextmanager
+def client_for(
+    model: GPTModel, path: Path, load: LoadModel, tokenizer: Tokenizer = GPT2
+) -> Iterator[TestClient]:
+    """A client of a server with ``model``, whose id is ``tiny``."""
+    save_model(model, path, "lightning", tokenizer=tokenizer)
+    explorer = Explorer({"tiny": str(path)}, load)
+    with TestClient(Starlette(routes=routes(explorer))) as client:
+        yield client
 
 
 def test_state(client: TestClient) -> None:
@@ -235,17 +249,38 @@ def test_heads_of_a_block_are_computed_once(
 
 def test_attention_of_a_long_window(load: LoadModel, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    config = GPTConfig(context_length=300, emb_dim=8, n_heads=2, n_layers=1)
-    save_model(GPTModel(config), tmp_path / "long.ckpt", "lightning")
-    explorer = Explorer({"long": str(tmp_path / "long.ckpt")}, load)
-    with TestClient(Starlette(routes=routes(explorer))) as client:
+    model = GPTModel(GPTConfig(context_length=300, emb_dim=8, n_heads=2, n_layers=1))
+    with client_for(model, tmp_path / "long.ckpt", load) as client:
         path = [i % 1000 for i in range(310)]
-        body = {"model": "long", "prompt": "", "path": path, "layer": 0, "head": 1}
+        body = {"model": "tiny", "prompt": "", "path": path, "layer": 0, "head": 1}
         answer = client.post("/api/attention", json=body).json()
     assert [t["id"] for t in answer["tokens"]] == path[-256:]
     assert answer["cropped"] == 54
     assert [len(row) for row in answer["weights"]] == [256] * 256
     assert math.fsum(answer["weights"][-1]) < 0.99  # the rest is on tokens that are not shown
+
+
+def test_another_tokenizer(load: LoadModel, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(write_own(tmp_path / "tokenizer") / "tokenizer.json")
+    model = GPTModel(GPTConfig(tokenizer.vocab_size, 24, emb_dim=8, n_heads=2, n_layers=1))
+    with client_for(model, tmp_path / "own.ckpt", load, tokenizer) as client:
+        for name, body in POSTS.items():
+            body = {**body, "layer": 0} if name == "attention" else body
+            assert client.post(f"/api/{name}", json={"model": "tiny", **body}).status_code == 200
+        answer = client.post("/api/score", json={"model": "tiny", "text": "Every é"}).json()
+    assert [t["id"] for t in answer["tokens"]] == tokenizer.encode_prompt("Every é")
+    assert bytes.fromhex("".join(t["bytes"] for t in answer["tokens"])) == "Every é".encode()
+
+
+def test_ids_beyond_the_tokenizer(load: LoadModel, tmp_path: Path) -> None:
+    model = GPTModel(GPTConfig(50304, 24, emb_dim=8, n_heads=2, n_layers=1))
+    with client_for(model, tmp_path / "padded.ckpt", load) as client:
+        body = {"model": "tiny", "prompt": "A", "path": [50303]}
+        answer = client.post("/api/next", json=body).json()
+        assert answer["path"][0]["text"] == "\ufffd"
+        assert answer["rest"]["count"] == 50304 - 40
+        error = error_of(client, "next", 400, prompt="A", path=[50304])
+        assert "vocabulary of 50,304" in error["message"]
 
 
 # --- wrong requests -------------------------------------------------------------------------------
@@ -353,9 +388,7 @@ def test_damaged_weights(load: LoadModel, tmp_path: Path) -> None:
     model = tiny_gpt2_vocabulary()
     with torch.no_grad():
         model.final_norm.weight.fill_(torch.nan)
-    save_model(model, tmp_path / "nan.ckpt", "lightning")
-    explorer = Explorer({"tiny": str(tmp_path / "nan.ckpt")}, load)
-    with TestClient(Starlette(routes=routes(explorer))) as client:
+    with client_for(model, tmp_path / "nan.ckpt", load) as client:
         for name in ("next", "score", "lens"):
             error = error_of(client, name, 500, **POSTS[name])
             assert "the model's weights are damaged" in error["message"]

@@ -29,6 +29,7 @@ export function startCompare(panel) {
   const table = element("div", { class: "content scroll" });
   const tableStatus = new Status(table);
   const legend = element("div");
+  const saveTable = saveButtons("next-token-side-by-side", { rows: distributionRows, paint: paintDistributions });
   let controller = null;
 
   const generateButton = element("button", { type: "button", class: "primary", onclick: generate }, "Generate texts");
@@ -48,7 +49,7 @@ export function startCompare(panel) {
     element("div", { class: "heading" }, element("h2", {}, "The next token after the prompt"), tableStatus.element),
     legend,
     table,
-    saveButtons("next-token-side-by-side", { rows: distributionRows, paint: paintDistributions }),
+    saveTable,
   );
 
   onChange((changed) => {
@@ -120,12 +121,15 @@ export function startCompare(panel) {
 
   function showTable() {
     const groups = distributions();
+    saveTable.hidden = groups.length === 0;
     legend.replaceChildren(barLegend(false));
     if (!groups.length) {
-      table.replaceChildren(element("p", { class: "hint" }, "Choose one or more models above."));
+      const said = state.models.length ? "" : "Choose one or more models above.";
+      table.replaceChildren(element("p", { class: "hint" }, said));
       return;
     }
     const maximum = axisMaximum(groups.flatMap(({ bars }) => bars));
+    table.style.setProperty("--columns", groups.length);
     table.replaceChildren(
       element(
         "table",

@@ -23,8 +23,12 @@ export function newId(prefix) {
   return `${prefix}-${lastId}`;
 }
 
+/** What stands for a number that does not exist. */
+const NONE = "–";
+
 /** A probability: four decimals, or a power of ten where four decimals would be too few. */
 export function formatProbability(p) {
+  if (p === null) return NONE;
   if (p === 0) return "0";
   if (p >= 0.0001) return p.toFixed(4);
   const [digits, power] = p.toExponential(1).split("e");
@@ -36,6 +40,7 @@ function superscript(power) {
 }
 
 export function formatNumber(value, decimals = 2) {
+  if (value === null || !Number.isFinite(value)) return NONE;
   return value.toLocaleString("en", {
     minimumFractionDigits: decimals,
     maximumFractionDigits: decimals,

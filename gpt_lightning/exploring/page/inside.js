@@ -42,15 +42,18 @@ function startLens(panel) {
     { id: "positions", onchange: () => update({ positions: Number(positions.value) }) },
     [[6], [12], [24], [48]],
   );
+  const save = saveButtons("layers", { rows: lensRows, paint: paintLens });
+  save.hidden = true;
   let answer = null;
   const request = new LatestRequest("lens", status, (newAnswer) => {
     answer = newAnswer;
+    save.hidden = false;
     show();
   });
 
   content.append(
-    element("div", { class: "columns" }, element("div", {}, probabilityLegend(), table), detail),
-    saveButtons("layers", { rows: lensRows, paint: paintLens }),
+    element("div", { class: "columns" }, element("div", {}, scale("probability", ["0", "1"], "Shade: the probability of the token in the cell."), table), detail),
+    save,
   );
   panel.append(
     element(
@@ -168,14 +171,18 @@ function startLens(panel) {
   return () => request.send({ ...input(), positions: state.positions }, reloadsOf(state.model));
 }
 
-function probabilityLegend() {
+/** A scale of colors with values at equal distances, and what it means. */
+function scale(kind, values, hint) {
   return element(
     "div",
     { class: "scale" },
-    element("span", {}, "0"),
-    element("span", { class: "ramp probability", "aria-hidden": "true" }),
-    element("span", {}, "1"),
-    element("span", { class: "hint" }, "Shade: the probability of the token in the cell."),
+    element(
+      "div",
+      {},
+      element("span", { class: `ramp ${kind}`, "aria-hidden": "true" }),
+      element("span", { class: "axis" }, ...values.map((value) => element("span", {}, value))),
+    ),
+    element("span", { class: "hint" }, hint),
   );
 }
 
@@ -192,7 +199,10 @@ function startAttention(panel) {
   const content = element("div", { class: "content" });
   const status = new Status(content);
   const cropped = element("p", { class: "hint" });
+  const save = saveButtons("attention", { rows: () => map.rows, paint: paintAttention });
+  save.hidden = true;
   const request = new LatestRequest("attention", status, (answer) => {
+    save.hidden = false;
     map.show(answer);
     cropped.textContent = answer.cropped
       ? `Only the last ${answer.tokens.length} tokens are shown; ${answer.cropped} before them are not.`
@@ -201,18 +211,11 @@ function startAttention(panel) {
   });
 
   content.append(
+    scale("attention", ["0", "0.25", "1"], "Weight. The color grows with its square root, so small weights are visible."),
     readout,
     element("div", { class: "scroll" }, map.canvas),
     cropped,
-    saveButtons("attention", {
-      rows: () => map.rows,
-      paint: () =>
-        paintMap(
-          `Attention: layer ${state.layer + 1}, ${state.head === null ? "mean of all heads" : `head ${state.head + 1}`}`,
-          caption(modelName(state.model), { settings: "" }),
-          map.canvas,
-        ),
-    }),
+    save,
   );
   panel.append(
     element(
@@ -226,13 +229,19 @@ function startAttention(panel) {
     element(
       "p",
       { class: "explanation" },
-      "A row is a token that looks; a column is a token that it looks at (“attention”). A row sums to 1, and no token looks ahead. Darker is more; the shade grows with the square root, so small values are visible.",
+      "A row is a token that looks; a column is a token that it looks at (“attention”). A row sums to 1, and no token looks ahead.",
     ),
     content,
   );
   onChange((changed) => {
     if (["model", "model list", "layer", "head", "reloaded"].some((name) => changed.has(name))) showLists();
   });
+
+  function paintAttention() {
+    const head = state.head === null ? "mean of all heads" : `head ${state.head + 1}`;
+    const title = `Attention: layer ${state.layer + 1}, ${head}`;
+    return paintMap(title, caption(modelName(state.model), { settings: "" }), map.canvas);
+  }
 
   function showLists() {
     const model = modelOf(state.model);

@@ -8,6 +8,7 @@ const POLL_INTERVAL = 3000; // milliseconds
 const FOLLOW_KEY = "gpt_lightning follow";
 
 let models = [];
+const revisions = new Map(); // the revision of each model that was last seen in memory
 const reloads = new Map(); // how often the weights of a model have changed while the page was open
 const loading = new Set();
 let message = "";
@@ -18,11 +19,11 @@ export const allModels = () => models;
 export const modelOf = (id) => models.find((model) => model.id === id);
 export const reloadsOf = (id) => reloads.get(id) ?? 0;
 
-/** "last, step 120": what distinguishes the models of one run. */
+/** "quickstart, step 120": the model and the step of its weights in memory, or else on disk. */
 export function modelName(id) {
   const model = modelOf(id);
-  if (!model || model.step === null) return id;
-  return `${id}, step ${formatCount(model.step)}`;
+  const step = model?.loaded_step ?? model?.step ?? null;
+  return step === null ? id : `${id}, step ${formatCount(step)}`;
 }
 
 /** Read the models, show them, and look for new checkpoints from now on. */
@@ -70,10 +71,11 @@ export async function poll() {
 }
 
 function accept(newModels) {
-  const changed = newModels.filter((model) => {
-    const before = modelOf(model.id)?.loaded_revision ?? null;
-    return before !== null && model.loaded_revision !== before;
+  const loaded = newModels.filter((model) => model.loaded_revision !== null);
+  const changed = loaded.filter(({ id, loaded_revision }) => {
+    return revisions.has(id) && revisions.get(id) !== loaded_revision;
   });
+  for (const { id, loaded_revision } of loaded) revisions.set(id, loaded_revision);
   models = newModels;
   for (const { id } of changed) reloads.set(id, reloadsOf(id) + 1);
   if (changed.length) notify(["reloaded"]);
@@ -112,7 +114,7 @@ function showNotices() {
   const used = new Set([state.model, ...(state.view === "compare" ? state.models : [])]);
   const outdated = models.filter((model) => used.has(model.id) && isOutdated(model));
   if (byId("follow").checked) for (const { id } of outdated) load(id);
-  const shown = outdated.map(({ id }) => `${id} ${loading.has(id)}`).join("\n") + message;
+  const shown = outdated.map(({ id }) => `${newerText(id)} ${loading.has(id)}`).join("\n") + message;
   const notices = byId("notices");
   if (notices.dataset.shown === shown) return;
   notices.dataset.shown = shown;
@@ -121,7 +123,7 @@ function showNotices() {
       element(
         "div",
         { class: "notice" },
-        element("p", {}, `There is a newer checkpoint of ${id} on disk.`),
+        element("p", {}, newerText(id)),
         element(
           "button",
           { type: "button", disabled: loading.has(id), onclick: () => load(id) },
@@ -131,6 +133,12 @@ function showNotices() {
     ),
     ...(message ? [element("p", { class: "notice" }, message)] : []),
   );
+}
+
+function newerText(id) {
+  const { step, loaded_step } = modelOf(id);
+  if (step === null || step === loaded_step) return `The file of ${id} has changed.`;
+  return `${id} has a new checkpoint: step ${formatCount(step)}. The page shows step ${formatCount(loaded_step)}.`;
 }
 
 async function load(id) {

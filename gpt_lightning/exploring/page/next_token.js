@@ -37,6 +37,8 @@ export function startNextToken(panel) {
     "Walk back one token",
   );
 
+  const save = saveButtons("next-token", { rows: table, paint: picture });
+  save.hidden = true;
   const tree = element("div");
   const comparison = element("div");
   content.append(
@@ -61,7 +63,7 @@ export function startNextToken(panel) {
       ),
       element("aside", {}, figures, tree),
     ),
-    saveButtons("next-token", { rows: table, paint: picture }),
+    save,
     comparison,
   );
   panel.append(
@@ -107,6 +109,7 @@ export function startNextToken(panel) {
 
   function show(newAnswer, { path }) {
     answer = newAnswer;
+    save.hidden = false;
     remember(answer.tokens);
     remember(answer.bars);
     showStrip(path.length);
@@ -145,8 +148,8 @@ export function startNextToken(panel) {
 
   function detailOf(i, promptLength, cropped) {
     if (i < cropped) return "; too far back, the model does not read it";
-    const step = answer.path?.[i - promptLength];
-    if (!step) return "";
+    const step = answer.path[i - promptLength];
+    if (!step || step.rank === null) return "";
     return `; the model gave it ${formatProbability(step.model_probability)}, after your settings ${formatProbability(step.probability)}`;
   }
 
@@ -282,7 +285,7 @@ function picture() {
   return paintBars(
     "Next token",
     caption(modelName(state.model), { prompt: state.prompt + taken }),
-    [{ name: "Outline: model. Fill: after the settings.", bars, draws }],
+    [{ name: `Outline: model. Fill: after the settings.${draws ? " Thin bar: share of the draws." : ""}`, bars, draws }],
     axisMaximum(bars, draws),
   );
 }

@@ -44,7 +44,7 @@ export class ShadedText {
       const span = element(
         "span",
         { role: "option", class: "shade", "data-index": this.entries.length - 1, id: newId("token") },
-        text,
+        ...withLineBreaks(text),
       );
       span.style.setProperty("--share", `${100 * shadeOf(entry.surprisal)}%`);
       return span;
@@ -89,6 +89,12 @@ export class ShadedText {
   }
 }
 
+/** Nodes of a text in which line breaks have a sign, so a token that is one can be seen and pointed at. */
+function withLineBreaks(text) {
+  const parts = text.split(/(\n)/).filter((part) => part !== "");
+  return parts.flatMap((part) => (part === "\n" ? [element("span", { class: "sign" }, "↵"), part] : [part]));
+}
+
 /** The header of `ShadedText.rows`. */
 export const COLUMNS = [
   "token",
@@ -104,9 +110,12 @@ export function shadeLegend() {
   return element(
     "div",
     { class: "scale" },
-    element("span", {}, "0"),
-    element("span", { class: "ramp surprise", "aria-hidden": "true" }),
-    element("span", {}, `${FULL_SHADE} nats or more`),
+    element(
+      "div",
+      {},
+      element("span", { class: "ramp surprise", "aria-hidden": "true" }),
+      element("span", { class: "axis" }, element("span", {}, "0"), element("span", {}, `${FULL_SHADE} nats or more`)),
+    ),
     element(
       "span",
       { class: "hint" },
@@ -140,22 +149,22 @@ export class TokenDetail {
     );
     const fact = (name, value) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, value));
-    const known = surprisal !== null;
+    const isFirst = candidates.length === 0;
     this.element.replaceChildren(
       element("h2", {}, element("span", { class: "token" }, ...tokenNodes(token))),
       element("p", { class: "hint" }, describe(token)),
-      ...(known
+      ...(!isFirst
         ? [
             element(
               "dl",
               { class: "pairs" },
               fact("Rank", rank === 1 ? "1, the most probable" : formatCount(rank)),
-              fact("Probability of the model", formatProbability(Math.exp(-surprisal))),
+              fact("Probability of the model", formatProbability(surprisal === null ? 0 : Math.exp(-surprisal))),
               fact("Surprisal", `${formatNumber(surprisal)} nats`),
             ),
           ]
         : [element("p", { class: "hint" }, "The first token has nothing before it, so it has no probability.")]),
-      ...(candidates.length
+      ...(!isFirst
         ? [element("p", { class: "hint" }, "The five most probable tokens here. Outline: of the model. Fill: after the settings.")]
         : []),
       element(

@@ -127,8 +127,8 @@ function startComparison(container) {
       "div",
       { class: "heading" },
       element("h2", {}, "Two paths compared"),
-      ...lists,
       status.element,
+      ...lists,
     ),
     content,
   );
@@ -214,7 +214,11 @@ function cells(token) {
   ];
 }
 
-const product = (tokens, name) => tokens.reduce((p, token) => p * token[name], 1);
+/** The product of the tokens' probabilities; null if one of them is unknown. */
+function product(tokens, name) {
+  if (tokens.some((token) => token[name] === null)) return null;
+  return tokens.reduce((p, token) => p * token[name], 1);
+}
 
 function total(label, ...paths) {
   return element(
@@ -231,7 +235,10 @@ function total(label, ...paths) {
 }
 
 function mean(...paths) {
-  const loss = (tokens) => -Math.log(product(tokens, "model_probability")) / tokens.length;
+  const loss = (tokens) => {
+    const p = product(tokens, "model_probability");
+    return p === null ? null : -Math.log(p) / tokens.length;
+  };
   return element(
     "tr",
     {},

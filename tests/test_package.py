@@ -20,11 +20,13 @@ PACKAGE = ROOT / "gpt_lightning"
 _BASE = {"kernels", "storage"}
 _MIDDLE = _BASE | {"generation", "pretrained", "model", "data"}
 LAYERS = {
-    "cli": _MIDDLE | {"cli", "training", "planning", "reports", "tuning"},
+    "cli": _MIDDLE | {"cli", "training", "planning", "reports", "tuning", "serving", "exploring"},
     "training": _MIDDLE | {"training"},
     "planning": _MIDDLE | {"planning"},
     "reports": _MIDDLE | {"reports"},
     "tuning": _MIDDLE | {"tuning"},
+    "serving": _MIDDLE | {"serving"},
+    "exploring": _MIDDLE | {"exploring", "serving"},
     "generation": _BASE | {"generation", "model", "data"},
     "pretrained": _BASE | {"pretrained", "model", "data"},
     "model": _BASE | {"model"},

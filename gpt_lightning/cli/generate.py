@@ -129,14 +129,11 @@ def load_for_inference(
     """The model of ``source`` on a device, with packed weights in ``dtype`` ('float32', …), and its tokenizer."""
     import torch
 
-    from gpt_lightning.model.packed_linear import pack_weights
     from gpt_lightning.pretrained.load import load_for_text
 
-    model, tokenizer = load_for_text(
+    return load_for_text(
         source, device=device, dtype=getattr(torch, dtype) if dtype else None, n_heads=n_heads
     )
-    pack_weights(model)
-    return model, tokenizer
 
 
 def resolve_device(name: str | None) -> str:

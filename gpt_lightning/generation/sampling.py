@@ -6,6 +6,7 @@ Each filter gets the result of the one before. Transformers uses the same order.
 Shapes: B rows, T tokens, V ``vocab_size``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -198,8 +199,10 @@ def sample_unchecked(
             logits = apply_repetition_penalty(logits, ids, sampling.repetition_penalty)
         return logits.argmax(dim=-1)
     p = probabilities(logits, sampling, ids)
-    if p.is_cuda:
-        return multinomial_no_sync(p, generator)
+    return multinomial_no_sync(p, generator) if p.is_cuda else _multinomial(p, generator)
+
+
+def _multinomial(p: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(p, 1, generator=generator).squeeze(1)
 
 
@@ -209,3 +212,21 @@ def multinomial_no_sync(p: Tensor, generator: torch.Generator | None) -> Tensor:
     The draws are the same. The checks would make the host wait for the GPU twice.
     """
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)
+
+
+def sample_rows(
+    logits: Tensor,
+    sampling: SamplingParams,
+    generators: Sequence[torch.Generator | None],
+    *,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """One token id per row, ``(B,)``, from logits ``(B, V)``; each row draws with a generator of its own.
+
+    A row's id is the one that :func:`sample_unchecked` draws for this row alone with its generator.
+    """
+    if sampling.temperature == 0.0:
+        return sample_unchecked(logits, sampling, ids=ids)
+    p = probabilities(logits, sampling, ids)
+    draw = multinomial_no_sync if p.is_cuda else _multinomial
+    return torch.cat([draw(p[i : i + 1], generator) for i, generator in enumerate(generators)])

@@ -12,6 +12,7 @@ import torch
 from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.model.precision import has_float64
 from gpt_lightning.pretrained.book import is_book, read_book
 from gpt_lightning.pretrained.download import find_downloaded
@@ -190,12 +191,16 @@ def load_for_text(
     dtype: torch.dtype | None = None,
     n_heads: int | None = None,
 ) -> tuple[GPTModel, Tokenizer]:
-    """Load a model as :func:`load_model` does, and its tokenizer; a model without one is refused."""
+    """Load a model as :func:`load_model` does, and its tokenizer; a model without one is refused.
+
+    The model's weights are packed for decoding.
+    """
     weights = read_weights(source, n_heads=n_heads)
     check_heads(weights, source, n_heads)
     check_tokenizer(weights, source)
     print_warnings(weights)
     model = build_model(replace(weights, optimizer_state=None), device=device, dtype=dtype)
+    pack_weights(model)
     return model, weights.tokenizer
 
 

@@ -1,0 +1,1 @@
+"""Models behind HTTP: rows that share decoding steps, and OpenAI's completions endpoint. Lightning is not imported."""

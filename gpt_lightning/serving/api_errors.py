@@ -83,7 +83,8 @@ def validation_error(error: ValidationError, fields: Mapping[str, str]) -> APIEr
     """The answer for a request that pydantic refuses.
 
     Args:
-        fields: Of each field, what its value must be: ``"a number from 0 to 2"``.
+        fields: Of each field, what its value must be: ``"a number from 0 to 2"``. A field of an object is
+            ``"object.field"``.
     """
     details = error.errors(include_url=False)[0]
     if details["type"] == "json_invalid":
@@ -91,7 +92,9 @@ def validation_error(error: ValidationError, fields: Mapping[str, str]) -> APIEr
         return APIError(400, f"the body is not valid JSON ({cause})", code="invalid_json")
     if not details["loc"]:
         return APIError(400, "the body must be a JSON object")
-    name = str(details["loc"][0])
+    name = ".".join(map(str, details["loc"][:2]))
+    if name not in fields:
+        name = str(details["loc"][0])
     shown_name = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}…"
     if details["type"] == "missing":
         message = f"{name}: is missing; it must be {fields[name]}"

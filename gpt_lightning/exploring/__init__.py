@@ -1,0 +1,1 @@
+"""The page that looks into a model: next token, surprisal, logit lens, attention, checkpoints of a run. Lightning is not imported."""

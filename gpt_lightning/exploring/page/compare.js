@@ -97,7 +97,7 @@ export function startCompare(panel) {
   function ask() {
     if (state.view !== "compare") return;
     const { models, prompt, path, seed } = state;
-    for (const id of models) {
+    for (const id of models.filter(modelOf)) {
       const column = columnOf(id);
       column.request.send(
         { model: id, prompt, path, sampling: sampling(), draws: 0, seed, bars: LOOKED_UP },

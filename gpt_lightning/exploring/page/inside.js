@@ -20,7 +20,7 @@ export function startInside(panel) {
     clearTimeout(timer);
     timer = setTimeout(
       () => {
-        if (state.view !== "inside" || !state.model) return;
+        if (state.view !== "inside" || !modelOf(state.model)) return;
         askLens();
         askAttention();
       },

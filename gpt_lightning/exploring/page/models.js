@@ -29,12 +29,12 @@ export function modelName(id) {
 /** Read the models, show them, and look for new checkpoints from now on. */
 export async function startModels() {
   const answer = await getState();
-  const chosen = answer.models.some((model) => model.id === state.model);
-  accept(answer.models);
+  const isKnown = answer.models.some((model) => model.id === state.model);
   update({
-    model: chosen ? state.model : answer.models[0].id,
+    model: isKnown ? state.model : answer.models[0].id,
     prompt: state.prompt || answer.default_prompt,
   });
+  accept(answer.models);
   byId("model").addEventListener("change", (event) => choose(event.target.value));
   byId("follow").checked = localStorage.getItem(FOLLOW_KEY) === "true";
   byId("follow").addEventListener("change", (event) => {

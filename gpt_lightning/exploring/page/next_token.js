@@ -3,7 +3,7 @@
 import { LatestRequest } from "./api.js";
 import { axis, axisMaximum, barLegend, barTrack, setBar } from "./bars.js";
 import { element, facts, formatCount, formatNumber, formatProbability, plural, select } from "./elements.js";
-import { modelName, reloadsOf } from "./models.js";
+import { modelName, modelOf, reloadsOf } from "./models.js";
 import { makeNavigable } from "./navigation.js";
 import { caption, paintBars } from "./picture.js";
 import { saveButtons } from "./save.js";
@@ -99,7 +99,7 @@ export function startNextToken(panel) {
   });
 
   function ask() {
-    if (state.view !== "next" || !state.model) return;
+    if (state.view !== "next" || !modelOf(state.model)) return;
     const { model, prompt, path, seed, draws } = state;
     request.send(
       { model, prompt, path, sampling: sampling(), draws, seed, bars: state.bars },

@@ -2,7 +2,7 @@
 
 import { LatestRequest } from "./api.js";
 import { element, formatNumber, formatProbability, plural, select } from "./elements.js";
-import { reloadsOf } from "./models.js";
+import { modelOf, reloadsOf } from "./models.js";
 import { onChange, sampling, state, update } from "./state.js";
 import { Status } from "./status.js";
 import { remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
@@ -141,7 +141,7 @@ function startComparison(container) {
   function ask() {
     const { paths, model, prompt, seed } = state;
     container.hidden = paths.length < 2;
-    if (container.hidden || state.view !== "next") return;
+    if (container.hidden || state.view !== "next" || !modelOf(model)) return;
     lists.forEach((list, i) => {
       chosen[i] = Math.min(chosen[i], paths.length - 1);
       list.replaceChildren(...paths.map((path, value) => element("option", { value }, nameOf(path))));

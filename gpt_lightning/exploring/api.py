@@ -24,7 +24,12 @@ from gpt_lightning.exploring.next_token import (
 from gpt_lightning.exploring.scoring import score_window, score_windows, scores_json
 from gpt_lightning.exploring.tokens import Json, finite_or_none, token_json, tokens_json
 from gpt_lightning.generation.sampling import SamplingParams
-from gpt_lightning.serving.api_errors import APIError, api_error, validation_error
+from gpt_lightning.serving.api_errors import (
+    APIError,
+    api_error,
+    validation_error,
+    with_error_answers,
+)
 from gpt_lightning.serving.endpoint import read_body, sse
 from gpt_lightning.serving.token_scores import TokenScore
 from gpt_lightning.serving.worker import EndEvent, Generation, TextRequest, TokenEvent
@@ -124,41 +129,26 @@ def routes(explorer: Explorer) -> list[Route]:
     """Routes of the page's interface to the models of ``explorer``."""
 
     async def state(request: Request) -> Response:
-        try:
-            models = await explorer.state()
-        except Exception as error:
-            return api_error(error).response()
-        return JSONResponse(
-            {
-                "version": version("gpt-lightning"),
-                "default_prompt": DEFAULT_PROMPT,
-                "models": models,
-            }
-        )
+        content = {"version": version("gpt-lightning"), "default_prompt": DEFAULT_PROMPT}
+        return JSONResponse({**content, "models": await explorer.state()})
 
     async def load(request: Request) -> Response:
-        try:
-            body = await _read(request, ModelBody)
-            return JSONResponse(await explorer.reload(body.model))
-        except Exception as error:
-            return api_error(error).response()
+        body = await _read(request, ModelBody)
+        return JSONResponse(await explorer.reload(body.model))
 
     def post(
         name: str, body: type[B], answer: Callable[[LoadedModel, B, Request], Awaitable[Response]]
     ) -> Route:
         async def endpoint(request: Request) -> Response:
-            try:
-                parsed = await _read(request, body)
-                async with explorer.use(parsed.model) as loaded:
-                    return await answer(loaded, parsed, request)
-            except Exception as error:
-                return api_error(error).response()
+            parsed = await _read(request, body)
+            async with explorer.use(parsed.model) as loaded:
+                return await answer(loaded, parsed, request)
 
-        return Route(f"/api/{name}", endpoint, methods=["POST"])
+        return Route(f"/api/{name}", with_error_answers(endpoint), methods=["POST"])
 
     return [
-        Route("/api/state", state),
-        Route("/api/load", load, methods=["POST"]),
+        Route("/api/state", with_error_answers(state)),
+        Route("/api/load", with_error_answers(load), methods=["POST"]),
         post("tokens", SequenceBody, _tokens),
         post("next", NextBody, _next),
         post("generate", GenerateBody, _generate),

@@ -280,6 +280,7 @@ class ModelWorker:
         self._batch: DecodeBatch[_Row] = DecodeBatch(model)
         self._lock = threading.Lock()
         self._waiting: deque[Generation] = deque()  # requests with rows that have not started
+        self._is_closed = False
         self._seconds = 1.0  # a running mean of the time of a request
         thread.add_worker(self)
 
@@ -291,9 +292,11 @@ class ModelWorker:
         """Queue the rows of one request. Call it in the event loop that reads the events.
 
         Raises:
-            BusyError: Too many requests wait.
+            BusyError: Too many requests wait, or the model is being replaced.
         """
         with self._lock:
+            if self._is_closed:
+                raise BusyError(1)
             waiting = sum(g.num_started == 0 and not g.is_over for g in self._waiting)
             # as many as free rows will start with the next step, so they do not wait
             free = max(0, self._limits.max_batch - len(self._batch.rows))
@@ -309,6 +312,7 @@ class ModelWorker:
         """Give up all requests."""
         self._thread.remove_worker(self)
         with self._lock:
+            self._is_closed = True
             generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
             self._waiting.clear()
         for generation in generations:

@@ -23,6 +23,7 @@ from gpt_lightning.generation.sampling import (
 )
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.serving.token_scores import token_ranks
 
 MAX_BARS = 500
 _SPARE_POSITIONS = 64  # for tokens that are added to a text
@@ -193,12 +194,9 @@ def chosen_token_json(
     Args:
         sampling: ``None``: the probability under the settings is not computed.
     """
-    logits = next_token.logits
-    logit = logits[token]
-    is_before = (logits > logit) | ((logits == logit) & (torch.arange(len(logits)) < token))
     return {
         **token_json(tokenizer, token),
-        "rank": int(is_before.sum()) + 1,
+        "rank": int(token_ranks(next_token.logits[None], torch.tensor([[token]]))),
         "model_probability": float(next_token.probabilities[token]),
         "probability": None
         if sampling is None

@@ -52,10 +52,11 @@ class Candidate:
 
 def score_tokens(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenScore]:
     """Scores of one token per row, from logits ``(R, V)``."""
-    logprobs = logits.float().log_softmax(dim=-1)
+    logits = logits.float()
+    logprobs = logits.log_softmax(dim=-1)
     index = torch.tensor(tokens, device=logits.device)[:, None]
     chosen = logprobs.gather(1, index)
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
+    ranks = token_ranks(logits, index)
     top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
     return [
         TokenScore(token, logprob, rank, list(zip(top_ids, top_logprobs, strict=True)))
@@ -68,6 +69,18 @@ def score_tokens(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[To
             strict=True,
         )
     ]
+
+
+def token_ranks(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Ranks ``(R,)`` of tokens ``(R, 1)`` by their logits ``(R, V)``; 1 = the most probable token.
+
+    Of equal logits the lower id comes first, as in greedy decoding. Log-probabilities have more equal values: they
+    are rounded once more.
+    """
+    chosen = logits.gather(1, tokens)
+    is_lower_id = torch.arange(logits.shape[-1], device=logits.device) < tokens
+    is_before = (logits > chosen) | ((logits == chosen) & is_lower_id)
+    return is_before.sum(dim=-1) + 1
 
 
 def score_prompt(

@@ -76,6 +76,14 @@ def test_a_long_text_is_scored_in_windows(tiny: GPTModel) -> None:
             assert tokens[i]["surprisal"] == pytest.approx(float(loss), abs=1e-5)
 
 
+def test_of_equal_logits_the_lower_id_comes_first() -> None:
+    model = tiny_gpt()
+    assert model.out_head is not None
+    with torch.no_grad():
+        model.out_head.weight.zero_()  # type: ignore[union-attr, operator]
+    assert [token["rank"] for token in score(model, [5, 0, 96])["tokens"]] == [None, 1, 97]
+
+
 def test_one_token(tiny: GPTModel) -> None:
     answer = score(tiny, [11])
     assert len(answer["tokens"]) == 1

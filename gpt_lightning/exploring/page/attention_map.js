@@ -6,6 +6,7 @@ import { tokenString } from "./tokens.js";
 
 const LONGEST_LABEL = 110; // pixels
 const LARGEST_CELL = 40;
+const LARGEST_MAP = 860;
 const SMALLEST_CELL = 3;
 const SMALLEST_LABELED_CELL = 11;
 const LARGEST_FONT = 13; // pixels
@@ -57,7 +58,7 @@ export class AttentionMap {
     const { tokens, weights } = this.#answer;
     const available = this.canvas.parentElement?.parentElement?.clientWidth ?? 0;
     if (tokens.length === 0 || available === 0) return;
-    this.#fit(available);
+    this.#fit(Math.min(available, LARGEST_MAP));
     const size = this.#labels + this.#cell * tokens.length + 2;
     const scale = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(size * scale);

@@ -3,14 +3,14 @@
 import { LatestRequest } from "./api.js";
 import { axis, axisMaximum, barLegend, barTrack } from "./bars.js";
 import { element, formatNumber, formatProbability } from "./elements.js";
-import { allModels, modelName, modelOf, poll, reloadsOf } from "./models.js";
+import { allModels, hasSameVocabulary, modelName, modelOf, poll, reloadsOf } from "./models.js";
 import { caption, paintBars, paintTexts } from "./picture.js";
 import { saveButtons } from "./save.js";
 import { COLUMNS, shadeLegend, ShadedText, TokenDetail } from "./shaded_text.js";
 import { onChange, sampling, samplingText, state, update } from "./state.js";
 import { Status } from "./status.js";
 import { generateInto, lengthField } from "./text.js";
-import { tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import { textOf, tokenNodes, tokenString } from "./tokens.js";
 
 const MAX_MODELS = 4;
 const BARS = 10; // of each model; the table has those of all models
@@ -96,11 +96,11 @@ export function startCompare(panel) {
 
   function ask() {
     if (state.view !== "compare") return;
-    const { models, prompt, path, seed } = state;
+    const { models, seed } = state;
     for (const id of models.filter(modelOf)) {
       const column = columnOf(id);
       column.request.send(
-        { model: id, prompt, path, sampling: sampling(), draws: 0, seed, bars: LOOKED_UP },
+        { ...inputOf(id), sampling: sampling(), draws: 0, seed, bars: LOOKED_UP },
         reloadsOf(id),
       );
     }
@@ -169,7 +169,7 @@ export function startCompare(panel) {
   }
 
   function distributionCell(bar, maximum) {
-    if (bar.isUnknown) return element("td", { class: "unknown" }, `not among the first ${LOOKED_UP}`);
+    if (bar.isUnknown) return element("td", { class: "unknown" }, `rank above ${LOOKED_UP}`);
     const figure = bar.probability === 0 ? "cut off" : formatProbability(bar.probability);
     return element(
       "td",
@@ -184,7 +184,7 @@ export function startCompare(panel) {
     controller?.abort();
     const own = (controller = new AbortController());
     const { prompt, path, seed, max_new_tokens } = state;
-    const start = prompt + path.map((id) => tokenOf(id).text).join("");
+    const start = prompt + textOf(path);
     const ids = [...state.models];
     textsContent.hidden = false;
     detail.clear();
@@ -203,7 +203,7 @@ export function startCompare(panel) {
       ids.map((id) =>
         generateInto(
           columnOf(id).text,
-          { model: id, prompt, path, sampling: sampling(), max_new_tokens, seed },
+          { ...inputOf(id), sampling: sampling(), max_new_tokens, seed },
           { signal: own.signal, onBusy: (seconds) => status.busy(seconds) },
           () => status.done("Writing …"),
           () => markDifference(ids),
@@ -231,6 +231,13 @@ export function startCompare(panel) {
       difference.textContent = `The texts first differ at new token ${at + 1}: ${said.join(", ")}.`;
     }
   }
+}
+
+/** Model, prompt and path of a request. In a model with another vocabulary, the path is text: its ids mean other tokens. */
+function inputOf(id) {
+  const { prompt, path } = state;
+  if (hasSameVocabulary(state.model, id)) return { model: id, prompt, path };
+  return { model: id, prompt: prompt + textOf(path), path: [] };
 }
 
 /** The first position at which the lists that reach it are not all equal; -1: none. */

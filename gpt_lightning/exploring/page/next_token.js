@@ -7,9 +7,9 @@ import { modelName, modelOf, reloadsOf } from "./models.js";
 import { makeNavigable } from "./navigation.js";
 import { caption, paintBars } from "./picture.js";
 import { saveButtons } from "./save.js";
-import { onChange, sampling, state, update } from "./state.js";
+import { notify, onChange, sampling, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { describe, remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import { describe, remember, textOf, tokenNodes, tokenString } from "./tokens.js";
 import { startTree, take } from "./tree.js";
 
 const MAX_DRAWS = 10_000;
@@ -28,8 +28,8 @@ export function startNextToken(panel) {
   const rest = element("div", { class: "bar-row rest" });
   const legend = element("div");
   const figures = element("div");
-  const content = element("div", { class: "content" });
-  const status = new Status(content);
+  const chart = element("div", { class: "content" }, legend, head, bars, rest);
+  const status = new Status(chart);
   const request = new LatestRequest("next", status, show);
   const back = element(
     "button",
@@ -41,7 +41,14 @@ export function startNextToken(panel) {
   save.hidden = true;
   const tree = element("div");
   const comparison = element("div");
-  content.append(
+  panel.append(
+    element(
+      "div",
+      { class: "block" },
+      element("div", { class: "heading" }, element("h2", {}, "The text as tokens"), back),
+      strip,
+      detail,
+    ),
     element(
       "div",
       { class: "columns" },
@@ -56,25 +63,12 @@ export function startNextToken(panel) {
           barCount(),
           drawsField(),
         ),
-        legend,
-        head,
-        bars,
-        rest,
+        chart,
+        save,
       ),
       element("aside", {}, figures, tree),
     ),
-    save,
     comparison,
-  );
-  panel.append(
-    element(
-      "div",
-      { class: "block" },
-      element("div", { class: "heading" }, element("h2", {}, "The text as tokens"), back),
-      strip,
-      detail,
-    ),
-    content,
   );
   startTree(tree, comparison);
 
@@ -115,7 +109,7 @@ export function startNextToken(panel) {
     showStrip(path.length);
     showBars();
     showFacts();
-    tree.dispatchEvent(new Event("names")); // the tree may have tokens whose text was unknown
+    notify(["names"]); // the tree may have tokens whose text was unknown
   }
 
   function showStrip(pathLength) {
@@ -154,7 +148,7 @@ export function startNextToken(panel) {
   }
 
   function markPath() {
-    if (state.view === "next") content.classList.add("stale");
+    if (state.view === "next") chart.classList.add("stale");
   }
 
   /** Rows that show the same tokens stay, so the bars move and the focus is kept. */
@@ -281,10 +275,9 @@ function table() {
 
 function picture() {
   const { bars, draws } = answer;
-  const taken = state.path.map((id) => tokenOf(id).text).join("");
   return paintBars(
     "Next token",
-    caption(modelName(state.model), { prompt: state.prompt + taken }),
+    caption(modelName(state.model), { prompt: state.prompt + textOf(state.path) }),
     [{ name: `Outline: model. Fill: after the settings.${draws ? " Thin bar: share of the draws." : ""}`, bars, draws }],
     axisMaximum(bars, draws),
   );

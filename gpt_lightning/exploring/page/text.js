@@ -8,7 +8,7 @@ import { saveButtons } from "./save.js";
 import { COLUMNS, shadeLegend, ShadedText, TokenDetail } from "./shaded_text.js";
 import { onChange, sampling, samplingText, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { tokenOf } from "./tokens.js";
+import { textOf } from "./tokens.js";
 
 export function startText(panel) {
   const detail = new TokenDetail();
@@ -100,7 +100,7 @@ export function startText(panel) {
 
   function generate() {
     const { model, prompt, path, seed, max_new_tokens } = state;
-    start(prompt + path.map((id) => tokenOf(id).text).join(""), samplingText());
+    start(prompt + textOf(path), samplingText());
     const body = { model, prompt, path, sampling: sampling(), max_new_tokens, seed };
     return run((options) => generateInto(text, body, options, () => status.done("Writing …")).finally(showGenerated));
   }

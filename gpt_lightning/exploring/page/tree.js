@@ -1,11 +1,11 @@
 /** The paths taken after the prompt, as a tree with branches, and two of them compared. */
 
-import { LatestRequest } from "./api.js";
+import { LatestRequest, post } from "./api.js";
 import { element, formatNumber, formatProbability, plural, select } from "./elements.js";
 import { modelOf, reloadsOf } from "./models.js";
-import { onChange, sampling, state, update } from "./state.js";
+import { notify, onChange, sampling, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import { knownTokens, remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
 
 const isPrefix = (a, b) => a.length <= b.length && a.every((id, i) => id === b[i]);
 const isSame = (a, b) => a.length === b.length && isPrefix(a, b);
@@ -61,16 +61,29 @@ export function startTree(container, comparison) {
   }
 
   onChange((changed) => {
+    learnNames();
     // the tokens were taken after another text; a link brings its own path
     if (changed.has("prompt") && !changed.has("path")) update({ path: [], paths: [] });
-    if (changed.has("path") || changed.has("paths")) show();
-    compare();
-  });
-  container.addEventListener("names", () => {
-    show();
+    if (["path", "paths", "names"].some((name) => changed.has(name))) show();
     compare();
   });
   show();
+}
+
+const asked = new Set();
+
+/** Ask for the texts of the tokens that a link has brought as ids. */
+async function learnNames() {
+  const ids = [...new Set([...state.path, ...state.paths.flat()])];
+  const unknown = ids.filter((id) => !knownTokens.has(id) && !asked.has(id));
+  if (unknown.length === 0 || !modelOf(state.model)) return;
+  for (const id of unknown) asked.add(id);
+  try {
+    remember((await post("tokens", { model: state.model, prompt: "", path: unknown })).tokens);
+    notify(["names"]);
+  } catch {
+    // the view says what is wrong with the path
+  }
 }
 
 function forget() {

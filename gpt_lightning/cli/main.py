@@ -51,6 +51,7 @@ VERBS = {
         "train a vocabulary of your own on any amount of text",
     ),
     "convert": ("convert", "run", "convert weights from one format to another"),
+    "explore": ("explore", "run", "look into models on a page in the browser"),
     "serve": ("serve", "run", "answer requests in the form of OpenAI's completions API"),
     "tune": ("tune", "run", "search for the settings with the lowest validation loss"),
     "configs": ("configs", "run", "list the configurations of the package, or copy one"),

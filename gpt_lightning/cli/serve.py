@@ -70,7 +70,7 @@ def checked_settings(
         raise ValueError("from: is missing; give the model with --from SOURCE")
     limits = WorkerLimits(settings.max_batch, settings.max_queue, settings.timeout)
     file = settings.token_file
-    content = Path(os.path.expanduser(file)).read_text(encoding="utf-8") if file else None
+    content = Path(os.path.expanduser(file)).read_bytes() if file else None
     token = read_token(os.environ.get("GPT_LIGHTNING_TOKEN"), content)
     rules = access_rules(settings.host, token, public_paths)
     dtype: torch.dtype | None = getattr(torch, settings.dtype) if settings.dtype else None

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.exploring.explorer import Explorer, LoadedModel
-from gpt_lightning.exploring.inside import attention_weights, logit_lens
+from gpt_lightning.exploring.inside import hidden_states, layer_names, lens_json
 from gpt_lightning.exploring.next_token import (
     MAX_BARS,
     chosen_token_json,
@@ -24,7 +24,12 @@ from gpt_lightning.exploring.next_token import (
 from gpt_lightning.exploring.scoring import score_window, score_windows, scores_json
 from gpt_lightning.exploring.tokens import Json, finite_or_none, token_json, tokens_json
 from gpt_lightning.generation.sampling import SamplingParams
-from gpt_lightning.serving.api_errors import APIError, api_error, validation_error
+from gpt_lightning.serving.api_errors import (
+    APIError,
+    api_error,
+    validation_error,
+    with_error_answers,
+)
 from gpt_lightning.serving.endpoint import read_body, sse
 from gpt_lightning.serving.token_scores import TokenScore
 from gpt_lightning.serving.worker import EndEvent, Generation, TextRequest, TokenEvent
@@ -37,7 +42,8 @@ MAX_NEW_TOKENS = 10_000
 MAX_POSITIONS = 64
 MAX_SCORED_TOKENS = 8192
 MAX_ATTENTION_TOKENS = 256
-MAX_CHOSEN = 32  # tokens at the end of a path whose probabilities are computed
+MAX_CHOSEN = 32  # tokens at the end of a path that have a rank and the model's own probability
+MAX_CHOSEN_SAMPLED = 16  # … and their probability under the settings, which takes 5 ms each
 NUM_CANDIDATES = 5
 
 # what each field must be, for messages
@@ -123,32 +129,26 @@ def routes(explorer: Explorer) -> list[Route]:
     """Routes of the page's interface to the models of ``explorer``."""
 
     async def state(request: Request) -> Response:
-        try:
-            models = await explorer.state()
-        except Exception as error:
-            return api_error(error).response()
-        return JSONResponse(
-            {
-                "version": version("gpt-lightning"),
-                "default_prompt": DEFAULT_PROMPT,
-                "models": models,
-            }
-        )
+        content = {"version": version("gpt-lightning"), "default_prompt": DEFAULT_PROMPT}
+        return JSONResponse({**content, "models": await explorer.state()})
+
+    async def load(request: Request) -> Response:
+        body = await _read(request, ModelBody)
+        return JSONResponse(await explorer.reload(body.model))
 
     def post(
-        name: str, body: type[B], answer: Callable[[Explorer, B, Request], Awaitable[Response]]
+        name: str, body: type[B], answer: Callable[[LoadedModel, B, Request], Awaitable[Response]]
     ) -> Route:
         async def endpoint(request: Request) -> Response:
-            try:
-                return await answer(explorer, await _read(request, body), request)
-            except Exception as error:
-                return api_error(error).response()
+            parsed = await _read(request, body)
+            async with explorer.use(parsed.model) as loaded:
+                return await answer(loaded, parsed, request)
 
-        return Route(f"/api/{name}", endpoint, methods=["POST"])
+        return Route(f"/api/{name}", with_error_answers(endpoint), methods=["POST"])
 
     return [
-        Route("/api/state", state),
-        post("load", ModelBody, _load),
+        Route("/api/state", with_error_answers(state)),
+        Route("/api/load", with_error_answers(load), methods=["POST"]),
         post("tokens", SequenceBody, _tokens),
         post("next", NextBody, _next),
         post("generate", GenerateBody, _generate),
@@ -169,18 +169,12 @@ async def _read(request: Request, body: type[B]) -> B:
         raise validation_error(error, FIELDS) from error
 
 
-async def _load(explorer: Explorer, body: ModelBody, request: Request) -> Response:
-    return JSONResponse(await explorer.reload(body.model))
-
-
-async def _tokens(explorer: Explorer, body: SequenceBody, request: Request) -> Response:
-    loaded = await explorer.loaded(body.model)
+async def _tokens(loaded: LoadedModel, body: SequenceBody, request: Request) -> Response:
     return JSONResponse(_sequence_json(loaded, await _ids(loaded, body, may_be_empty=True)))
 
 
-async def _next(explorer: Explorer, body: NextBody, request: Request) -> Response:
+async def _next(loaded: LoadedModel, body: NextBody, request: Request) -> Response:
     start = time.perf_counter()
-    loaded = await explorer.loaded(body.model)
     tokenizer = loaded.served.tokenizer
     sampling = _sampling(body.sampling, loaded)
     ids = await _ids(loaded, body)
@@ -200,7 +194,13 @@ async def _next(explorer: Explorer, body: NextBody, request: Request) -> Respons
             bars=body.bars,
         )
         chosen = [
-            chosen_token_json(next_token, tokenizer, ids[:length], ids[length], sampling)
+            chosen_token_json(
+                next_token,
+                tokenizer,
+                ids[:length],
+                ids[length],
+                sampling if len(ids) - length <= MAX_CHOSEN_SAMPLED else None,
+            )
             for next_token, length in zip(before, lengths, strict=True)
         ]
         return {"path": chosen, **distribution}
@@ -213,8 +213,7 @@ async def _next(explorer: Explorer, body: NextBody, request: Request) -> Respons
     return JSONResponse(content)
 
 
-async def _generate(explorer: Explorer, body: GenerateBody, request: Request) -> Response:
-    loaded = await explorer.loaded(body.model)
+async def _generate(loaded: LoadedModel, body: GenerateBody, request: Request) -> Response:
     served = loaded.served
     row = TextRequest(
         await _ids(loaded, body),
@@ -272,8 +271,7 @@ def _event_json(event: TokenEvent, tokenizer: Tokenizer) -> Json:
     }
 
 
-async def _score(explorer: Explorer, body: ScoreBody, request: Request) -> Response:
-    loaded = await explorer.loaded(body.model)
+async def _score(loaded: LoadedModel, body: ScoreBody, request: Request) -> Response:
     served = loaded.served
     ids = await _encode(served.tokenizer, body.text, "text")
     if not ids:
@@ -292,18 +290,25 @@ async def _score(explorer: Explorer, body: ScoreBody, request: Request) -> Respo
     return JSONResponse(scores_json(served.tokenizer, ids, scores))
 
 
-async def _lens(explorer: Explorer, body: LensBody, request: Request) -> Response:
-    loaded = await explorer.loaded(body.model)
+async def _lens(loaded: LoadedModel, body: LensBody, request: Request) -> Response:
     served = loaded.served
     ids = await _ids(loaded, body)
     positions = min(body.positions, len(ids), served.model.config.context_length)
-    lens = partial(logit_lens, served.model, served.tokenizer, ids, positions)
-    tokens = tokens_json(served.tokenizer, ids[-positions:])
-    return JSONResponse({"tokens": tokens, "layers": await loaded.run(lens)})
+    states = await loaded.run(partial(hidden_states, served.model, ids, positions))
+    layers = []
+    # one job per layer: other requests have their turn between two
+    for name, hidden in zip(layer_names(served.model), states, strict=True):
+        if await request.is_disconnected():
+            return Response(status_code=499)  # nobody reads it
+        layers.append(
+            await loaded.run(partial(lens_json, served.model, served.tokenizer, name, hidden))
+        )
+    return JSONResponse(
+        {"tokens": tokens_json(served.tokenizer, ids[-positions:]), "layers": layers}
+    )
 
 
-async def _attention(explorer: Explorer, body: AttentionBody, request: Request) -> Response:
-    loaded = await explorer.loaded(body.model)
+async def _attention(loaded: LoadedModel, body: AttentionBody, request: Request) -> Response:
     served = loaded.served
     config = served.model.config
     for name, value, count in (
@@ -315,8 +320,7 @@ async def _attention(explorer: Explorer, body: AttentionBody, request: Request) 
             raise APIError(400, message, param=name)
     ids = await _ids(loaded, body)
     shown = min(MAX_ATTENTION_TOKENS, len(ids), config.context_length)
-    weights = await loaded.run(partial(attention_weights, served.model, ids, body.layer, shown))
-    weights = weights[:, :, -shown:]
+    weights = (await loaded.attention(ids, body.layer, shown))[:, :, -shown:]
     matrix = weights.mean(dim=0) if body.head is None else weights[body.head]
     return JSONResponse(
         {

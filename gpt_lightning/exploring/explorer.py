@@ -3,23 +3,27 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar, final
 
 import torch
+from torch import Tensor
 
 from gpt_lightning.exploring.checkpoints import Checkpoint, Checkpoints
-from gpt_lightning.exploring.next_token import NextToken, next_tokens
+from gpt_lightning.exploring.inside import attention_weights
+from gpt_lightning.exploring.next_token import NextToken, NextTokenReader
 from gpt_lightning.exploring.tokens import Json
 from gpt_lightning.model.flops import parameters
 from gpt_lightning.serving.api_errors import APIError
 from gpt_lightning.serving.served_model import ServedModel
+from gpt_lightning.serving.worker import BusyError
 
 logger = logging.getLogger(__name__)
 
 MAX_LAZY_MODELS = 3
-_MAX_NEXT_TOKENS = 64  # per model: 0.4 MB each with GPT-2's vocabulary
+_MAX_NEXT_TOKENS = 96  # per model: 0.4 MB each with GPT-2's vocabulary
 _RETIRED_POLL_SECONDS = 0.5
 
 T = TypeVar("T")
@@ -28,17 +32,21 @@ LoadModel = Callable[[str, str], ServedModel]
 
 @final
 class LoadedModel:
-    """A model in memory, and the distributions that were looked at last.
+    """A model in memory, and what was looked at last.
 
     Attributes:
-        revision: The checkpoint's revision and step when it was loaded.
+        revision, step: Those of the checkpoint when it was loaded.
+        num_users: Requests that use it now.
     """
 
     def __init__(self, served: ServedModel, revision: int, step: int | None) -> None:
         self.served = served
         self.revision = revision
         self.step = step
+        self.num_users = 0
+        self._reader = NextTokenReader(served.model)
         self._next_tokens: OrderedDict[tuple[int, ...], NextToken] = OrderedDict()
+        self._attention: tuple[tuple[int, list[int]], Tensor] | None = None
 
     async def run(self, function: Callable[[], T]) -> T:
         """Result of ``function()`` on the thread of the models; a lack of memory raises ``MemoryError``."""
@@ -56,7 +64,7 @@ class LoadedModel:
         known = {key: self._next_tokens[key] for key in keys if key in self._next_tokens}
         missing = {key: n for key, n in zip(keys, lengths, strict=True) if key not in known}
         if missing:
-            compute = partial(next_tokens, self.served.model, ids, list(missing.values()))
+            compute = partial(self._reader.read, ids, list(missing.values()))
             known |= zip(missing, await self.run(compute), strict=True)
         for key in keys:
             self._next_tokens[key] = known[key]
@@ -64,6 +72,16 @@ class LoadedModel:
         while len(self._next_tokens) > _MAX_NEXT_TOKENS:
             self._next_tokens.popitem(last=False)
         return [known[key] for key in keys]
+
+    async def attention(self, ids: list[int], layer: int, num_rows: int) -> Tensor:
+        """Weights ``(H, num_rows, T)`` of one block. The last ones are kept, so that each head is shown at once."""
+        key = (layer, ids)
+        if self._attention is not None and self._attention[0] == key:
+            return self._attention[1]
+        compute = partial(attention_weights, self.served.model, ids, layer, num_rows)
+        weights = await self.run(compute)
+        self._attention = (key, weights)
+        return weights
 
 
 @final
@@ -105,12 +123,26 @@ class Explorer:
         """Entries of all models: what is on disk, and what is loaded."""
         return [self._entry(checkpoint) for checkpoint in await self._refresh()]
 
-    async def loaded(self, model_id: str) -> LoadedModel:
-        """The model with this id; it is loaded if it is not in memory.
+    def close(self) -> None:
+        """Give up all requests."""
+        for loaded in self._loaded.values():
+            loaded.served.close()
+
+    @asynccontextmanager
+    async def use(self, model_id: str) -> AsyncIterator[LoadedModel]:
+        """The model with this id, for one request; it is loaded if it is not in memory.
 
         Raises:
             APIError: There is no such model, or it cannot be loaded.
         """
+        loaded = await self._loaded_model(model_id)
+        loaded.num_users += 1
+        try:
+            yield loaded
+        finally:
+            loaded.num_users -= 1
+
+    async def _loaded_model(self, model_id: str) -> LoadedModel:
         if model_id in self._loaded:
             self._loaded.move_to_end(model_id)
             return self._loaded[model_id]
@@ -164,7 +196,7 @@ class Explorer:
 
     def _retire(self, loaded: LoadedModel) -> None:
         """Close a model when its last request has ended."""
-        task = asyncio.create_task(_close_when_idle(loaded.served))
+        task = asyncio.create_task(_close_when_unused(loaded))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -188,10 +220,22 @@ class Explorer:
         }
 
 
-async def _close_when_idle(served: ServedModel) -> None:
-    while served.worker.has_work:
+async def _close_when_unused(loaded: LoadedModel) -> None:
+    served = loaded.served
+
+    def close_if_idle() -> bool:
+        """Between two decoding steps: within one, a row may be neither waiting nor in the batch."""
+        if served.worker.has_work:
+            return False
+        served.close()
+        return True
+
+    is_closed = False
+    while not is_closed:
         await asyncio.sleep(_RETIRED_POLL_SECONDS)
-    served.close()
+        if not loaded.num_users:
+            with suppress(BusyError):
+                is_closed = await loaded.run(close_if_idle)
 
 
 def _cause(error: Exception) -> str:

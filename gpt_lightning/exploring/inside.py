@@ -41,48 +41,52 @@ def recorded_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @torch.inference_mode()
-def lens_logits(model: GPTModel, ids: Sequence[int], positions: int) -> list[Tensor]:
-    """Logits ``(positions, V)`` after the embedding and after each block, of the last ``positions`` tokens.
-
-    The final norm and the head turn each hidden state into logits, so the last ones are the model's own.
-    """
-    with recorded_outputs([model.drop_emb, *model.trf_blocks]) as hidden_states:
+def hidden_states(model: GPTModel, ids: Sequence[int], positions: int) -> list[Tensor]:
+    """Outputs ``(positions, C)`` of the embedding and of each block, at the last ``positions`` tokens."""
+    with recorded_outputs([model.drop_emb, *model.trf_blocks]) as outputs:
         model.features(_window(model, ids))
-    return [model.head(model.final_norm(hidden[:, -positions:]))[0] for hidden in hidden_states]
+    return [output[0, -positions:] for output in outputs]
 
 
 @torch.inference_mode()
-def logit_lens(
-    model: GPTModel, tokenizer: Tokenizer, ids: Sequence[int], positions: int
-) -> list[Json]:
-    """What the model would say after each layer, at each of the last ``positions`` tokens.
+def lens_logits(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Logits ``(R, V)`` of hidden states ``(R, C)``: the last block's are the model's own."""
+    return model.head(model.final_norm(hidden))
+
+
+def layer_names(model: GPTModel) -> list[str]:
+    """Names of the layers in :func:`hidden_states`."""
+    return ["embedding", *(f"block {i + 1}" for i in range(model.config.n_layers))]
+
+
+@torch.inference_mode()
+def lens_json(model: GPTModel, tokenizer: Tokenizer, name: str, hidden: Tensor) -> Json:
+    """What the model would say at each position if the layer were the last one.
+
+    Args:
+        hidden: ``(positions, C)``, of the layer ``name``.
 
     Raises:
         ValueError: The logits are not finite.
     """
-    names = ["embedding", *(f"block {i + 1}" for i in range(model.config.n_layers))]
-    layers = []
-    for name, logits in zip(names, lens_logits(model, ids, positions), strict=True):
-        check_finite(logits.amax(dim=-1))
-        p = probabilities(logits, SamplingParams(temperature=1.0))
-        top = p.topk(min(NUM_TOP, p.shape[1]), dim=-1)
-        columns = zip(entropy(p).tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-        layers.append(
+    logits = lens_logits(model, hidden)
+    check_finite(logits.amax(dim=-1))
+    p = probabilities(logits, SamplingParams(temperature=1.0))
+    top = p.topk(min(NUM_TOP, p.shape[1]), dim=-1)
+    columns = zip(entropy(p).tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return {
+        "name": name,
+        "positions": [
             {
-                "name": name,
-                "positions": [
-                    {
-                        "top": [
-                            {**token_json(tokenizer, token), "probability": probability}
-                            for token, probability in zip(tokens, top_p, strict=True)
-                        ],
-                        "entropy": nats,
-                    }
-                    for nats, tokens, top_p in columns
+                "top": [
+                    {**token_json(tokenizer, token), "probability": probability}
+                    for token, probability in zip(tokens, top_p, strict=True)
                 ],
+                "entropy": nats,
             }
-        )
-    return layers
+            for nats, tokens, top_p in columns
+        ],
+    }
 
 
 @torch.inference_mode()
@@ -93,6 +97,9 @@ def attention_weights(model: GPTModel, ids: Sequence[int], layer: int, num_rows:
 
     Args:
         layer: Number of the block, from 0.
+
+    Raises:
+        ValueError: The weights are not finite.
     """
     config = model.config
     block = model.trf_blocks[layer]
@@ -105,7 +112,10 @@ def attention_weights(model: GPTModel, ids: Sequence[int], layer: int, num_rows:
     scores = q[:, -num_rows:] @ k.transpose(1, 2) * D**-0.5
     R = scores.shape[1]
     is_future = torch.ones(R, T, dtype=torch.bool, device=scores.device).triu(T - R + 1)
-    return scores.masked_fill(is_future, -torch.inf).softmax(dim=-1).cpu()
+    weights = scores.masked_fill(is_future, -torch.inf).softmax(dim=-1).cpu()
+    if not torch.isfinite(weights).all():
+        raise ValueError("attention: has NaN; the model's weights are damaged")
+    return weights
 
 
 def _window(model: GPTModel, ids: Sequence[int]) -> Tensor:

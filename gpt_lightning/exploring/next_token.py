@@ -7,6 +7,7 @@ The logits are computed once; each change of a setting is applied to them on the
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from gpt_lightning.generation.sampling import (
     probabilities,
 )
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.kv_cache import KVCache
 
 MAX_BARS = 500
+_SPARE_POSITIONS = 64  # for tokens that are added to a text
 
 
 @dataclass(frozen=True)
@@ -43,28 +46,56 @@ class NextToken:
     entropy: float
 
 
-@torch.inference_mode()
-def next_tokens(model: GPTModel, ids: Sequence[int], lengths: Sequence[int]) -> list[NextToken]:
-    """What follows the first L of ``ids``, for each L of ``lengths``, from the last ``context_length`` of these.
+@final
+class NextTokenReader:
+    """Reads sequences one after the other. The part at the start that equals the sequence before is not computed again.
 
-    Raises:
-        ValueError: The logits are not finite.
+    So a token that is added to a long text costs one decoding step.
     """
-    context_length = model.config.context_length
-    if max(lengths) <= context_length:
-        positions = torch.tensor(lengths, device=model.tok_emb.weight.device) - 1
-        return _from_features(model, _features(model, ids[: max(lengths)])[positions])
-    # each of them is cropped at another place
-    windows = [ids[max(0, length - context_length) : length] for length in lengths]
-    return [_from_features(model, _features(model, window)[-1:])[0] for window in windows]
+
+    def __init__(self, model: GPTModel) -> None:
+        self._model = model
+        self._ids: list[int] = []  # of the keys and values in the cache
+        self._cache = KVCache.allocate(model.config, 1, 0)
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], lengths: Sequence[int]) -> list[NextToken]:
+        """What follows the first L of ``ids``, for each L of ``lengths``, from the last ``context_length`` of these.
+
+        Raises:
+            ValueError: The logits are not finite.
+        """
+        model, context_length = self._model, self._model.config.context_length
+        if max(lengths) <= context_length:
+            first = min(lengths) - 1
+            features = self._features(list(ids[: max(lengths)]), first)
+            rows = torch.tensor(lengths, device=features.device) - 1 - first
+            return _next_tokens(model, features[rows])
+        # each of them is cropped at another place, so they share nothing
+        windows = [ids[max(0, length - context_length) : length] for length in lengths]
+        return [_next_tokens(model, self._features(list(w), len(w) - 1))[0] for w in windows]
+
+    def _features(self, ids: list[int], first: int) -> Tensor:
+        """Features ``(T - first, C)`` of the tokens from ``first`` to the last of T ``ids``."""
+        weight = self._model.tok_emb.weight
+        same = 0
+        while same < min(first, len(self._ids)) and ids[same] == self._ids[same]:
+            same += 1
+        if len(ids) > self._cache.max_length:
+            same = 0
+            length = len(ids) + _SPARE_POSITIONS
+            self._cache = KVCache.allocate(
+                self._model.config, 1, length, weight.device, weight.dtype
+            )
+        self._ids, self._cache.length = ids[:same], same
+        features = self._model.features(
+            torch.tensor([ids[same:]], device=weight.device), self._cache
+        )
+        self._ids = ids
+        return features[0, first - same :]
 
 
-def _features(model: GPTModel, ids: Sequence[int]) -> Tensor:
-    """``(T, C)`` of T ids."""
-    return model.features(torch.tensor([ids], device=model.tok_emb.weight.device))[0]
-
-
-def _from_features(model: GPTModel, features: Tensor) -> list[NextToken]:
+def _next_tokens(model: GPTModel, features: Tensor) -> list[NextToken]:
     """One result per row of features ``(R, C)``."""
     logits = model.head(features).float().cpu()
     check_finite(logits.amax(dim=-1))
@@ -155,18 +186,23 @@ def chosen_token_json(
     tokenizer: Tokenizer,
     ids: Sequence[int],
     token: int,
-    sampling: SamplingParams,
+    sampling: SamplingParams | None,
 ) -> Json:
-    """A token that was chosen after ``ids``: its rank and its probabilities at its place."""
+    """A token that was chosen after ``ids``: its rank and its probabilities at its place.
+
+    Args:
+        sampling: ``None``: the probability under the settings is not computed.
+    """
     logits = next_token.logits
     logit = logits[token]
     is_before = (logits > logit) | ((logits == logit) & (torch.arange(len(logits)) < token))
-    p = _after(next_token, ids, sampling)
     return {
         **token_json(tokenizer, token),
         "rank": int(is_before.sum()) + 1,
         "model_probability": float(next_token.probabilities[token]),
-        "probability": float(p[token]),
+        "probability": None
+        if sampling is None
+        else float(_after(next_token, ids, sampling)[token]),
     }
 
 

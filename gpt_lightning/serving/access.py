@@ -167,13 +167,14 @@ def _body_too_large() -> APIError:
     return APIError(413, message, code="request_too_large", headers={"Connection": "close"})
 
 
-def read_token(environment: str | None, file_content: str | None) -> str | None:
+def read_token(environment: str | None, file_content: bytes | None) -> str | None:
     """The token from a file or the environment; ``None`` if neither has one.
 
     Raises:
         ValueError: It is empty, or has characters that an HTTP header cannot carry.
     """
-    for name, value in (("token_file", file_content), ("GPT_LIGHTNING_TOKEN", environment)):
+    content = None if file_content is None else file_content.decode(errors="replace")
+    for name, value in (("token_file", content), ("GPT_LIGHTNING_TOKEN", environment)):
         if value is not None:
             token = value.strip()
             if not token or not token.isascii() or not token.isprintable() or " " in token:

@@ -1,18 +1,21 @@
 """Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
 
+import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from gpt_lightning.serving.worker import BusyError, TooSlowError
 from gpt_lightning.suggestions import suggest
 
 logger = logging.getLogger(__name__)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 _TYPES = {
     401: "authentication_error",
@@ -74,9 +77,17 @@ def api_error(error: Exception) -> APIError:
     return APIError(500, "the server has a fault; its log has more")
 
 
-async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler of an app."""
-    return api_error(error).response()
+def with_error_answers(endpoint: Endpoint) -> Endpoint:
+    """An endpoint whose exceptions become answers."""
+
+    @functools.wraps(endpoint)
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Exception as error:
+            return api_error(error).response()
+
+    return answer
 
 
 def validation_error(error: ValidationError, fields: Mapping[str, str]) -> APIError:

@@ -9,7 +9,7 @@ Shapes: R rows, T tokens, C ``emb_dim``, V ``vocab_size``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Generic, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -40,27 +40,26 @@ class DecodedRow:
         return self.max_length - len(self.ids)
 
 
-@final
-class DecodeBatch:
-    """Rows that one decoding step continues together.
+Row = TypeVar("Row", bound=DecodedRow)
 
-    Attributes:
-        rows: In the order of the logits that :meth:`step` returns.
-    """
+
+@final
+class DecodeBatch(Generic[Row]):
+    """Rows that one decoding step continues together."""
 
     def __init__(self, model: GPTModel) -> None:
         self.model = model
-        self._cached: list[DecodedRow] = []  # row i uses slot i of the cache
-        self._sliding: list[DecodedRow] = []  # rows longer than the context have no cache
+        self._cached: list[Row] = []  # row i uses slot i of the cache
+        self._sliding: list[Row] = []  # rows longer than the context have no cache
         self._cache = KVCache.allocate(model.config, 0, 0)
         self._view: KVCache | None = None  # the slots in use
         self._padding: Tensor | None = None
 
     @property
-    def rows(self) -> list[DecodedRow]:
+    def rows(self) -> list[Row]:
         return self._cached + self._sliding
 
-    def add(self, rows: Sequence[DecodedRow]) -> Tensor:
+    def add(self, rows: Sequence[Row]) -> Tensor:
         """Compute the prompts of new rows. Returns features ``(R, T, C)``.
 
         The rows then take part in the steps, except those that end with their next token. T is the length of the longest prompt, or ``context_length`` if that is shorter: then the prompt is cropped
@@ -96,8 +95,8 @@ class DecodeBatch:
         self._sliding += [rows[i] for i in staying if i not in joining]
         return features
 
-    def step(self) -> Tensor:
-        """Logits ``(R, V)`` of the token after the last id of each row, in the order of ``rows``.
+    def step(self) -> tuple[list[Row], Tensor]:
+        """All rows, and the logits ``(R, V)`` of the token after the last id of each.
 
         The caller appends one id to every row, or removes the row, before the next step.
         """
@@ -124,9 +123,9 @@ class DecodeBatch:
                 device=self.model.tok_emb.weight.device,
             )
             logits.append(self.model.head(self.model.features(windows)[:, -1]))
-        return torch.cat(logits) if len(logits) > 1 else logits[0]
+        return self.rows, torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def remove(self, row: DecodedRow) -> None:
+    def remove(self, row: Row) -> None:
         """Free the slot of ``row``, if it has one; the last row moves into it."""
         if row in self._sliding:
             self._sliding.remove(row)
@@ -147,9 +146,7 @@ class DecodeBatch:
         if len(self._cached) == 1 or unused >= max(MIN_UNUSED_COLUMNS, length // 4):
             self._shift(-unused)
 
-    def _join(
-        self, new: KVCache, index: list[int], rows: list[DecodedRow], padding: list[int]
-    ) -> None:
+    def _join(self, new: KVCache, index: list[int], rows: list[Row], padding: list[int]) -> None:
         """Copy the keys and values of rows ``index`` of ``new`` into free slots."""
         if not rows:
             return
@@ -164,6 +161,7 @@ class DecodeBatch:
             for target, values in zip(
                 (*self._cache.keys, *self._cache.values), (*new.keys, *new.values), strict=True
             ):
+                target[slot, :, :start] = 0.0  # padding is masked, but 0 × NaN would be NaN
                 target[slot, :, start:end] = values[source, :, : new.length]
             row.padding = start + columns
             self._cached.append(row)
@@ -196,6 +194,8 @@ class DecodeBatch:
         for tensor in (*self._cache.keys, *self._cache.values):
             moved = tensor[:used, :, start:length].clone()
             tensor[:used, :, start + columns : length + columns] = moved
+            if columns > 0:
+                tensor[:used, :, :columns] = 0.0
         for row in self._cached:
             row.padding += columns
         self._cache.length += columns

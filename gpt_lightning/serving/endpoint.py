@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gpt_lightning.serving.api_errors import APIError, api_error
+from gpt_lightning.serving.api_errors import APIError, api_error, with_error_answers
 from gpt_lightning.serving.completion import Completion
 from gpt_lightning.serving.completion_request import (
     parse_request,
@@ -47,9 +47,9 @@ def endpoint_routes(models: Mapping[str, ServedModel]) -> list[Route]:
         return await _complete(request, generation, completion)
 
     return [
-        Route("/v1/completions", complete, methods=["POST"]),
-        Route("/v1/models", list_models),
-        Route("/v1/models/{model:path}", show_model),
+        Route("/v1/completions", with_error_answers(complete), methods=["POST"]),
+        Route("/v1/models", with_error_answers(list_models)),
+        Route("/v1/models/{model:path}", with_error_answers(show_model)),
     ]
 
 

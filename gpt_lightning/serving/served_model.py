@@ -61,6 +61,8 @@ def load_served_model(
     model, tokenizer = load_for_text(
         source, device=settings.device, dtype=settings.dtype, n_heads=settings.n_heads
     )
+    for parameter in model.parameters():  # a file that is mapped into memory may be overwritten
+        parameter.data = parameter.data.clone()
     tokenizer.load()
     worker = ModelWorker(model, tokenizer, thread, limits)
     return ServedModel(model_id, model, tokenizer, worker, int(time.time()))

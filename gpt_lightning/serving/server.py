@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute
 
 from gpt_lightning.serving.access import AccessMiddleware, AccessRules
-from gpt_lightning.serving.api_errors import APIError, answer_error
+from gpt_lightning.serving.api_errors import APIError
 
 DRAIN_SECONDS = 30  # for running requests, after SIGTERM or Ctrl-C
 
@@ -25,7 +25,7 @@ def build_app(routes: Sequence[BaseRoute], rules: AccessRules) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(AccessMiddleware, rules=rules)],
-        exception_handlers={HTTPException: _answer_http_error, Exception: answer_error},
+        exception_handlers={HTTPException: _answer_http_error},
     )
 
 

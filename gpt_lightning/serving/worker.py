@@ -277,9 +277,10 @@ class ModelWorker:
         self._tokenizer = tokenizer
         self._thread = thread
         self._limits = limits
-        self._batch = DecodeBatch(model)
+        self._batch: DecodeBatch[_Row] = DecodeBatch(model)
         self._lock = threading.Lock()
         self._waiting: deque[Generation] = deque()  # requests with rows that have not started
+        self._is_closed = False
         self._seconds = 1.0  # a running mean of the time of a request
         thread.add_worker(self)
 
@@ -291,9 +292,11 @@ class ModelWorker:
         """Queue the rows of one request. Call it in the event loop that reads the events.
 
         Raises:
-            BusyError: Too many requests wait.
+            BusyError: Too many requests wait, or the model is being replaced.
         """
         with self._lock:
+            if self._is_closed:
+                raise BusyError(1)
             waiting = sum(g.num_started == 0 and not g.is_over for g in self._waiting)
             # as many as free rows will start with the next step, so they do not wait
             free = max(0, self._limits.max_batch - len(self._batch.rows))
@@ -309,7 +312,8 @@ class ModelWorker:
         """Give up all requests."""
         self._thread.remove_worker(self)
         with self._lock:
-            generations = {*self._waiting, *(row.generation for row in self._rows)}
+            self._is_closed = True
+            generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
             self._waiting.clear()
         for generation in generations:
             self._fail(generation, TooSlowError("the model was replaced or the server stops"))
@@ -318,28 +322,24 @@ class ModelWorker:
     def has_work(self) -> bool:
         return bool(self._waiting or self._batch.rows)
 
-    @property
-    def _rows(self) -> list[_Row]:
-        return [row for row in self._batch.rows if isinstance(row, _Row)]
-
     def step(self) -> None:
         """Start waiting rows, then continue all rows by one token. Called by the thread of the models."""
         try:
             self._remove_abandoned()
-            if rows := self._rows:
-                self._continue(rows, self._batch.step())
+            if self._batch.rows:
+                self._continue(*self._batch.step())
             if new := self._next_rows():
                 self._start(new)
         except Exception as error:  # a fault of ours must not end the thread
             logger.exception("serving: a decoding step failed")
-            for generation in {row.generation for row in self._rows}:
+            for generation in {row.generation for row in self._batch.rows}:
                 self._fail(generation, error)
             self._batch = DecodeBatch(self._model)
 
     def _remove_abandoned(self) -> None:
         now = time.monotonic()
         with self._lock:
-            generations = {*self._waiting, *(row.generation for row in self._rows)}
+            generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
         for generation in generations:
             if now > generation.deadline and not generation.is_over:
                 self._fail(
@@ -347,7 +347,7 @@ class ModelWorker:
                 )
         with self._lock:
             self._waiting = deque(g for g in self._waiting if not g.is_over)
-        for row in self._rows:
+        for row in self._batch.rows:
             if row.generation.is_canceled:
                 self._batch.remove(row)
 

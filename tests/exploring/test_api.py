@@ -3,24 +3,29 @@
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.data.tokenizer import GPT2
-from gpt_lightning.exploring.api import MAX_CHOSEN, MAX_SCORED_TOKENS, routes
+from gpt_lightning.data.tokenizer import GPT2, Tokenizer
+from gpt_lightning.data.tokenizer_json import read_tokenizer
+from gpt_lightning.exploring.api import MAX_CHOSEN, MAX_CHOSEN_SAMPLED, MAX_SCORED_TOKENS, routes
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.pretrained.convert import save_model
 from gpt_lightning.serving.worker import BusyError
-from helpers import tiny_gpt2_vocabulary
+from helpers import Command, json_of, tiny_gpt2_vocabulary
+from own_tokenizers import write_own
 
 PROMPT = "Every effort moves you"
 IDS = GPT2.encode_prompt(PROMPT)
@@ -36,7 +41,28 @@ POSTS = {
     "attention": {"prompt": PROMPT, "layer": 1},
 }
 
+FIELDS_OF = {
+    "load": ["model"],
+    "tokens": ["model", "prompt", "path"],
+    "next": ["model", "prompt", "path", "sampling", "draws", "seed", "bars"],
+    "generate": ["model", "prompt", "path", "sampling", "max_new_tokens", "seed"],
+    "score": ["model", "text"],
+    "lens": ["model", "prompt", "path", "positions"],
+    "attention": ["model", "prompt", "path", "layer", "head"],
+}
+
 Post = Callable[..., Any]
+
+
+@contextmanager
+def client_for(
+    model: GPTModel, path: Path, load: LoadModel, tokenizer: Tokenizer = GPT2
+) -> Iterator[TestClient]:
+    """A client of a server with ``model``, whose id is ``tiny``."""
+    save_model(model, path, "lightning", tokenizer=tokenizer)
+    explorer = Explorer({"tiny": str(path)}, load)
+    with TestClient(Starlette(routes=routes(explorer))) as client:
+        yield client
 
 
 def test_state(client: TestClient) -> None:
@@ -86,13 +112,15 @@ def test_next_computes_logits_once(
     model = explorer.models["tiny"].model
     calls: list[int] = []
     features = model.features
-    monkeypatch.setattr(model, "features", lambda idx: calls.append(idx.shape[1]) or features(idx))
+    monkeypatch.setattr(
+        model, "features", lambda idx, cache: calls.append(idx.shape[1]) or features(idx, cache)
+    )
     for temperature in (0.1, 0.5, 1.0):
         post("next", prompt="A new prompt", sampling={"temperature": temperature})
     assert calls == [3]
     path = post("next", prompt="A new prompt", bars=1)["bars"]
     post("next", prompt="A new prompt", path=[path[0]["id"]])
-    assert calls == [3, 4]
+    assert calls == [3, 1]
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG])
@@ -113,7 +141,13 @@ def test_a_long_path_has_figures_at_its_end(post: Post) -> None:
     path = list(range(100, 102 + MAX_CHOSEN))
     steps = post("next", prompt=PROMPT, path=path)["path"]
     assert [step["id"] for step in steps] == path
-    assert [step["rank"] is None for step in steps] == [True] * 2 + [False] * MAX_CHOSEN
+    for name, count in (
+        ("rank", MAX_CHOSEN),
+        ("model_probability", MAX_CHOSEN),
+        ("probability", MAX_CHOSEN_SAMPLED),
+    ):
+        missing = len(path) - count
+        assert [step[name] is None for step in steps] == [True] * missing + [False] * count
 
 
 def test_path_without_a_prompt(post: Post) -> None:
@@ -201,19 +235,52 @@ def test_attention(post: Post) -> None:
     assert [t["id"] for t in cropped["tokens"]] == GPT2.encode_prompt(LONG)[-24:]
 
 
+def test_heads_of_a_block_are_computed_once(
+    post: Post, explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    model = explorer.models["tiny"].model
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda idx: calls.append(idx.shape[1]) or features(idx))
+    for layer, head in ((0, 0), (0, 1), (0, None), (1, 0)):
+        post("attention", prompt="Heads", layer=layer, head=head)
+    assert len(calls) == 2
+
+
 def test_attention_of_a_long_window(load: LoadModel, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    config = GPTConfig(context_length=300, emb_dim=8, n_heads=2, n_layers=1)
-    save_model(GPTModel(config), tmp_path / "long.ckpt", "lightning")
-    explorer = Explorer({"long": str(tmp_path / "long.ckpt")}, load)
-    with TestClient(Starlette(routes=routes(explorer))) as client:
+    model = GPTModel(GPTConfig(context_length=300, emb_dim=8, n_heads=2, n_layers=1))
+    with client_for(model, tmp_path / "long.ckpt", load) as client:
         path = [i % 1000 for i in range(310)]
-        body = {"model": "long", "prompt": "", "path": path, "layer": 0, "head": 1}
+        body = {"model": "tiny", "prompt": "", "path": path, "layer": 0, "head": 1}
         answer = client.post("/api/attention", json=body).json()
     assert [t["id"] for t in answer["tokens"]] == path[-256:]
     assert answer["cropped"] == 54
     assert [len(row) for row in answer["weights"]] == [256] * 256
     assert math.fsum(answer["weights"][-1]) < 0.99  # the rest is on tokens that are not shown
+
+
+def test_another_tokenizer(load: LoadModel, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(write_own(tmp_path / "tokenizer") / "tokenizer.json")
+    model = GPTModel(GPTConfig(tokenizer.vocab_size, 24, emb_dim=8, n_heads=2, n_layers=1))
+    with client_for(model, tmp_path / "own.ckpt", load, tokenizer) as client:
+        for name, body in POSTS.items():
+            body = {**body, "layer": 0} if name == "attention" else body
+            assert client.post(f"/api/{name}", json={"model": "tiny", **body}).status_code == 200
+        answer = client.post("/api/score", json={"model": "tiny", "text": "Every é"}).json()
+    assert [t["id"] for t in answer["tokens"]] == tokenizer.encode_prompt("Every é")
+    assert bytes.fromhex("".join(t["bytes"] for t in answer["tokens"])) == "Every é".encode()
+
+
+def test_ids_beyond_the_tokenizer(load: LoadModel, tmp_path: Path) -> None:
+    model = GPTModel(GPTConfig(50304, 24, emb_dim=8, n_heads=2, n_layers=1))
+    with client_for(model, tmp_path / "padded.ckpt", load) as client:
+        body = {"model": "tiny", "prompt": "A", "path": [50303]}
+        answer = client.post("/api/next", json=body).json()
+        assert answer["path"][0]["text"] == "\ufffd"
+        assert answer["rest"]["count"] == 50304 - 40
+        error = error_of(client, "next", 400, prompt="A", path=[50304])
+        assert "vocabulary of 50,304" in error["message"]
 
 
 # --- wrong requests -------------------------------------------------------------------------------
@@ -321,9 +388,7 @@ def test_damaged_weights(load: LoadModel, tmp_path: Path) -> None:
     model = tiny_gpt2_vocabulary()
     with torch.no_grad():
         model.final_norm.weight.fill_(torch.nan)
-    save_model(model, tmp_path / "nan.ckpt", "lightning")
-    explorer = Explorer({"tiny": str(tmp_path / "nan.ckpt")}, load)
-    with TestClient(Starlette(routes=routes(explorer))) as client:
+    with client_for(model, tmp_path / "nan.ckpt", load) as client:
         for name in ("next", "score", "lens"):
             error = error_of(client, name, 500, **POSTS[name])
             assert "the model's weights are damaged" in error["message"]
@@ -445,3 +510,118 @@ def test_a_client_that_leaves_ends_its_scoring(
 
     asyncio.run(leave())
     assert len(calls) <= 1
+
+
+# --- the commands' figures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, LONG])
+def test_bars_are_those_of_report_sampling(
+    command: Command, post: Post, tiny_file: Path, prompt: str
+) -> None:
+    report = json_of(
+        command(
+            "report", "sampling", "--from", str(tiny_file), "--prompt", prompt, "--show=40",
+            "--temperatures=[0.5,1,3]", "--top_k=[0,30]", "--top_p=[0.9,1]", "--num_samples=10",
+            "--json",
+        )
+    )  # fmt: skip
+    assert len(report["distributions"]) == 12
+    for distribution in report["distributions"]:
+        sampling = {name: distribution[name] for name in ("temperature", "top_k", "top_p")}
+        rows = [row for row in report["rows"] if sampling.items() <= row.items()]
+        answer = post("next", prompt=prompt, sampling=sampling)
+        assert [repr(bar["text"]) for bar in answer["bars"]] == [row["token"] for row in rows]
+        for bar, row in zip(answer["bars"], rows, strict=True):
+            assert bar["probability"] == pytest.approx(row["probability"], abs=1e-6)
+        assert answer["entropy"] == pytest.approx(distribution["entropy"], rel=1e-6)
+        # rounding may move the last of many thousand nearly equal tokens over the limit of top_p
+        assert abs(answer["num_kept"] - distribution["tokens_left"]) <= 2
+
+
+def test_the_stream_is_the_text_of_generate(command: Command, post: Post, tiny_file: Path) -> None:
+    options = {
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.001,
+        "repetition_penalty": 1.1,
+    }
+    text = json_of(
+        command(
+            "generate", "--from", str(tiny_file), "--prompt", PROMPT, "--seed=7", "--json",
+            "--max_new_tokens=30", *(f"--{name}={value}" for name, value in options.items()),
+        )
+    )  # fmt: skip
+    *events, _ = post("generate", prompt=PROMPT, sampling=options, max_new_tokens=30, seed=7)
+    ids = [event["token"]["id"] for event in events]
+    assert IDS + ids == text["token_ids"]
+    new_bytes = b"".join(bytes.fromhex(event["token"]["bytes"]) for event in events)
+    assert PROMPT + new_bytes.decode(errors="replace") == text["text"]
+
+
+# --- random requests ------------------------------------------------------------------------------
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+SENSIBLE = {
+    "model": st.just("tiny"),
+    "prompt": st.text(max_size=40),
+    "text": st.text(max_size=40),
+    "path": st.lists(st.integers(-1, 50300), max_size=40),
+    "sampling": st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 1e308),
+            "top_k": st.none() | st.integers(-1, 60_000),
+            "top_p": st.none() | st.floats(0, 1.01),
+            "min_p": st.none() | st.floats(0, 1.01),
+            "repetition_penalty": st.floats(0.001, 1000),
+        },
+    ),
+    "draws": st.integers(-1, 10_001),
+    "seed": st.integers(-(2**64), 2**65),
+    "bars": st.integers(-1, 501),
+    "max_new_tokens": st.integers(-1, 5),
+    "positions": st.integers(0, 66),
+    "layer": st.integers(-1, 3),
+    "head": st.none() | st.integers(-1, 3),
+}
+BODIES = st.sampled_from(sorted(POSTS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name),
+        st.fixed_dictionaries(
+            {}, optional={field: SENSIBLE[field] | JSON_VALUES for field in FIELDS_OF[name]}
+        ),
+        st.fixed_dictionaries({field: SENSIBLE[field] for field in FIELDS_OF[name]}),
+        st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=1),
+    )
+)
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(request=BODIES, changes=st.integers(0, 2))
+def test_random_requests(client: TestClient, request: Any, changes: int) -> None:
+    name, some, sensible, others = request
+    body = [sensible, {**sensible, **some}, {**sensible, **some, **others}][changes]
+    response = client.post(
+        f"/api/{name}",
+        content=json.dumps(body),  # NaN and lone surrogates included
+        headers={"Content-Type": "application/json"},
+    )
+    assert response.status_code in (200, 400, 404), (response.text[:500], body)
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+    elif name == "generate":
+        assert '"error": null' in response.text

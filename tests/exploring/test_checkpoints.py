@@ -17,11 +17,13 @@ from starlette.testclient import TestClient
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.exploring import checkpoints as checkpoints_module
+from gpt_lightning.exploring import explorer as explorer_module
 from gpt_lightning.exploring.api import routes
 from gpt_lightning.exploring.checkpoints import Checkpoints
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.pretrained.convert import save_model
 from gpt_lightning.serving.served_model import ServedModel
+from gpt_lightning.serving.worker import TextRequest
 
 
 def write_checkpoint(path: Path, step: int) -> None:
@@ -310,6 +312,32 @@ def test_a_replaced_model_ends_its_generations(explorer: Explorer, run: Path) ->
     assert '"done": "length"' in text
 
 
+def test_a_replaced_model_is_closed_after_its_last_request(
+    explorer: Explorer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[ServedModel] = []
+    monkeypatch.setattr(ServedModel, "close", lambda served: closed.append(served))
+    monkeypatch.setattr(explorer_module, "_RETIRED_POLL_SECONDS", 0.001)
+
+    async def replace() -> None:
+        async with explorer.use("verdict") as loaded:
+            write_checkpoint(run / "last.ckpt", 12)
+            await explorer.reload("verdict")
+            await asyncio.sleep(0.05)
+            assert closed == []
+            generation = loaded.served.worker.submit(TextRequest([1], 2000))
+        await asyncio.sleep(0.05)
+        assert closed == []
+        async for _ in generation:
+            pass
+        await asyncio.sleep(0.05)
+        assert closed == [loaded.served]
+        async with explorer.use("verdict") as newer:
+            assert newer is not loaded
+
+    asyncio.run(replace())
+
+
 def test_requests_at_the_same_time_load_a_model_once(run: Path, load: LoadModel) -> None:
     loads: list[str] = []
 
@@ -320,8 +348,12 @@ def test_requests_at_the_same_time_load_a_model_once(run: Path, load: LoadModel)
     explorer = Explorer({"verdict": str(run)}, count)
     explorer.load_sources()
 
+    async def use() -> None:
+        async with explorer.use("verdict/best"):
+            pass
+
     async def ask() -> None:
-        await asyncio.gather(*(explorer.loaded("verdict/best") for _ in range(5)))
+        await asyncio.gather(*(use() for _ in range(5)))
 
     asyncio.run(ask())
     assert loads == ["verdict", "verdict/best"]
@@ -341,11 +373,11 @@ def test_a_slow_load_does_not_delay_other_models(run: Path, load: LoadModel) -> 
     explorer.load_sources()
 
     async def ask() -> None:
-        loading = asyncio.create_task(explorer.loaded("verdict/best"))
+        loading = asyncio.create_task(explorer.reload("verdict/best"))
         while not is_slow.is_set():
             await asyncio.sleep(0.001)
-        loaded = await explorer.loaded("verdict")
-        await loaded.next_tokens([1, 2], [2])
+        async with explorer.use("verdict") as loaded:
+            await loaded.next_tokens([1, 2], [2])
         assert len(await explorer.state()) == 5
         assert not loading.done()
         may_end.set()

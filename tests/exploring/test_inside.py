@@ -7,12 +7,23 @@ import torch
 
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.tokenizer import GPT2
-from gpt_lightning.exploring.inside import attention_weights, lens_logits, logit_lens
+from gpt_lightning.exploring.inside import (
+    attention_weights,
+    hidden_states,
+    layer_names,
+    lens_json,
+    lens_logits,
+)
 from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.pretrained.convert import save_model
 from helpers import tiny_gpt
 
 IDS = [5, 1, 96, 40, 2, 2, 71, 8, 33]
+
+
+def lens(model: GPTModel, ids: list[int], positions: int) -> list[torch.Tensor]:
+    """Logits of each layer."""
+    return [lens_logits(model, hidden) for hidden in hidden_states(model, ids, positions)]
 
 
 def small_gpt(*, tied: bool, pack: bool = False) -> GPTModel:
@@ -33,7 +44,7 @@ def small_gpt(*, tied: bool, pack: bool = False) -> GPTModel:
 @torch.inference_mode()
 def test_the_last_layer_of_the_lens_is_the_model(dtype: torch.dtype, *, tied: bool) -> None:
     model = tiny_gpt(tied_embeddings=tied).to(dtype)
-    layers = lens_logits(model, IDS, len(IDS))
+    layers = lens(model, IDS, len(IDS))
     assert len(layers) == 1 + model.config.n_layers
     assert torch.equal(layers[-1], model(torch.tensor([IDS]))[0])
 
@@ -42,9 +53,9 @@ def test_the_last_layer_of_the_lens_is_the_model(dtype: torch.dtype, *, tied: bo
 @torch.inference_mode()
 def test_packed_weights(*, tied: bool) -> None:
     model, packed = small_gpt(tied=tied), small_gpt(tied=tied, pack=True)
-    layers = lens_logits(packed, IDS, len(IDS))
+    layers = lens(packed, IDS, len(IDS))
     assert torch.equal(layers[-1], packed(torch.tensor([IDS]))[0])
-    for layer, expected in zip(layers, lens_logits(model, IDS, len(IDS)), strict=True):
+    for layer, expected in zip(layers, lens(model, IDS, len(IDS)), strict=True):
         torch.testing.assert_close(layer, expected, atol=1e-5, rtol=1e-5)
     weights = attention_weights(packed, IDS, 1, len(IDS))
     torch.testing.assert_close(
@@ -60,14 +71,17 @@ def test_layers_of_the_lens_are_hidden_states_under_the_head() -> None:
     for block in model.trf_blocks:
         x = block(x[None])[0]
         expected.append(model.head(model.final_norm(x)))
-    for layer, logits in zip(lens_logits(model, IDS, 4), expected, strict=True):
+    for layer, logits in zip(lens(model, IDS, 4), expected, strict=True):
         torch.testing.assert_close(layer, logits[-4:], atol=1e-6, rtol=1e-6)
 
 
 @torch.inference_mode()
 def test_lens_as_the_page_shows_it(tiny: GPTModel) -> None:
     ids = GPT2.encode_prompt("Every effort moves you forward")
-    layers = logit_lens(tiny, GPT2, ids, 3)
+    layers = [
+        lens_json(tiny, GPT2, name, hidden)
+        for name, hidden in zip(layer_names(tiny), hidden_states(tiny, ids, 3), strict=True)
+    ]
     assert [layer["name"] for layer in layers] == ["embedding", "block 1", "block 2"]
     p = tiny(torch.tensor([ids]))[0, -3:].softmax(dim=-1)
     for position, row in zip(layers[-1]["positions"], p, strict=True):
@@ -82,9 +96,7 @@ def test_lens_as_the_page_shows_it(tiny: GPTModel) -> None:
 def test_a_long_prompt_is_cropped() -> None:
     model = tiny_gpt()
     ids = [i % 97 for i in range(60)]
-    for long, window in zip(
-        lens_logits(model, ids, 24), lens_logits(model, ids[-24:], 24), strict=True
-    ):
+    for long, window in zip(lens(model, ids, 24), lens(model, ids[-24:], 24), strict=True):
         assert torch.equal(long, window)
     assert torch.equal(
         attention_weights(model, ids, 0, 24), attention_weights(model, ids[-24:], 0, 24)
@@ -130,9 +142,22 @@ def test_attention_equals_transformers(tmp_path: Path, *, pack: bool) -> None:
         torch.testing.assert_close(weights, expected[0], atol=1e-5, rtol=0)
 
 
+def test_damaged_weights() -> None:
+    model = tiny_gpt()
+    with torch.no_grad():
+        model.trf_blocks[1].norm1.weight[0] = torch.nan  # type: ignore[union-attr, index]
+    attention_weights(model, IDS, 0, 2)
+    with pytest.raises(ValueError, match="the model's weights are damaged"):
+        attention_weights(model, IDS, 1, 2)
+    embedding, *blocks = hidden_states(model, IDS, 2)
+    lens_json(model, GPT2, "embedding", embedding)
+    with pytest.raises(ValueError, match="the model's weights are damaged"):
+        lens_json(model, GPT2, "block 2", blocks[1])
+
+
 def test_no_hook_stays(tiny: GPTModel) -> None:
     attention_weights(tiny, [1, 2], 0, 2)
-    lens_logits(tiny, [1, 2], 2)
+    hidden_states(tiny, [1, 2], 2)
     with pytest.raises(IndexError):
-        lens_logits(tiny, [50257], 1)  # fails while hooks are there
+        hidden_states(tiny, [50257], 1)  # fails while hooks are there
     assert not any(module._forward_hooks for module in tiny.modules())

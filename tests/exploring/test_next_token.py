@@ -9,18 +9,24 @@ from gpt_lightning import GPTModel
 from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.exploring.next_token import (
     MAX_BARS,
+    NextToken,
+    NextTokenReader,
     chosen_token_json,
     distribution_json,
     draw_counts,
-    next_tokens,
 )
 from gpt_lightning.generation.sampling import SamplingParams, probabilities
+from gpt_lightning.model.kv_cache import KVCache
 from helpers import tiny_gpt
 
 IDS = GPT2.encode_prompt("Every effort moves you")
 ALL_SETTINGS = SamplingParams(
     temperature=0.7, top_k=60, top_p=0.9, min_p=0.01, repetition_penalty=1.3
 )
+
+
+def next_tokens(model: GPTModel, ids: list[int], lengths: list[int]) -> list[NextToken]:
+    return NextTokenReader(model).read(ids, lengths)
 
 
 @torch.inference_mode()
@@ -93,6 +99,57 @@ def test_all_lengths_at_once_are_each_length_alone(tiny: GPTModel, length: int) 
         torch.testing.assert_close(one.logits, alone.logits, atol=1e-5, rtol=0)
         expected = reference(tiny, ids[:n], SamplingParams(temperature=1.0))
         torch.testing.assert_close(one.probabilities, expected, atol=1e-6, rtol=0)
+
+
+def test_a_reader_computes_only_what_is_new(
+    tiny: GPTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    features = tiny.features
+
+    def count(idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        computed.append(idx.shape[1])
+        return features(idx, cache)
+
+    monkeypatch.setattr(tiny, "features", count)
+    reader = NextTokenReader(tiny)
+    ids = IDS * 8
+    for sequence, lengths, expected in [
+        (ids[:4], [4], 4),
+        (ids[:5], [5], 1),  # one token more
+        (ids[:5], [5], 1),  # the same: the features of its last token are not kept
+        ([*ids[:3], 9, 9], [5], 2),  # another branch
+        (ids[:2], [2], 1),  # back
+        (ids[:9], [3, 6, 9], 7),
+        ([7, *ids[:9]], [10], 10),
+        (ids[:24], [24], 24),
+        (ids[:25], [25], 24),  # the window slides
+        (ids[:12], [11, 12], 12),
+    ]:
+        read = reader.read(sequence, lengths)
+        assert computed.pop() == expected
+        for one, length in zip(read, lengths, strict=True):
+            sampling = SamplingParams(temperature=1.0)
+            with monkeypatch.context() as patch:
+                patch.setattr(tiny, "features", features)
+                p = reference(tiny, sequence[:length], sampling)
+            torch.testing.assert_close(one.probabilities, p, atol=1e-6, rtol=0)
+
+
+def test_a_reader_after_a_failure(tiny: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = NextTokenReader(tiny)
+    reader.read(IDS, [4])
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise RuntimeError
+
+        patch.setattr(tiny.trf_blocks[1], "forward", fail)
+        with pytest.raises(RuntimeError):
+            reader.read([1, 2, *IDS], [6])
+    (again,) = reader.read([*IDS, 5], [5])
+    p = reference(tiny, [*IDS, 5], SamplingParams(temperature=1.0))
+    torch.testing.assert_close(again.probabilities, p, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -113,6 +113,9 @@ function paintBar(context, bar, draws, x, y, scale) {
   }
   context.strokeStyle = color("--muted");
   context.strokeRect(x + 0.5, y - 7.5, bar.model_probability * scale, 15);
+  // the line beside the right edge keeps it visible inside a longer fill
+  context.fillStyle = color("--paper");
+  context.fillRect(x + 1 + bar.model_probability * scale, y - 7, 1, 14);
 }
 
 /** Texts as shaded tokens: `{name, prompt, entries}`; an entry has `text`, `shade` (0 to 1) and `isMarked`. */

@@ -33,12 +33,12 @@ export function startNextToken(panel) {
   const request = new LatestRequest("next", status, show);
   const back = element(
     "button",
-    { type: "button", onclick: () => update({ path: state.path.slice(0, -1) }) },
+    { type: "button", disabled: state.path.length === 0, onclick: walkBack },
     "Walk back one token",
   );
 
   const save = saveButtons("next-token", { rows: table, paint: picture });
-  save.hidden = true;
+  for (const part of [chart, save]) part.hidden = true; // until the first answer
   const tree = element("div");
   const comparison = element("div");
   panel.append(
@@ -103,7 +103,7 @@ export function startNextToken(panel) {
 
   function show(newAnswer, { path }) {
     answer = newAnswer;
-    save.hidden = false;
+    for (const part of [chart, save]) part.hidden = false;
     remember(answer.tokens);
     remember(answer.bars);
     showStrip(path.length);

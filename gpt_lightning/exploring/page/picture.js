@@ -8,6 +8,7 @@ import { tokenString } from "./tokens.js";
 const WIDTH = 1200;
 const MARGIN = 40;
 const SCALE = 2; // pixels of the file for one pixel here
+const MAX_PIXELS = 32_000; // of a height; browsers have no larger canvas
 const TEXT = '14px -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif';
 const BOLD = `600 ${TEXT}`;
 const CODE = '14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace';
@@ -42,10 +43,11 @@ function canvasOf(title, caption, height, paint, width = WIDTH) {
   forgetColors();
   const canvas = document.createElement("canvas");
   const top = 100;
-  canvas.width = width * SCALE;
-  canvas.height = (top + height + MARGIN) * SCALE;
+  const scale = Math.min(SCALE, MAX_PIXELS / (top + height + MARGIN));
+  canvas.width = width * scale;
+  canvas.height = (top + height + MARGIN) * scale;
   const context = canvas.getContext("2d");
-  context.scale(SCALE, SCALE);
+  context.scale(scale, scale);
   context.fillStyle = color("--paper");
   context.fillRect(0, 0, width, top + height + MARGIN);
   context.textBaseline = "middle";

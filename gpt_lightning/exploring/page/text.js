@@ -90,6 +90,7 @@ export function startText(panel) {
       if (controller.signal.aborted) {
         if (running === controller) status.done("Stopped.");
       } else status.error(error);
+      content.hidden = text.entries.length === 0;
     }
     if (running === controller) {
       running = null;

@@ -135,6 +135,7 @@ function startComparison(container) {
         show();
       }),
   );
+  container.hidden = true;
   container.append(
     element(
       "div",

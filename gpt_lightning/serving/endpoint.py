@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -61,6 +61,8 @@ async def read_body(request: Request) -> bytes:
     except TimeoutError as error:
         message = f"the body did not arrive within {BODY_TIMEOUT:g} seconds"
         raise APIError(400, message, headers={"Connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise APIError(400, "the client went away") from error  # nobody reads it
 
 
 def sse(content: Any) -> str:

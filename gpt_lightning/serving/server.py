@@ -103,7 +103,7 @@ def run_server(app: Starlette, listener: socket.socket, on_ready: Callable[[], N
     config = uvicorn.Config(
         app,
         log_config=None,
-        log_level=logging.WARNING,
+        log_level=logging.ERROR,  # not what clients do wrong
         access_log=False,
         server_header=False,
         lifespan="off",

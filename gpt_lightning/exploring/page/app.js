@@ -108,7 +108,11 @@ function startLink() {
   });
   window.addEventListener("hashchange", () => {
     const values = fromHash(location.hash);
-    update({ ...values, prompt: values.prompt || state.prompt, model: values.model || state.model });
+    update({
+      ...values,
+      prompt: values.prompt || state.prompt,
+      model: values.model || state.model,
+    });
   });
 }
 

@@ -29,11 +29,22 @@ export function startCompare(panel) {
   const table = element("div", { class: "content scroll" });
   const tableStatus = new Status(table);
   const legend = element("div");
-  const saveTable = saveButtons("next-token-side-by-side", { rows: distributionRows, paint: paintDistributions });
+  const saveTable = saveButtons("next-token-side-by-side", {
+    rows: distributionRows,
+    paint: paintDistributions,
+  });
   let controller = null;
 
-  const generateButton = element("button", { type: "button", class: "primary", onclick: generate }, "Generate texts");
-  const stopButton = element("button", { type: "button", disabled: true, onclick: () => controller?.abort() }, "Stop");
+  const generateButton = element(
+    "button",
+    { type: "button", class: "primary", onclick: generate },
+    "Generate texts",
+  );
+  const stopButton = element(
+    "button",
+    { type: "button", disabled: true, onclick: () => controller?.abort() },
+    "Stop",
+  );
 
   textsContent.append(
     shadeLegend(),
@@ -44,9 +55,19 @@ export function startCompare(panel) {
   );
   textsContent.hidden = true;
   panel.append(
-    element("div", { class: "block" }, choice, element("div", { class: "row" }, lengthField(), generateButton, stopButton, status.element)),
+    element(
+      "div",
+      { class: "block" },
+      choice,
+      element("div", { class: "row" }, lengthField(), generateButton, stopButton, status.element),
+    ),
     textsContent,
-    element("div", { class: "heading" }, element("h2", {}, "The next token after the prompt"), tableStatus.element),
+    element(
+      "div",
+      { class: "heading" },
+      element("h2", {}, "The next token after the prompt"),
+      tableStatus.element,
+    ),
     legend,
     table,
     saveTable,
@@ -109,7 +130,10 @@ export function startCompare(panel) {
 
   function columnOf(id) {
     if (!columns.has(id)) {
-      const column = { answer: null, text: new ShadedText(`Text of ${id}`, (entry) => detail.show(entry)) };
+      const column = {
+        answer: null,
+        text: new ShadedText(`Text of ${id}`, (entry) => detail.show(entry)),
+      };
       column.request = new LatestRequest("next", tableStatus, (answer) => {
         column.answer = answer;
         showTable();
@@ -159,7 +183,11 @@ export function startCompare(panel) {
             element(
               "tr",
               {},
-              element("th", { scope: "row" }, element("span", { class: "token" }, ...tokenNodes(bar))),
+              element(
+                "th",
+                { scope: "row" },
+                element("span", { class: "token" }, ...tokenNodes(bar)),
+              ),
               ...groups.map(({ bars }) => distributionCell(bars[row], maximum)),
             ),
           ),
@@ -174,7 +202,12 @@ export function startCompare(panel) {
     return element(
       "td",
       { class: bar.probability === 0 && "cut" },
-      element("div", { class: "cell" }, barTrack(bar, maximum), element("span", { class: "figure" }, figure)),
+      element(
+        "div",
+        { class: "cell" },
+        barTrack(bar, maximum),
+        element("span", { class: "figure" }, figure),
+      ),
     );
   }
 
@@ -194,10 +227,16 @@ export function startCompare(panel) {
       ...ids.map((id) => {
         const { text } = columnOf(id);
         text.clear(start);
-        return element("section", { "data-model": id }, element("h3", {}, modelName(id)), text.element);
+        return element(
+          "section",
+          { "data-model": id },
+          element("h3", {}, modelName(id)),
+          text.element,
+        );
       }),
     );
     stopButton.disabled = false;
+    status.done(); // what it said of the texts before
     status.loading();
     const results = await Promise.allSettled(
       ids.map((id) =>
@@ -227,7 +266,9 @@ export function startCompare(panel) {
     if (all.length < 2) difference.textContent = "";
     else if (at < 0) difference.textContent = "The texts are the same so far.";
     else {
-      const said = all.map(({ entries }) => (entries[at] ? `“${tokenString(entries[at].token)}”` : "nothing"));
+      const said = all.map(({ entries }) =>
+        entries[at] ? `“${tokenString(entries[at].token)}”` : "nothing",
+      );
       difference.textContent = `The texts first differ at new token ${at + 1}: ${said.join(", ")}.`;
     }
   }
@@ -255,10 +296,16 @@ function distributions() {
   const answers = chosen.map((id) => columns.get(id).answer);
   const tokens = new Map(); // bytes → the token and its highest probability
   for (const bar of answers.flatMap(({ bars }) => bars.slice(0, BARS))) {
-    const highest = Math.max(bar.model_probability, bar.probability, tokens.get(bar.bytes)?.highest ?? 0);
+    const highest = Math.max(
+      bar.model_probability,
+      bar.probability,
+      tokens.get(bar.bytes)?.highest ?? 0,
+    );
     tokens.set(bar.bytes, { token: bar, highest });
   }
-  const order = [...tokens.values()].sort((a, b) => b.highest - a.highest).map(({ token }) => token);
+  const order = [...tokens.values()]
+    .sort((a, b) => b.highest - a.highest)
+    .map(({ token }) => token);
   return chosen.map((id, i) => {
     const own = new Map(answers[i].bars.map((bar) => [bar.bytes, bar]));
     const missing = { model_probability: 0, probability: 0, isUnknown: true };
@@ -282,7 +329,12 @@ function distributionRows() {
 
 function paintDistributions() {
   const groups = distributions().map(({ id, bars }) => ({ name: modelName(id), bars }));
-  return paintBars("Next token, side by side", caption(""), groups, axisMaximum(groups.flatMap(({ bars }) => bars)));
+  return paintBars(
+    "Next token, side by side",
+    caption(""),
+    groups,
+    axisMaximum(groups.flatMap(({ bars }) => bars)),
+  );
 }
 
 const generated = () => state.models.filter((id) => columns.get(id)?.text.entries.length);

@@ -121,7 +121,8 @@ function showNotices() {
   const used = new Set([state.model, ...(state.view === "compare" ? state.models : [])]);
   const outdated = models.filter((model) => used.has(model.id) && isOutdated(model));
   if (byId("follow").checked) for (const { id } of outdated) load(id);
-  const shown = outdated.map(({ id }) => `${newerText(id)} ${loading.has(id)}`).join("\n") + message;
+  const shown =
+    outdated.map(({ id }) => `${newerText(id)} ${loading.has(id)}`).join("\n") + message;
   const notices = byId("notices");
   if (notices.dataset.shown === shown) return;
   notices.dataset.shown = shown;

@@ -2,7 +2,15 @@
 
 import { LatestRequest } from "./api.js";
 import { axis, axisMaximum, barLegend, barTrack, setBar } from "./bars.js";
-import { element, facts, formatCount, formatNumber, formatProbability, plural, select } from "./elements.js";
+import {
+  element,
+  facts,
+  formatCount,
+  formatNumber,
+  formatProbability,
+  plural,
+  select,
+} from "./elements.js";
 import { modelName, modelOf, reloadsOf } from "./models.js";
 import { makeNavigable } from "./navigation.js";
 import { caption, paintBars } from "./picture.js";
@@ -17,7 +25,11 @@ const MAX_DRAWS = 10_000;
 let answer = null; // what the server said last
 
 export function startNextToken(panel) {
-  const strip = element("div", { class: "strip", role: "listbox", "aria-label": "Tokens of the text" });
+  const strip = element("div", {
+    class: "strip",
+    role: "listbox",
+    "aria-label": "Tokens of the text",
+  });
   const detail = element("p", { class: "hint", id: "strip-detail" });
   const bars = element("ol", {
     class: "bars",
@@ -121,7 +133,9 @@ export function startNextToken(panel) {
           "span",
           {
             role: "option",
-            class: ["token", i >= promptLength && "taken", i < cropped && "cropped"].filter(Boolean).join(" "),
+            class: ["token", i >= promptLength && "taken", i < cropped && "cropped"]
+              .filter(Boolean)
+              .join(" "),
             title: describe(token),
             "aria-label": `${tokenString(token)}, ${describe(token)}`,
             "data-detail": `Token ${i + 1}: ${describe(token)}${detailOf(i, promptLength, cropped)}`,
@@ -187,7 +201,12 @@ export function startNextToken(panel) {
   function row(bar) {
     return element(
       "li",
-      { role: "option", class: "bar-row", "data-token": bar.id, title: `${describe(bar)}; logit ${formatNumber(bar.logit, 3)}` },
+      {
+        role: "option",
+        class: "bar-row",
+        "data-token": bar.id,
+        title: `${describe(bar)}; logit ${formatNumber(bar.logit, 3)}`,
+      },
       element("span", { class: "rank" }, String(bar.rank)),
       element("span", { class: "token" }, ...tokenNodes(bar)),
       barTrack(bar, 1),
@@ -212,7 +231,8 @@ export function startNextToken(panel) {
   }
 
   function showFacts() {
-    const { num_kept, entropy, effective_vocabulary, model_entropy, model_effective_vocabulary } = answer;
+    const { num_kept, entropy, effective_vocabulary, model_entropy, model_effective_vocabulary } =
+      answer;
     const all = answer.bars.length + answer.rest.count;
     figures.replaceChildren(
       facts([
@@ -245,7 +265,12 @@ function walkBack() {
 }
 
 function barCount() {
-  const list = select({ id: "bars", onchange: () => update({ bars: Number(list.value) }) }, [[10], [20], [40], [100]]);
+  const list = select({ id: "bars", onchange: () => update({ bars: Number(list.value) }) }, [
+    [10],
+    [20],
+    [40],
+    [100],
+  ]);
   const show = () => (list.value = state.bars);
   onChange((changed) => changed.has("bars") && show());
   show();
@@ -259,7 +284,8 @@ function drawsField() {
     min: 0,
     max: MAX_DRAWS,
     step: 100,
-    title: "The server draws this many tokens, so you can see how well the draws follow the probabilities.",
+    title:
+      "The server draws this many tokens, so you can see how well the draws follow the probabilities.",
     oninput: () => number.value !== "" && update({ draws: Math.trunc(Number(number.value)) }),
   });
   const show = () => document.activeElement === number || (number.value = state.draws);
@@ -278,7 +304,13 @@ function picture() {
   return paintBars(
     "Next token",
     caption(modelName(state.model), { prompt: state.prompt + textOf(state.path) }),
-    [{ name: `Outline: model. Fill: after the settings.${draws ? " Thin bar: share of the draws." : ""}`, bars, draws }],
+    [
+      {
+        name: `Outline: model. Fill: after the settings.${draws ? " Thin bar: share of the draws." : ""}`,
+        bars,
+        draws,
+      },
+    ],
     axisMaximum(bars, draws),
   );
 }

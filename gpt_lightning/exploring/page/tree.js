@@ -56,7 +56,13 @@ export function startTree(container, comparison) {
     branches.replaceChildren(
       ...(root.children.length
         ? [element("ul", {}, branch(root))]
-        : [element("p", { class: "hint" }, "Choose a token to take it. Then walk back and choose another one: both paths stay here.")]),
+        : [
+            element(
+              "p",
+              { class: "hint" },
+              "Choose a token to take it. Then walk back and choose another one: both paths stay here.",
+            ),
+          ]),
     );
   }
 
@@ -109,7 +115,9 @@ function step({ id, path }) {
     "button",
     {
       type: "button",
-      class: ["token", isPrefix(path, state.path) && "taken", id === null && "root"].filter(Boolean).join(" "),
+      class: ["token", isPrefix(path, state.path) && "taken", id === null && "root"]
+        .filter(Boolean)
+        .join(" "),
       "aria-current": isHere && "step",
       "aria-label": id === null ? "Walk back to the prompt" : `Go to ${tokenString(tokenOf(id))}`,
       onclick: () => update({ path }),
@@ -158,7 +166,9 @@ function startComparison(container) {
     if (container.hidden || state.view !== "next" || !modelOf(model)) return;
     lists.forEach((list, i) => {
       chosen[i] = Math.min(chosen[i], paths.length - 1);
-      list.replaceChildren(...paths.map((path, value) => element("option", { value }, nameOf(path))));
+      list.replaceChildren(
+        ...paths.map((path, value) => element("option", { value }, nameOf(path))),
+      );
       list.value = chosen[i];
       requests[i].send(
         { model, prompt, path: paths[chosen[i]], sampling: sampling(), draws: 0, seed, bars: 0 },
@@ -224,7 +234,11 @@ function cells(token) {
   return [
     element("td", {}, element("span", { class: "token" }, ...tokenNodes(token))),
     element("td", { class: "figure" }, formatProbability(token.model_probability)),
-    element("td", { class: "figure" }, token.probability === 0 ? "cut off" : formatProbability(token.probability)),
+    element(
+      "td",
+      { class: "figure" },
+      token.probability === 0 ? "cut off" : formatProbability(token.probability),
+    ),
   ];
 }
 

@@ -8,6 +8,7 @@ import { startNextToken } from "./next_token.js";
 import { startSettings } from "./settings.js";
 import { fromHash, notify, onChange, state, toHash, update } from "./state.js";
 import { startText } from "./text.js";
+import { tokenNodes, tokenOf } from "./tokens.js";
 
 const VIEWS = ["next", "text", "compare", "inside"];
 const THEME_KEY = "gpt_lightning theme";
@@ -70,6 +71,8 @@ function showInputs() {
   byId("prompt-field").hidden = isScore;
   byId("sampling").hidden = isScore || state.view === "inside";
   byId("model-field").hidden = state.view === "compare";
+  byId("path-note").hidden = state.view === "next" || state.path.length === 0;
+  byId("path-text").replaceChildren(...state.path.flatMap((id) => tokenNodes(tokenOf(id))));
 }
 
 function startTheme() {
@@ -88,6 +91,7 @@ function startPrompt() {
   const show = () => document.activeElement === area || (area.value = state.prompt);
   onChange((changed) => changed.has("prompt") && show());
   show();
+  byId("leave-path").addEventListener("click", () => update({ path: [] }));
 }
 
 function startLink() {
@@ -104,7 +108,11 @@ function startLink() {
   });
   window.addEventListener("hashchange", () => {
     const values = fromHash(location.hash);
-    update({ ...values, prompt: values.prompt || state.prompt, model: values.model || state.model });
+    update({
+      ...values,
+      prompt: values.prompt || state.prompt,
+      model: values.model || state.model,
+    });
   });
 }
 

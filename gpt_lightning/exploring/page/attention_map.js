@@ -1,11 +1,12 @@
 /** A map of attention weights on a canvas. The mouse or the arrow keys choose a cell and read its value. */
 
 import { element, formatProbability } from "./elements.js";
-import { color, forgetColors } from "./picture.js";
+import { color, forgetColors, shortened } from "./picture.js";
 import { tokenString } from "./tokens.js";
 
 const LONGEST_LABEL = 110; // pixels
 const LARGEST_CELL = 40;
+const LARGEST_MAP = 860;
 const SMALLEST_CELL = 3;
 const SMALLEST_LABELED_CELL = 11;
 const LARGEST_FONT = 13; // pixels
@@ -57,7 +58,7 @@ export class AttentionMap {
     const { tokens, weights } = this.#answer;
     const available = this.canvas.parentElement?.parentElement?.clientWidth ?? 0;
     if (tokens.length === 0 || available === 0) return;
-    this.#fit(available);
+    this.#fit(Math.min(available, LARGEST_MAP));
     const size = this.#labels + this.#cell * tokens.length + 2;
     const scale = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(size * scale);
@@ -109,7 +110,7 @@ export class AttentionMap {
     context.font = `${size}px ${FONT}`;
     context.textBaseline = "middle";
     this.#answer.tokens.forEach((token, i) => {
-      const text = fitted(context, tokenString(token), labels - 12);
+      const text = shortened(context, tokenString(token), labels - 12);
       const middle = labels + (i + 0.5) * cell;
       context.fillStyle = color(i === this.#row ? "--ink" : "--muted");
       context.textAlign = "right";
@@ -129,7 +130,12 @@ export class AttentionMap {
     const cell = this.#cell;
     context.strokeStyle = color("--focus");
     context.lineWidth = 2;
-    context.strokeRect(this.#labels + this.#column * cell - 0.5, this.#labels + this.#row * cell - 0.5, cell, cell);
+    context.strokeRect(
+      this.#labels + this.#column * cell - 0.5,
+      this.#labels + this.#row * cell - 0.5,
+      cell,
+      cell,
+    );
   }
 
   #point(event) {
@@ -141,7 +147,9 @@ export class AttentionMap {
   }
 
   #move(event) {
-    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
+      event.key
+    ];
     if (!step) return;
     event.preventDefault();
     const last = this.#answer.tokens.length - 1;
@@ -167,11 +175,4 @@ export class AttentionMap {
         : `Token ${name(row)} looks at token ${name(column)} with weight ${formatProbability(weights[row][column])}.`,
     );
   }
-}
-
-function fitted(context, text, maximum) {
-  if (context.measureText(text).width <= maximum) return text;
-  let end = text.length;
-  while (end > 1 && context.measureText(`${text.slice(0, end)}…`).width > maximum) end -= 1;
-  return `${text.slice(0, end)}…`;
 }

@@ -34,7 +34,10 @@ export function axisMaximum(bars, draws = 0) {
     ]),
   );
   const power = 10 ** Math.floor(Math.log10(largest));
-  return Math.min(1, [1, 2, 5, 10].map((step) => step * power).find((value) => value >= largest - 1e-9));
+  return Math.min(
+    1,
+    [1, 2, 5, 10].map((step) => step * power).find((value) => value >= largest - 1e-9),
+  );
 }
 
 /** The ends and the middle of the axis. */
@@ -47,7 +50,9 @@ export function axis(maximum) {
 }
 
 export function axisLabel(value) {
-  return value !== 0 && value < 0.0001 ? formatProbability(value) : String(Number(value.toPrecision(2)));
+  return value !== 0 && value < 0.0001
+    ? formatProbability(value)
+    : String(Number(value.toPrecision(2)));
 }
 
 /** What the parts of a bar mean. */

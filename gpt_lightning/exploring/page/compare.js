@@ -3,14 +3,14 @@
 import { LatestRequest } from "./api.js";
 import { axis, axisMaximum, barLegend, barTrack } from "./bars.js";
 import { element, formatNumber, formatProbability } from "./elements.js";
-import { allModels, modelName, modelOf, poll, reloadsOf } from "./models.js";
+import { allModels, hasSameVocabulary, modelName, modelOf, poll, reloadsOf } from "./models.js";
 import { caption, paintBars, paintTexts } from "./picture.js";
 import { saveButtons } from "./save.js";
 import { COLUMNS, shadeLegend, ShadedText, TokenDetail } from "./shaded_text.js";
 import { onChange, sampling, samplingText, state, update } from "./state.js";
 import { Status } from "./status.js";
 import { generateInto, lengthField } from "./text.js";
-import { tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import { textOf, tokenNodes, tokenString } from "./tokens.js";
 
 const MAX_MODELS = 4;
 const BARS = 10; // of each model; the table has those of all models
@@ -29,11 +29,22 @@ export function startCompare(panel) {
   const table = element("div", { class: "content scroll" });
   const tableStatus = new Status(table);
   const legend = element("div");
-  const saveTable = saveButtons("next-token-side-by-side", { rows: distributionRows, paint: paintDistributions });
+  const saveTable = saveButtons("next-token-side-by-side", {
+    rows: distributionRows,
+    paint: paintDistributions,
+  });
   let controller = null;
 
-  const generateButton = element("button", { type: "button", class: "primary", onclick: generate }, "Generate texts");
-  const stopButton = element("button", { type: "button", disabled: true, onclick: () => controller?.abort() }, "Stop");
+  const generateButton = element(
+    "button",
+    { type: "button", class: "primary", onclick: generate },
+    "Generate texts",
+  );
+  const stopButton = element(
+    "button",
+    { type: "button", disabled: true, onclick: () => controller?.abort() },
+    "Stop",
+  );
 
   textsContent.append(
     shadeLegend(),
@@ -44,9 +55,19 @@ export function startCompare(panel) {
   );
   textsContent.hidden = true;
   panel.append(
-    element("div", { class: "block" }, choice, element("div", { class: "row" }, lengthField(), generateButton, stopButton, status.element)),
+    element(
+      "div",
+      { class: "block" },
+      choice,
+      element("div", { class: "row" }, lengthField(), generateButton, stopButton, status.element),
+    ),
     textsContent,
-    element("div", { class: "heading" }, element("h2", {}, "The next token after the prompt"), tableStatus.element),
+    element(
+      "div",
+      { class: "heading" },
+      element("h2", {}, "The next token after the prompt"),
+      tableStatus.element,
+    ),
     legend,
     table,
     saveTable,
@@ -96,11 +117,11 @@ export function startCompare(panel) {
 
   function ask() {
     if (state.view !== "compare") return;
-    const { models, prompt, path, seed } = state;
+    const { models, seed } = state;
     for (const id of models.filter(modelOf)) {
       const column = columnOf(id);
       column.request.send(
-        { model: id, prompt, path, sampling: sampling(), draws: 0, seed, bars: LOOKED_UP },
+        { ...inputOf(id), sampling: sampling(), draws: 0, seed, bars: LOOKED_UP },
         reloadsOf(id),
       );
     }
@@ -109,7 +130,10 @@ export function startCompare(panel) {
 
   function columnOf(id) {
     if (!columns.has(id)) {
-      const column = { answer: null, text: new ShadedText(`Text of ${id}`, (entry) => detail.show(entry)) };
+      const column = {
+        answer: null,
+        text: new ShadedText(`Text of ${id}`, (entry) => detail.show(entry)),
+      };
       column.request = new LatestRequest("next", tableStatus, (answer) => {
         column.answer = answer;
         showTable();
@@ -159,7 +183,11 @@ export function startCompare(panel) {
             element(
               "tr",
               {},
-              element("th", { scope: "row" }, element("span", { class: "token" }, ...tokenNodes(bar))),
+              element(
+                "th",
+                { scope: "row" },
+                element("span", { class: "token" }, ...tokenNodes(bar)),
+              ),
               ...groups.map(({ bars }) => distributionCell(bars[row], maximum)),
             ),
           ),
@@ -169,12 +197,17 @@ export function startCompare(panel) {
   }
 
   function distributionCell(bar, maximum) {
-    if (bar.isUnknown) return element("td", { class: "unknown" }, `not among the first ${LOOKED_UP}`);
+    if (bar.isUnknown) return element("td", { class: "unknown" }, `rank above ${LOOKED_UP}`);
     const figure = bar.probability === 0 ? "cut off" : formatProbability(bar.probability);
     return element(
       "td",
       { class: bar.probability === 0 && "cut" },
-      element("div", { class: "cell" }, barTrack(bar, maximum), element("span", { class: "figure" }, figure)),
+      element(
+        "div",
+        { class: "cell" },
+        barTrack(bar, maximum),
+        element("span", { class: "figure" }, figure),
+      ),
     );
   }
 
@@ -184,7 +217,7 @@ export function startCompare(panel) {
     controller?.abort();
     const own = (controller = new AbortController());
     const { prompt, path, seed, max_new_tokens } = state;
-    const start = prompt + path.map((id) => tokenOf(id).text).join("");
+    const start = prompt + textOf(path);
     const ids = [...state.models];
     textsContent.hidden = false;
     detail.clear();
@@ -194,16 +227,22 @@ export function startCompare(panel) {
       ...ids.map((id) => {
         const { text } = columnOf(id);
         text.clear(start);
-        return element("section", { "data-model": id }, element("h3", {}, modelName(id)), text.element);
+        return element(
+          "section",
+          { "data-model": id },
+          element("h3", {}, modelName(id)),
+          text.element,
+        );
       }),
     );
     stopButton.disabled = false;
+    status.done(); // what it said of the texts before
     status.loading();
     const results = await Promise.allSettled(
       ids.map((id) =>
         generateInto(
           columnOf(id).text,
-          { model: id, prompt, path, sampling: sampling(), max_new_tokens, seed },
+          { ...inputOf(id), sampling: sampling(), max_new_tokens, seed },
           { signal: own.signal, onBusy: (seconds) => status.busy(seconds) },
           () => status.done("Writing …"),
           () => markDifference(ids),
@@ -227,10 +266,19 @@ export function startCompare(panel) {
     if (all.length < 2) difference.textContent = "";
     else if (at < 0) difference.textContent = "The texts are the same so far.";
     else {
-      const said = all.map(({ entries }) => (entries[at] ? `“${tokenString(entries[at].token)}”` : "nothing"));
+      const said = all.map(({ entries }) =>
+        entries[at] ? `“${tokenString(entries[at].token)}”` : "nothing",
+      );
       difference.textContent = `The texts first differ at new token ${at + 1}: ${said.join(", ")}.`;
     }
   }
+}
+
+/** Model, prompt and path of a request. In a model with another vocabulary, the path is text: its ids mean other tokens. */
+function inputOf(id) {
+  const { prompt, path } = state;
+  if (hasSameVocabulary(state.model, id)) return { model: id, prompt, path };
+  return { model: id, prompt: prompt + textOf(path), path: [] };
 }
 
 /** The first position at which the lists that reach it are not all equal; -1: none. */
@@ -248,10 +296,16 @@ function distributions() {
   const answers = chosen.map((id) => columns.get(id).answer);
   const tokens = new Map(); // bytes → the token and its highest probability
   for (const bar of answers.flatMap(({ bars }) => bars.slice(0, BARS))) {
-    const highest = Math.max(bar.model_probability, bar.probability, tokens.get(bar.bytes)?.highest ?? 0);
+    const highest = Math.max(
+      bar.model_probability,
+      bar.probability,
+      tokens.get(bar.bytes)?.highest ?? 0,
+    );
     tokens.set(bar.bytes, { token: bar, highest });
   }
-  const order = [...tokens.values()].sort((a, b) => b.highest - a.highest).map(({ token }) => token);
+  const order = [...tokens.values()]
+    .sort((a, b) => b.highest - a.highest)
+    .map(({ token }) => token);
   return chosen.map((id, i) => {
     const own = new Map(answers[i].bars.map((bar) => [bar.bytes, bar]));
     const missing = { model_probability: 0, probability: 0, isUnknown: true };
@@ -275,7 +329,12 @@ function distributionRows() {
 
 function paintDistributions() {
   const groups = distributions().map(({ id, bars }) => ({ name: modelName(id), bars }));
-  return paintBars("Next token, side by side", caption(""), groups, axisMaximum(groups.flatMap(({ bars }) => bars)));
+  return paintBars(
+    "Next token, side by side",
+    caption(""),
+    groups,
+    axisMaximum(groups.flatMap(({ bars }) => bars)),
+  );
 }
 
 const generated = () => state.models.filter((id) => columns.get(id)?.text.entries.length);

@@ -52,7 +52,17 @@ function startLens(panel) {
   });
 
   content.append(
-    element("div", { class: "columns" }, element("div", {}, scale("probability", ["0", "1"], "Shade: the probability of the token in the cell."), table), detail),
+    element(
+      "div",
+      { class: "columns" },
+      element(
+        "div",
+        {},
+        scale("probability", ["0", "1"], "Shade: the probability of the token in the cell."),
+        table,
+      ),
+      detail,
+    ),
     save,
   );
   panel.append(
@@ -78,7 +88,11 @@ function startLens(panel) {
     const last = layers.at(-1).positions;
     const grid = element(
       "table",
-      { class: "lens", role: "grid", "aria-label": "Most probable next token by layer and position" },
+      {
+        class: "lens",
+        role: "grid",
+        "aria-label": "Most probable next token by layer and position",
+      },
       element(
         "thead",
         {},
@@ -86,7 +100,13 @@ function startLens(panel) {
           "tr",
           {},
           element("th", { scope: "col" }, "after"),
-          ...tokens.map((token) => element("th", { scope: "col" }, element("span", { class: "token" }, ...tokenNodes(token)))),
+          ...tokens.map((token) =>
+            element(
+              "th",
+              { scope: "col" },
+              element("span", { class: "token" }, ...tokenNodes(token)),
+            ),
+          ),
         ),
       ),
       element(
@@ -132,7 +152,12 @@ function startLens(panel) {
     const maximum = Math.max(1e-6, ...top.map(({ probability }) => probability));
     detail.replaceChildren(
       element("h2", {}, name),
-      element("p", { class: "hint" }, "after ", element("span", { class: "token" }, ...tokenNodes(answer.tokens[position]))),
+      element(
+        "p",
+        { class: "hint" },
+        "after ",
+        element("span", { class: "token" }, ...tokenNodes(answer.tokens[position])),
+      ),
       element(
         "ol",
         { class: "candidates" },
@@ -146,7 +171,11 @@ function startLens(panel) {
           ),
         ),
       ),
-      element("p", { class: "hint" }, `Entropy ${formatNumber(entropy)} nats: how uncertain this layer is.`),
+      element(
+        "p",
+        { class: "hint" },
+        `Entropy ${formatNumber(entropy)} nats: how uncertain this layer is.`,
+      ),
     );
   }
 
@@ -154,7 +183,15 @@ function startLens(panel) {
     const header = ["layer", "position", "token", "rank", "id", "text", "probability"];
     const rows = answer.layers.flatMap(({ name, positions: row }) =>
       row.flatMap(({ top }, i) =>
-        top.map(({ id, text, probability }, rank) => [name, i + 1, answer.tokens[i].text, rank + 1, id, text, probability]),
+        top.map(({ id, text, probability }, rank) => [
+          name,
+          i + 1,
+          answer.tokens[i].text,
+          rank + 1,
+          id,
+          text,
+          probability,
+        ]),
       ),
     );
     return [header, ...rows];
@@ -165,7 +202,12 @@ function startLens(panel) {
       name,
       cells: row.map(({ top }) => ({ token: top[0], probability: top[0].probability })),
     }));
-    return paintTable("What each layer would say", caption(modelName(state.model), { settings: "" }), answer.tokens, rows);
+    return paintTable(
+      "What each layer would say",
+      caption(modelName(state.model), { settings: "" }),
+      answer.tokens,
+      rows,
+    );
   }
 
   return () => request.send({ ...input(), positions: state.positions }, reloadsOf(state.model));
@@ -189,7 +231,9 @@ function scale(kind, values, hint) {
 // --- attention ---
 
 function startAttention(panel) {
-  const layer = select({ id: "layer", onchange: () => update({ layer: Number(layer.value) }) }, [[0, "1"]]);
+  const layer = select({ id: "layer", onchange: () => update({ layer: Number(layer.value) }) }, [
+    [0, "1"],
+  ]);
   const head = select(
     { id: "head", onchange: () => update({ head: head.value === "" ? null : Number(head.value) }) },
     [["", "mean of all"]],
@@ -211,7 +255,11 @@ function startAttention(panel) {
   });
 
   content.append(
-    scale("attention", ["0", "0.25", "1"], "Weight. The color grows with its square root, so small weights are visible."),
+    scale(
+      "attention",
+      ["0", "0.25", "1"],
+      "Weight. The color grows with its square root, so small weights are visible.",
+    ),
     readout,
     element("div", { class: "scroll" }, map.canvas),
     cropped,
@@ -234,7 +282,8 @@ function startAttention(panel) {
     content,
   );
   onChange((changed) => {
-    if (["model", "model list", "layer", "head", "reloaded"].some((name) => changed.has(name))) showLists();
+    if (["model", "model list", "layer", "head", "reloaded"].some((name) => changed.has(name)))
+      showLists();
   });
 
   function paintAttention() {
@@ -246,8 +295,14 @@ function startAttention(panel) {
   function showLists() {
     const model = modelOf(state.model);
     if (!model?.is_loaded) return;
-    fill(layer, Array.from({ length: model.n_layers }, (_, i) => [i, String(i + 1)]));
-    fill(head, [["", "mean of all"], ...Array.from({ length: model.n_heads }, (_, i) => [i, String(i + 1)])]);
+    fill(
+      layer,
+      Array.from({ length: model.n_layers }, (_, i) => [i, String(i + 1)]),
+    );
+    fill(head, [
+      ["", "mean of all"],
+      ...Array.from({ length: model.n_heads }, (_, i) => [i, String(i + 1)]),
+    ]);
     layer.value = state.layer;
     head.value = state.head ?? "";
     // another model may have fewer layers and heads

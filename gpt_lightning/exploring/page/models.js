@@ -3,6 +3,7 @@
 import { getState, post } from "./api.js";
 import { element, formatCount, plural } from "./elements.js";
 import { notify, onChange, state, update } from "./state.js";
+import { knownTokens } from "./tokens.js";
 
 const POLL_INTERVAL = 3000; // milliseconds
 const FOLLOW_KEY = "gpt_lightning follow";
@@ -52,9 +53,15 @@ export async function startModels() {
 
 /** Choose a model. The path stays if its ids mean the same tokens. */
 function choose(id) {
-  const [old, chosen] = [modelOf(state.model), modelOf(id)];
-  const isSameVocabulary = old?.source === chosen.source || old?.vocab_size === chosen.vocab_size;
-  update({ model: id, ...(isSameVocabulary ? {} : { path: [], paths: [] }) });
+  const isSame = hasSameVocabulary(state.model, id);
+  if (!isSame) knownTokens.clear();
+  update({ model: id, ...(isSame ? {} : { path: [], paths: [] }) });
+}
+
+/** Whether two models are known to have the same tokens; of a model that is not loaded, only the source is known. */
+export function hasSameVocabulary(id, other) {
+  const [a, b] = [modelOf(id), modelOf(other)];
+  return a.source === b.source || (a.vocab_size !== null && a.vocab_size === b.vocab_size);
 }
 
 /** Ask again for the models, for example after one has been loaded by its first request. */
@@ -114,7 +121,8 @@ function showNotices() {
   const used = new Set([state.model, ...(state.view === "compare" ? state.models : [])]);
   const outdated = models.filter((model) => used.has(model.id) && isOutdated(model));
   if (byId("follow").checked) for (const { id } of outdated) load(id);
-  const shown = outdated.map(({ id }) => `${newerText(id)} ${loading.has(id)}`).join("\n") + message;
+  const shown =
+    outdated.map(({ id }) => `${newerText(id)} ${loading.has(id)}`).join("\n") + message;
   const notices = byId("notices");
   if (notices.dataset.shown === shown) return;
   notices.dataset.shown = shown;

@@ -2,14 +2,22 @@
 
 import { LatestRequest } from "./api.js";
 import { axis, axisMaximum, barLegend, barTrack, setBar } from "./bars.js";
-import { element, facts, formatCount, formatNumber, formatProbability, plural, select } from "./elements.js";
+import {
+  element,
+  facts,
+  formatCount,
+  formatNumber,
+  formatProbability,
+  plural,
+  select,
+} from "./elements.js";
 import { modelName, modelOf, reloadsOf } from "./models.js";
 import { makeNavigable } from "./navigation.js";
 import { caption, paintBars } from "./picture.js";
 import { saveButtons } from "./save.js";
-import { onChange, sampling, state, update } from "./state.js";
+import { notify, onChange, sampling, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { describe, remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import { describe, remember, textOf, tokenNodes, tokenString } from "./tokens.js";
 import { startTree, take } from "./tree.js";
 
 const MAX_DRAWS = 10_000;
@@ -17,7 +25,11 @@ const MAX_DRAWS = 10_000;
 let answer = null; // what the server said last
 
 export function startNextToken(panel) {
-  const strip = element("div", { class: "strip", role: "listbox", "aria-label": "Tokens of the text" });
+  const strip = element("div", {
+    class: "strip",
+    role: "listbox",
+    "aria-label": "Tokens of the text",
+  });
   const detail = element("p", { class: "hint", id: "strip-detail" });
   const bars = element("ol", {
     class: "bars",
@@ -28,20 +40,27 @@ export function startNextToken(panel) {
   const rest = element("div", { class: "bar-row rest" });
   const legend = element("div");
   const figures = element("div");
-  const content = element("div", { class: "content" });
-  const status = new Status(content);
+  const chart = element("div", { class: "content" }, legend, head, bars, rest);
+  const status = new Status(chart);
   const request = new LatestRequest("next", status, show);
   const back = element(
     "button",
-    { type: "button", onclick: () => update({ path: state.path.slice(0, -1) }) },
+    { type: "button", disabled: state.path.length === 0, onclick: walkBack },
     "Walk back one token",
   );
 
   const save = saveButtons("next-token", { rows: table, paint: picture });
-  save.hidden = true;
+  for (const part of [chart, save]) part.hidden = true; // until the first answer
   const tree = element("div");
   const comparison = element("div");
-  content.append(
+  panel.append(
+    element(
+      "div",
+      { class: "block" },
+      element("div", { class: "heading" }, element("h2", {}, "The text as tokens"), back),
+      strip,
+      detail,
+    ),
     element(
       "div",
       { class: "columns" },
@@ -56,25 +75,12 @@ export function startNextToken(panel) {
           barCount(),
           drawsField(),
         ),
-        legend,
-        head,
-        bars,
-        rest,
+        chart,
+        save,
       ),
       element("aside", {}, figures, tree),
     ),
-    save,
     comparison,
-  );
-  panel.append(
-    element(
-      "div",
-      { class: "block" },
-      element("div", { class: "heading" }, element("h2", {}, "The text as tokens"), back),
-      strip,
-      detail,
-    ),
-    content,
   );
   startTree(tree, comparison);
 
@@ -109,13 +115,13 @@ export function startNextToken(panel) {
 
   function show(newAnswer, { path }) {
     answer = newAnswer;
-    save.hidden = false;
+    for (const part of [chart, save]) part.hidden = false;
     remember(answer.tokens);
     remember(answer.bars);
     showStrip(path.length);
     showBars();
     showFacts();
-    tree.dispatchEvent(new Event("names")); // the tree may have tokens whose text was unknown
+    notify(["names"]); // the tree may have tokens whose text was unknown
   }
 
   function showStrip(pathLength) {
@@ -127,7 +133,9 @@ export function startNextToken(panel) {
           "span",
           {
             role: "option",
-            class: ["token", i >= promptLength && "taken", i < cropped && "cropped"].filter(Boolean).join(" "),
+            class: ["token", i >= promptLength && "taken", i < cropped && "cropped"]
+              .filter(Boolean)
+              .join(" "),
             title: describe(token),
             "aria-label": `${tokenString(token)}, ${describe(token)}`,
             "data-detail": `Token ${i + 1}: ${describe(token)}${detailOf(i, promptLength, cropped)}`,
@@ -154,7 +162,7 @@ export function startNextToken(panel) {
   }
 
   function markPath() {
-    if (state.view === "next") content.classList.add("stale");
+    if (state.view === "next") chart.classList.add("stale");
   }
 
   /** Rows that show the same tokens stay, so the bars move and the focus is kept. */
@@ -193,7 +201,12 @@ export function startNextToken(panel) {
   function row(bar) {
     return element(
       "li",
-      { role: "option", class: "bar-row", "data-token": bar.id, title: `${describe(bar)}; logit ${formatNumber(bar.logit, 3)}` },
+      {
+        role: "option",
+        class: "bar-row",
+        "data-token": bar.id,
+        title: `${describe(bar)}; logit ${formatNumber(bar.logit, 3)}`,
+      },
       element("span", { class: "rank" }, String(bar.rank)),
       element("span", { class: "token" }, ...tokenNodes(bar)),
       barTrack(bar, 1),
@@ -218,7 +231,8 @@ export function startNextToken(panel) {
   }
 
   function showFacts() {
-    const { num_kept, entropy, effective_vocabulary, model_entropy, model_effective_vocabulary } = answer;
+    const { num_kept, entropy, effective_vocabulary, model_entropy, model_effective_vocabulary } =
+      answer;
     const all = answer.bars.length + answer.rest.count;
     figures.replaceChildren(
       facts([
@@ -251,7 +265,12 @@ function walkBack() {
 }
 
 function barCount() {
-  const list = select({ id: "bars", onchange: () => update({ bars: Number(list.value) }) }, [[10], [20], [40], [100]]);
+  const list = select({ id: "bars", onchange: () => update({ bars: Number(list.value) }) }, [
+    [10],
+    [20],
+    [40],
+    [100],
+  ]);
   const show = () => (list.value = state.bars);
   onChange((changed) => changed.has("bars") && show());
   show();
@@ -265,7 +284,8 @@ function drawsField() {
     min: 0,
     max: MAX_DRAWS,
     step: 100,
-    title: "The server draws this many tokens, so you can see how well the draws follow the probabilities.",
+    title:
+      "The server draws this many tokens, so you can see how well the draws follow the probabilities.",
     oninput: () => number.value !== "" && update({ draws: Math.trunc(Number(number.value)) }),
   });
   const show = () => document.activeElement === number || (number.value = state.draws);
@@ -281,11 +301,16 @@ function table() {
 
 function picture() {
   const { bars, draws } = answer;
-  const taken = state.path.map((id) => tokenOf(id).text).join("");
   return paintBars(
     "Next token",
-    caption(modelName(state.model), { prompt: state.prompt + taken }),
-    [{ name: `Outline: model. Fill: after the settings.${draws ? " Thin bar: share of the draws." : ""}`, bars, draws }],
+    caption(modelName(state.model), { prompt: state.prompt + textOf(state.path) }),
+    [
+      {
+        name: `Outline: model. Fill: after the settings.${draws ? " Thin bar: share of the draws." : ""}`,
+        bars,
+        draws,
+      },
+    ],
     axisMaximum(bars, draws),
   );
 }

@@ -8,6 +8,7 @@ import { tokenString } from "./tokens.js";
 const WIDTH = 1200;
 const MARGIN = 40;
 const SCALE = 2; // pixels of the file for one pixel here
+const MAX_PIXELS = 32_000; // of a height; browsers have no larger canvas
 const TEXT = '14px -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif';
 const BOLD = `600 ${TEXT}`;
 const CODE = '14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace';
@@ -30,7 +31,9 @@ export function forgetColors() {
 function computedColor(name, share, other) {
   const probe = document.createElement("span");
   probe.style.color =
-    share === 1 ? `var(${name})` : `color-mix(in oklab, var(${name}) ${100 * share}%, var(${other}))`;
+    share === 1
+      ? `var(${name})`
+      : `color-mix(in oklab, var(${name}) ${100 * share}%, var(${other}))`;
   document.body.append(probe);
   const computed = getComputedStyle(probe).color;
   probe.remove();
@@ -42,10 +45,11 @@ function canvasOf(title, caption, height, paint, width = WIDTH) {
   forgetColors();
   const canvas = document.createElement("canvas");
   const top = 100;
-  canvas.width = width * SCALE;
-  canvas.height = (top + height + MARGIN) * SCALE;
+  const scale = Math.min(SCALE, MAX_PIXELS / (top + height + MARGIN));
+  canvas.width = width * scale;
+  canvas.height = (top + height + MARGIN) * scale;
   const context = canvas.getContext("2d");
-  context.scale(SCALE, SCALE);
+  context.scale(scale, scale);
   context.fillStyle = color("--paper");
   context.fillRect(0, 0, width, top + height + MARGIN);
   context.textBaseline = "middle";
@@ -62,7 +66,8 @@ function write(context, text, x, y, { font = TEXT, ink = "--ink", align = "left"
   context.fillText(maximum ? shortened(context, text, maximum) : text, x, y);
 }
 
-function shortened(context, text, maximum) {
+/** The text, or its beginning with "…", in the font of `context`; at most `maximum` pixels wide. */
+export function shortened(context, text, maximum) {
   if (context.measureText(text).width <= maximum) return text;
   let end = text.length;
   while (end > 0 && context.measureText(`${text.slice(0, end)}…`).width > maximum) end -= 1;
@@ -88,7 +93,11 @@ export function paintBars(title, text, groups, maximum) {
       write(context, name, left, top + 6, { font: BOLD, maximum: width - 16 });
       for (const value of [0, maximum / 2, maximum]) {
         const x = left + (length * value) / maximum;
-        write(context, axisLabel(value), x, top + line + 4, { font: SMALL, ink: "--muted", align: "center" });
+        write(context, axisLabel(value), x, top + line + 4, {
+          font: SMALL,
+          ink: "--muted",
+          align: "center",
+        });
         context.fillStyle = color("--line");
         context.fillRect(x, top + line + 14, 1, rows * line);
       }
@@ -113,6 +122,9 @@ function paintBar(context, bar, draws, x, y, scale) {
   }
   context.strokeStyle = color("--muted");
   context.strokeRect(x + 0.5, y - 7.5, bar.model_probability * scale, 15);
+  // the line beside the right edge keeps it visible inside a longer fill
+  context.fillStyle = color("--paper");
+  context.fillRect(x + 1 + bar.model_probability * scale, y - 7, 1, 14);
 }
 
 /** Texts as shaded tokens: `{name, prompt, entries}`; an entry has `text`, `shade` (0 to 1) and `isMarked`. */
@@ -169,27 +181,43 @@ export function paintTable(title, text, columns, rows) {
   const cell = 96;
   const line = 30;
   const width = Math.max(600, 2 * MARGIN + labels + cell * columns.length);
-  return canvasOf(title, text, line * (rows.length + 1), (context, top) => {
-    columns.forEach((token, i) =>
-      write(context, tokenString(token), MARGIN + labels + i * cell + 8, top + 12, { font: CODE, ink: "--muted", maximum: cell - 12 }),
-    );
-    rows.forEach(({ name, cells }, row) => {
-      const y = top + line * (row + 1);
-      write(context, name, MARGIN, y + 13, { font: SMALL, ink: "--muted" });
-      cells.forEach(({ token, probability }, i) => {
-        const x = MARGIN + labels + i * cell;
-        context.fillStyle = color("--probability", probability);
-        context.fillRect(x, y, cell - 2, line - 2);
-        write(context, tokenString(token), x + 8, y + 14, { font: CODE, maximum: cell - 14 });
+  return canvasOf(
+    title,
+    text,
+    line * (rows.length + 1),
+    (context, top) => {
+      columns.forEach((token, i) =>
+        write(context, tokenString(token), MARGIN + labels + i * cell + 8, top + 12, {
+          font: CODE,
+          ink: "--muted",
+          maximum: cell - 12,
+        }),
+      );
+      rows.forEach(({ name, cells }, row) => {
+        const y = top + line * (row + 1);
+        write(context, name, MARGIN, y + 13, { font: SMALL, ink: "--muted" });
+        cells.forEach(({ token, probability }, i) => {
+          const x = MARGIN + labels + i * cell;
+          context.fillStyle = color("--probability", probability);
+          context.fillRect(x, y, cell - 2, line - 2);
+          write(context, tokenString(token), x + 8, y + 14, { font: CODE, maximum: cell - 14 });
+        });
       });
-    });
-  }, width);
+    },
+    width,
+  );
 }
 
 /** A map that is on the page already, with a title and a caption. */
 export function paintMap(title, text, map) {
   const width = Math.max(600, map.clientWidth + 2 * MARGIN);
-  return canvasOf(title, text, map.clientHeight, (context, top) => {
-    context.drawImage(map, MARGIN, top, map.clientWidth, map.clientHeight);
-  }, width);
+  return canvasOf(
+    title,
+    text,
+    map.clientHeight,
+    (context, top) => {
+      context.drawImage(map, MARGIN, top, map.clientWidth, map.clientHeight);
+    },
+    width,
+  );
 }

@@ -10,12 +10,20 @@ export function saveButtons(name, { rows, paint }) {
     { class: "save" },
     element(
       "button",
-      { type: "button", "aria-label": `Save ${label} as PNG`, onclick: () => savePicture(name, paint()) },
+      {
+        type: "button",
+        "aria-label": `Save ${label} as PNG`,
+        onclick: () => savePicture(name, paint()),
+      },
       "Save PNG",
     ),
     element(
       "button",
-      { type: "button", "aria-label": `Save ${label} as CSV`, onclick: () => saveTable(name, rows()) },
+      {
+        type: "button",
+        "aria-label": `Save ${label} as CSV`,
+        onclick: () => saveTable(name, rows()),
+      },
       "Save CSV",
     ),
   );

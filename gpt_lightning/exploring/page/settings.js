@@ -4,7 +4,9 @@ import { element } from "./elements.js";
 import { onChange, samplingText, state, update } from "./state.js";
 
 const steps = (from, to, by) =>
-  Array.from({ length: Math.round((to - from) / by) + 1 }, (_, i) => Number((from + i * by).toFixed(4)));
+  Array.from({ length: Math.round((to - from) / by) + 1 }, (_, i) =>
+    Number((from + i * by).toFixed(4)),
+  );
 
 // the positions of each slider; null turns a setting off
 const SETTINGS = [

@@ -43,7 +43,12 @@ export class ShadedText {
       this.entries.push(entry);
       const span = element(
         "span",
-        { role: "option", class: "shade", "data-index": this.entries.length - 1, id: newId("token") },
+        {
+          role: "option",
+          class: "shade",
+          "data-index": this.entries.length - 1,
+          id: newId("token"),
+        },
         ...withLineBreaks(text),
       );
       span.style.setProperty("--share", `${100 * shadeOf(entry.surprisal)}%`);
@@ -92,7 +97,9 @@ export class ShadedText {
 /** Nodes of a text in which line breaks have a sign, so a token that is one can be seen and pointed at. */
 function withLineBreaks(text) {
   const parts = text.split(/(\n)/).filter((part) => part !== "");
-  return parts.flatMap((part) => (part === "\n" ? [element("span", { class: "sign" }, "↵"), part] : [part]));
+  return parts.flatMap((part) =>
+    part === "\n" ? [element("span", { class: "sign" }, "↵"), part] : [part],
+  );
 }
 
 /** The header of `ShadedText.rows`. */
@@ -114,12 +121,17 @@ export function shadeLegend() {
       "div",
       {},
       element("span", { class: "ramp surprise", "aria-hidden": "true" }),
-      element("span", { class: "axis" }, element("span", {}, "0"), element("span", {}, `${FULL_SHADE} nats or more`)),
+      element(
+        "span",
+        { class: "axis" },
+        element("span", {}, "0"),
+        element("span", {}, `${FULL_SHADE} nats or more`),
+      ),
     ),
     element(
       "span",
       { class: "hint" },
-      "Surprisal: minus the logarithm of the model's probability. A token that the model is sure of has 0.",
+      "Surprisal: minus the natural logarithm of the model's probability; its unit is the nat. A token that the model is sure of has 0.",
     ),
   );
 }
@@ -159,13 +171,28 @@ export class TokenDetail {
               "dl",
               { class: "pairs" },
               fact("Rank", rank === 1 ? "1, the most probable" : formatCount(rank)),
-              fact("Probability of the model", formatProbability(surprisal === null ? 0 : Math.exp(-surprisal))),
+              fact(
+                "Probability of the model",
+                formatProbability(surprisal === null ? 0 : Math.exp(-surprisal)),
+              ),
               fact("Surprisal", `${formatNumber(surprisal)} nats`),
             ),
           ]
-        : [element("p", { class: "hint" }, "The first token has nothing before it, so it has no probability.")]),
+        : [
+            element(
+              "p",
+              { class: "hint" },
+              "The first token has nothing before it, so it has no probability.",
+            ),
+          ]),
       ...(!isFirst
-        ? [element("p", { class: "hint" }, "The five most probable tokens here. Outline: of the model. Fill: after the settings.")]
+        ? [
+            element(
+              "p",
+              { class: "hint" },
+              "The five most probable tokens here. Outline: of the model. Fill: after the settings.",
+            ),
+          ]
         : []),
       element(
         "ol",

@@ -92,7 +92,11 @@ export function fromHash(hash) {
   for (const name of Object.keys(DEFAULTS)) {
     if (!fields.has(name)) continue;
     const text = fields.get(name);
-    if (name === "paths") values.paths = text.split("_").map(toIds).filter((ids) => ids.length);
+    if (name === "paths")
+      values.paths = text
+        .split("_")
+        .map(toIds)
+        .filter((ids) => ids.length);
     else if (name === "path") values.path = toIds(text);
     else if (name === "models") values.models = fields.getAll(name);
     else if (typeof DEFAULTS[name] === "string") values[name] = text;
@@ -105,5 +109,8 @@ export function fromHash(hash) {
 }
 
 function toIds(text) {
-  return text.split(".").filter((part) => /^\d+$/.test(part)).map(Number);
+  return text
+    .split(".")
+    .filter((part) => /^\d+$/.test(part))
+    .map(Number);
 }

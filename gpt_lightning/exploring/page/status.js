@@ -41,6 +41,8 @@ export class Status {
   #say(kind, ...parts) {
     clearTimeout(this.#timer);
     this.element.dataset.kind = kind;
-    this.element.replaceChildren(...parts.map((part) => (typeof part === "string" ? element("span", {}, part) : part)));
+    this.element.replaceChildren(
+      ...parts.map((part) => (typeof part === "string" ? element("span", {}, part) : part)),
+    );
   }
 }

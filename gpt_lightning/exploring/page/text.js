@@ -8,7 +8,7 @@ import { saveButtons } from "./save.js";
 import { COLUMNS, shadeLegend, ShadedText, TokenDetail } from "./shaded_text.js";
 import { onChange, sampling, samplingText, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { tokenOf } from "./tokens.js";
+import { textOf } from "./tokens.js";
 
 export function startText(panel) {
   const detail = new TokenDetail();
@@ -21,8 +21,16 @@ export function startText(panel) {
   let running = null; // the AbortController of the generation or scoring under way
   let shown = { model: "", settings: "" };
 
-  const generateButton = element("button", { type: "button", class: "primary", onclick: generate }, "Generate");
-  const scoreButton = element("button", { type: "button", class: "primary", onclick: score }, "Score");
+  const generateButton = element(
+    "button",
+    { type: "button", class: "primary", onclick: generate },
+    "Generate",
+  );
+  const scoreButton = element(
+    "button",
+    { type: "button", class: "primary", onclick: score },
+    "Score",
+  );
   const stopButton = element("button", { type: "button", disabled: true, onclick: stop }, "Stop");
   const length = lengthField();
   const given = textField();
@@ -30,7 +38,15 @@ export function startText(panel) {
   controls.append(
     modeField(),
     given,
-    element("div", { class: "row" }, length, generateButton, scoreButton, stopButton, status.element),
+    element(
+      "div",
+      { class: "row" },
+      length,
+      generateButton,
+      scoreButton,
+      stopButton,
+      status.element,
+    ),
   );
   content.append(
     figures,
@@ -43,9 +59,11 @@ export function startText(panel) {
     saveButtons("text", {
       rows: () => [COLUMNS, ...text.rows],
       paint: () =>
-        paintTexts("Text, shaded by surprisal", caption(shown.model, { prompt: "", settings: shown.settings }), [
-          { name: "", prompt: text.prompt, entries: text.painted },
-        ]),
+        paintTexts(
+          "Text, shaded by surprisal",
+          caption(shown.model, { prompt: "", settings: shown.settings }),
+          [{ name: "", prompt: text.prompt, entries: text.painted }],
+        ),
     }),
   );
   panel.append(controls, content);
@@ -57,7 +75,8 @@ export function startText(panel) {
     const isScore = state.mode === "score";
     for (const part of [length, generateButton]) part.hidden = isScore;
     for (const part of [given, scoreButton]) part.hidden = !isScore;
-    for (const radio of controls.querySelectorAll("input[type=radio]")) radio.checked = radio.value === state.mode;
+    for (const radio of controls.querySelectorAll("input[type=radio]"))
+      radio.checked = radio.value === state.mode;
     stop();
     status.done();
     start("", "");
@@ -82,14 +101,19 @@ export function startText(panel) {
     stop();
     const controller = (running = new AbortController());
     stopButton.disabled = false;
+    status.done(); // what it said of the text before
     status.loading();
     try {
-      const message = await work({ signal: controller.signal, onBusy: (seconds) => status.busy(seconds) });
+      const message = await work({
+        signal: controller.signal,
+        onBusy: (seconds) => status.busy(seconds),
+      });
       status.done(message);
     } catch (error) {
       if (controller.signal.aborted) {
         if (running === controller) status.done("Stopped.");
       } else status.error(error);
+      content.hidden = text.entries.length === 0;
     }
     if (running === controller) {
       running = null;
@@ -100,9 +124,11 @@ export function startText(panel) {
 
   function generate() {
     const { model, prompt, path, seed, max_new_tokens } = state;
-    start(prompt + path.map((id) => tokenOf(id).text).join(""), samplingText());
+    start(prompt + textOf(path), samplingText());
     const body = { model, prompt, path, sampling: sampling(), max_new_tokens, seed };
-    return run((options) => generateInto(text, body, options, () => status.done("Writing …")).finally(showGenerated));
+    return run((options) =>
+      generateInto(text, body, options, () => status.done("Writing …")).finally(showGenerated),
+    );
   }
 
   function showGenerated() {
@@ -128,7 +154,12 @@ export function startText(panel) {
     return run(async (options) => {
       const answer = await post("score", { model: state.model, text: state.text }, options);
       text.append(
-        answer.tokens.map(({ surprisal, rank, candidates, ...token }) => ({ token, surprisal, rank, candidates })),
+        answer.tokens.map(({ surprisal, rank, candidates, ...token }) => ({
+          token,
+          surprisal,
+          rank,
+          candidates,
+        })),
       );
       figures.replaceChildren(
         facts([
@@ -147,7 +178,11 @@ export function startText(panel) {
             value: formatNumber(answer.bits_per_byte, 3),
             hint: "Does not depend on the tokenizer, so it compares models with different ones.",
           },
-          { name: "Tokens", value: formatCount(answer.num_tokens), hint: "The length of the text in tokens." },
+          {
+            name: "Tokens",
+            value: formatCount(answer.num_tokens),
+            hint: "The length of the text in tokens.",
+          },
         ]),
       );
     });
@@ -159,7 +194,9 @@ export async function generateInto(text, body, options, onFirst, onToken) {
   for await (const event of stream("generate", body, options)) {
     if (event.done === "error") throw new Error(event.error);
     if (event.done) {
-      return event.done === "stop" ? "The model ended the text." : `${plural(text.entries.length, "token")} written.`;
+      return event.done === "stop"
+        ? "The model ended the text."
+        : `${plural(text.entries.length, "token")} written.`;
     }
     if (text.entries.length === 0) onFirst?.();
     text.append([event]);
@@ -173,7 +210,12 @@ function modeField() {
     element(
       "label",
       { class: "choice" },
-      element("input", { type: "radio", name: "mode", value, onchange: () => update({ mode: value }) }),
+      element("input", {
+        type: "radio",
+        name: "mode",
+        value,
+        onchange: () => update({ mode: value }),
+      }),
       label,
     );
   return element(
@@ -211,5 +253,10 @@ function textField() {
   const show = () => document.activeElement === area || (area.value = state.text);
   onChange((changed) => changed.has("text") && show());
   show();
-  return element("div", { class: "field" }, element("label", { for: "score-text" }, "Text to score"), area);
+  return element(
+    "div",
+    { class: "field" },
+    element("label", { for: "score-text" }, "Text to score"),
+    area,
+  );
 }

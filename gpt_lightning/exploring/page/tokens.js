@@ -51,6 +51,9 @@ export function remember(tokens) {
   for (const { id, text, bytes } of tokens) knownTokens.set(id, { id, text, bytes });
 }
 
+/** The text of a path, as far as it is known. */
+export const textOf = (path) => path.map((id) => tokenOf(id).text).join("");
+
 /** The known token with this id. Its text is the id until the server has named it. */
 export function tokenOf(id) {
   return knownTokens.get(id) ?? { id, text: `#${id}`, bytes: "" };

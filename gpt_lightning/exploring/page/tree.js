@@ -1,11 +1,11 @@
 /** The paths taken after the prompt, as a tree with branches, and two of them compared. */
 
-import { LatestRequest } from "./api.js";
+import { LatestRequest, post } from "./api.js";
 import { element, formatNumber, formatProbability, plural, select } from "./elements.js";
 import { modelOf, reloadsOf } from "./models.js";
-import { onChange, sampling, state, update } from "./state.js";
+import { notify, onChange, sampling, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import { knownTokens, remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
 
 const isPrefix = (a, b) => a.length <= b.length && a.every((id, i) => id === b[i]);
 const isSame = (a, b) => a.length === b.length && isPrefix(a, b);
@@ -56,21 +56,40 @@ export function startTree(container, comparison) {
     branches.replaceChildren(
       ...(root.children.length
         ? [element("ul", {}, branch(root))]
-        : [element("p", { class: "hint" }, "Choose a token to take it. Then walk back and choose another one: both paths stay here.")]),
+        : [
+            element(
+              "p",
+              { class: "hint" },
+              "Choose a token to take it. Then walk back and choose another one: both paths stay here.",
+            ),
+          ]),
     );
   }
 
   onChange((changed) => {
+    learnNames();
     // the tokens were taken after another text; a link brings its own path
     if (changed.has("prompt") && !changed.has("path")) update({ path: [], paths: [] });
-    if (changed.has("path") || changed.has("paths")) show();
-    compare();
-  });
-  container.addEventListener("names", () => {
-    show();
+    if (["path", "paths", "names"].some((name) => changed.has(name))) show();
     compare();
   });
   show();
+}
+
+const asked = new Set();
+
+/** Ask for the texts of the tokens that a link has brought as ids. */
+async function learnNames() {
+  const ids = [...new Set([...state.path, ...state.paths.flat()])];
+  const unknown = ids.filter((id) => !knownTokens.has(id) && !asked.has(id));
+  if (unknown.length === 0 || !modelOf(state.model)) return;
+  for (const id of unknown) asked.add(id);
+  try {
+    remember((await post("tokens", { model: state.model, prompt: "", path: unknown })).tokens);
+    notify(["names"]);
+  } catch {
+    // the view says what is wrong with the path
+  }
 }
 
 function forget() {
@@ -96,7 +115,9 @@ function step({ id, path }) {
     "button",
     {
       type: "button",
-      class: ["token", isPrefix(path, state.path) && "taken", id === null && "root"].filter(Boolean).join(" "),
+      class: ["token", isPrefix(path, state.path) && "taken", id === null && "root"]
+        .filter(Boolean)
+        .join(" "),
       "aria-current": isHere && "step",
       "aria-label": id === null ? "Walk back to the prompt" : `Go to ${tokenString(tokenOf(id))}`,
       onclick: () => update({ path }),
@@ -122,6 +143,7 @@ function startComparison(container) {
         show();
       }),
   );
+  container.hidden = true;
   container.append(
     element(
       "div",
@@ -144,7 +166,9 @@ function startComparison(container) {
     if (container.hidden || state.view !== "next" || !modelOf(model)) return;
     lists.forEach((list, i) => {
       chosen[i] = Math.min(chosen[i], paths.length - 1);
-      list.replaceChildren(...paths.map((path, value) => element("option", { value }, nameOf(path))));
+      list.replaceChildren(
+        ...paths.map((path, value) => element("option", { value }, nameOf(path))),
+      );
       list.value = chosen[i];
       requests[i].send(
         { model, prompt, path: paths[chosen[i]], sampling: sampling(), draws: 0, seed, bars: 0 },
@@ -210,7 +234,11 @@ function cells(token) {
   return [
     element("td", {}, element("span", { class: "token" }, ...tokenNodes(token))),
     element("td", { class: "figure" }, formatProbability(token.model_probability)),
-    element("td", { class: "figure" }, token.probability === 0 ? "cut off" : formatProbability(token.probability)),
+    element(
+      "td",
+      { class: "figure" },
+      token.probability === 0 ? "cut off" : formatProbability(token.probability),
+    ),
   ];
 }
 

@@ -7,8 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar, final
 
 import torch
@@ -170,9 +170,13 @@ class ModelThread:
     """The one thread that calls models: two at once would share the processors and each be slower.
 
     It takes one job, then one decoding step of every model, and begins again.
+
+    Attributes:
+        executor: Threads that help it to draw random numbers.
     """
 
     def __init__(self) -> None:
+        self.executor = ThreadPoolExecutor(torch.get_num_threads(), "draws")
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._workers: list[ModelWorker] = []
@@ -218,6 +222,7 @@ class ModelThread:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+        self.executor.shutdown()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -276,6 +281,7 @@ class ModelWorker:
         self._model = model
         self._tokenizer = tokenizer
         self._thread = thread
+        self._executor = thread.executor
         self._limits = limits
         self._batch: DecodeBatch[_Row] = DecodeBatch(model)
         self._lock = threading.Lock()
@@ -437,38 +443,49 @@ class ModelWorker:
                 self._fail_row(
                     row, ValueError("logits: are not finite; the model's weights are damaged")
                 )
+        tokens: dict[int, int] = {}
+        shown: dict[int, list[Candidate]] = {}
         for sampling, members in groups.items():
             part = logits if len(members) == len(rows) else logits[members]
             ids = None
             if sampling.repetition_penalty != 1.0:
                 ids = _padded([rows[i].ids for i in members], logits.device)
-            tokens = sample_rows(
-                part, sampling, [rows[i].generator for i in members], ids=ids
-            ).tolist()
-            for position, (i, token) in enumerate(zip(members, tokens, strict=True)):
-                previous = None if ids is None else ids[position : position + 1]
-                self._add_token(rows[i], token, part[position : position + 1], previous)
+            generators = [rows[i].generator for i in members]
+            sampled = sample_rows(part, sampling, generators, ids=ids, executor=self._executor)
+            tokens |= zip(members, sampled.tolist(), strict=True)
+            for n, i in enumerate(members):
+                if num := rows[i].request.num_candidates:
+                    previous = None if ids is None else ids[n : n + 1]
+                    shown[i] = candidates(part[n : n + 1], sampling, num, previous)
+        scores = self._scores(rows, tokens, logits)
+        for i, token in tokens.items():
+            self._add_token(rows[i], token, scores.get(i), shown.get(i, []))
 
-    def _add_token(self, row: _Row, token: int, logits: Tensor, previous: Tensor | None) -> None:
+    def _scores(
+        self, rows: list[_Row], tokens: dict[int, int], logits: Tensor
+    ) -> dict[int, TokenScore]:
+        """Scores of the new tokens, by row, of the rows that ask for them."""
+        asked = {i: num for i in tokens if (num := rows[i].request.num_top) is not None}
+        if not asked:
+            return {}
+        scores = score_tokens(logits[list(asked)], [tokens[i] for i in asked], max(asked.values()))
+        return {
+            i: replace(score, top=score.top[:num])
+            for (i, num), score in zip(asked.items(), scores, strict=True)
+        }
+
+    def _add_token(
+        self, row: _Row, token: int, score: TokenScore | None, shown: list[Candidate]
+    ) -> None:
         """Report the new token of a row, or the row's end."""
-        request = row.request
-        if token == request.eos_id:
+        if token == row.request.eos_id:
             self._end(row, "stop")
             return
-        score = None
-        if request.num_top is not None:
-            (score,) = score_tokens(logits, [token], request.num_top)
-        chosen_from = (
-            candidates(logits, request.sampling, request.num_candidates, previous)
-            if request.num_candidates
-            else []
-        )
         row.ids.append(token)
         offset = len(row.text.text)
         row.text.add(token)
-        row.generation.send(
-            [TokenEvent(row.number, token, row.text.pop_text(), offset, score, chosen_from)]
-        )
+        event = TokenEvent(row.number, token, row.text.pop_text(), offset, score, shown)
+        row.generation.send([event])
         if row.text.is_over:
             self._end(row, "stop")
         elif row.num_remaining == 0:

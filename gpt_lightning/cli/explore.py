@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
             def show_address() -> None:
                 print(f"{url} shows {', '.join(explorer.models)}; Ctrl-C stops it", flush=True)
                 if settings.open:
-                    webbrowser.open(url)
+                    webbrowser.open_new_tab(url)
 
             return run_server(app, listener, show_address)
         finally:

@@ -3,6 +3,8 @@
 import webbrowser
 from functools import partial
 
+from jsonargparse import ArgumentParser
+
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.serve import checked_settings, extra_packages, server_parser
 
@@ -13,9 +15,7 @@ def run(arguments: list[str]) -> int:
     The page is for a browser on this machine and loads nothing from the network. A run that is still training can
     be explored too: the page notices new checkpoints. The server also has the endpoint of the command serve.
     """
-    parser = server_parser("explore", run.__doc__)
-    parser.add_argument("--open", action="store_true", help="Open the page in a browser.")
-    settings = parse(parser, arguments)
+    settings = parse(_parser(), arguments)
     with extra_packages("explore"):
         from gpt_lightning.exploring.api import routes
         from gpt_lightning.exploring.explorer import Explorer
@@ -45,3 +45,9 @@ def run(arguments: list[str]) -> int:
             return run_server(app, listener, show_address)
         finally:
             thread.close()
+
+
+def _parser() -> ArgumentParser:
+    parser = server_parser("explore", run.__doc__)
+    parser.add_argument("--open", action="store_true", help="Open the page in a browser.")
+    return parser

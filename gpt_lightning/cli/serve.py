@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     Requests that come at the same time are decoded together. Only this machine reaches the server, unless --host
     says otherwise; then every request needs a token.
     """
-    settings = parse(server_parser("serve", run.__doc__), arguments)
+    settings = parse(_parser(), arguments)
     with extra_packages("serve"):
         from gpt_lightning.serving.endpoint import endpoint_routes
         from gpt_lightning.serving.served_model import load_served_model, model_ids
@@ -135,3 +135,7 @@ def server_parser(command: str, description: str | None) -> ArgumentParser:
     add("--device", type=str | None, help=DEVICE_HELP)
     add("--dtype", type=DType | None, help=DTYPE_HELP)
     return parser
+
+
+def _parser() -> ArgumentParser:
+    return server_parser("serve", run.__doc__)

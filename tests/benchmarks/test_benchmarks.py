@@ -17,6 +17,7 @@ from helpers import (
         pytest.param("generation", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("serving", [], marks=pytest.mark.slow),
         ("windows", []),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("plan", [], marks=pytest.mark.nightly),

@@ -1,5 +1,6 @@
 """``serve`` as a command: its start, its stop, its errors."""
 
+import json
 import re
 import signal
 import socket
@@ -45,13 +46,27 @@ def test_stop_lets_running_requests_end(source: Path, signum: int, code: int) ->
         thread.start()
         time.sleep(0.5)
         assert not answers
-        assert server.stop(signum)[0] == code
+        assert server.stop(signum) == (code, "")
         thread.join()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/v1/models")
     (answer,) = answers
     assert answer.status_code == 200
     assert len(answer.json()["choices"]) == 200
+
+
+def test_second_signal_ends_at_once_and_in_one_line(source: Path) -> None:
+    with running_server("serve", "--from", str(source)) as server:
+        body = json.dumps({"prompt": ["a"] * 256, "max_tokens": 40, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as reader:
+            reader.sendall(head.encode() + body)
+            reader.recv(1)  # and no more
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            code, err = server.stop(signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in err
 
 
 def test_port_in_use_is_named(command: Command, source: Path) -> None:

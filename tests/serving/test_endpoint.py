@@ -284,6 +284,7 @@ def test_busy_server_answers_429_with_retry_after(busy_server: RunningServer) ->
     long = {"prompt": ["a"] * 200, "max_tokens": 40}
     url = f"{busy_server.url}/v1/completions"
     client = openai.OpenAI(base_url=f"{busy_server.url}/v1", api_key="unused", max_retries=0)
+    complete(client, max_tokens=1)  # imports its modules
     with httpx.stream("POST", url, json={**long, "stream": True}) as running:
         next(running.iter_bytes())
         refused = []

@@ -285,12 +285,14 @@ def test_busy_server_answers_429_with_retry_after(busy_server: RunningServer) ->
     url = f"{busy_server.url}/v1/completions"
     client = openai.OpenAI(base_url=f"{busy_server.url}/v1", api_key="unused", max_retries=0)
     complete(client, max_tokens=1)  # imports its modules
-    with httpx.stream("POST", url, json={**long, "stream": True}) as running:
-        next(running.iter_bytes())
-        refused = []
-        for _ in range(3):
-            refused.append(httpx.post(url, json={"prompt": "a", "max_tokens": 1}))
+    with (
+        httpx.Client() as other,
+        httpx.stream("POST", url, json={**long, "stream": True}) as running,
+    ):
+        parts = running.iter_bytes()
+        next(parts)
         raised(openai.RateLimitError, lambda: complete(client))
+        refused = [other.post(url, json={"prompt": "a", "max_tokens": 1}) for _ in range(2)]
     for answer in refused:
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1

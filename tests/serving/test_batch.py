@@ -18,7 +18,7 @@ def logits_alone(model: GPTModel, ids: list[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_rows_that_join_and_leave_have_the_logits_they_have_alone(seed: int) -> None:
     rng = random.Random(seed)
     model = tiny_gpt(context_length=rng.choice([8, 24, 150]))

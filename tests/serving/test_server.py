@@ -33,7 +33,10 @@ def test_ready_line_has_the_address_and_the_models(source: Path) -> None:
         assert server.stop() == (143, "")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_stop_lets_running_requests_end(source: Path, signum: int, code: int) -> None:
     answers: list[Any] = []
     with running_server("serve", "--from", str(source)) as server:

@@ -86,7 +86,7 @@ def log_likelihoods(
 
     Args:
         model: In eval mode.
-        batch_size: Maximum number of continuations that are computed together.
+        batch_size: Maximum number of continuations that are computed together. Those of one context are never separated.
         on_progress: Called after each batch with the number of continuations that are done.
 
     Raises:

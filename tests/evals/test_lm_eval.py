@@ -69,7 +69,7 @@ def local_files(folder: Path) -> dict[str, tuple[Path, Path]]:
         page = ' = A page = \n \n It has 1 @,@ 000 words , " all " ( short ) . \n' * 30
     wiki = folder / "wiki.txt"
     wiki.write_text(page, encoding="utf-8")
-    choice_file = write_lines(folder / "choices.jsonl", choices)  # type: ignore[arg-type]
+    choice_file = write_lines(folder / "choices.jsonl", choices)
     text_file = write_lines(folder / "texts.jsonl", texts)  # type: ignore[arg-type]
     return {
         "hellaswag": (choice_file, choice_file),

@@ -150,16 +150,20 @@ def _check_lengths(number: int, request: Request, context_length: int) -> None:
 def _shared_batches(
     requests: Sequence[Request], numbers: Sequence[int], batch_size: int, context_length: int
 ) -> Iterator[list[int]]:
-    """Numbers of requests with equally many continuations and contexts of similar length, the longest first."""
+    """Numbers of requests with equally many continuations of similar length, the longest first.
+
+    Continuations are more tokens than their contexts, so it is their padding that counts.
+    """
+
+    def key(number: int) -> tuple[int, int, int]:
+        request = requests[number]
+        return len(request.continuations), request.longest, len(request.context)
+
     batch: list[int] = []
     times = width = longest = 0
-    for number in sorted(
-        numbers,
-        key=lambda n: (len(requests[n].continuations), len(requests[n].context)),
-        reverse=True,
-    ):
+    for number in sorted(numbers, key=key, reverse=True):
         request = requests[number]
-        longest = max(longest, request.longest)
+        width = max(width, len(request.context))
         if batch and (
             len(request.continuations) != times
             or (len(batch) + 1) * times > batch_size
@@ -168,8 +172,7 @@ def _shared_batches(
             yield batch
             batch = []
         if not batch:
-            times, width = len(request.continuations), len(request.context)
-            longest = request.longest
+            times, longest, width = key(number)
         batch.append(number)
     if batch:
         yield batch
@@ -179,10 +182,11 @@ def _score_shared(model: GPTModel, batch: list[Request]) -> list[Likelihood]:
     """Likelihoods of all continuations of a batch from :func:`_shared_batches`."""
     weight = model.tok_emb.weight
     device, times = weight.device, len(batch[0].continuations)
-    width, more = len(batch[0].context), max(request.longest for request in batch) - 1
+    lengths = [len(request.context) for request in batch]
+    width, more = max(lengths), max(request.longest for request in batch) - 1
     padding = None
-    if len(batch[-1].context) < width:
-        padding = torch.tensor([width - len(request.context) for request in batch], device=device)
+    if min(lengths) < width:
+        padding = torch.tensor([width - length for length in lengths], device=device)
     contexts = [[0] * (width - len(r.context)) + list(r.context) for r in batch]
     cache = KVCache.allocate(model.config, len(batch), width + more, device, weight.dtype)
     features = model.features(torch.tensor(contexts, device=device), cache, padding)[:, -1]

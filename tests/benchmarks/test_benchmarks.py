@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
                 pytest.mark.skipif(CHROMIUM is None, reason="no chromium here"),
             ],
         ),
-        ("windows", []),
+        pytest.param("windows", [], marks=pytest.mark.slow),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("plan", [], marks=pytest.mark.nightly),
         pytest.param("loading", [], marks=pytest.mark.slow),

@@ -192,7 +192,7 @@ def runs() -> Iterator[Runs]:
         yield process
 
 
-@pytest.mark.parametrize("rng", ["step", "global"])
+@pytest.mark.parametrize("rng", [pytest.param("step", marks=pytest.mark.slow), "global"])
 def test_resume_in_warmup_and_decay_is_exact(runs: Runs, tmp_path: Path, rng: str) -> None:
     arguments = [
         "fit", *SMALL_QUICKSTART, "--run=r", f"--rng={rng}", "--trainer.max_steps=14", EVERY_STEP,

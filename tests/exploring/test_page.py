@@ -626,6 +626,33 @@ def test_link_with_an_unknown_model(visit: Visit, address: str, expect: Any) -> 
     expect(page.locator(".side-by-side section")).to_have_count(1)
 
 
+def test_names_of_a_link_in_another_vocabulary(visit: Visit, address: str, expect: Any) -> None:
+    """The names of tokens are asked for again when another tokenizer may give them other texts."""
+    link = f"prompt={PROMPT}&paths=40000_40001"
+    ids = [40000, 40001]
+    names = [visible(t["text"]) for t in ask(address, "tokens", prompt="", path=ids)["tokens"]]
+    page = visit.open(f"#{link}")
+    tokens = page.locator(".tree button.token:not(.root)")
+    expect(tokens).to_have_text(names)
+
+    def with_another_size(route: Any) -> None:
+        content = route.fetch().json()
+        for model in content["models"]:
+            if model["id"] == "other":
+                model["vocab_size"] = 1000
+        route.fulfill(json=content)
+
+    page.route("**/api/state", with_another_size)
+    with page.expect_response("**/api/state"):
+        pass
+    page.wait_for_timeout(300)
+    page.locator("#model").select_option("other")
+    expect(tokens).to_have_count(0)
+    open_link(page, f"#model=other&{link}")
+    expect(tokens).to_have_text(names)
+    page.unroute("**/api/state")
+
+
 def test_chosen_checkpoint_leaves_the_list(visit: Visit, expect: Any) -> None:
     page = visit.open(f"#model=quickstart/best&prompt={PROMPT}&path=5")
     expect(page.locator("#model")).to_have_value("quickstart/best")

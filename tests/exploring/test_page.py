@@ -612,7 +612,7 @@ def test_link_with_an_unknown_model(visit: Visit, address: str, expect: Any) -> 
     """The page takes the first model, says so, and goes on."""
     notices = visit.open(f"#model=gone&prompt={PROMPT}").locator("#notices")
     page = visit.page
-    said = "The server has no model gone. The page shows quickstart."
+    said = "The server has no model “gone”. The page shows quickstart."
     expect(notices).to_have_text(said)
     assert shown_bars(page) == expected_bars(next_token(address, bars=20))
     page.locator("#model").select_option("other")
@@ -664,7 +664,7 @@ def test_chosen_checkpoint_leaves_the_list(visit: Visit, expect: Any) -> None:
 
     page.route("**/api/state", without_best)
     expect(page.locator("#model")).to_have_value("quickstart")
-    expect(page.locator("#notices")).to_contain_text("has no model quickstart/best")
+    expect(page.locator("#notices")).to_contain_text("has no model “quickstart/best”")
     expect(page.locator(".strip .taken")).to_have_count(1)  # of the same run: the same tokens
     page.unroute("**/api/state")
 

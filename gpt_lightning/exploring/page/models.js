@@ -62,7 +62,7 @@ export function availableModel(id) {
   if (models.length === 0) return id; // they are not known yet
   const isAvailable = modelOf(id) !== undefined;
   const first = models[0].id;
-  choiceMessage = isAvailable ? "" : `The server has no model ${id}. The page shows ${first}.`;
+  choiceMessage = isAvailable ? "" : `The server has no model “${id}”. The page shows ${first}.`;
   showNotices();
   return isAvailable ? id : first;
 }

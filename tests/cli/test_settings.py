@@ -43,6 +43,36 @@ from helpers import (
             ["model.decay_steps: 0.5 is step 0 of 1, which is not after the 1 steps"],
         ),
         (["--model.decay_steps=0.1", "--model.warmup_steps=0.2"], ["0.1 is not after the 0.2"]),
+        (
+            ["--model.lr_schedule=constant", "--model.decay_steps=20"],
+            ["model.lr_schedule: constant has no end of a decay, and model.decay_steps is 20"],
+        ),
+        (
+            ["--model.lr_schedule=inverse_sqrt", "--model.decay_steps=1.0"],
+            ["model.lr_schedule: inverse_sqrt has no end of a decay"],
+        ),
+        (
+            ["--model.lr_schedule=inverse_sqrt", "--model.warmup_steps=0"],
+            ["model.lr_schedule: inverse_sqrt", "give model.warmup_steps"],
+        ),
+        (["--model.lr_schedule=cosin"], ["model.lr_schedule: cosin", "did you mean cosine?"]),
+        (["--model.decay_type=linear"], ["model.decay_type: linear has an effect only with"]),
+        (
+            ["--model.lr_schedule=linear", "--model.decay_fraction=0.1"],
+            ["model.decay_fraction: 0.1 has an effect only with model.lr_schedule wsd"],
+        ),
+        (["--model.lr_schedule=wsd", "--model.decay_fraction=0"], ["decay_fraction: 0.0 is not a"]),
+        (["--model.lr_schedule=wsd", "--model.decay_type=exp"], ["model.decay_type: exp"]),
+        (
+            ["--model.lr_schedule=wsd", "--model.decay_steps=20", "--model.decay_fraction=0.6"],
+            ["0.6 of 20 steps starts the decay at step 8, before the end of the 10 warmup_steps"],
+        ),
+        (["--checkpoint.max_to_keep=0"], ["checkpoint.max_to_keep: 0 is too small; give 1"]),
+        (["--checkpoint.max_to_keep=2"], ["checkpoint.max_to_keep: 2 has no effect without"]),
+        (
+            ["--checkpoint.keep_every_n_train_steps=0"],
+            ["checkpoint.keep_every_n_train_steps: 0 is too small"],
+        ),
         (["--model.clip_from_step=1"], ["clip_from_step: 1 is beyond the run, which has 1 step;"]),
         (["--model.clip_from_step=1.0"], ["clip_from_step: 1.0 is beyond the run"]),
         (["--model.clip_from_step=-1"], ["clip_from_step: -1 is negative"]),

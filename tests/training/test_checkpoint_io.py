@@ -56,7 +56,7 @@ from gpt_lightning.training.resume import latest_valid_checkpoint
 
 folder = Path(sys.argv[1])
 first, old, new, later = (small_checkpoint(step) for step in range(4))
-best = {"also_named": "best.ckpt"}
+best = {"also_named": ["best.ckpt"]}
 
 def dying_at(point):
     passed = []
@@ -328,7 +328,7 @@ def test_best_stays_when_last_is_saved_again(
     if not has_links:
         monkeypatch.setattr(os, "link", link)
     io, last, best = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "best.ckpt"
-    io.save_checkpoint(small_checkpoint(1), last, {"also_named": "best.ckpt"})
+    io.save_checkpoint(small_checkpoint(1), last, {"also_named": ["best.ckpt"]})
     assert best.samefile(last) == has_links
     for step in (2, 3, 4):
         io.save_checkpoint(small_checkpoint(step), last)

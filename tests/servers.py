@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel, save_model
+from gpt_lightning.data.tokenizer import GPT2
 from helpers import ENVIRONMENT
 
 SECONDS_TO_START = 120
@@ -65,12 +66,20 @@ def running_server(command: str, *arguments: str, **environment: str) -> Iterato
         process.communicate()
 
 
-def write_tiny_model(folder: Path, seed: int = 1, **changes: int) -> Path:
-    """A tiny model with GPT-2's tokenizer and random weights, in Hugging Face's form."""
+def write_tiny_model(folder: Path, seed: int = 1, *, ends: bool = False, **changes: int) -> Path:
+    """A tiny model with GPT-2's tokenizer and random weights, in Hugging Face's form.
+
+    Args:
+        ends: It predicts the end of the text after every token.
+    """
     sizes = {"context_length": 48, "emb_dim": 16, "n_heads": 2, "n_layers": 2, **changes}
     torch.manual_seed(seed)
     model = GPTModel(GPTConfig(**sizes, qkv_bias=True)).eval()
     with torch.no_grad():  # a few tokens have most of the probability, as in a trained model
         model.head_weight.mul_(30 / sizes["emb_dim"] ** 0.5)
+        if ends:
+            model.final_norm.bias.fill_(1.0)
+            model.head_weight[GPT2.end_of_text_id] = 1000.0
+            model.final_norm.weight.zero_()
     save_model(model, folder)
     return folder

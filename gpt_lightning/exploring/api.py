@@ -4,14 +4,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, TypeVar, final
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.exploring.explorer import Explorer, LoadedModel
@@ -30,9 +28,10 @@ from gpt_lightning.serving.api_errors import (
     validation_error,
     with_error_answers,
 )
-from gpt_lightning.serving.endpoint import read_body, sse
+from gpt_lightning.serving.endpoint import EventStream, read_body, server_sent_event
+from gpt_lightning.serving.served_model import ServedModel
 from gpt_lightning.serving.token_scores import TokenScore
-from gpt_lightning.serving.worker import EndEvent, Generation, TextRequest, TokenEvent
+from gpt_lightning.serving.worker import EndEvent, Generation, RowRequest, TokenEvent
 
 DEFAULT_PROMPT = "Every effort moves you"
 MAX_CHARACTERS = 200_000
@@ -215,7 +214,7 @@ async def _next(loaded: LoadedModel, body: NextBody, request: Request) -> Respon
 
 async def _generate(loaded: LoadedModel, body: GenerateBody, request: Request) -> Response:
     served = loaded.served
-    row = TextRequest(
+    row = RowRequest(
         await _ids(loaded, body),
         body.max_new_tokens,
         _sampling(body.sampling, loaded),
@@ -224,22 +223,8 @@ async def _generate(loaded: LoadedModel, body: GenerateBody, request: Request) -
         num_top=0,
         num_candidates=NUM_CANDIDATES,
     )
-    return _GenerationResponse(served.worker.submit(row), served.tokenizer)
-
-
-@final
-class _GenerationResponse(StreamingResponse):
-    """Server-sent events of one text while it is generated. It ends when the client goes away."""
-
-    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
-        super().__init__(_events(generation, tokenizer), media_type="text/event-stream")
-        self._generation = generation
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._generation.cancel()
+    generation = served.worker.submit(row)
+    return EventStream(generation, _events(generation, served.tokenizer))
 
 
 async def _events(generation: Generation, tokenizer: Tokenizer) -> AsyncIterator[str]:
@@ -247,11 +232,13 @@ async def _events(generation: Generation, tokenizer: Tokenizer) -> AsyncIterator
         async for event in generation:
             match event:
                 case TokenEvent():
-                    yield sse(_event_json(event, tokenizer))
+                    yield server_sent_event(_event_json(event, tokenizer))
                 case EndEvent():
-                    yield sse({"done": event.reason, "error": None})
+                    yield server_sent_event({"done": event.reason, "error": None})
     except Exception as error:  # the status has already been sent
-        yield sse({"done": "error", "error": api_error(error).content["error"]["message"]})
+        yield server_sent_event(
+            {"done": "error", "error": api_error(error).content["error"]["message"]}
+        )
 
 
 def _event_json(event: TokenEvent, tokenizer: Tokenizer) -> Json:
@@ -273,7 +260,7 @@ def _event_json(event: TokenEvent, tokenizer: Tokenizer) -> Json:
 
 async def _score(loaded: LoadedModel, body: ScoreBody, request: Request) -> Response:
     served = loaded.served
-    ids = await _encode(served.tokenizer, body.text, "text")
+    ids = await _encode(served, body.text, "text")
     if not ids:
         raise APIError(400, "text: is empty; give some text", param="text")
     if len(ids) > MAX_SCORED_TOKENS:
@@ -345,7 +332,7 @@ def _sampling(body: SamplingBody, loaded: LoadedModel) -> SamplingParams:
 async def _ids(loaded: LoadedModel, body: SequenceBody, *, may_be_empty: bool = False) -> list[int]:
     """Token ids of the prompt and the path."""
     vocab_size = loaded.served.model.config.vocab_size
-    ids = await _encode(loaded.served.tokenizer, body.prompt, "prompt") + body.path
+    ids = await _encode(loaded.served, body.prompt, "prompt") + body.path
     if body.path and max(body.path) >= vocab_size:
         message = f"path: {max(body.path)} is outside the vocabulary of {vocab_size:,} tokens"
         raise APIError(400, message, param="path")
@@ -354,11 +341,10 @@ async def _ids(loaded: LoadedModel, body: SequenceBody, *, may_be_empty: bool = 
     return ids
 
 
-async def _encode(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
+async def _encode(served: ServedModel, text: str, name: str) -> list[int]:
     """Token ids of the field ``name``. ``<|endoftext|>`` in it is plain characters."""
     try:
-        # a long text takes a while: the event loop serves the other clients meanwhile
-        return await run_in_threadpool(tokenizer.encode_prompt, text)
+        return await served.worker.encode_prompt(text)
     except ValueError as error:
         cause = str(error).removeprefix("prompt: ")
         raise APIError(400, f"{name}: {cause}", param=name) from error

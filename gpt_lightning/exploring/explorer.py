@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar, final
 
-import torch
 from torch import Tensor
 
 from gpt_lightning.exploring.checkpoints import Checkpoint, Checkpoints
@@ -18,7 +17,7 @@ from gpt_lightning.exploring.tokens import Json
 from gpt_lightning.model.flops import parameters
 from gpt_lightning.serving.api_errors import APIError
 from gpt_lightning.serving.served_model import ServedModel
-from gpt_lightning.serving.worker import BusyError
+from gpt_lightning.serving.worker import BusyError, as_memory_error
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +52,7 @@ class LoadedModel:
         try:
             return await self.served.worker.run(function)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                raise MemoryError("there is not enough memory for this request") from error
-            raise
+            raise as_memory_error(error) from error
 
     async def next_tokens(self, ids: Sequence[int], lengths: Sequence[int]) -> list[NextToken]:
         """What follows the first L of ``ids``, for each L of ``lengths``. Known results are not computed again."""

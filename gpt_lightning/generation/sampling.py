@@ -180,12 +180,19 @@ def sample(
     return sample_unchecked(logits, sampling, ids=ids, generator=generator)
 
 
-def check_finite(max_logits: Tensor) -> None:
-    """Raise ``ValueError`` if the maximum logit of a row is not finite. The maximum of a row with NaN is NaN."""
-    if not torch.isfinite(max_logits).all():
-        raise ValueError(
+class NonFiniteLogitsError(ValueError):
+    """A row of logits has NaN, +inf or only -inf."""
+
+    def __init__(self) -> None:
+        super().__init__(
             "logits: a row has NaN, +inf or only -inf; the model's weights are damaged"
         )
+
+
+def check_finite(max_logits: Tensor) -> None:
+    """Raise :class:`NonFiniteLogitsError` if the maximum logit of a row is not finite. The maximum of a row with NaN is NaN."""
+    if not torch.isfinite(max_logits).all():
+        raise NonFiniteLogitsError
 
 
 def sample_unchecked(

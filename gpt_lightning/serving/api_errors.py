@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gpt_lightning.generation.sampling import NonFiniteLogitsError
 from gpt_lightning.serving.worker import BusyError, TooSlowError
 from gpt_lightning.suggestions import suggest
 
@@ -71,8 +72,8 @@ def api_error(error: Exception) -> APIError:
             return APIError(500, str(error), code="timeout")
         case MemoryError():
             return APIError(500, str(error) or "there is not enough memory", code="out_of_memory")
-        case ValueError():
-            return APIError(500, str(error))
+        case NonFiniteLogitsError():
+            return APIError(500, str(error), code="damaged_weights")
     logger.error("serving: a request failed", exc_info=error)
     return APIError(500, "the server has a fault; its log has more")
 

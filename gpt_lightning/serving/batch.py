@@ -62,7 +62,7 @@ class DecodeBatch(Generic[Row]):
     def add(self, rows: Sequence[Row]) -> Tensor:
         """Compute the prompts of new rows. Returns features ``(R, T, C)``.
 
-        The rows then take part in the steps, except those that end with their next token. T is the length of the longest prompt, or ``context_length`` if that is shorter: then the prompt is cropped
+        Rows that may have more than one token then take part in the steps. T is the length of the longest prompt, or ``context_length`` if that is shorter: then the prompt is cropped
         from the left. The features of shorter prompts are at the right. Rows with equal prompts are computed once.
 
         Raises:
@@ -98,9 +98,11 @@ class DecodeBatch(Generic[Row]):
     def step(self) -> tuple[list[Row], Tensor]:
         """All rows, and the logits ``(R, V)`` of the token after the last id of each.
 
-        The caller appends one id to every row, or removes the row, before the next step.
+        The caller appends one id to every row, or removes the row, before the next step. If there is no memory for a
+        step, it can be repeated with fewer rows.
         """
         self._move_full_rows()
+        self._drop_unused_columns()
         logits = []
         if self._cached:
             if self._view is None:
@@ -114,9 +116,8 @@ class DecodeBatch(Generic[Row]):
             features = self.model.features(last, self._view, self._padding)
             self._cache.length = self._view.length
             logits.append(self.model.head(features[:, -1]))
-        if (
-            self._sliding
-        ):  # learned position embeddings cannot be shifted: the whole window is computed
+        if self._sliding:
+            # learned position embeddings cannot be shifted: the complete window is computed
             context_length = self.model.config.context_length
             windows = torch.tensor(
                 [row.ids[-context_length:] for row in self._sliding],
@@ -140,11 +141,6 @@ class DecodeBatch(Generic[Row]):
         self._view = None
         if not self._cached:
             self._cache.length = 0
-            return
-        unused = min(row.padding for row in self._cached)
-        # a single row without padding takes the fastest kernels
-        if len(self._cached) == 1 or unused >= max(MIN_UNUSED_COLUMNS, length // 4):
-            self._shift(-unused)
 
     def _join(self, new: KVCache, index: list[int], rows: list[Row], padding: list[int]) -> None:
         """Copy the keys and values of rows ``index`` of ``new`` into free slots."""
@@ -191,8 +187,10 @@ class DecodeBatch(Generic[Row]):
             return
         length, used = self._cache.length, len(self._cached)
         start = max(0, -columns)  # what moves out at the left is padding
+        # the only allocation: without memory nothing has moved
+        moved = torch.empty_like(self._cache.keys[0][:used, :, start:length])
         for tensor in (*self._cache.keys, *self._cache.values):
-            moved = tensor[:used, :, start:length].clone()
+            moved.copy_(tensor[:used, :, start:length])
             tensor[:used, :, start + columns : length + columns] = moved
             if columns > 0:
                 tensor[:used, :, :columns] = 0.0
@@ -202,13 +200,22 @@ class DecodeBatch(Generic[Row]):
         self._view = None
 
     def _move_full_rows(self) -> None:
-        """Make room for one more column: rows that fill the context leave the cache, the others move left."""
+        """Rows that fill the context leave the cache."""
         context_length = self.model.config.context_length
         for row in [row for row in self._cached if len(row.ids) > context_length]:
             self.remove(row)
             self._sliding.append(row)
-        if self._cached and self._cache.length == self._cache.max_length:
-            self._shift(-min(row.padding for row in self._cached))
+
+    def _drop_unused_columns(self) -> None:
+        """Move the rows to the left if many columns have no row, or if there is no column left."""
+        if not self._cached:
+            return
+        unused = min(row.padding for row in self._cached)
+        is_full = self._cache.length == self._cache.max_length
+        # a single row without padding takes the fastest kernels
+        is_single = len(self._cached) == 1
+        if is_full or is_single or unused >= max(MIN_UNUSED_COLUMNS, self._cache.length // 4):
+            self._shift(-unused)
 
     def _used_slots(self) -> KVCache:
         used = len(self._cached)

@@ -15,7 +15,7 @@ from gpt_lightning.serving.worker import (
     Event,
     FinishReason,
     PromptEvent,
-    TextRequest,
+    RowRequest,
     TokenEvent,
 )
 
@@ -27,6 +27,7 @@ class _TokenEntry:
     token: int
     offset: int
     score: TokenScore | None
+    is_end: bool = False  # the end-of-text token, which has no text
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Completion:
         request: CompletionRequest,
         model_id: str,
         tokenizer: Tokenizer,
-        rows: Sequence[TextRequest],
+        rows: Sequence[RowRequest],
     ) -> None:
         self._request = request
         self._tokenizer = tokenizer
@@ -92,6 +93,10 @@ class Completion:
                 choice.text += event.text
                 choice.num_visible = choice.echo_length + event.length
                 choice.finish_reason = event.reason
+                self._num_new_tokens += event.has_eos
+                if event.eos is not None:
+                    entry = _TokenEntry(event.eos.token, choice.num_visible, event.eos, is_end=True)
+                    choice.entries.append(entry)
 
     def answer(self) -> dict[str, Any]:
         """The complete answer, after all events."""
@@ -126,10 +131,9 @@ class Completion:
         """What choice ``index`` has produced since the last call."""
         choice = self._choices[index]
         ready = choice.entries
-        if (
-            choice.finish_reason != "length"
-        ):  # later tokens are withheld, or belong to the stop string
-            ready = [entry for entry in ready if entry.offset < choice.num_visible]
+        if choice.finish_reason != "length":
+            # the text of later tokens is withheld, or belongs to the stop string
+            ready = [e for e in ready if e.is_end or e.offset < choice.num_visible]
         content = {
             "index": index,
             "text": choice.text,
@@ -137,7 +141,7 @@ class Completion:
             "finish_reason": choice.finish_reason,
         }
         choice.text = ""
-        choice.entries = choice.entries[len(ready) :]
+        choice.entries = [e for e in choice.entries if e not in ready]
         return content
 
     def _logprobs(self, entries: Sequence[_TokenEntry]) -> dict[str, Any]:
@@ -155,6 +159,8 @@ class Completion:
 
     def _token_text(self, token: int) -> str:
         r"""Text of a token. One that is not a whole number of characters is ``bytes:\xe2\x80``, as in OpenAI's answers."""
+        if token >= len(self._tokenizer.token_bytes):  # of a padded vocabulary
+            return f"id:{token}"
         content = self._tokenizer.decode_bytes([token])
         try:
             return content.decode()

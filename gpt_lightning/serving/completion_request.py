@@ -8,7 +8,8 @@ from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.serving.api_errors import APIError, validation_error
-from gpt_lightning.serving.worker import TextRequest
+from gpt_lightning.serving.served_model import ServedModel
+from gpt_lightning.serving.worker import RowRequest
 
 MAX_CHOICES = 128  # of one prompt
 MAX_ROWS = 256  # prompts × choices
@@ -97,24 +98,27 @@ def parse_request(body: bytes) -> CompletionRequest:
     return request
 
 
-def prompts_of(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
+async def prompts_of(request: CompletionRequest, served: ServedModel) -> list[list[int]]:
     """Token ids of the prompts. ``<|endoftext|>`` in a string is plain characters."""
     match request.prompt:
         case str(text):
-            texts: list[Any] = [text]
+            prompts: list[Any] = [text]
         case [int(), *_] as ids:
-            texts = [ids]
+            prompts = [ids]
         case entries:
-            texts = entries
+            prompts = entries
     try:
-        return [tokenizer.encode_prompt(text) if isinstance(text, str) else text for text in texts]
+        return [
+            await served.worker.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
     except ValueError as error:
         raise APIError(400, str(error), param="prompt") from error
 
 
 def rows_of(
     request: CompletionRequest, prompts: list[list[int]], config: GPTConfig, tokenizer: Tokenizer
-) -> list[TextRequest]:
+) -> list[RowRequest]:
     """One row per prompt and choice. The choices of a prompt are adjacent.
 
     Raises:
@@ -146,7 +150,7 @@ def rows_of(
     )
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     return [
-        TextRequest(
+        RowRequest(
             ids,
             max_tokens,
             sampling,

@@ -1,15 +1,16 @@
 """OpenAI's completions endpoint: ``POST /v1/completions`` and ``GET /v1/models``."""
 
 import asyncio
-import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, final
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from gpt_lightning.serving.api_errors import APIError, api_error, with_error_answers
 from gpt_lightning.serving.completion import Completion
@@ -22,6 +23,7 @@ from gpt_lightning.serving.served_model import ServedModel
 from gpt_lightning.serving.worker import Generation
 
 BODY_TIMEOUT = 30.0  # seconds for a client to send its body
+SECONDS_TO_READ = 10.0  # for a client to read the end of a stream, after the deadline
 
 
 def endpoint_routes(models: Mapping[str, ServedModel]) -> list[Route]:
@@ -36,14 +38,12 @@ def endpoint_routes(models: Mapping[str, ServedModel]) -> list[Route]:
     async def complete(request: Request) -> Response:
         parsed = parse_request(await read_body(request))
         served = _model_of(models, parsed.model)
-        # a long text takes a while: the event loop serves the other clients meanwhile
-        prompts = await run_in_threadpool(prompts_of, parsed, served.tokenizer)
+        prompts = await prompts_of(parsed, served)
         rows = rows_of(parsed, prompts, served.model.config, served.tokenizer)
         completion = Completion(parsed, served.id, served.tokenizer, rows)
         generation = served.worker.submit(*rows)
         if parsed.stream:
-            events = _stream(generation, completion)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return EventStream(generation, _stream(generation, completion))
         return await _complete(request, generation, completion)
 
     return [
@@ -65,8 +65,29 @@ async def read_body(request: Request) -> bytes:
         raise APIError(400, "the client went away") from error  # nobody reads it
 
 
-def sse(content: Any) -> str:
-    """One server-sent event."""
+@final
+class EventStream(StreamingResponse):
+    """Server-sent events of a generation. It ends when the client goes away, or does not read until the deadline.
+
+    Args:
+        events: Made from the events of ``generation``, see :func:`server_sent_event`.
+    """
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seconds = self._generation.deadline - time.monotonic() + SECONDS_TO_READ
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await super().__call__(scope, receive, send)
+        finally:
+            self._generation.cancel()
+
+
+def server_sent_event(content: Any) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
@@ -94,7 +115,7 @@ async def _complete(request: Request, generation: Generation, completion: Comple
         generation.cancel()
         for task in (collecting, watching):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError):
             await asyncio.wait((collecting, watching))
 
 
@@ -104,13 +125,11 @@ async def _stream(generation: Generation, completion: Completion) -> AsyncIterat
         async for event in generation:
             completion.add(event)
             if (chunk := completion.chunk(event)) is not None:
-                yield sse(chunk)
+                yield server_sent_event(chunk)
         if (chunk := completion.usage_chunk()) is not None:
-            yield sse(chunk)
+            yield server_sent_event(chunk)
     except Exception as error:  # the status has already been sent
-        yield sse(api_error(error).content)
-    finally:
-        generation.cancel()  # the client may have gone away
+        yield server_sent_event(api_error(error).content)
     yield "data: [DONE]\n\n"
 
 

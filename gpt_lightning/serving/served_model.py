@@ -87,7 +87,7 @@ def _model_name(source: str) -> str:
     path = Path(os.path.expanduser(source))
     if not path.exists() and (size := gpt2_size(source)) is not None:
         return size
-    path = path.absolute()
+    path = Path(os.path.abspath(path))  # without "..", and with the name of a link
     name = path.stem if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") else path.name
     if name in _FILES_OF_RUNS:
         name = f"{path.parent.name}-{name}"

@@ -79,6 +79,8 @@ def _bind_error(host: str, port: int, error: OSError) -> str:
 
 def url_of(listener: socket.socket, host: str) -> str:
     """The address of a server, for a browser."""
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
     name = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return f"http://{name}:{listener.getsockname()[1]}"
 
@@ -103,7 +105,7 @@ def run_server(app: Starlette, listener: socket.socket, on_ready: Callable[[], N
     config = uvicorn.Config(
         app,
         log_config=None,
-        log_level=logging.ERROR,  # not what clients do wrong
+        log_level=logging.CRITICAL,  # with_error_answers logs our faults
         access_log=False,
         server_header=False,
         lifespan="off",

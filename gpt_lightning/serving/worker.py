@@ -1,7 +1,6 @@
 """One thread that calls the models: requests share decoding steps, jobs run between two steps."""
 
 import asyncio
-import logging
 import math
 import threading
 import time
@@ -15,7 +14,12 @@ import torch
 from torch import Tensor
 
 from gpt_lightning.data.tokenizer import Tokenizer
-from gpt_lightning.generation.sampling import SamplingParams, make_generator, sample_rows
+from gpt_lightning.generation.sampling import (
+    NonFiniteLogitsError,
+    SamplingParams,
+    make_generator,
+    sample_rows,
+)
 from gpt_lightning.generation.text import IncrementalDetokenizer
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.serving.batch import DecodeBatch, DecodedRow
@@ -27,12 +31,11 @@ from gpt_lightning.serving.token_scores import (
     score_tokens,
 )
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 MAX_JOBS = 32  # jobs that wait
 MAX_PREFILL_TOKENS = 2048  # of new rows that are computed together, unless one row has more
+MAX_INLINE_CHARACTERS = 4096  # of a text that is tokenized in the event loop, in less than 1 ms
 MAX_RETRY_AFTER = 60  # seconds
 MAX_TIMEOUT = 86_400  # seconds
 
@@ -52,7 +55,7 @@ class TooSlowError(Exception):
 
 
 @dataclass(frozen=True)
-class TextRequest:
+class RowRequest:
     """One continuation of a prompt.
 
     Attributes:
@@ -100,12 +103,21 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class EndEvent:
-    """A row has ended. ``text`` is the rest of its text, ``length`` the number of characters of all of it."""
+    """A row has ended.
+
+    Attributes:
+        text: The rest of its text.
+        length: Number of characters of its complete text.
+        eos: Score of the end-of-text token, if it ended the row and scores are asked for.
+        has_eos: Whether the end-of-text token ended the row.
+    """
 
     row: int
     text: str
     length: int
     reason: FinishReason
+    has_eos: bool = False
+    eos: TokenScore | None = None
 
 
 Event = PromptEvent | TokenEvent | EndEvent
@@ -115,12 +127,12 @@ Event = PromptEvent | TokenEvent | EndEvent
 class Generation:
     """The rows of one request while they are generated: an asynchronous iterator of events.
 
-    Iterating raises ``ValueError`` if the logits are not finite, ``MemoryError`` if there is no memory, and
-    :class:`TooSlowError` after the deadline.
+    Iterating raises :class:`NonFiniteLogitsError`, ``MemoryError`` if there is no memory, and :class:`TooSlowError` after
+    the deadline.
     """
 
-    def __init__(self, requests: Sequence[TextRequest], deadline: float) -> None:
-        self.requests = requests
+    def __init__(self, rows: Sequence[RowRequest], deadline: float) -> None:
+        self.rows = rows
         self.deadline = deadline
         self.is_canceled = False
         self.num_started = 0
@@ -130,7 +142,7 @@ class Generation:
 
     @property
     def is_over(self) -> bool:
-        return self.is_canceled or self.num_ended == len(self.requests)
+        return self.is_canceled or self.num_ended == len(self.rows)
 
     def cancel(self) -> None:
         """End all rows: nobody waits for them."""
@@ -160,7 +172,7 @@ class _Row(DecodedRow):
 
     generation: Generation
     number: int
-    request: TextRequest
+    request: RowRequest
     generator: torch.Generator
     text: IncrementalDetokenizer
 
@@ -173,10 +185,12 @@ class ModelThread:
 
     Attributes:
         executor: Threads that help it to draw random numbers.
+        text_executor: One thread for long texts: each thread that tokenizes takes 11 MB.
     """
 
     def __init__(self) -> None:
         self.executor = ThreadPoolExecutor(torch.get_num_threads(), "draws")
+        self.text_executor = ThreadPoolExecutor(1, "tokenizer")
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._workers: list[ModelWorker] = []
@@ -223,6 +237,7 @@ class ModelThread:
             self._changed.notify()
         self._thread.join()
         self.executor.shutdown()
+        self.text_executor.shutdown()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -285,7 +300,8 @@ class ModelWorker:
         self._limits = limits
         self._batch: DecodeBatch[_Row] = DecodeBatch(model)
         self._lock = threading.Lock()
-        self._waiting: deque[Generation] = deque()  # requests with rows that have not started
+        self._open: set[Generation] = set()  # requests that have not ended
+        self._waiting: deque[Generation] = deque()  # those with rows that have not started
         self._is_closed = False
         self._seconds = 1.0  # a running mean of the time of a request
         thread.add_worker(self)
@@ -294,7 +310,16 @@ class ModelWorker:
         """Result of ``function()``, called on the thread of the models between two decoding steps."""
         return await self._thread.run(function)
 
-    def submit(self, *requests: TextRequest) -> Generation:
+    async def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt. Errors are those of :meth:`Tokenizer.encode_prompt`."""
+        if len(text) <= MAX_INLINE_CHARACTERS:
+            return self._tokenizer.encode_prompt(text)
+        # a long text takes a while: the event loop serves the other clients meanwhile
+        loop = asyncio.get_running_loop()
+        executor = self._thread.text_executor
+        return await loop.run_in_executor(executor, self._tokenizer.encode_prompt, text)
+
+    def submit(self, *rows: RowRequest) -> Generation:
         """Queue the rows of one request. Call it in the event loop that reads the events.
 
         Raises:
@@ -309,8 +334,9 @@ class ModelWorker:
             if waiting >= self._limits.max_queue + free:
                 seconds = self._seconds * waiting / self._limits.max_batch
                 raise BusyError(min(MAX_RETRY_AFTER, max(1, math.ceil(seconds))))
-            generation = Generation(requests, time.monotonic() + self._limits.timeout)
+            generation = Generation(rows, time.monotonic() + self._limits.timeout)
             self._waiting.append(generation)
+            self._open.add(generation)
         self._thread.notify()
         return generation
 
@@ -319,39 +345,48 @@ class ModelWorker:
         self._thread.remove_worker(self)
         with self._lock:
             self._is_closed = True
-            generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
+            generations = set(self._open)
             self._waiting.clear()
         for generation in generations:
             self._fail(generation, TooSlowError("the model was replaced or the server stops"))
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._batch.rows)
+        return bool(self._open)
 
     def step(self) -> None:
-        """Start waiting rows, then continue all rows by one token. Called by the thread of the models."""
+        """Continue all rows by one token, then start waiting rows. Called by the thread of the models."""
         try:
             self._remove_abandoned()
             if self._batch.rows:
-                self._continue(*self._batch.step())
+                self._step_all()
             if new := self._next_rows():
                 self._start(new)
         except Exception as error:  # a fault of ours must not end the thread
-            logger.exception("serving: a decoding step failed")
-            for generation in {row.generation for row in self._batch.rows}:
+            with self._lock:
+                started = [g for g in self._open if g.num_started]
+            for generation in started:
                 self._fail(generation, error)
             self._batch = DecodeBatch(self._model)
 
+    def _step_all(self) -> None:
+        """One decoding step of all rows. Without memory for it, the longest row fails."""
+        try:
+            rows, logits = self._batch.step()
+        except (MemoryError, RuntimeError) as error:
+            self._fail_row(max(self._batch.rows, key=lambda row: len(row.ids)), error)
+        else:
+            self._continue(rows, logits)
+
     def _remove_abandoned(self) -> None:
+        """Forget requests that have ended, or whose client or time is gone."""
         now = time.monotonic()
         with self._lock:
-            generations = {*self._waiting, *(row.generation for row in self._batch.rows)}
-        for generation in generations:
-            if now > generation.deadline and not generation.is_over:
-                self._fail(
-                    generation, TooSlowError(f"not done after {self._limits.timeout:g} seconds")
-                )
+            late = [g for g in self._open if now > g.deadline and not g.is_over]
+        for generation in late:
+            self._fail(generation, TooSlowError(f"not done after {self._limits.timeout:g} seconds"))
         with self._lock:
+            self._open = {g for g in self._open if not g.is_over}
             self._waiting = deque(g for g in self._waiting if not g.is_over)
         for row in self._batch.rows:
             if row.generation.is_canceled:
@@ -365,18 +400,18 @@ class ModelWorker:
             while self._waiting and len(self._batch.rows) + len(rows) < self._limits.max_batch:
                 generation = self._waiting[0]
                 number = generation.num_started
-                request = generation.requests[number]
+                request = generation.rows[number]
                 num_tokens += min(len(request.prompt), self._model.config.context_length)
                 if rows and num_tokens > MAX_PREFILL_TOKENS:
                     break
                 self._waiting.popleft()
                 generation.num_started += 1
-                if generation.num_started < len(generation.requests):
+                if generation.num_started < len(generation.rows):
                     self._waiting.append(generation)
                 rows.append(self._new_row(generation, number, request))
         return rows
 
-    def _new_row(self, generation: Generation, number: int, request: TextRequest) -> _Row:
+    def _new_row(self, generation: Generation, number: int, request: RowRequest) -> _Row:
         device = self._model.tok_emb.weight.device
         if request.seed is None:
             generator = torch.Generator(device=device)
@@ -401,29 +436,21 @@ class ModelWorker:
         except (MemoryError, RuntimeError) as error:
             for row in rows:
                 self._batch.remove(row)
-            if len(rows) > 1:  # find the row that needs too much memory
+            if len(rows) == 1:
+                self._fail_row(rows[0], error)
+            else:  # find the row that needs too much memory
                 for row in rows:
                     self._start([row])
-                return
-            self._fail_row(rows[0], error)
             return
         started = []
         for i, row in enumerate(rows):
-            scores: list[TokenScore] = []
-            if row.request.scores_prompt:
-                ids = row.ids[-self._model.config.context_length :]
-                try:
-                    scores = score_prompt(
-                        self._model,
-                        features[i, features.shape[1] - len(ids) :],
-                        ids,
-                        row.request.num_top or 0,
-                    )
-                except (MemoryError, RuntimeError, ValueError) as error:
-                    self._batch.remove(row)
-                    self._fail_row(row, error)
-                    continue
-            row.generation.send([PromptEvent(row.number, scores)])
+            try:
+                row.generation.send(
+                    [PromptEvent(row.number, self._prompt_scores(row, features[i]))]
+                )
+            except (MemoryError, RuntimeError, NonFiniteLogitsError) as error:
+                self._fail_row(row, error)
+                continue
             if row.num_remaining == 0:
                 self._end(row, "length")
             else:
@@ -431,55 +458,72 @@ class ModelWorker:
         if started:
             self._continue([rows[i] for i in started], logits[started])
 
+    def _prompt_scores(self, row: _Row, features: Tensor) -> list[TokenScore]:
+        """Scores of a row's prompt from features ``(T, C)``, whose last ones are the row's; empty if not asked for."""
+        if not row.request.scores_prompt:
+            return []
+        ids = row.ids[-self._model.config.context_length :]
+        own = features[len(features) - len(ids) :]
+        return score_prompt(self._model, own, ids, row.request.num_top or 0)
+
     def _continue(self, rows: list[_Row], logits: Tensor) -> None:
         """Sample one token for each row from logits ``(R, V)``."""
-        finite = logits.amax(dim=-1).isfinite().tolist()
         groups: dict[SamplingParams, list[int]] = {}
-        for i, row in enumerate(rows):
-            if finite[i]:
-                groups.setdefault(row.request.sampling, []).append(i)
+        for i, is_finite in enumerate(logits.amax(dim=-1).isfinite().tolist()):
+            if is_finite:
+                groups.setdefault(rows[i].request.sampling, []).append(i)
             else:
-                self._batch.remove(row)
-                self._fail_row(
-                    row, ValueError("logits: are not finite; the model's weights are damaged")
-                )
-        tokens: dict[int, int] = {}
-        shown: dict[int, list[Candidate]] = {}
-        for sampling, members in groups.items():
+                self._fail_row(rows[i], NonFiniteLogitsError())
+        for members in groups.values():
             part = logits if len(members) == len(rows) else logits[members]
-            ids = None
-            if sampling.repetition_penalty != 1.0:
-                ids = _padded([rows[i].ids for i in members], logits.device)
-            generators = [rows[i].generator for i in members]
-            sampled = sample_rows(part, sampling, generators, ids=ids, executor=self._executor)
-            tokens |= zip(members, sampled.tolist(), strict=True)
-            for n, i in enumerate(members):
-                if num := rows[i].request.num_candidates:
-                    previous = None if ids is None else ids[n : n + 1]
-                    shown[i] = candidates(part[n : n + 1], sampling, num, previous)
-        scores = self._scores(rows, tokens, logits)
-        for i, token in tokens.items():
-            self._add_token(rows[i], token, scores.get(i), shown.get(i, []))
+            self._continue_alike([rows[i] for i in members], part)
 
-    def _scores(
-        self, rows: list[_Row], tokens: dict[int, int], logits: Tensor
-    ) -> dict[int, TokenScore]:
-        """Scores of the new tokens, by row, of the rows that ask for them."""
-        asked = {i: num for i in tokens if (num := rows[i].request.num_top) is not None}
-        if not asked:
-            return {}
-        scores = score_tokens(logits[list(asked)], [tokens[i] for i in asked], max(asked.values()))
-        return {
-            i: replace(score, top=score.top[:num])
-            for (i, num), score in zip(asked.items(), scores, strict=True)
-        }
+    def _continue_alike(self, rows: list[_Row], logits: Tensor) -> None:
+        """Sample one token for each row from logits ``(R, V)``; all rows have the same settings."""
+        try:
+            sampled = self._sample(rows, logits)
+        except (MemoryError, RuntimeError) as error:
+            if len(rows) == 1:
+                self._fail_row(rows[0], error)
+            else:  # one row needs less memory than all
+                for row, row_logits in zip(rows, logits.split(1), strict=True):
+                    self._continue_alike([row], row_logits)
+            return
+        for row, (token, score, shown) in zip(rows, sampled, strict=True):
+            self._add_token(row, token, score, shown)
+
+    def _sample(
+        self, rows: list[_Row], logits: Tensor
+    ) -> list[tuple[int, TokenScore | None, list[Candidate]]]:
+        """The new token of each row, its score, and what it was chosen from, if these are asked for."""
+        sampling = rows[0].request.sampling
+        ids = None
+        if sampling.repetition_penalty != 1.0:
+            ids = _padded([row.ids for row in rows], logits.device)
+        generators = [row.generator for row in rows]
+        tokens = sample_rows(
+            logits, sampling, generators, ids=ids, executor=self._executor
+        ).tolist()
+        scores: list[TokenScore | None] = [None] * len(rows)
+        nums = {i: num for i, row in enumerate(rows) if (num := row.request.num_top) is not None}
+        if nums:
+            asked = list(nums)
+            scored = score_tokens(logits[asked], [tokens[i] for i in asked], max(nums.values()))
+            for i, score in zip(asked, scored, strict=True):
+                scores[i] = replace(score, top=score.top[: nums[i]])
+        shown: list[list[Candidate]] = []
+        for i, row in enumerate(rows):
+            num = row.request.num_candidates
+            previous = None if ids is None else ids[i : i + 1]
+            shown.append(candidates(logits[i : i + 1], sampling, num, previous) if num else [])
+        return list(zip(tokens, scores, shown, strict=True))
 
     def _add_token(
         self, row: _Row, token: int, score: TokenScore | None, shown: list[Candidate]
     ) -> None:
         """Report the new token of a row, or the row's end."""
         if token == row.request.eos_id:
-            self._end(row, "stop")
+            self._end(row, "stop", has_eos=True, eos=score)
             return
         row.ids.append(token)
         offset = len(row.text.text)
@@ -491,11 +535,19 @@ class ModelWorker:
         elif row.num_remaining == 0:
             self._end(row, "length")
 
-    def _end(self, row: _Row, reason: FinishReason) -> None:
+    def _end(
+        self,
+        row: _Row,
+        reason: FinishReason,
+        *,
+        has_eos: bool = False,
+        eos: TokenScore | None = None,
+    ) -> None:
         self._batch.remove(row)
         row.text.finish()
         generation = row.generation
-        generation.send([EndEvent(row.number, row.text.pop_text(), len(row.text.text), reason)])
+        text, length = row.text.pop_text(), len(row.text.text)
+        generation.send([EndEvent(row.number, text, length, reason, has_eos, eos)])
         generation.num_ended += 1
         if generation.is_over:
             seconds = time.monotonic() - generation.deadline + self._limits.timeout
@@ -503,19 +555,23 @@ class ModelWorker:
             generation.send(None)
 
     def _fail_row(self, row: _Row, error: Exception) -> None:
-        """End the request of a row with an error; a lack of memory becomes ``MemoryError``."""
-        if isinstance(error, RuntimeError) and not isinstance(error, ValueError):
-            cause = str(error).splitlines()[0]
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in cause:
-                error = MemoryError("there is not enough memory for this request")
-            else:
-                logger.error(f"serving: a request failed: {cause}")
-        self._fail(row.generation, error)
+        """End the request of a row with an error."""
+        self._batch.remove(row)
+        self._fail(row.generation, as_memory_error(error))
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         if not generation.is_canceled:
             generation.send(error)
             generation.cancel()
+
+
+def as_memory_error(error: Exception) -> Exception:
+    """``MemoryError`` if torch says in another way that there is no memory, else ``error`` itself."""
+    if isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error)
+    ):
+        return MemoryError("there is not enough memory for this request")
+    return error
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from helpers import (
         pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("serving", [], marks=pytest.mark.slow),
-        ("windows", []),
+        pytest.param("windows", [], marks=pytest.mark.slow),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("plan", [], marks=pytest.mark.nightly),
         pytest.param("loading", [], marks=pytest.mark.slow),

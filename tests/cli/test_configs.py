@@ -19,6 +19,7 @@ def test_each_config_parses_and_names_its_command(command: Command) -> None:
         yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_config_is_found_by_name_where_no_clone_is(command: Command, tmp_path: Path) -> None:
     """A path that exists has priority over a name."""
     for config in ("gpt2", "gpt2.yaml", "configs/gpt2.yaml"):

@@ -63,6 +63,7 @@ def hparams_of(folder: Path) -> set[str]:
     return set(metadata.parse_session_start_info_plugin_data(content).hparams)
 
 
+@pytest.mark.slow
 def test_best_trial_alone_has_its_loss(command: Command, space: Path, tmp_path: Path) -> None:
     result = command("tune", *TINY, f"--space={space}", "--trials=1", "--json")
     answer = json_of(result)

@@ -23,7 +23,7 @@ from gpt_lightning.exploring.checkpoints import Checkpoints
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.pretrained.convert import save_model
 from gpt_lightning.serving.served_model import ServedModel
-from gpt_lightning.serving.worker import TextRequest
+from gpt_lightning.serving.worker import RowRequest
 
 
 def write_checkpoint(path: Path, step: int) -> None:
@@ -325,7 +325,7 @@ def test_a_replaced_model_is_closed_after_its_last_request(
             await explorer.reload("verdict")
             await asyncio.sleep(0.05)
             assert closed == []
-            generation = loaded.served.worker.submit(TextRequest([1], 2000))
+            generation = loaded.served.worker.submit(RowRequest([1], 2000))
         await asyncio.sleep(0.05)
         assert closed == []
         async for _ in generation:

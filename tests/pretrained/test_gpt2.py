@@ -116,6 +116,7 @@ def test_contradicting_settings_are_refused_with_both_values(gpt2: Any, command:
     assert not Path("checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_training_does_not_import_tensorflow(gpt2: Any, command: Command, tmp_path: Path) -> None:
     """If it is not installed, an empty package with its name is there to be found."""
     environment = dict(os.environ)

@@ -67,7 +67,7 @@ def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightF
 @pytest.mark.parametrize(
     ("weight_format", "dtype"),
     [
-        ("hf", "bfloat16"),
+        pytest.param("hf", "bfloat16", marks=pytest.mark.slow),
         # the book's query, key and value are concatenated before they are converted
         ("book", "float32"),
         pytest.param("hf", "float32", marks=pytest.mark.slow),

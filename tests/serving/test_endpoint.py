@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from gpt_lightning import load_model
 from gpt_lightning.data.tokenizer import GPT2
 from helpers import Command, json_of
-from servers import RunningServer
+from servers import RunningServer, running_server, write_tiny_model
 
 PROMPT = "Every effort moves you"
 
@@ -236,3 +237,75 @@ def test_prompt_may_fill_the_context(client: openai.OpenAI) -> None:
     assert complete(client, prompt=full, max_tokens=1).usage.completion_tokens == 1
     assert complete(client, prompt=full[:40], max_tokens=9).usage.completion_tokens == 9
     raised(openai.BadRequestError, lambda: complete(client, prompt=full, max_tokens=2))
+
+
+@pytest.fixture(scope="module")
+def ending_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that finds the end of the text most probable, always."""
+    return write_tiny_model(tmp_path_factory.mktemp("served") / "ending", ends=True)
+
+
+@pytest.fixture(scope="module")
+def busy_server(ending_source: Path, source: Path) -> Iterator[RunningServer]:
+    """A server with one row, no queue, and little patience."""
+    arguments = ["--max_batch=1", "--max_queue=0", "--timeout=4"]
+    with running_server("serve", "--from", str(source), str(ending_source), *arguments) as running:
+        yield running
+
+
+def test_end_of_text_has_an_entry_and_no_text(busy_server: RunningServer) -> None:
+    """lm-evaluation-harness leaves the last entry out, which is that of the new token."""
+    url = f"{busy_server.url}/v1/completions"
+    body = {
+        "model": "ending",
+        "prompt": [1, 2, 3],
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+        "echo": True,
+    }
+    for stream in (False, True):
+        answer = httpx.post(url, json={**body, "stream": stream})
+        if stream:
+            events = [json.loads(e[6:]) for e in answer.text.split("\n\n")[:-2]]
+            tokens = [t for event in events for t in event["choices"][0]["logprobs"]["tokens"]]
+            choice = events[-1]["choices"][0]
+        else:
+            (choice,) = answer.json()["choices"]
+            tokens = choice["logprobs"]["tokens"]
+            assert answer.json()["usage"]["completion_tokens"] == 1
+            assert choice["text"] == GPT2.decode([1, 2, 3])
+            assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+        assert choice["finish_reason"] == "stop"
+        assert tokens == [*(GPT2.decode([i]) for i in (1, 2, 3)), "<|endoftext|>"]
+
+
+def test_busy_server_answers_429_with_retry_after(busy_server: RunningServer) -> None:
+    long = {"prompt": ["a"] * 200, "max_tokens": 40}
+    url = f"{busy_server.url}/v1/completions"
+    client = openai.OpenAI(base_url=f"{busy_server.url}/v1", api_key="unused", max_retries=0)
+    complete(client, max_tokens=1)  # imports its modules
+    with (
+        httpx.Client() as other,
+        httpx.stream("POST", url, json={**long, "stream": True}) as running,
+    ):
+        parts = running.iter_bytes()
+        next(parts)
+        raised(openai.RateLimitError, lambda: complete(client))
+        refused = [other.post(url, json={"prompt": "a", "max_tokens": 1}) for _ in range(2)]
+    for answer in refused:
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_request_that_takes_too_long_ends(busy_server: RunningServer) -> None:
+    body = {"prompt": ["a"] * 250, "max_tokens": 48, "n": 1}
+    url = f"{busy_server.url}/v1/completions"
+    for _ in range(20):  # the row of the last test is free soon
+        answer = httpx.post(url, json=body, timeout=30)
+        if answer.status_code != 429:
+            break
+        time.sleep(0.2)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "timeout")
+    assert "4 seconds" in answer.json()["error"]["message"]

@@ -1,5 +1,6 @@
 """``serve`` as a command: its start, its stop, its errors."""
 
+import json
 import re
 import signal
 import socket
@@ -32,7 +33,10 @@ def test_ready_line_has_the_address_and_the_models(source: Path) -> None:
         assert server.stop() == (143, "")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_stop_lets_running_requests_end(source: Path, signum: int, code: int) -> None:
     answers: list[Any] = []
     with running_server("serve", "--from", str(source)) as server:
@@ -45,13 +49,27 @@ def test_stop_lets_running_requests_end(source: Path, signum: int, code: int) ->
         thread.start()
         time.sleep(0.5)
         assert not answers
-        assert server.stop(signum)[0] == code
+        assert server.stop(signum) == (code, "")
         thread.join()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/v1/models")
     (answer,) = answers
     assert answer.status_code == 200
     assert len(answer.json()["choices"]) == 200
+
+
+def test_second_signal_ends_at_once_and_in_one_line(source: Path) -> None:
+    with running_server("serve", "--from", str(source)) as server:
+        body = json.dumps({"prompt": ["a"] * 256, "max_tokens": 40, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as reader:
+            reader.sendall(head.encode() + body)
+            reader.recv(1)  # and no more
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            code, err = server.stop(signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in err
 
 
 def test_port_in_use_is_named(command: Command, source: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.generation.engine import stream_ids
-from gpt_lightning.generation.sampling import SamplingParams
+from gpt_lightning.generation.sampling import SamplingParams, sample_rows
 from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.serving import worker as serving_worker
 from gpt_lightning.serving.token_scores import TokenScore
 from gpt_lightning.serving.worker import (
     BusyError,
@@ -21,7 +22,7 @@ from gpt_lightning.serving.worker import (
     ModelThread,
     ModelWorker,
     PromptEvent,
-    TextRequest,
+    RowRequest,
     TokenEvent,
     TooSlowError,
     WorkerLimits,
@@ -46,20 +47,20 @@ def worker(thread: ModelThread) -> ModelWorker:
 
 def request(
     prompt: list[int], max_new_tokens: int = 12, seed: int = 1, **changes: Any
-) -> TextRequest:
-    return replace(TextRequest(prompt, max_new_tokens, RANDOM, seed), **changes)
+) -> RowRequest:
+    return replace(RowRequest(prompt, max_new_tokens, RANDOM, seed), **changes)
 
 
 async def ids_of(generation: Generation) -> list[list[int]]:
     """New ids of each row."""
-    rows: list[list[int]] = [[] for _ in generation.requests]
+    rows: list[list[int]] = [[] for _ in generation.rows]
     async for event in generation:
         if isinstance(event, TokenEvent):
             rows[event.row].append(event.token)
     return rows
 
 
-def generated(request: TextRequest) -> list[int]:
+def generated(request: RowRequest) -> list[int]:
     """New ids of ``generate`` for the same request."""
     steps = stream_ids(
         MODEL,
@@ -150,7 +151,7 @@ def test_stop_string_and_end_of_text_end_a_row(worker: ModelWorker) -> None:
     assert "".join(e.text for e in stopped[1:]) == text[: text.index(stop)]
     assert (stopped[-1].reason, stopped[-1].length) == ("stop", text.index(stop))
     assert [e.token for e in ended[1:-1]] == whole[:4]
-    assert ended[-1].reason == "stop"
+    assert (ended[-1].reason, ended[-1].has_eos) == ("stop", True)
 
 
 def test_canceled_request_frees_its_row(worker: ModelWorker) -> None:
@@ -234,6 +235,69 @@ def test_lack_of_memory_fails_one_request_only(
     assert [first[0], third[0]] == [generated(request([5], 6)), generated(request([6], 6))]
 
 
+@pytest.mark.parametrize("max_new_tokens", [1, 5])
+def test_lack_of_memory_while_sampling_fails_one_request_only(
+    worker: ModelWorker, monkeypatch: pytest.MonkeyPatch, max_new_tokens: int
+) -> None:
+    def without_memory(
+        logits: torch.Tensor, sampling: SamplingParams, generators: Any, **rest: Any
+    ) -> Any:
+        if len(generators) > 1 or generators[0].initial_seed() == 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return sample_rows(logits, sampling, generators, **rest)
+
+    monkeypatch.setattr(serving_worker, "sample_rows", without_memory)
+
+    async def three() -> list[Any]:
+        asked = [request([5], max_new_tokens, seed) for seed in (1, 2, 3)]
+        waiting = asyncio.gather(*(ids_of(worker.submit(r)) for r in asked), return_exceptions=True)
+        return await asyncio.wait_for(waiting, 60)
+
+    first, second, third = asyncio.run(three())
+    assert isinstance(second, MemoryError)
+    assert first[0] == generated(request([5], max_new_tokens, 1))
+    assert third[0] == generated(request([5], max_new_tokens, 3))
+
+
+def test_lack_of_memory_in_a_step_fails_the_longest_row(
+    worker: ModelWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = MODEL.features
+
+    def without_memory(idx: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if idx.shape == (2, 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return features(idx, *rest)
+
+    monkeypatch.setattr(MODEL, "features", without_memory)
+
+    async def two() -> list[Any]:
+        asked = [request([5], 9), request([5] * 9, 9)]
+        waiting = asyncio.gather(*(ids_of(worker.submit(r)) for r in asked), return_exceptions=True)
+        return await asyncio.wait_for(waiting, 60)
+
+    first, second = asyncio.run(two())
+    assert first[0] == generated(request([5], 9))
+    assert isinstance(second, MemoryError)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 5])
+def test_fault_of_ours_ends_its_requests_and_not_the_thread(
+    worker: ModelWorker, monkeypatch: pytest.MonkeyPatch, max_new_tokens: int
+) -> None:
+    def faulty(*args: Any, **rest: Any) -> Any:
+        raise KeyError("a fault")
+
+    async def one() -> list[list[int]]:
+        return await asyncio.wait_for(ids_of(worker.submit(request([5], max_new_tokens))), 20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serving_worker, "sample_rows", faulty)
+        with pytest.raises(KeyError):
+            asyncio.run(one())
+    assert asyncio.run(one())[0] == generated(request([5], max_new_tokens))
+
+
 def test_jobs_run_between_steps_and_their_errors_reach_the_caller(worker: ModelWorker) -> None:
     async def job_beside_text() -> int:
         endless = worker.submit(request([5], 100_000))
@@ -251,7 +315,7 @@ def test_large_request_does_not_keep_small_ones_waiting(worker: ModelWorker) -> 
     async def order() -> list[str]:
         ended = []
 
-        async def wait(name: str, *requests: TextRequest) -> None:
+        async def wait(name: str, *requests: RowRequest) -> None:
             await ids_of(worker.submit(*requests))
             ended.append(name)
 

@@ -66,10 +66,11 @@ def test_tiny_run_has_the_recorded_digits(command: Command) -> None:
     assert run.samples == expected["samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param("--trainer.gradient_clip_val=null", id="no clipping", marks=pytest.mark.slow),
+        pytest.param("--trainer.gradient_clip_val=null", id="no clipping"),
         pytest.param("--model.clip_from_step=11", id="one step later, as in the printed editions"),
     ],
 )
@@ -180,7 +181,7 @@ def test_other_settings_give_the_appendix_digits(
     assert fitted.samples == samples
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_first_rows_of_the_124m_run_equal_the_books(command: Command) -> None:
     """The first four rows; the schedule is the one of the complete run, as numbers of steps."""
     expected = reference("appendix_d_124M.json")

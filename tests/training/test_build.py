@@ -45,6 +45,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_interrupted_notebook_resumes_to_the_bits_of_the_command(tmp_path: Path) -> None:
     """Ctrl-C while ``build_trainer``'s objects train saves the run, and the same process resumes it."""

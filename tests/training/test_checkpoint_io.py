@@ -126,6 +126,7 @@ print(point - 1, "points")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_crash_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     result = python("-c", CRASHES, str(tmp_path), env=ENVIRONMENT)
@@ -277,7 +278,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
 @pytest.mark.parametrize(
     "what",
     [
-        "checkpoint",
+        pytest.param("checkpoint", marks=pytest.mark.slow),
         pytest.param("manifest", marks=pytest.mark.slow),
         pytest.param("checkpoint without manifest", marks=pytest.mark.slow),
         "safetensors",

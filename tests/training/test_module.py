@@ -133,6 +133,7 @@ class Record(Callback):
 RECORD = (f"--allow_import={__name__}", f"--trainer.callbacks+={__name__}.Record")
 
 
+@pytest.mark.slow
 def test_steps_are_the_same_with_any_micro_batch(fit: Command) -> None:
     """A run stopped within an epoch may resume with other micro-batches."""
 

@@ -156,6 +156,7 @@ def test_finished_run_says_how_to_train_further(
     assert file_times(Path("checkpoints")) != before
 
 
+@pytest.mark.slow
 def test_wrong_epoch_count_in_a_checkpoint_is_corrected(fit: Command) -> None:
     """Lightning wrote such a checkpoint after a resume at the end of an epoch: one epoch is missing."""
     extra = (*THREE_EPOCHS, "--checkpoint.every_n_train_steps=3")
@@ -246,6 +247,7 @@ def test_run_with_max_tokens_ends_and_resumes_exactly(fit: Command) -> None:
         assert same_checkpoints(name, "straight")
 
 
+@pytest.mark.slow
 def test_resumed_run_on_a_mixture_equals_uninterrupted_run(
     fit: Command, command: Command, tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def errors_of(folder: Path) -> str:
     return (folder / "err").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_run_extended_epoch_by_epoch_equals_uninterrupted_run(runs: Runs, tmp_path: Path) -> None:
     """Each resume is at the end of an epoch; the same command again changes nothing."""
     straight, cut = folder_with_text(tmp_path / "straight"), folder_with_text(tmp_path / "cut")
@@ -109,7 +110,8 @@ def test_run_extended_epoch_by_epoch_equals_uninterrupted_run(runs: Runs, tmp_pa
 @pytest.mark.parametrize(
     "when",
     [
-        ["--trainer.callbacks.every_n_epochs=1"],  # among the hooks at an epoch's end
+        # among the hooks at an epoch's end
+        pytest.param(["--trainer.callbacks.every_n_epochs=1"], marks=pytest.mark.slow),
         pytest.param(
             ["--trainer.callbacks.monitor=val_loss", "--trainer.limit_val_batches=2",
              "--trainer.val_check_interval=3"],

@@ -301,7 +301,7 @@ def test_fast_dev_run_ignores_the_length_of_the_run(fit: Command) -> None:
     fit("--trainer.fast_dev_run=true", "--model.clip_from_step=27", "--trainer.gradient_clip_val=1")
 
 
-@pytest.mark.parametrize("rng", ["step", "global"])
+@pytest.mark.parametrize("rng", [pytest.param("step", marks=pytest.mark.slow), "global"])
 def test_resume_in_warmup_and_decay_is_exact(runs: Runs, tmp_path: Path, rng: str) -> None:
     arguments = [
         "fit", *SMALL_QUICKSTART, "--run=r", f"--rng={rng}", "--trainer.max_steps=14", EVERY_STEP,

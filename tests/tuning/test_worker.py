@@ -187,7 +187,8 @@ def assert_12_different(study: TuneStudy) -> None:
 GRID_OF_12 = {"model.lr": [0.1, 0.2, 0.3, 0.4], "fake.seconds": [0.04, 0.05, 0.06]}
 
 
-@pytest.mark.parametrize("sampler", [pytest.param("grid", marks=pytest.mark.slow), "tpe"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_two_processes_share_a_study_on_sqlite_and_one_is_killed(sampler: str) -> None:
     assert_12_different(finish_in_two_processes(None, sampler, GRID_OF_12))
 
@@ -215,6 +216,7 @@ def test_trial_of_another_machine_is_left_to_it(
     assert len(starts(0)) == 2
 
 
+@pytest.mark.slow
 def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda: 8)
     study = fake_study(SLOW_SPACE)

@@ -231,7 +231,7 @@ def test_number_that_is_not_finite_is_refused(command: Command, arguments: str) 
         ("prepare", "inputs, out: are missing; give INPUT --out OUT"),
         ("prepare x --out=x --split=random", "random is unknown; did you mean ratio?"),
         ("prepare x --out=x --shard_tokens=1e8", "write 100000000"),
-        ("convert", "source, dest, format: are missing; give SOURCE DEST --format FORMAT"),
+        ("convert", "source, dest: are missing; give SOURCE DEST"),
         ("convert a b --format=huggingface", "huggingface is unknown; did you mean hf?"),
         ("download gpt2-124M --host=hf", "hf is unknown; did you mean hub?"),
         ("verify-resume --steps=x", "steps: x is not a whole number; give one"),

@@ -130,10 +130,12 @@ class Completion:
     def _pop(self, index: int) -> dict[str, Any]:
         """What choice ``index`` has produced since the last call."""
         choice = self._choices[index]
-        ready = choice.entries
-        if choice.finish_reason != "length":
-            # the text of later tokens is withheld, or belongs to the stop string
-            ready = [e for e in ready if e.is_end or e.offset < choice.num_visible]
+        ready: list[_TokenEntry] = []
+        later: list[_TokenEntry] = []
+        for entry in choice.entries:
+            # the text of a later token is withheld, or belongs to the stop string
+            is_ready = entry.is_end or entry.offset < choice.num_visible
+            (ready if is_ready or choice.finish_reason == "length" else later).append(entry)
         content = {
             "index": index,
             "text": choice.text,
@@ -141,7 +143,7 @@ class Completion:
             "finish_reason": choice.finish_reason,
         }
         choice.text = ""
-        choice.entries = [e for e in choice.entries if e not in ready]
+        choice.entries = later
         return content
 
     def _logprobs(self, entries: Sequence[_TokenEntry]) -> dict[str, Any]:

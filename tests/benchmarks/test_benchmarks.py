@@ -46,6 +46,12 @@ def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> No
     assert result["machine"]["versions"]["torch"]
 
 
+@pytest.mark.slow
+def test_benchmark_against_the_harness_runs() -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra harness")
+    test_benchmarks_run_and_end_with_json("evaluating", [])
+
+
 @pytest.mark.parametrize("ready", ["", "echo ready\nread line\n"])
 def test_error_of_a_peer_process_is_shown(tmp_path: Path, ready: str) -> None:
     """benchmarks/worker.py, of a process that ends before it is ready, or instead of a step."""

@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 os.environ["NO_PROXY"] = f"127.0.0.1,{os.environ.get('NO_PROXY', '')}".rstrip(",")
 os.environ["no_proxy"] = f"127.0.0.1,{os.environ.get('no_proxy', '')}".rstrip(",")
 
+from forked_runs import Runs
 from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.main import main
 from gpt_lightning.data import corpus
@@ -103,6 +104,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = f"--trainer.default_root_dir={folder}"
     assert main(["fit", *SMALL_QUICKSTART, "--trainer.max_steps=4", root]) == 0
     return folder / "checkpoints" / "quickstart"
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Runs]:
+    """The process that forks short runs; its start takes seconds."""
+    with Runs() as process:
+        yield process
 
 
 @pytest.fixture

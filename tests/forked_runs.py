@@ -24,6 +24,7 @@ POINTS = (
     "save:manifest",  # and recorded
     "save:rotated",  # and the one before it renamed
     "save:replaced",  # and in its place
+    "save:named",  # and has a further name
     "saved",  # after the batch in which it was saved
     "epoch end",  # between the hooks at an epoch's end
 )
@@ -174,6 +175,8 @@ def _stop_at(stop: Stop) -> None:
         checkpoint_io, "_rotate_previous", None, lambda *_: reached("save:rotated", saving_step[0])
     )
     around(checkpoint_io.os, "replace", None, replaced)
+    around(checkpoint_io.AtomicCheckpointIO, "add_name", None,
+           lambda *_: reached("save:named", saving_step[0]))  # fmt: skip
     around(checkpoint_callback.CheckpointCallback, "_save", None,
            lambda _, trainer, *__: reached("saved", trainer.global_step))  # fmt: skip
     around(_FitLoop, "on_advance_end", lambda loop: reached("epoch end", loop.trainer.global_step))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 import gpt_lightning
 from gpt_lightning.cli.main import VERBS, main
@@ -146,6 +147,13 @@ def test_performance_page_is_up_to_date() -> None:
     generator = script("generate_performance")
     assert set(re.findall(r"<!-- table: (\S+) -->", page)) == set(generator.TABLES)
     assert page == generator.page(page), "run: python docs/generate_performance.py"
+
+
+def test_figure_of_the_schedules_is_up_to_date() -> None:
+    generator = script("generate_schedules")
+    with Image.open(generator.PICTURE) as picture:
+        recorded = picture.info["Description"]
+    assert recorded == generator.checksum(), "run: python docs/generate_schedules.py"
 
 
 def test_api_page_has_every_public_name() -> None:

@@ -24,20 +24,41 @@ def run(arguments: list[str]) -> None:
 
     Formats: 'hf', a folder for Hugging Face's from_pretrained; 'openai-tf', a folder with a TensorFlow
     checkpoint; 'lightning', a .ckpt file for --init_from; 'book', a .pth file that the book's notebooks load.
+
+    With --average there are several SOURCEs, and DEST gets the mean of their weights.
     """
     settings = parse(_parser(), arguments)
+    sources = settings.source
+    if not settings.average and len(sources) > 1:
+        raise ValueError(
+            f"source: {len(sources)} are given; give one, or --average for the mean of their weights"
+        )
+    if settings.average and len(sources) < 2:
+        raise ValueError("average: there is one SOURCE; give two or more, then DEST")
+    if repeated := next((s for i, s in enumerate(sources) if s in sources[:i]), None):
+        raise ValueError(f"average: {repeated} is given twice; give it once")
     from gpt_lightning.pretrained.convert import convert
 
     dest = Path(os.path.expanduser(settings.dest))
     convert(
-        settings.source,
+        sources[0],
         dest,
-        settings.format,
+        settings.format or _format_of(dest),
         n_heads=settings.n_heads,
+        average_with=sources[1:],
         added_tokens=settings.add_tokens or (),
         init_added=settings.init_added,
     )
     logger.info(f"{dest}: written")
+
+
+def _format_of(dest: Path) -> WeightFormat:
+    match dest.suffix:
+        case ".ckpt":
+            return "lightning"
+        case ".pth":
+            return "book"
+    raise ValueError("format: is missing; give --format FORMAT")
 
 
 def _parser() -> ArgumentParser:
@@ -46,9 +67,18 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--config", action="config", help=CONFIG_HELP)
-    add("source", type=str, help=SOURCE_HELP)
+    add("source", type=str, nargs="+", help=SOURCE_HELP)
     add("dest", type=str, help="The file or folder to write. It must not exist.")
-    add("--format", type=WeightFormat, required=True, help="The format of DEST.")
+    add(
+        "--format",
+        type=WeightFormat | None,
+        help="The format of DEST; null = lightning for a .ckpt file, book for a .pth file.",
+    )
+    add(
+        "--average",
+        action="store_true",
+        help="Write the mean of the weights of all SOURCEs, which have one architecture; without optimizer state.",
+    )
     add(
         "--add_tokens",
         action=TextList,

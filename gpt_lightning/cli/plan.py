@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 
 import psutil
@@ -26,6 +26,7 @@ from gpt_lightning.pretrained.load import size_to_download
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.suggestions import suggest
 from gpt_lightning.training.build import build_modules
+from gpt_lightning.training.checkpoint_callback import kept_steps
 from gpt_lightning.training.hardware import peak_flops
 from gpt_lightning.training.module import GPTLightningModule, reconcile_config
 from gpt_lightning.training.schedule import Schedule
@@ -61,6 +62,7 @@ def run(arguments: list[str]) -> None:
     peak, device_memory = cli.peak(spec), cli.device_memory(spec)
     epoch = cli.epoch(spec)
     tokens, steps = cli.length(spec, epoch)
+    spec = replace(spec, kept_steps=cli.kept_steps(steps))
     result = plan(
         spec,
         tokens=tokens,
@@ -273,6 +275,18 @@ class PlanCLI(TrainingCLI):
         if config.train_tokens is not None:
             return int(config.train_tokens), steps
         return epoch.tokens_after(steps), steps
+
+    def kept_steps(self, steps: int | None) -> int:
+        """Checkpoints that the run keeps at intervals."""
+        if self.config.trainer.enable_checkpointing is False:
+            return 0
+        kept = self.config.checkpoint
+        if steps is None and kept.keep_every_n_train_steps and kept.max_to_keep is None:
+            self.notes["disk"] = (
+                "not counted: what checkpoint.keep_every_n_train_steps keeps; the length of the run is not known"
+            )
+            return 0
+        return kept_steps(steps, kept.keep_every_n_train_steps, kept.max_to_keep)
 
     def schedule(self, steps: int | None, epoch: EpochShape | None) -> Schedule:
         """Learning rate and clipping of the run; with shares of the run if its length is not known."""

@@ -57,13 +57,26 @@ def describe_schedule(schedule: Schedule, clip_norm: float | None) -> dict[str, 
         rate = f"{schedule.lr / warmup:g} to {rate} at {_step(warmup - 1)}"
     elif isinstance(warmup, float) and warmup:
         rate = f"rises to {rate} at {_step(warmup)}"
-    if schedule.decay_steps is not None:
-        rate += f", then a cosine to {schedule.min_lr:g} at {_step(schedule.decay_steps)}"
+    if schedule.lr_schedule == "inverse_sqrt":
+        rate += ", then it falls with the inverse square root of the step"
+        if schedule.min_lr:
+            rate += f", not below {schedule.min_lr:g}"
+    elif schedule.decay_steps is not None:
+        rate += f", then {_decay(schedule)} to {schedule.min_lr:g} at {_step(schedule.decay_steps)}"
     lines = {"learning rate": rate}
     if clip_norm is not None:
         start = schedule.clip_from_step
         lines["clipping"] = f"to {clip_norm:g}" + (f" from {_step(start)} on" if start else "")
     return lines
+
+
+def _decay(schedule: Schedule) -> str:
+    if schedule.lr_schedule != "wsd":
+        return "a cosine" if schedule.lr_schedule == "cosine" else "linear"
+    shape = "a cosine" if schedule.decay_type == "cosine" else schedule.decay_type
+    if isinstance(schedule.decay_steps, int) and isinstance(schedule.warmup_steps, int):
+        return f"constant until step {schedule.decay_start}, then {shape}"
+    return f"constant, and in the last {schedule.decay_fraction:.3g} of the decay's steps {shape}"
 
 
 def _step(value: Steps) -> str:

@@ -36,6 +36,7 @@ class RunSpec:
         keep_freed_memory: Whether a CPU's process keeps what a step has freed.
         keep_best: Whether best.ckpt is kept.
         keep_previous: Whether previous.ckpt is.
+        kept_steps: Number of checkpoints that are kept at intervals, as step-000500.ckpt.
         async_save: Whether a copy is written while training continues.
     """
 
@@ -49,6 +50,7 @@ class RunSpec:
     keep_freed_memory: bool = True
     keep_best: bool = True
     keep_previous: bool = True
+    kept_steps: int = 0
     async_save: bool = False
 
     @property
@@ -168,7 +170,7 @@ def plan(
         main_memory=_checkpoint_copies(spec),
         kv_cache=cost.kv_cache_bytes(config, 1, config.context_length),
         checkpoint=checkpoint,
-        disk=(2 + spec.keep_best + spec.keep_previous) * checkpoint,
+        disk=(2 + spec.keep_best + spec.keep_previous + spec.kept_steps) * checkpoint,
         tokens_per_step=endless.tokens_after(1),
         tokens=tokens,
         steps=steps,

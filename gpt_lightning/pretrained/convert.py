@@ -16,6 +16,7 @@ from gpt_lightning.data.tokenizer import GPT2, VOCAB_SIZE, Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.add_tokens import InitAdded, add_tokens
+from gpt_lightning.pretrained.average import average_weights
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.load import (
@@ -56,6 +57,7 @@ def convert(
     weight_format: WeightFormat,
     *,
     n_heads: int | None = None,
+    average_with: Sequence[str] = (),
     added_tokens: Sequence[str] = (),
     init_added: InitAdded = "mean",
 ) -> None:
@@ -68,6 +70,7 @@ def convert(
     Args:
         weight_format: The format of ``dest``.
         n_heads: For a ``source`` written by the book's own code, which does not contain it.
+        average_with: Further sources; ``dest`` gets the mean of all weights, see :func:`average_weights`.
         added_tokens: New tokens, see :func:`add_tokens`, which takes ``init_added`` too.
 
     Raises:
@@ -75,8 +78,10 @@ def convert(
         OSError: ``dest`` exists, or cannot be written.
     """
     _check_dest(dest, weight_format)
-    weights = read_weights(source, n_heads=n_heads)
-    check_heads(weights, source, n_heads)
+    models = {name: read_weights(name, n_heads=n_heads) for name in (source, *average_with)}
+    for name, model in models.items():
+        check_heads(model, name, n_heads)
+    weights = average_weights(models) if average_with else models[source]
     if weights.other_tokenizer is not None and weights.config.vocab_size >= VOCAB_SIZE:
         raise ValueError(
             f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; convert does not write "

@@ -115,7 +115,9 @@ def build_run(
     if start.weights is not None:
         module.initialize_from(start.weights, with_optimizer=trains and config.init_optimizer)
     stop, clock = GracefulStop(), Stopwatch()
-    io = AtomicCheckpointIO(config.checkpoint.async_save, config.checkpoint.keep_previous)
+    io = AtomicCheckpointIO(
+        config.checkpoint.async_save, config.checkpoint.keep_previous, config.checkpoint.max_to_keep
+    )
     checkpoints = None
     if trains and writes_files(config) and config.trainer.get("enable_checkpointing") is not False:
         checkpoints = CheckpointCallback(
@@ -124,6 +126,7 @@ def build_run(
             clock,
             every_n_train_steps=config.checkpoint.every_n_train_steps,
             save_best=config.checkpoint.save_best,
+            keep_every_n_train_steps=config.checkpoint.keep_every_n_train_steps,
             on_failure=config.checkpoint.on_failure,
         )
     callbacks = _users_callbacks(config)

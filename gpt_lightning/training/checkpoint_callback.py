@@ -1,4 +1,4 @@
-"""When ``last.ckpt`` and ``best.ckpt`` (lowest validation loss) are saved."""
+"""When ``last.ckpt``, ``best.ckpt`` (lowest validation loss) and ``step-000500.ckpt`` are saved."""
 
 import logging
 import math
@@ -23,8 +23,9 @@ from gpt_lightning.training.checkpoint_io import (
     LAST,
     PREVIOUS,
     AtomicCheckpointIO,
-    link_or_copy,
     remove_leftovers,
+    step_checkpoints,
+    step_name,
 )
 from gpt_lightning.training.config import OnFailure
 from gpt_lightning.training.distributed import local
@@ -54,7 +55,8 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
     It saves at intervals, when the run ends, and after each evaluation that is the best so far. The best one is
     saved as ``last.ckpt`` first, which then gets the second name ``best.ckpt``: a hard link, or a copy on a file
     system without hard links. A run that was killed between the two names gets the second one when it resumes, so
-    that best.ckpt is always the one of an uninterrupted run at the same step.
+    that best.ckpt is always the one of an uninterrupted run at the same step. The checkpoints that are kept at
+    intervals, such as ``step-000500.ckpt``, are further names in the same way.
 
     Early in a run nearly every evaluation is the best so far, so nearly every evaluation saves. A save that fails
     does not count: the next evaluations are compared with the best one that was saved before. The ``last`` of
@@ -66,6 +68,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         clock: Stopwatch that is stopped during a save.
         every_n_train_steps: Optimizer steps between two saves; ``None``: at the end of each epoch.
         save_best: Whether the best checkpoint is kept too.
+        keep_every_n_train_steps: Optimizer steps between two checkpoints that are kept; ``None``: none is.
         on_failure: Whether training continues after a failed save. A failed save at the end always stops it.
 
     Attributes:
@@ -79,6 +82,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         clock: Stopwatch,
         every_n_train_steps: int | None = None,
         save_best: bool = True,
+        keep_every_n_train_steps: int | None = None,
         on_failure: OnFailure = "continue",
     ) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
@@ -90,6 +94,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self.clock = clock
         self.every_n_train_steps = every_n_train_steps
         self.save_best = save_best
+        self.keep_every_n_train_steps = keep_every_n_train_steps
         self.on_failure = on_failure
         self._evaluated = (-1, math.inf)  # steps and val_loss at the last evaluation
         self.best = BestCheckpoint()
@@ -126,11 +131,12 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                     f"checkpoint: {path} cannot be replaced ({error.strerror}); close the program that reads it"
                 ) from error
 
-    def check_disk_space(self, config: GPTConfig, precision: str) -> None:
+    def check_disk_space(self, config: GPTConfig, precision: str, run_steps: int | None) -> None:
         """Check that the disk has space for the files that the run keeps and the one that is being written.
 
         Args:
             precision: Lightning's name; weights and moments are saved in the precision of training.
+            run_steps: Optimizer steps of the run; ``None``: it has no end.
 
         Raises:
             OSError: There is not enough space, or the system refuses a step of a save.
@@ -147,15 +153,17 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.save_best)]
         # several names may be links to one file
-        files = {path.stat().st_ino for name in kept if (path := self.folder / name).exists()}
-        missing = 1 + len(kept) - len(files)
+        paths = [*(self.folder / name for name in kept), *step_checkpoints(self.folder).values()]
+        files = {path.stat().st_ino for path in paths if path.exists()}
+        steps = kept_steps(run_steps, self.keep_every_n_train_steps, self.io.max_to_keep)
+        missing = max(1, 1 + len(kept) + steps - len(files))
         free = shutil.disk_usage(existing).free
         if missing * size > free:
             raise OSError(
                 f"checkpoint: {self.folder} needs {missing * size / 1e9:.2f} GB for {missing} files of "
                 f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, give another "
                 "--trainer.default_root_dir, or keep fewer: --checkpoint.save_best false, "
-                "--checkpoint.keep_previous false"
+                f"--checkpoint.keep_previous false{', a smaller --checkpoint.max_to_keep' if steps else ''}"
             )
 
     def on_metrics(
@@ -217,19 +225,28 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.training and trainer.is_global_zero and trainer.ckpt_path is not None:
-            self.restore_best(Path(trainer.ckpt_path), checkpoint)
+            self.restore_names(Path(trainer.ckpt_path), checkpoint)
 
-    def restore_best(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
-        """Name a checkpoint that is resumed best.ckpt if it is the best one; a kill may have come just before."""
+    def restore_names(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        """Give a checkpoint that is resumed the further names that it should have; a kill may have come just before."""
+        step = checkpoint["global_step"]
+        names = [step_name(step)] if self._is_kept(step) else []
         best_step = checkpoint["callbacks"].get(self.state_key, {}).get("best_step")
-        if not self.save_best or best_step != checkpoint["global_step"]:
-            return
-        best = self.folder / BEST
-        is_there = best.exists() and best.samefile(path)
-        if not is_there and path.resolve().parent == self.folder.resolve():
-            link_or_copy(path, best)
+        if self.save_best and best_step == step:
+            names.append(BEST)
+        for other in (self.folder / name for name in names):
+            is_there = other.exists() and other.samefile(path)
+            if not is_there and path.resolve().parent == self.folder.resolve():
+                self.io.add_name(path.resolve(), other.name)
+
+    def _is_kept(self, step: int) -> bool:
+        """Return whether the checkpoint after ``step`` optimizer steps is kept."""
+        every = self.keep_every_n_train_steps
+        return every is not None and step > 0 and step % every == 0
 
     def _is_due(self, trainer: Trainer) -> bool:
+        if self._is_kept(trainer.global_step):
+            return True
         if self.every_n_train_steps is None:
             return trainer.is_last_batch
         return trainer.global_step % self.every_n_train_steps == 0
@@ -246,10 +263,11 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self._best_before, is_best = self.best, self._is_best(trainer)
         if is_best:
             self.best = BestCheckpoint(val_loss=self._evaluated[1], step=trainer.global_step)
+        names = [step_name(trainer.global_step)] if self._is_kept(trainer.global_step) else []
         trainer.save_checkpoint(
             self.folder / LAST,
             weights_only=False,
-            storage_options={"also_named": BEST} if is_best else None,
+            storage_options={"also_named": [*names, *([BEST] * is_best)]},
         )
         self._saved_step = trainer.global_step
         if ends:
@@ -285,6 +303,22 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
         self.best = BestCheckpoint(
             math.inf if val_loss is None else val_loss, state_dict.get("best_step")
         )
+
+
+def kept_steps(run_steps: int | None, every: int | None, max_to_keep: int | None) -> int:
+    """Number of checkpoints of steps that a run keeps; of a run without an end, at least so many.
+
+    Args:
+        run_steps: Optimizer steps of the run; ``None``: it has no end.
+        every: Optimizer steps between two; ``None``: none is kept.
+        max_to_keep: Limit; ``None``: all.
+    """
+    if every is None:
+        return 0
+    if run_steps is None:
+        return max_to_keep or 1
+    count = run_steps // every
+    return count if max_to_keep is None else min(count, max_to_keep)
 
 
 def _copy_from_mapped_file(optimizer: Optimizer) -> None:

@@ -1,18 +1,20 @@
 """Checkpoints on disk: written atomically, verified against their checksums when they are read.
 
 A save writes a temporary file, syncs it, records its checksum in ``manifest.json``, keeps the current ``last.ckpt``
-as ``previous.ckpt``, renames the temporary file, and syncs the folder. Then ``best.ckpt`` may become a second name of
-the new ``last.ckpt``. At every moment each checkpoint is complete, and its checksum is recorded. No file is changed in
-place, so that a name keeps its content when another name of the same file is replaced.
+as ``previous.ckpt``, renames the temporary file, and syncs the folder. Then ``step-000500.ckpt`` (of step 500) and
+``best.ckpt`` may become further names of the new ``last.ckpt``. At last, checkpoints of steps that are too old are
+removed. At every moment each checkpoint is complete, and its checksum is recorded. No file is changed in place, so that
+a name keeps its content when another name of the same file is replaced.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
@@ -44,7 +46,9 @@ from gpt_lightning.storage.checksum import (
 logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-_MAX_ENTRIES = 8  # in a manifest, before unread files are read to find entries that can go
+_STEP = re.compile(r"step-(\d{6,})\.ckpt")
+# in a manifest beside those of kept steps, before unread files are read to find entries that can go
+_MAX_ENTRIES = 8
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -54,14 +58,18 @@ class AtomicCheckpointIO(CheckpointIO):
         async_save: Whether a thread writes a copy of the checkpoint while training continues. The copy needs
             memory for one checkpoint; there is one save at a time.
         keep_previous: Whether the last.ckpt that is replaced is kept as previous.ckpt.
+        max_to_keep: Number of checkpoints of steps that stay; ``None``: all.
 
     Attributes:
         failures: Errors of finished saves by file, on the rank that writes. They are not raised here, because the
             other ranks wait for that rank at a barrier. The reader of this attribute clears it.
     """
 
-    def __init__(self, async_save: bool = False, keep_previous: bool = True) -> None:
+    def __init__(
+        self, async_save: bool = False, keep_previous: bool = True, max_to_keep: int | None = None
+    ) -> None:
         self.keep_previous = keep_previous
+        self.max_to_keep = max_to_keep
         self.failures: dict[str, OSError] = {}
         self._writer = ThreadPoolExecutor(max_workers=1) if async_save else None
         self._pending: Future[None] | None = None
@@ -71,9 +79,9 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save a checkpoint, and with ``storage_options={"also_named": NAME}`` give it a second name beside it."""
+        """Save a checkpoint, and with ``storage_options={"also_named": NAMES}`` give it further names beside it."""
         self.finish()
-        also_named = storage_options["also_named"] if storage_options else None
+        also_named = storage_options["also_named"] if storage_options else ()
         if self._writer is None:
             self._attempt(checkpoint, Path(path), also_named)
         else:
@@ -103,13 +111,15 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
-    def _attempt(self, checkpoint: dict[str, Any], path: Path, also_named: str | None) -> None:
+    def _attempt(self, checkpoint: dict[str, Any], path: Path, also_named: Sequence[str]) -> None:
         try:
             self.write(checkpoint, path)
-            if also_named is not None:
-                saved, path = path, path.with_name(also_named)  # a failure is this name's
-                link_or_copy(saved, path)
-                self._checksums[also_named] = self._checksums[saved.name]
+            saved = path
+            for name in also_named:
+                path = saved.with_name(name)  # a failure is this name's
+                self.add_name(saved, name)
+            if any(map(is_step_name, also_named)):
+                self._remove_too_old(saved.parent, checkpoint["global_step"])
         except (OSError, RuntimeError) as error:
             before = (
                 "the file that was there is intact" if path.exists() else "there is no such file"
@@ -117,6 +127,19 @@ class AtomicCheckpointIO(CheckpointIO):
             self.failures[path.name] = OSError(
                 f"{path}: cannot be written ({cause_of_failure(error)}); {before}"
             )
+
+    def add_name(self, saved: Path, name: str) -> None:
+        """Give a checkpoint a further name, durably; that of a step gets an entry in the manifest first."""
+        if saved.name not in self._checksums:
+            self._checksums[saved.name] = sha256_of(saved)
+        sha256 = self._checksums[saved.name]
+        if is_step_name(name):
+            entries = read_manifest(saved.parent) or []
+            if same := [entry for entry in entries if entry["sha256"] == sha256]:
+                _write_manifest(saved.parent, [*entries, {**same[-1], "file": name}])
+        else:
+            self._checksums[name] = sha256
+        link_or_copy(saved, saved.with_name(name))
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Write a checkpoint now; raise ``OSError`` or ``RuntimeError`` if a step of the save fails."""
@@ -141,11 +164,29 @@ class AtomicCheckpointIO(CheckpointIO):
         self._checksums[path.name] = sha256
         there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
         unknown = [name for name in there if name not in self._checksums]
-        if unknown and len(entries) <= _MAX_ENTRIES:
+        # an entry of a step is needed while its file is there, which is not read for that
+        steps = [e for e in entries if is_step_name(e["file"]) and (folder / e["file"]).exists()]
+        if unknown and len(entries) - len(steps) <= _MAX_ENTRIES:
             return
         self._checksums |= {name: sha256_of(folder / name) for name in unknown}
         known = set(self._checksums.values())
-        _write_manifest(folder, [entry for entry in entries if entry["sha256"] in known])
+        _write_manifest(folder, [e for e in entries if e["sha256"] in known or e in steps])
+
+    def _remove_too_old(self, folder: Path, step: int) -> None:
+        """Remove the checkpoints of steps that are more than ``max_to_keep``, after the one of ``step`` was saved.
+
+        Those of later steps go first: the run was resumed from an earlier one, and does not use them.
+        """
+        if self.max_to_keep is None:
+            return
+        kept = step_checkpoints(folder)
+        for other in sorted(kept, key=lambda other: (other <= step, other))[: -self.max_to_keep]:
+            try:
+                kept[other].unlink(missing_ok=True)
+            except OSError as error:  # on Windows, while a program has it open
+                logger.warning(
+                    f"{kept[other]}: cannot be removed ({error.strerror}); the next save tries again"
+                )
 
     def _keep_as_previous(self, folder: Path) -> None:
         sha256 = self._checksums.pop(LAST)
@@ -165,10 +206,28 @@ def cause_of_failure(error: OSError | RuntimeError) -> str:
     return cause or "the disk may be full"
 
 
+def step_name(step: int) -> str:
+    """The file name of a step's checkpoint."""
+    return f"step-{step:06d}.ckpt"
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a file name is the one of a step's checkpoint."""
+    return _STEP.fullmatch(name) is not None
+
+
+def step_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of steps in a run's folder."""
+    names = {path: _STEP.fullmatch(path.name) for path in folder.glob("step-*.ckpt")}
+    return {int(match[1]): path for path, match in names.items() if match is not None}
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of saves that were killed."""
     for name in (LAST, PREVIOUS, BEST, MANIFEST):
         temporary_path(folder / name).unlink(missing_ok=True)
+    for temporary in folder.glob(temporary_path(folder / "step-*.ckpt").name):
+        temporary.unlink()
 
 
 def _on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:

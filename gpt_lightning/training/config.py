@@ -53,6 +53,9 @@ class CheckpointConfig:
         every_n_train_steps: Optimizer steps between saves of last.ckpt; null = at the end of each epoch.
         save_best: Also keep best.ckpt, the checkpoint with the lowest val_loss. Each evaluation that is the best so
             far saves a checkpoint; with a large model, evaluate less often (evaluation.eval_freq).
+        keep_every_n_train_steps: Optimizer steps between checkpoints that are kept as step-000500.ckpt and so on;
+            null = none.
+        max_to_keep: Number of these checkpoints; the oldest one is removed when a newer one is on the disk. null = all.
         keep_previous: Keep the last.ckpt before as previous.ckpt, in case the newest one is damaged.
         async_save: Continue training while a copy is written; needs memory for one checkpoint.
         on_failure: After a failed save, for example on a full disk: 'continue' and try again at the next
@@ -61,12 +64,24 @@ class CheckpointConfig:
 
     every_n_train_steps: int | None = None
     save_best: bool = True
+    keep_every_n_train_steps: int | None = None
+    max_to_keep: int | None = None
     keep_previous: bool = True
     async_save: bool = False
     on_failure: OnFailure = "continue"
 
     def __post_init__(self) -> None:
         check_choice("checkpoint.on_failure", self.on_failure, OnFailure)
+        for name in ("keep_every_n_train_steps", "max_to_keep"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(
+                    f"checkpoint.{name}: {value} is too small; give 1 or more, or leave it out"
+                )
+        if self.max_to_keep is not None and self.keep_every_n_train_steps is None:
+            raise ValueError(
+                f"checkpoint.max_to_keep: {self.max_to_keep} has no effect without "
+                "checkpoint.keep_every_n_train_steps; give both, or leave it out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ from gpt_lightning.training.optimizer import (
 )
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
 from gpt_lightning.training.run_length import Progress, epoch_shape, run_steps
-from gpt_lightning.training.schedule import Schedule, Steps
+from gpt_lightning.training.schedule import DecayType, LRSchedule, Schedule, Steps
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,14 @@ class GPTLightningModule(LightningModule):
         decay_matrices_only: Apply no weight decay to biases and norms; the book decays all parameters.
         warmup_steps: Steps over which the learning rate rises linearly to lr; a float such as 0.2 is a share of the
             run, rounded down.
-        decay_steps: Step at which the cosine decay from lr reaches min_lr; null = constant learning rate. A float is a
-            share of the run: 1.0 = its end.
-        min_lr: Learning rate at the end of the cosine decay.
+        lr_schedule: Learning rate after the warmup: constant, cosine, linear, wsd (warmup-stable-decay) or
+            inverse_sqrt; null = cosine where decay_steps is given, else constant.
+        decay_steps: Step at which the decay from lr reaches min_lr; null = the end of the run, if lr_schedule decays.
+            A float is a share of the run: 1.0 = its end.
+        decay_fraction: With wsd, the decay takes this share of the steps before decay_steps, the last ones;
+            null = 0.2.
+        decay_type: With wsd, the shape of the decay: linear, 1-sqrt or cosine; null = linear.
+        min_lr: Learning rate at the end of the decay; with inverse_sqrt the lowest one.
         initial_lr: Learning rate of the first step of the warmup, whose end has lr, as in appendix D of the book;
             null = lr / warmup_steps.
         clip_from_step: First step (from 0) whose gradients trainer.gradient_clip_val clips; a float is a share of the
@@ -84,7 +89,10 @@ class GPTLightningModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         decay_matrices_only: bool = False,
         warmup_steps: Steps = 0,
+        lr_schedule: LRSchedule | None = None,
         decay_steps: Steps | None = None,
+        decay_fraction: float | None = None,
+        decay_type: DecayType | None = None,
         min_lr: float = 0.0,
         initial_lr: float | None = None,
         clip_from_step: Steps | None = None,
@@ -97,7 +105,17 @@ class GPTLightningModule(LightningModule):
         super().__init__()
         if isinstance(config, dict):
             config = GPTConfig.from_dict(config)
-        schedule = Schedule(lr, min_lr, initial_lr, warmup_steps, decay_steps, clip_from_step)
+        schedule = Schedule(
+            lr,
+            min_lr,
+            initial_lr,
+            warmup_steps,
+            decay_steps,
+            clip_from_step,
+            lr_schedule,
+            decay_fraction,
+            decay_type,
+        )
         if not 0.0 <= weight_decay < math.inf:
             raise ValueError(f"model.weight_decay: {weight_decay} is out of range; give 0 or more")
         if not all(0.0 <= beta < 1.0 for beta in betas):
@@ -227,9 +245,16 @@ class GPTLightningModule(LightningModule):
         if before is None or self._run_steps is None or not trainer.is_global_zero:
             return
         if changes := self.schedule.changes(before, self._run_steps):
+            decay = self.schedule.moved_decay(before, self._run_steps)
+            in_decay = (
+                f"; the decay had started at step {decay}, so this is not the run that has {self._run_steps} steps "
+                "from the start"
+                if decay is not None and decay < trainer.global_step
+                else ""
+            )
             logger.warning(
                 f"the run has {self._run_steps} steps now, and had {before}; from step {trainer.global_step} on: "
-                f"{', '.join(changes)}"
+                f"{', '.join(changes)}{in_decay}"
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -99,10 +99,13 @@ def _train(built: BuiltRun) -> FitResult:
     config, trainer, folder = built.config, built.trainer, built.config.folder
     if is_rank_zero():
         ensure_new_run(built)
-        if built.checkpoint_callback is not None:
-            built.checkpoint_callback.check_disk_space(built.module.config, str(trainer.precision))
         setup_data_early(built)
-        _check_schedule(built)
+        steps = _steps_of_run(built)
+        if built.checkpoint_callback is not None:
+            built.checkpoint_callback.check_disk_space(
+                built.module.config, str(trainer.precision), steps
+            )
+        _check_schedule(built, steps)
         _check_compiler(built)
     init_elastic_process_group(trainer)
     on_cpu = trainer.strategy.root_device.type == "cpu"
@@ -188,7 +191,7 @@ def _is_interrupt(error: SystemExit) -> bool:
 
 
 def _is_finished(built: BuiltRun) -> bool:
-    """Return whether the run has reached its end before, and log it; only a missing name best.ckpt is made then."""
+    """Return whether the run has reached its end before, and log it; only missing names of its checkpoint are made then."""
     if built.start.checkpoint_path is None:
         return False
     trainer, config = built.trainer, built.config
@@ -198,7 +201,7 @@ def _is_finished(built: BuiltRun) -> bool:
         return False
     if is_rank_zero():
         if built.checkpoint_callback is not None:
-            built.checkpoint_callback.restore_best(built.start.checkpoint_path, checkpoint)
+            built.checkpoint_callback.restore_names(built.start.checkpoint_path, checkpoint)
         limit, setting = reached
         option = setting if setting == "max_tokens" else f"trainer.{setting}"
         logger.info(
@@ -216,14 +219,18 @@ def setup_data_early(built: BuiltRun, stage: str = "fit") -> None:
         _check_position(built.datamodule, read_checkpoint(built.start.checkpoint_path))
 
 
-def _check_schedule(built: BuiltRun) -> None:
-    """Refuse a schedule that does not fit the length of the run."""
+def _steps_of_run(built: BuiltRun) -> int | None:
+    """Return the optimizer steps of a run from its start to its end; ``None`` if it has no end."""
     done = Progress()
     if built.start.checkpoint_path is not None:
         checkpoint = read_checkpoint(built.start.checkpoint_path)
         done = Progress(checkpoint["global_step"], checkpoint["tokens_seen"])
-    epoch, schedule = built.datamodule.epoch_shape(), built.module.schedule
-    steps = run_steps(epoch, built.trainer, built.config.max_tokens, done)
+    return run_steps(built.datamodule.epoch_shape(), built.trainer, built.config.max_tokens, done)
+
+
+def _check_schedule(built: BuiltRun, steps: int | None) -> None:
+    """Refuse a schedule that does not fit the length of the run."""
+    schedule = built.module.schedule
     schedule.resolve(steps)
     if not built.config.trainer.get("fast_dev_run"):
         schedule.check_clipping(steps)

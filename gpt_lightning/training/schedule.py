@@ -2,10 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 # a number of optimizer steps (int) or a share of the run (float): 1 is a step, 1.0 is the end of the run
 Steps = int | float
 
+LRSchedule = Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt"]
+DecayType = Literal["linear", "1-sqrt", "cosine"]
+
+_DECAYING = ("cosine", "linear", "wsd")  # the schedules with a last step of the decay
 _REMEDY = "give a whole number, such as 10, or a share, such as 0.2"
 STEP_SETTINGS = ("warmup_steps", "decay_steps", "clip_from_step")
 
@@ -14,16 +19,19 @@ STEP_SETTINGS = ("warmup_steps", "decay_steps", "clip_from_step")
 class Schedule:
     """Learning rate and clipping as functions of the optimizer step, which counts from 0.
 
-    The warmup is linear and ends at step ``warmup_steps``. After it the learning rate is constant, or a cosine that
-    reaches ``min_lr`` at step ``decay_steps`` and stays there.
+    The warmup is linear and ends at step ``warmup_steps``. :meth:`learning_rate` has the formulas of what follows it.
 
     Attributes:
         lr: Learning rate after the warmup.
-        min_lr: Learning rate at the end of the decay.
+        min_lr: Learning rate at the end of the decay; with ``inverse_sqrt`` the lowest one.
         initial_lr: Learning rate of step 0; step ``warmup_steps`` has ``lr``, as in appendix D of the book. ``None``:
             step 0 has ``lr / warmup_steps``, and step ``warmup_steps - 1`` has ``lr``.
-        warmup_steps, decay_steps, clip_from_step: Numbers of steps, or shares of the run. ``None``: no decay; all
-            steps are clipped.
+        warmup_steps, decay_steps, clip_from_step: Numbers of steps, or shares of the run. ``None``: the decay ends
+            with the run, if there is one; all steps are clipped.
+        lr_schedule: What follows the warmup. ``None``: cosine where ``decay_steps`` is given, else constant.
+        decay_fraction: Share of the steps before ``decay_steps``, the last ones, that the decay of ``wsd`` takes;
+            ``None``: 0.2.
+        decay_type: Shape of the decay of ``wsd``; ``None``: linear.
     """
 
     lr: float
@@ -32,6 +40,9 @@ class Schedule:
     warmup_steps: Steps = 0
     decay_steps: Steps | None = None
     clip_from_step: Steps | None = None
+    lr_schedule: LRSchedule | None = None
+    decay_fraction: float | None = None
+    decay_type: DecayType | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "initial_lr"):
@@ -44,12 +55,61 @@ class Schedule:
                 raise ValueError(f"model.{name}: {value} is above model.lr {self.lr}; give less")
         for name, value in self._steps().items():
             _check_steps(name, value)
+        self._check_names()
+        self._fill_defaults()
         warmup, decay = self.warmup_steps, self.decay_steps
         if type(decay) is type(warmup) and decay <= warmup:
             raise ValueError(
                 f"model.decay_steps: {decay} is not after the {warmup} warmup_steps; "
                 "give more, or leave it out for a constant rate"
             )
+        if isinstance(warmup, int) and isinstance(decay, int) and self.decay_start < warmup:
+            raise ValueError(
+                f"model.decay_fraction: {self.decay_fraction} of {decay} steps starts the decay at step "
+                f"{self.decay_start}, before the end of the {warmup} warmup_steps; give less"
+            )
+
+    def _check_names(self) -> None:
+        """Check the schedule and that each setting has an effect on it."""
+        if self.lr_schedule is not None:
+            _check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
+        if self.lr_schedule in ("constant", "inverse_sqrt") and self.decay_steps is not None:
+            raise ValueError(
+                f"model.lr_schedule: {self.lr_schedule} has no end of a decay, and model.decay_steps is "
+                f"{self.decay_steps}; leave one of them out"
+            )
+        if self.lr_schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError(
+                "model.lr_schedule: inverse_sqrt takes its time scale from the warmup, which has no steps; give "
+                "model.warmup_steps"
+            )
+        if self.lr_schedule != "wsd":
+            for name in ("decay_fraction", "decay_type"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"model.{name}: {value} has an effect only with model.lr_schedule wsd; give that, or leave "
+                        "it out"
+                    )
+        fraction = self.decay_fraction
+        if fraction is not None and not 0.0 < fraction <= 1.0:
+            raise ValueError(
+                f"model.decay_fraction: {fraction} is not a share of the run; give more than 0 and at most 1, such "
+                "as 0.2"
+            )
+        if self.decay_type is not None:
+            _check_choice("decay_type", self.decay_type, get_args(DecayType))
+
+    def _fill_defaults(self) -> None:
+        def fill(name: str, default: object) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)  # the class is frozen
+
+        fill("lr_schedule", "constant" if self.decay_steps is None else "cosine")
+        if self.lr_schedule in _DECAYING:
+            fill("decay_steps", 1.0)
+        if self.lr_schedule == "wsd":
+            fill("decay_fraction", 0.2)
+            fill("decay_type", "linear")
 
     @property
     def has_shares(self) -> bool:
@@ -74,14 +134,36 @@ class Schedule:
                     )
             return self
         if run_steps == 0:  # nothing is trained
-            return replace(self, warmup_steps=0, decay_steps=None, clip_from_step=None)
+            return Schedule(self.lr, self.min_lr, self.initial_lr)
         counts = self._counts(run_steps)
         if self.decay_steps is not None and counts["decay_steps"] <= counts["warmup_steps"]:
             raise ValueError(
                 f"model.decay_steps: {self.decay_steps} is step {counts['decay_steps']} of {run_steps}, which is not after "
                 f"the {counts['warmup_steps']} steps of model.warmup_steps {self.warmup_steps}; give more"
             )
-        return replace(self, **counts)
+        return replace(
+            self,
+            warmup_steps=counts["warmup_steps"],
+            decay_steps=counts.get("decay_steps"),
+            clip_from_step=counts.get("clip_from_step"),
+        )
+
+    @property
+    def decay_start(self) -> int:
+        """The step at which the decay starts; only for a schedule without shares that has a decay."""
+        assert isinstance(self.decay_steps, int)
+        assert isinstance(self.warmup_steps, int)
+        if self.decay_fraction is None:
+            return self.warmup_steps
+        return self.decay_steps - int(self.decay_fraction * self.decay_steps)
+
+    def moved_decay(self, before: int, now: int) -> int | None:
+        """Return the step at which ``wsd`` starts its decay in a run of ``before`` steps, if ``now`` steps move it."""
+        if self.decay_fraction is None:
+            return None
+        ends = [self._counts(steps)["decay_steps"] for steps in (before, now)]
+        starts = [end - int(self.decay_fraction * end) for end in ends]
+        return None if starts[0] == starts[1] else starts[0]
 
     def check_clipping(self, run_steps: int | None) -> None:
         """Check that a run clips at least one step.
@@ -117,16 +199,44 @@ class Schedule:
         }
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of step ``step``; only for a schedule without shares."""
+        """Return the learning rate of step ``step``; only for a schedule without shares.
+
+        With w = ``warmup_steps``, e = ``decay_steps``, s = :attr:`decay_start` and p = (step - s) / (e - s), the
+        progress of the decay, the rate after the warmup is:
+
+        - ``constant``: lr.
+        - ``cosine``: min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 with s = w, one period of SGDR (Loshchilov and Hutter
+          2017, arXiv:1608.03983, equation 5).
+        - ``linear``: min_lr + (lr - min_lr) (1 - p) with s = w, as in BERT (Devlin et al. 2019, arXiv:1810.04805,
+          appendix A.2).
+        - ``wsd``, warmup-stable-decay: lr until step s, then a decay by the factor 1 - p (``linear``),
+          1 - sqrt(p) (``1-sqrt``) or (1 + cos(pi p)) / 2 (``cosine``) instead of 1 - p above. The three phases are
+          those of MiniCPM (Hu et al. 2024, arXiv:2404.06395, section 4), ``linear`` and ``1-sqrt`` those of Hägele
+          et al. 2024, arXiv:2405.18392.
+        - ``inverse_sqrt``: lr sqrt(w / step), but not below min_lr. It is the rate of the Transformer (Vaswani et al.
+          2017, arXiv:1706.03762, equation 3) with lr for its peak.
+
+        A decay stays at min_lr from step e on. The warmup rises linearly (Goyal et al. 2017, arXiv:1706.02677,
+        section 2.2).
+        """
         warmup = self.warmup_steps
         if step < warmup:
             if self.initial_lr is None:
                 return self.lr * (step + 1) / warmup
             return self.initial_lr + step * (self.lr - self.initial_lr) / warmup
-        if self.decay_steps is None:
+        if self.lr_schedule == "inverse_sqrt":
+            return max(self.min_lr, self.lr * math.sqrt(warmup / step))
+        if self.decay_steps is None or step < self.decay_start:
             return self.lr
-        progress = min(1.0, (step - warmup) / max(1, self.decay_steps - warmup))
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        if step >= self.decay_steps:
+            return self.min_lr
+        progress = (step - self.decay_start) / (self.decay_steps - self.decay_start)
+        shape = self.decay_type or self.lr_schedule
+        if shape == "cosine":
+            factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+        else:
+            factor = 1.0 - (math.sqrt(progress) if shape == "1-sqrt" else progress)
+        return self.min_lr + (self.lr - self.min_lr) * factor
 
     def clips(self, step: int) -> bool:
         """Return whether the gradients of step ``step`` are clipped, if ``trainer.gradient_clip_val`` is given."""
@@ -142,3 +252,8 @@ def _check_steps(name: str, value: Steps) -> None:
         )
     if value < 0:
         raise ValueError(f"model.{name}: {value} is negative; give 0 or more")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"model.{name}: {value} is unknown; give {' or '.join(choices)}")

@@ -192,6 +192,8 @@ def verify_resume(
         *plan.limits,
         *plan.schedule,
         f"--checkpoint.every_n_train_steps={plan.save_every}",
+        "--checkpoint.keep_every_n_train_steps=null",  # each of these would save too, and a kill lose no steps
+        "--checkpoint.max_to_keep=null",
         "--checkpoint.save_best=false",  # each best evaluation would save, and a kill lose no steps
     ]
     on_run(f"{plan.steps} steps without interruption")

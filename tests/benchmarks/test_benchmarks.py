@@ -1,6 +1,7 @@
 """The benchmarks run, and end with one line of JSON."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from helpers import (
     python,
 )
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
@@ -18,6 +21,15 @@ from helpers import (
         pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("serving", [], marks=pytest.mark.slow),
+        pytest.param(
+            "exploring",
+            ["--repeats=1"],
+            marks=[
+                pytest.mark.browser,
+                pytest.mark.slow,
+                pytest.mark.skipif(CHROMIUM is None, reason="no chromium here"),
+            ],
+        ),
         pytest.param("windows", [], marks=pytest.mark.slow),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("plan", [], marks=pytest.mark.nightly),

@@ -56,7 +56,10 @@ from gpt_lightning.training.resume import latest_valid_checkpoint
 
 folder = Path(sys.argv[1])
 first, old, new, later = (small_checkpoint(step) for step in range(4))
-best = {"also_named": "best.ckpt"}
+steps = {0: first, 2: new}  # of which the newest one is kept
+
+def names_of(step):
+    return {"also_named": [module.step_name(step), "best.ckpt"]}
 
 def dying_at(point):
     passed = []
@@ -73,7 +76,7 @@ def dying_at(point):
             pass_by(f"after {name}")
             return result
         setattr(holder, name, wrapped)
-    for name in ("fsync", "replace", "link"):
+    for name in ("fsync", "replace", "link", "unlink"):
         around(module.os, name)
     real_write = module._HashingFile.write
     def write(self, data):
@@ -89,13 +92,13 @@ point = 0
 while True:
     point += 1
     run = folder / str(point)
-    io = module.AtomicCheckpointIO()
-    io.save_checkpoint(first, run / "last.ckpt", best)
+    io = module.AtomicCheckpointIO(max_to_keep=1)
+    io.save_checkpoint(first, run / "last.ckpt", names_of(0))
     io.save_checkpoint(old, run / "last.ckpt")
     child = os.fork()
     if not child:
         dying_at(point)
-        io.save_checkpoint(new, run / "last.ckpt", best)
+        io.save_checkpoint(new, run / "last.ckpt", names_of(2))
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     found = latest_valid_checkpoint(run)
@@ -107,6 +110,10 @@ while True:
     kept = read_checkpoint(run / "best.ckpt")
     assert same_bits(kept, first) or same_bits(kept, state), point
     assert code or same_bits(kept, new)
+    # the older step goes after the newer one has its name
+    found_steps = module.step_checkpoints(run)
+    assert set(found_steps) in ([{0}, {0, 2}, {2}] if code else [{2}]), point
+    assert all(same_bits(read_checkpoint(path), steps[i]) for i, path in found_steps.items())
     # the next save works with what is left, and removes it
     module.remove_leftovers(run)
     next_io = module.AtomicCheckpointIO()
@@ -115,9 +122,10 @@ while True:
     assert same_bits(read_checkpoint(latest_valid_checkpoint(run)), later)
     assert same_bits(read_checkpoint(run / "previous.ckpt"), state)
     assert same_bits(read_checkpoint(run / "best.ckpt"), kept)
-    for name in ("previous.ckpt", "best.ckpt"):
+    for name in ("previous.ckpt", "best.ckpt", *(path.name for path in found_steps.values())):
         assert module.corruption_reason(run / name, module.read_manifest(run)) == ""
     names = {"last.ckpt", "previous.ckpt", "best.ckpt", "manifest.json"}
+    names |= {path.name for path in found_steps.values()}
     assert {p.name for p in run.iterdir()} == names
     if code == 0:
         break
@@ -134,7 +142,7 @@ def test_crash_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path) 
     *points, count = result.stdout.splitlines()
     assert int(count.split()[0]) == len(points) >= 20
     for name in ("half-way through a write", "before fsync", "after fsync", "before replace",
-                 "after replace", "before link", "after link"):  # fmt: skip
+                 "after replace", "before link", "after link", "before unlink", "after unlink"):  # fmt: skip
         assert name in points
 
 
@@ -329,7 +337,7 @@ def test_best_stays_when_last_is_saved_again(
     if not has_links:
         monkeypatch.setattr(os, "link", link)
     io, last, best = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "best.ckpt"
-    io.save_checkpoint(small_checkpoint(1), last, {"also_named": "best.ckpt"})
+    io.save_checkpoint(small_checkpoint(1), last, {"also_named": ["best.ckpt"]})
     assert best.samefile(last) == has_links
     for step in (2, 3, 4):
         io.save_checkpoint(small_checkpoint(step), last)

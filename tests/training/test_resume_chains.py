@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ TINY_RUN = [
     "--trainer.callbacks+=gpt_lightning.training.verify_resume.WindowRecorder",
     "--trainer.callbacks.folder=.",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with Runs() as process:
-        yield process
 
 
 def folder_with_text(folder: Path) -> Path:

@@ -4,10 +4,10 @@ import math
 import random
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from forked_runs import Runs, Stop
@@ -45,6 +45,121 @@ def test_learning_rates_are_the_appendix_formula(seed: int) -> None:
             expected = last + (peak - last) * 0.5 * (1 + math.cos(angle))
         assert schedule.learning_rate(step) == pytest.approx(expected, abs=1e-12)
         assert schedule.clips(step) == (step >= steps)
+
+
+SHAPES = {
+    "linear": lambda p: 1 - p,
+    "1-sqrt": lambda p: 1 - p**0.5,
+    "cosine": lambda p: np.cos(np.pi * p / 2) ** 2,  # = (1 + cos(pi p)) / 2
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("constant", None),
+        ("cosine", None),
+        ("linear", None),
+        *(("wsd", shape) for shape in SHAPES),
+        ("inverse_sqrt", None),
+    ],
+)
+def test_each_schedule_is_its_formula_at_every_step_of_20_settings(
+    name: str, shape: str | None
+) -> None:
+    rng = random.Random(f"{name} {shape}")
+    for _ in range(20):
+        run_steps = rng.randint(2, 300)
+        warmup = rng.randint(name == "inverse_sqrt", run_steps // 2)
+        end = rng.randint(warmup + 1, run_steps)  # before the end of the run, or there
+        peak = rng.uniform(1e-5, 1e-2)
+        first = rng.choice([None, rng.uniform(0.0, peak)])
+        lowest = rng.choice([0.0, rng.uniform(0.0, peak)])
+        # at most what the warmup leaves
+        fraction = rng.uniform(1e-3, (end - warmup) / end) if name == "wsd" else None
+        decays = name in ("cosine", "linear", "wsd")
+        schedule = Schedule(
+            peak, lowest, first, warmup, end if decays else None, None, name, fraction, shape
+        ).resolve(run_steps)  # type: ignore[arg-type]
+
+        if first is None:
+            rising = peak * np.arange(1, warmup + 1) / max(1, warmup)
+        else:
+            rising = np.linspace(first, peak, warmup, endpoint=False)
+        steps = np.arange(warmup, run_steps + 5, dtype=np.float64)
+        if name == "constant":
+            falling = np.full_like(steps, peak)
+        elif name == "inverse_sqrt":  # as in "Attention is all you need", scaled to its peak
+            vaswani = np.minimum(steps**-0.5, steps * warmup**-1.5)
+            falling = np.maximum(lowest, peak * vaswani * warmup**0.5)
+        else:
+            start = warmup if fraction is None else end - math.floor(fraction * end)
+            progress = np.clip((steps - start) / max(1, end - start), 0, 1)
+            factor = SHAPES[shape or name](progress)
+            falling = factor * peak + (1 - factor) * lowest
+            falling[steps >= end] = lowest
+        expected = np.concatenate([rising, falling])
+        rates = [schedule.learning_rate(step) for step in range(run_steps + 5)]
+        assert rates == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_what_a_schedule_leaves_out_has_defaults() -> None:
+    assert Schedule(0.01) == Schedule(0.01, lr_schedule="constant")
+    assert Schedule(0.01, decay_steps=9) == Schedule(0.01, decay_steps=9, lr_schedule="cosine")
+    for name in ("cosine", "linear"):
+        schedule = Schedule(0.01, lr_schedule=name)  # type: ignore[arg-type]
+        assert schedule == Schedule(0.01, decay_steps=1.0, lr_schedule=name)  # type: ignore[arg-type]
+    schedule = Schedule(0.01, lr_schedule="wsd").resolve(50)
+    assert (schedule.decay_start, schedule.decay_steps, schedule.decay_type) == (40, 50, "linear")
+
+
+WSD = (*BARE, EVERY_STEP, "--model.lr=0.01", "--model.warmup_steps=3", "--model.lr_schedule=wsd",
+       "--model.decay_fraction=0.25", "--trainer.max_epochs=-1",
+       "--model.config.drop_rate=0.1")  # fmt: skip
+
+
+@pytest.mark.parametrize("decay_type", ["1-sqrt", pytest.param("linear", marks=pytest.mark.slow)])
+def test_a_prolonged_wsd_run_is_the_one_that_was_that_long_from_the_start(
+    fit: Command, decay_type: str
+) -> None:
+    settings = [*WSD, f"--model.decay_type={decay_type}"]
+    fit("--run=long", *settings, "--trainer.max_steps=20")
+    keep = "--checkpoint.keep_every_n_train_steps=4"
+    fit("--run=r", *settings, "--trainer.max_steps=12", keep)  # it decays from step 9 on
+    assert [row["lr"] for row in rows_of("r")][8:] != [row["lr"] for row in rows_of("long")][8:12]
+    result = fit(
+        "--run=r",
+        *settings,
+        "--trainer.max_steps=20",
+        keep,
+        "--ckpt_path=checkpoints/r/step-000008",
+    )
+    assert "model.decay_steps 1.0 is 20 steps (was 12)" in result.err
+    assert "the decay had started" not in result.err
+    files = [Path("checkpoints", run, "last.ckpt") for run in ("long", "r")]
+    assert not [part for part in compare_checkpoints(*files) if part.difference]
+    assert read_checkpoint(files[0])["run_steps"] == read_checkpoint(files[1])["run_steps"] == 20
+    table = [
+        [
+            (row["step"], row["lr"], row["train/loss"], row["train/grad_norm"])
+            for row in rows_of(run)
+        ]
+        for run in ("long", "r")
+    ]
+    assert table[0] == table[1]
+    assert len(table[0]) == 20
+    assert (
+        sum(row[1] < 0.01 for row in table[0]) == 2 + 4
+    )  # the warmup; after the first step of the decay
+
+
+def test_a_wsd_run_that_is_prolonged_in_its_decay_says_so(fit: Command) -> None:
+    fit(*WSD, "--trainer.max_steps=8")  # it decays from step 6 on
+    result = fit(*WSD, "--trainer.max_steps=10", "--ckpt_path=last")
+    assert (
+        "the decay had started at step 6, so this is not the run that has 10 steps from the start"
+        in result.err
+    )
 
 
 def test_without_initial_lr_the_last_step_of_the_warmup_has_lr() -> None:
@@ -186,12 +301,6 @@ def test_fast_dev_run_ignores_the_length_of_the_run(fit: Command) -> None:
     fit("--trainer.fast_dev_run=true", "--model.clip_from_step=27", "--trainer.gradient_clip_val=1")
 
 
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    with Runs() as process:
-        yield process
-
-
 @pytest.mark.parametrize("rng", [pytest.param("step", marks=pytest.mark.slow), "global"])
 def test_resume_in_warmup_and_decay_is_exact(runs: Runs, tmp_path: Path, rng: str) -> None:
     arguments = [
@@ -263,3 +372,28 @@ def test_plan_has_the_schedule(command: Command) -> None:
     assert "from step 30 on" in line
     result = command(*arguments, "--json")
     assert '"schedule": {"lr": 0.01' in result.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["lr_schedule=linear", "min_lr=0.001"], "then linear to 0.001 at step 100"),
+        (["lr_schedule=wsd"], "then constant until step 80, then linear to 0 at step 100"),
+        (
+            ["lr_schedule=wsd", "decay_type=1-sqrt", "decay_fraction=0.1", "decay_steps=90"],
+            "then constant until step 81, then 1-sqrt to 0 at step 90",
+        ),
+        (
+            ["lr_schedule=inverse_sqrt", "min_lr=0.001"],
+            "then it falls with the inverse square root of the step, not below 0.001",
+        ),
+    ],
+)
+def test_plan_describes_each_schedule(command: Command, settings: list[str], expected: str) -> None:
+    result = command(
+        "plan", *SMALL_QUICKSTART, "--trainer.max_steps=100", "--trainer.max_epochs=-1",
+        "--model.lr=0.01", "--model.warmup_steps=20", *(f"--model.{s}" for s in settings),
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    line = next(line for line in result.out.splitlines() if line.startswith("learning rate"))
+    assert line.endswith(f"0.0005 to 0.01 at step 19, {expected}")

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gpt_lightning"
 
 # a folder may import from those below it; model and data know nothing of each other
 _BASE = {"kernels", "storage"}
-_MIDDLE = _BASE | {"generation", "pretrained", "model", "data"}
+_MIDDLE = _BASE | {"evals", "generation", "pretrained", "model", "data"}
 LAYERS = {
     "cli": _MIDDLE | {"cli", "training", "planning", "reports", "tuning", "serving", "exploring"},
     "training": _MIDDLE | {"training"},
@@ -27,6 +27,7 @@ LAYERS = {
     "tuning": _MIDDLE | {"tuning"},
     "serving": _MIDDLE | {"serving"},
     "exploring": _MIDDLE | {"exploring", "serving"},
+    "evals": _BASE | {"evals", "model", "data"},
     "generation": _BASE | {"generation", "model", "data"},
     "pretrained": _BASE | {"pretrained", "model", "data"},
     "model": _BASE | {"model"},

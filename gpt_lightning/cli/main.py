@@ -38,6 +38,7 @@ VERBS = {
         "estimate the memory, disk space and time of a run, without running it",
     ),
     "generate": ("generate", "run", "continue prompts with a trained model"),
+    "evaluate": ("evaluate", "run", "judge a model by HellaSwag, LAMBADA or WikiText"),
     "report": (
         "report",
         "run",

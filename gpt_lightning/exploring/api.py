@@ -19,7 +19,12 @@ from gpt_lightning.exploring.next_token import (
     chosen_token_json,
     distribution_json,
 )
-from gpt_lightning.exploring.scoring import score_window, score_windows, scores_json
+from gpt_lightning.exploring.scoring import (
+    NUM_CANDIDATES,
+    score_window,
+    score_windows,
+    scores_json,
+)
 from gpt_lightning.exploring.tokens import Json, finite_or_none, token_json, tokens_json
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.serving.api_errors import (
@@ -41,9 +46,10 @@ MAX_NEW_TOKENS = 10_000
 MAX_POSITIONS = 64
 MAX_SCORED_TOKENS = 8192
 MAX_ATTENTION_TOKENS = 256
+MAX_UNREAD = 50  # tokens before the context that an answer lists
 MAX_CHOSEN = 32  # tokens at the end of a path that have a rank and the model's own probability
 MAX_CHOSEN_SAMPLED = 16  # … and their probability under the settings, which takes 5 ms each
-NUM_CANDIDATES = 5
+MAX_CHOSEN_CROPPED = 4  # … if the text exceeds the context: each of them costs a whole window
 
 # what each field must be, for messages
 FIELDS = {
@@ -59,6 +65,7 @@ FIELDS = {
     "draws": f"a whole number from 0 to {MAX_DRAWS:,}",
     "seed": "a whole number of at most 64 bits",
     "bars": f"a whole number from 0 to {MAX_BARS}",
+    "include_tokens": "true or false",
     "max_new_tokens": f"a whole number from 0 to {MAX_NEW_TOKENS:,}",
     "text": f"a string of at most {MAX_CHARACTERS:,} characters",
     "positions": f"a whole number from 1 to {MAX_POSITIONS}",
@@ -100,6 +107,7 @@ class NextBody(SequenceBody):
     draws: Annotated[int, Field(ge=0, le=MAX_DRAWS)] = 0
     seed: Seed = 123
     bars: Annotated[int, Field(ge=0, le=MAX_BARS)] = 40
+    include_tokens: bool = True
 
 
 class GenerateBody(SequenceBody):
@@ -169,7 +177,9 @@ async def _read(request: Request, body: type[B]) -> B:
 
 
 async def _tokens(loaded: LoadedModel, body: SequenceBody, request: Request) -> Response:
-    return JSONResponse(_sequence_json(loaded, await _ids(loaded, body, may_be_empty=True)))
+    ids = await _ids(loaded, body, may_be_empty=True)
+    tokens = tokens_json(loaded.served.tokenizer, ids)
+    return JSONResponse({"tokens": tokens, "cropped": _cropped(loaded, ids)})
 
 
 async def _next(loaded: LoadedModel, body: NextBody, request: Request) -> Response:
@@ -177,8 +187,9 @@ async def _next(loaded: LoadedModel, body: NextBody, request: Request) -> Respon
     tokenizer = loaded.served.tokenizer
     sampling = _sampling(body.sampling, loaded)
     ids = await _ids(loaded, body)
+    cropped = _cropped(loaded, ids)
     # before the first token of a text there is nothing to predict it from
-    num_chosen = min(len(body.path), MAX_CHOSEN, len(ids) - 1)
+    num_chosen = min(len(body.path), MAX_CHOSEN_CROPPED if cropped else MAX_CHOSEN, len(ids) - 1)
     lengths = range(len(ids) - num_chosen, len(ids))
     *before, after = await loaded.next_tokens(ids, [*lengths, len(ids)])
 
@@ -204,7 +215,9 @@ async def _next(loaded: LoadedModel, body: NextBody, request: Request) -> Respon
         ]
         return {"path": chosen, **distribution}
 
-    content = {**_sequence_json(loaded, ids), **await loaded.run(compute)}
+    content = {"num_tokens": len(ids), "cropped": cropped, **await loaded.run(compute)}
+    if body.include_tokens:
+        content["tokens"] = tokens_json(tokenizer, ids[max(0, cropped - MAX_UNREAD) :])
     others = tokens_json(tokenizer, body.path[: len(body.path) - num_chosen])
     figures = dict.fromkeys(("rank", "model_probability", "probability"))
     content["path"] = [*({**token, **figures} for token in others), *content["path"]]
@@ -350,9 +363,6 @@ async def _encode(served: ServedModel, text: str, name: str) -> list[int]:
         raise APIError(400, f"{name}: {cause}", param=name) from error
 
 
-def _sequence_json(loaded: LoadedModel, ids: list[int]) -> Json:
-    """The tokens of a sequence; the first ``cropped`` ones are outside the model's context."""
-    return {
-        "tokens": tokens_json(loaded.served.tokenizer, ids),
-        "cropped": max(0, len(ids) - loaded.served.model.config.context_length),
-    }
+def _cropped(loaded: LoadedModel, ids: list[int]) -> int:
+    """Number of tokens at the start of ``ids`` that are outside the model's context."""
+    return max(0, len(ids) - loaded.served.model.config.context_length)

@@ -60,9 +60,12 @@ class LoadedModel:
         keys = [tuple(ids[max(0, length - context_length) : length]) for length in lengths]
         known = {key: self._next_tokens[key] for key in keys if key in self._next_tokens}
         missing = {key: n for key, n in zip(keys, lengths, strict=True) if key not in known}
-        if missing:
-            compute = partial(self._reader.read, ids, list(missing.values()))
-            known |= zip(missing, await self.run(compute), strict=True)
+        fitting = {key: n for key, n in missing.items() if n <= context_length}
+        # one job for each window that is cropped: other requests have their turn between two
+        cropped = [{key: n} for key, n in missing.items() if n > context_length]
+        for job in filter(None, [fitting, *cropped]):
+            read = await self.run(partial(self._reader.read, ids, [*job.values()]))
+            known |= zip(job, read, strict=True)
         for key in keys:
             self._next_tokens[key] = known[key]
             self._next_tokens.move_to_end(key)
@@ -119,11 +122,6 @@ class Explorer:
     async def state(self) -> list[Json]:
         """Entries of all models: what is on disk, and what is loaded."""
         return [self._entry(checkpoint) for checkpoint in await self._refresh()]
-
-    def close(self) -> None:
-        """Give up all requests."""
-        for loaded in self._loaded.values():
-            loaded.served.close()
 
     @asynccontextmanager
     async def use(self, model_id: str) -> AsyncIterator[LoadedModel]:

@@ -63,18 +63,21 @@ class NextTokenReader:
     def read(self, ids: Sequence[int], lengths: Sequence[int]) -> list[NextToken]:
         """What follows the first L of ``ids``, for each L of ``lengths``, from the last ``context_length`` of these.
 
+        Args:
+            lengths: None is above ``context_length``, or there is only one: each longer text is cropped at another
+                place, so they share no computation.
+
         Raises:
             ValueError: The logits are not finite.
         """
-        model, context_length = self._model, self._model.config.context_length
-        if max(lengths) <= context_length:
-            first = min(lengths) - 1
-            features = self._features(list(ids[: max(lengths)]), first)
-            rows = torch.tensor(lengths, device=features.device) - 1 - first
-            return _next_tokens(model, features[rows])
-        # each of them is cropped at another place, so they share nothing
-        windows = [ids[max(0, length - context_length) : length] for length in lengths]
-        return [_next_tokens(model, self._features(list(w), len(w) - 1))[0] for w in windows]
+        context_length = self._model.config.context_length
+        if max(lengths) > context_length:
+            (length,) = lengths
+            ids, lengths = ids[length - context_length : length], [context_length]
+        first = min(lengths) - 1
+        features = self._features(list(ids[: max(lengths)]), first)
+        rows = torch.tensor(lengths, device=features.device) - 1 - first
+        return _next_tokens(self._model, features[rows])
 
     def _features(self, ids: list[int], first: int) -> Tensor:
         """Features ``(T - first, C)`` of the tokens from ``first`` to the last of T ``ids``."""

@@ -1,6 +1,7 @@
 """The benchmarks run, and end with one line of JSON."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from helpers import (
     python,
 )
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
@@ -18,6 +21,15 @@ from helpers import (
         pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("serving", [], marks=pytest.mark.slow),
+        pytest.param(
+            "exploring",
+            ["--repeats=1"],
+            marks=[
+                pytest.mark.browser,
+                pytest.mark.slow,
+                pytest.mark.skipif(CHROMIUM is None, reason="no chromium here"),
+            ],
+        ),
         pytest.param("windows", [], marks=pytest.mark.slow),
         pytest.param("data", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("plan", [], marks=pytest.mark.nightly),
@@ -32,6 +44,12 @@ def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> No
     assert result["targets"]
     assert all({"name", "value", "passed"} <= set(target) for target in result["targets"])
     assert result["machine"]["versions"]["torch"]
+
+
+@pytest.mark.slow
+def test_benchmark_against_the_harness_runs() -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra harness")
+    test_benchmarks_run_and_end_with_json("evaluating", [])
 
 
 @pytest.mark.parametrize("ready", ["", "echo ready\nread line\n"])

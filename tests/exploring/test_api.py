@@ -18,12 +18,20 @@ from starlette.testclient import TestClient
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.data.tokenizer_json import read_tokenizer
-from gpt_lightning.exploring.api import MAX_CHOSEN, MAX_CHOSEN_SAMPLED, MAX_SCORED_TOKENS, routes
+from gpt_lightning.exploring.api import (
+    MAX_CHOSEN,
+    MAX_CHOSEN_CROPPED,
+    MAX_CHOSEN_SAMPLED,
+    MAX_SCORED_TOKENS,
+    MAX_UNREAD,
+    routes,
+)
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
+from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.pretrained.convert import save_model
-from gpt_lightning.serving.worker import BusyError
+from gpt_lightning.serving.worker import BusyError, ModelWorker
 from helpers import Command, json_of, tiny_gpt2_vocabulary
 from own_tokenizers import write_own
 
@@ -44,7 +52,7 @@ POSTS = {
 FIELDS_OF = {
     "load": ["model"],
     "tokens": ["model", "prompt", "path"],
-    "next": ["model", "prompt", "path", "sampling", "draws", "seed", "bars"],
+    "next": ["model", "prompt", "path", "sampling", "draws", "seed", "bars", "include_tokens"],
     "generate": ["model", "prompt", "path", "sampling", "max_new_tokens", "seed"],
     "score": ["model", "text"],
     "lens": ["model", "prompt", "path", "positions"],
@@ -137,9 +145,55 @@ def test_path_has_the_figures_of_each_step(post: Post, prompt: str) -> None:
         assert step == {key: bar[key] for key in step}
 
 
-def test_a_long_path_has_figures_at_its_end(post: Post) -> None:
+def test_tokens_can_be_left_out(post: Post) -> None:
+    """A slider changes no token, so the page does not ask for them again."""
+    whole = post("next", prompt=LONG, path=[5])
+    without = post("next", prompt=LONG, path=[5], include_tokens=False)
+    assert (without["num_tokens"], without["cropped"]) == (33, 9)
+    assert len(whole.pop("tokens")) == 33
+    assert {**without, "milliseconds": 0} == {**whole, "milliseconds": 0}
+
+
+def test_few_of_the_unread_tokens_are_listed(post: Post) -> None:
+    ids = GPT2.encode_prompt(PROMPT * 100)
+    answer = post("next", prompt=PROMPT * 100)
+    assert [t["id"] for t in answer["tokens"]] == ids[-24 - MAX_UNREAD :]
+    assert answer["num_tokens"] == len(ids) == 400
+    assert answer["cropped"] == 376
+
+
+def test_each_cropped_window_is_a_job(
+    client: TestClient, explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another client's request is answered between two windows, and a long path costs few of them."""
+    served = explorer.models["tiny"]
+    jobs: list[list[int]] = []
+    features, run = served.model.features, type(served.worker).run
+
+    def count(idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        jobs[-1].append(idx.shape[1])
+        return features(idx, cache)
+
+    async def note(worker: ModelWorker, function: Callable[[], Any]) -> Any:
+        jobs.append([])
+        return await run(worker, function)
+
+    monkeypatch.setattr(served.model, "features", count)
+    monkeypatch.setattr(ModelWorker, "run", note)
+    path = list(range(200, 240))
+    body = {"model": "tiny", "prompt": PROMPT, "path": path}
+    answer = client.post("/api/next", json=body).json()
+    assert [job for job in jobs if job] == [[24]] * (MAX_CHOSEN_CROPPED + 1)
+    figures = [step["rank"] is not None for step in answer["path"]]
+    assert figures == [False] * (40 - MAX_CHOSEN_CROPPED) + [True] * MAX_CHOSEN_CROPPED
+
+
+def test_a_long_path_has_figures_at_its_end(load: LoadModel, tmp_path: Path) -> None:
+    model = GPTModel(GPTConfig(context_length=64, emb_dim=8, n_heads=2, n_layers=1))
     path = list(range(100, 102 + MAX_CHOSEN))
-    steps = post("next", prompt=PROMPT, path=path)["path"]
+    with client_for(model, tmp_path / "long.ckpt", load) as client:
+        body = {"model": "tiny", "prompt": PROMPT, "path": path}
+        steps = client.post("/api/next", json=body).json()["path"]
     assert [step["id"] for step in steps] == path
     for name, count in (
         ("rank", MAX_CHOSEN),
@@ -327,6 +381,7 @@ def test_wrong_types(client: TestClient, name: str) -> None:
         ("next", "draws", {"draws": 10_001}),
         ("next", "draws", {"draws": -1}),
         ("next", "bars", {"bars": 501}),
+        ("next", "include_tokens", {"include_tokens": 0}),
         ("next", "seed", {"seed": 2**64}),
         ("next", "sampling.temperature", {"sampling": {"temperature": -1}}),
         ("next", "sampling.temperature", {"sampling": {"temperature": "1"}}),
@@ -587,6 +642,7 @@ SENSIBLE = {
     "draws": st.integers(-1, 10_001),
     "seed": st.integers(-(2**64), 2**65),
     "bars": st.integers(-1, 501),
+    "include_tokens": st.booleans(),
     "max_new_tokens": st.integers(-1, 5),
     "positions": st.integers(0, 66),
     "layer": st.integers(-1, 3),

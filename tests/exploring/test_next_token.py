@@ -26,7 +26,10 @@ ALL_SETTINGS = SamplingParams(
 
 
 def next_tokens(model: GPTModel, ids: list[int], lengths: list[int]) -> list[NextToken]:
-    return NextTokenReader(model).read(ids, lengths)
+    reader = NextTokenReader(model)
+    if max(lengths) > model.config.context_length:  # such texts are read one by one
+        return [token for length in lengths for token in reader.read(ids, [length])]
+    return reader.read(ids, lengths)
 
 
 @torch.inference_mode()

@@ -344,6 +344,47 @@ def test_prompt_longer_than_the_context(visit: Visit, expect: Any) -> None:
     assert page.locator(".strip .cropped").count() > 0
 
 
+def test_slider_leaves_the_tokens_of_a_long_prompt(visit: Visit, address: str, expect: Any) -> None:
+    """A change of a setting transfers no token of the prompt, and the strip stays."""
+    prompt = "The tower clock." * 100
+    page = visit.open(f"#prompt={prompt}")
+    count = ask(address, "tokens", prompt=prompt, path=[])
+    unread = page.locator(".strip .cropped")
+    assert unread.count() == 50
+    first = page.locator(".strip [role=option]").first
+    number = count["cropped"] - 50
+    expect(page.locator(".strip .hint")).to_have_text(f"{number:,} more …")
+    first.hover()
+    expect(page.locator("#strip-detail")).to_contain_text(f"Token {number + 1:,}: ")
+    first.evaluate("token => (token.dataset.kept = 'yes')")
+    with page.expect_response("**/api/next") as response:
+        page.get_by_label("Temperature, as a number").fill("0.5")
+        page.keyboard.press("Enter")
+    assert "tokens" not in response.value.json()
+    expected = expected_bars(
+        next_token(address, prompt=prompt, bars=20, sampling={"temperature": 0.5})
+    )
+    expect(page.locator(".bars li .figure").nth(1)).to_have_text(expected[0][1])
+    expect(first).to_have_attribute("data-kept", "yes")
+    page.get_by_label("Prompt", exact=True).fill("Another text")
+    expect(page.locator(".strip [role=option]")).to_have_text(["Another", "·text"])
+
+
+def test_detail_of_a_taken_token_follows_the_settings(
+    visit: Visit, address: str, expect: Any
+) -> None:
+    page = visit.open()
+    token = take(page, expect, 0)
+    page.locator(".strip .taken").hover()
+    detail = page.locator("#strip-detail")
+    for temperature in (1.0, 0.5):
+        page.get_by_label("Temperature, as a number").fill(str(temperature))
+        page.keyboard.press("Enter")
+        sampling = {"temperature": temperature}
+        (step,) = next_token(address, path=[token], sampling=sampling)["path"]
+        expect(detail).to_contain_text(f"after your settings {shown(step['probability'])}")
+
+
 def test_empty_prompt(visit: Visit, expect: Any) -> None:
     visit.is_failure_expected = True
     page = visit.open()
@@ -428,6 +469,22 @@ def test_given_text_is_scored(visit: Visit, address: str, expect: Any) -> None:
     assert [int(row["id"]) for row in rows] == [token["id"] for token in answer["tokens"]]
     surprisals = [token["surprisal"] for token in answer["tokens"]]
     assert [float(row["surprisal"]) for row in rows[1:]] == pytest.approx(surprisals[1:])
+
+
+def test_incomplete_character_at_the_end_of_a_text(visit: Visit, expect: Any) -> None:
+    """The page shows U+FFFD for it, as ``generate`` does."""
+    page = visit.open("#view=text&prompt=A")
+    token = {"id": 5, "text": "\ufffd", "bytes": "f09f"}
+    score = {"surprisal": 1.0, "rank": 2, "candidates": []}
+    events = [{"token": token, **score}, {"done": "length", "error": None}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.route(
+        "**/api/generate",
+        lambda route: route.fulfill(content_type="text/event-stream", body=body),
+    )
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("#view-text .status")).to_have_text("1 token written.")
+    expect(page.locator(".shaded")).to_have_text("A\ufffd")
 
 
 # --- side by side -----------------------------------------------------------------------------------
@@ -537,6 +594,108 @@ def test_link_restores_everything(visit: Visit, expect: Any) -> None:
     visit.requests = [url for url in visit.requests if url != "about:blank"]
 
 
+def open_link(page: Any, link: str) -> None:
+    """Change the address of the open page, as a link to it or the address bar does."""
+    page.evaluate("link => (location.hash = link)", link)
+
+
+def test_link_keeps_a_path_that_equals_the_present_one(visit: Visit, expect: Any) -> None:
+    page = visit.open(f"#prompt={PROMPT}&path=5.6")
+    expect(page.locator(".strip .taken")).to_have_count(2)
+    open_link(page, "#prompt=Another text&path=5.6")
+    expect(page.locator(".strip [role=option]").first).to_have_text("Another")
+    expect(page.locator(".strip .taken")).to_have_count(2)
+    expect(page.locator("#prompt")).to_have_value("Another text")
+
+
+def test_link_with_an_unknown_model(visit: Visit, address: str, expect: Any) -> None:
+    """The page takes the first model, says so, and goes on."""
+    notices = visit.open(f"#model=gone&prompt={PROMPT}").locator("#notices")
+    page = visit.page
+    said = "The server has no model “gone”. The page shows quickstart."
+    expect(notices).to_have_text(said)
+    assert shown_bars(page) == expected_bars(next_token(address, bars=20))
+    page.locator("#model").select_option("other")
+    expect(notices).to_be_empty()
+    open_link(page, f"#model=gone&models=gone&models=other&prompt={PROMPT}")
+    expect(notices).to_have_text(said)
+    expect(page.locator("#model")).to_have_value("quickstart")
+    page.get_by_role("tab", name="Side by side").click()
+    expect(page.locator(".distributions .model-name")).to_have_count(1)
+    page.get_by_role("button", name="Generate texts").click()
+    expect(page.locator(".side-by-side section")).to_have_count(1)
+
+
+def test_names_of_a_link_in_another_vocabulary(visit: Visit, address: str, expect: Any) -> None:
+    """The names of tokens are asked for again when another tokenizer may give them other texts."""
+    link = f"prompt={PROMPT}&paths=40000_40001"
+    ids = [40000, 40001]
+    names = [visible(t["text"]) for t in ask(address, "tokens", prompt="", path=ids)["tokens"]]
+    page = visit.open(f"#{link}")
+    tokens = page.locator(".tree button.token:not(.root)")
+    expect(tokens).to_have_text(names)
+
+    def with_another_size(route: Any) -> None:
+        content = route.fetch().json()
+        for model in content["models"]:
+            if model["id"] == "other":
+                model["vocab_size"] = 1000
+        route.fulfill(json=content)
+
+    page.route("**/api/state", with_another_size)
+    with page.expect_response("**/api/state"):
+        pass
+    page.wait_for_timeout(300)
+    page.locator("#model").select_option("other")
+    expect(tokens).to_have_count(0)
+    open_link(page, f"#model=other&{link}")
+    expect(tokens).to_have_text(names)
+    page.unroute("**/api/state")
+
+
+def test_chosen_checkpoint_leaves_the_list(visit: Visit, expect: Any) -> None:
+    page = visit.open(f"#model=quickstart/best&prompt={PROMPT}&path=5")
+    expect(page.locator("#model")).to_have_value("quickstart/best")
+
+    def without_best(route: Any) -> None:
+        content = route.fetch().json()
+        models = [model for model in content["models"] if model["id"] != "quickstart/best"]
+        route.fulfill(json={**content, "models": models})
+
+    page.route("**/api/state", without_best)
+    expect(page.locator("#model")).to_have_value("quickstart")
+    expect(page.locator("#notices")).to_contain_text("has no model “quickstart/best”")
+    expect(page.locator(".strip .taken")).to_have_count(1)  # of the same run: the same tokens
+    page.unroute("**/api/state")
+
+
+def test_long_prompt_is_not_in_the_link(visit: Visit, expect: Any) -> None:
+    page = visit.open()
+    take(page, expect, 0)
+    hash_of = "import('/page/state.js').then(m => m.toHash())"
+    assert "path=" in page.evaluate(hash_of)
+    page.get_by_label("Prompt", exact=True).fill("a" * 4001)
+    expect(page.locator(".strip .cropped").first).to_be_attached()
+    page.locator(".bars li").first.click()
+    expect(page.locator(".strip .taken")).to_have_count(1)
+    for name in ("prompt=", "path=", "paths="):  # a path after another prompt would mislead
+        assert name not in page.evaluate(hash_of)
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.locator("#copy-link")).not_to_have_text("Link copied")
+
+
+def test_csv_has_no_formulas(visit: Visit) -> None:
+    page = visit.open()
+    text = page.evaluate(
+        """() => import("/page/save.js").then(({ toCsv }) => toCsv([
+            ["=1+1", "+1", "-1", "@A1", "\\t=1", "a=1", -1.5, null, '=A,"b"']
+        ]))"""
+    )
+    assert next(csv.reader(io.StringIO(text, newline=""))) == [
+        "'=1+1", "'+1", "'-1", "'@A1", "'\t=1", "a=1", "-1.5", "", "'=A,\"b\"",
+    ]  # fmt: skip
+
+
 def test_damaged_link(visit: Visit, expect: Any) -> None:
     page = visit.open("#prompt=Hi&path=1.x.-3&paths=%%%&temperature=abc&model=none&seed=&top_k=")
     expect(page.locator(".strip [role=option]").first).to_have_text("Hi")
@@ -547,7 +706,10 @@ def test_next_token_is_saved(visit: Visit, address: str) -> None:
     page = visit.open()
     rows = table(save(page, "Save next token as CSV"))
     bars = next_token(address, bars=20)["bars"]
-    assert [row["text"] for row in rows] == [bar["text"] for bar in bars]
+    # a text that a spreadsheet would run as a formula begins with an apostrophe
+    assert [re.sub(r"^'(?=[=+\-@\t\r\n])", "", row["text"]) for row in rows] == [
+        bar["text"] for bar in bars
+    ]
     assert [float(row["probability"]) for row in rows] == [bar["probability"] for bar in bars]
     assert save(page, "Save next token as PNG").startswith(PNG)
 
@@ -646,6 +808,43 @@ def test_new_checkpoint_is_noticed(
     expect(page.locator("#model option:checked")).to_have_text(f"quickstart, step {STEPS}")
     expect(page.locator(".bars li .figure").nth(1)).to_have_text(before[0][1])
     assert shown_bars(page) == before
+
+
+def test_damaged_checkpoint_is_tried_once(visit: Visit, run_folder: Path, expect: Any) -> None:
+    """The reason stays on the page; "Load new checkpoints at once" waits for a newer file."""
+    visit.is_failure_expected = True
+    page = visit.open()
+    original = run_folder / "last.ckpt"
+    arrived = run_folder / "arriving.tmp"
+    saved = original.read_bytes()
+    loads = [0]
+    page.on("request", lambda request: loads.append(1) if "/api/load" in request.url else None)
+    notice = page.locator("#notices .notice")
+    follow = page.get_by_label("Load new checkpoints at once")
+    try:
+        arrived.write_bytes(saved[: len(saved) // 2])
+        os.replace(arrived, original)
+        expect(notice).to_contain_text("The file of quickstart has changed.")
+        notice.get_by_role("button", name="Load it").click()
+        expect(notice).to_contain_text("cannot be read")
+        with page.expect_response("**/api/state"):
+            pass
+        page.wait_for_timeout(500)
+        expect(notice).to_contain_text("cannot be read")
+        assert sum(loads) == 1
+        follow.check()
+        arrived.write_bytes(saved[: len(saved) // 3])
+        os.replace(arrived, original)
+        with page.expect_response("**/api/load"):
+            pass
+        page.wait_for_timeout(5000)
+        assert sum(loads) == 2
+        expect(notice).to_contain_text("cannot be read")
+    finally:
+        arrived.write_bytes(saved)
+        os.replace(arrived, original)
+    expect(notice).to_have_count(0)
+    assert sum(loads) == 3
 
 
 @pytest.mark.parametrize("view", ["next", "text", "compare", "inside"])

@@ -113,10 +113,12 @@ export class LatestRequest {
   #isBusy = false;
   #controller = null;
 
-  constructor(name, status, show) {
+  /** `show(answer, body)` runs for each answer. `completed(body)` is what is sent in place of `body`. */
+  constructor(name, status, show, completed = (body) => body) {
     this.name = name;
     this.status = status;
     this.show = show;
+    this.completed = completed;
   }
 
   /** Send `body` unless it is the last one sent. `version` distinguishes equal bodies, for example a reloaded model. */
@@ -142,7 +144,7 @@ export class LatestRequest {
       this.#controller = new AbortController();
       this.status.loading();
       try {
-        const answer = await post(this.name, body, {
+        const answer = await post(this.name, this.completed(body), {
           signal: this.#controller.signal,
           onBusy: (seconds) => {
             this.#isBusy = true;

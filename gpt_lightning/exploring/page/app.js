@@ -3,12 +3,12 @@
 import { onTokenNeeded } from "./api.js";
 import { startCompare } from "./compare.js";
 import { startInside } from "./inside.js";
-import { startModels } from "./models.js";
+import { availableModel, hasSameVocabulary, startModels } from "./models.js";
 import { startNextToken } from "./next_token.js";
 import { startSettings } from "./settings.js";
-import { fromHash, notify, onChange, state, toHash, update } from "./state.js";
+import { fromHash, isLinkComplete, notify, onChange, state, toHash, update } from "./state.js";
 import { startText } from "./text.js";
-import { tokenNodes, tokenOf } from "./tokens.js";
+import { knownTokens, tokenNodes, tokenOf } from "./tokens.js";
 
 const VIEWS = ["next", "text", "compare", "inside"];
 const THEME_KEY = "gpt_lightning theme";
@@ -87,8 +87,9 @@ function startTheme() {
 
 function startPrompt() {
   const area = byId("prompt");
-  area.addEventListener("input", () => update({ prompt: area.value }));
-  const show = () => document.activeElement === area || (area.value = state.prompt);
+  // the tokens of the path were taken after another text
+  area.addEventListener("input", () => update({ prompt: area.value, path: [], paths: [] }));
+  const show = () => area.value === state.prompt || (area.value = state.prompt);
   onChange((changed) => changed.has("prompt") && show());
   show();
   byId("leave-path").addEventListener("click", () => update({ path: [] }));
@@ -100,7 +101,7 @@ function startLink() {
     history.replaceState(null, "", toHash());
     try {
       await navigator.clipboard.writeText(location.href);
-      button.textContent = "Link copied";
+      button.textContent = isLinkComplete() ? "Link copied" : "Copied without the long text";
     } catch {
       button.textContent = "Copy it from the address bar"; // the browser allows no clipboard here
     }
@@ -108,10 +109,13 @@ function startLink() {
   });
   window.addEventListener("hashchange", () => {
     const values = fromHash(location.hash);
+    const model = availableModel(values.model || state.model);
+    if (!hasSameVocabulary(state.model, model)) knownTokens.clear();
     update({
       ...values,
+      model,
       prompt: values.prompt || state.prompt,
-      model: values.model || state.model,
+      models: values.models.length ? values.models : state.models,
     });
   });
 }

@@ -10,13 +10,16 @@ import { COLUMNS, shadeLegend, ShadedText, TokenDetail } from "./shaded_text.js"
 import { onChange, sampling, samplingText, state, update } from "./state.js";
 import { Status } from "./status.js";
 import { generateInto, lengthField } from "./text.js";
-import { textOf, tokenNodes, tokenString } from "./tokens.js";
+import { firstDifference, textOf, tokenNodes, tokenString } from "./tokens.js";
 
 const MAX_MODELS = 4;
 const BARS = 10; // of each model; the table has those of all models
 const LOOKED_UP = 300; // tokens of each model whose probability the table can show
 
 const columns = new Map(); // model id → {text, answer, request, status}
+
+/** The chosen models that the server has. */
+const chosenModels = () => state.models.filter(modelOf).slice(0, MAX_MODELS);
 
 export function startCompare(panel) {
   const choice = element("fieldset", { class: "choices" });
@@ -80,21 +83,20 @@ export function startCompare(panel) {
   });
 
   function chooseDefault() {
-    const ids = allModels().map(({ id }) => id);
-    const known = state.models.filter((id) => ids.includes(id)).slice(0, MAX_MODELS);
-    update({ models: known.length ? known : ids.slice(0, 2) });
+    const first = allModels().slice(0, 2);
+    update({ models: chosenModels().length ? chosenModels() : first.map(({ id }) => id) });
   }
 
   function showChoice() {
     const box = ({ id }) => {
-      const isChosen = state.models.includes(id);
+      const isChosen = chosenModels().includes(id);
       return element(
         "label",
         { class: "choice" },
         element("input", {
           type: "checkbox",
           checked: isChosen,
-          disabled: !isChosen && state.models.length >= MAX_MODELS,
+          disabled: !isChosen && chosenModels().length >= MAX_MODELS,
           onchange: (event) => toggle(id, event.target.checked),
         }),
         modelName(id),
@@ -109,7 +111,7 @@ export function startCompare(panel) {
   }
 
   function toggle(id, isChosen) {
-    const rest = state.models.filter((other) => other !== id);
+    const rest = chosenModels().filter((other) => other !== id);
     update({ models: isChosen ? [...rest, id] : rest });
   }
 
@@ -117,13 +119,10 @@ export function startCompare(panel) {
 
   function ask() {
     if (state.view !== "compare") return;
-    const { models, seed } = state;
-    for (const id of models.filter(modelOf)) {
-      const column = columnOf(id);
-      column.request.send(
-        { ...inputOf(id), sampling: sampling(), draws: 0, seed, bars: LOOKED_UP },
-        reloadsOf(id),
-      );
+    const rest = { sampling: sampling(), draws: 0, seed: state.seed, bars: LOOKED_UP };
+    for (const id of chosenModels()) {
+      const body = { ...inputOf(id), ...rest, include_tokens: false };
+      columnOf(id).request.send(body, reloadsOf(id));
     }
     showTable();
   }
@@ -148,7 +147,7 @@ export function startCompare(panel) {
     saveTable.hidden = groups.length === 0;
     legend.replaceChildren(barLegend(false));
     if (!groups.length) {
-      const said = state.models.length ? "" : "Choose one or more models above.";
+      const said = chosenModels().length ? "" : "Choose one or more models above.";
       table.replaceChildren(element("p", { class: "hint" }, said));
       return;
     }
@@ -218,7 +217,7 @@ export function startCompare(panel) {
     const own = (controller = new AbortController());
     const { prompt, path, seed, max_new_tokens } = state;
     const start = prompt + textOf(path);
-    const ids = [...state.models];
+    const ids = chosenModels();
     textsContent.hidden = false;
     detail.clear();
     difference.textContent = "";
@@ -281,18 +280,9 @@ function inputOf(id) {
   return { model: id, prompt: prompt + textOf(path), path: [] };
 }
 
-/** The first position at which the lists that reach it are not all equal; -1: none. */
-function firstDifference(lists) {
-  const length = Math.max(0, ...lists.map((list) => list.length));
-  for (let i = 0; i < length; i += 1) {
-    if (new Set(lists.filter((list) => list.length > i).map((list) => list[i])).size > 1) return i;
-  }
-  return -1;
-}
-
 /** The bars of the chosen models, all with the tokens of all models in the same order. */
 function distributions() {
-  const chosen = state.models.filter((id) => modelOf(id) && columns.get(id)?.answer);
+  const chosen = chosenModels().filter((id) => columns.get(id)?.answer);
   const answers = chosen.map((id) => columns.get(id).answer);
   const tokens = new Map(); // bytes → the token and its highest probability
   for (const bar of answers.flatMap(({ bars }) => bars.slice(0, BARS))) {
@@ -337,7 +327,7 @@ function paintDistributions() {
   );
 }
 
-const generated = () => state.models.filter((id) => columns.get(id)?.text.entries.length);
+const generated = () => chosenModels().filter((id) => columns.get(id)?.text.entries.length);
 
 function textRows() {
   const rows = generated().flatMap((id) => columns.get(id).text.rows.map((row) => [id, ...row]));

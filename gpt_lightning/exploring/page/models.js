@@ -5,14 +5,16 @@ import { element, formatCount, plural } from "./elements.js";
 import { notify, onChange, state, update } from "./state.js";
 import { knownTokens } from "./tokens.js";
 
-const POLL_INTERVAL = 3000; // milliseconds
+const POLL_INTERVAL = 2000; // milliseconds
 const FOLLOW_KEY = "gpt_lightning follow";
 
 let models = [];
 const revisions = new Map(); // the revision of each model that was last seen in memory
 const reloads = new Map(); // how often the weights of a model have changed while the page was open
 const loading = new Set();
-let message = "";
+const failures = new Map(); // of each model that could not be loaded: the revision of its file, and the cause
+let pollMessage = ""; // why the models are not known
+let choiceMessage = ""; // why another model is shown than the one that was chosen
 
 const byId = (id) => document.getElementById(id);
 
@@ -30,11 +32,7 @@ export function modelName(id) {
 /** Read the models, show them, and look for new checkpoints from now on. */
 export async function startModels() {
   const answer = await getState();
-  const isKnown = answer.models.some((model) => model.id === state.model);
-  update({
-    model: isKnown ? state.model : answer.models[0].id,
-    prompt: state.prompt || answer.default_prompt,
-  });
+  update({ prompt: state.prompt || answer.default_prompt });
   accept(answer.models);
   byId("model").addEventListener("change", (event) => choose(event.target.value));
   byId("follow").checked = localStorage.getItem(FOLLOW_KEY) === "true";
@@ -55,12 +53,27 @@ export async function startModels() {
 function choose(id) {
   const isSame = hasSameVocabulary(state.model, id);
   if (!isSame) knownTokens.clear();
+  choiceMessage = "";
   update({ model: id, ...(isSame ? {} : { path: [], paths: [] }) });
+}
+
+/** `id`, or the id of the first model if the server has no such model; then a notice says so. */
+export function availableModel(id) {
+  if (models.length === 0) return id; // they are not known yet
+  const isAvailable = modelOf(id) !== undefined;
+  const first = models[0].id;
+  choiceMessage = isAvailable ? "" : `The server has no model “${id}”. The page shows ${first}.`;
+  showNotices();
+  return isAvailable ? id : first;
 }
 
 /** Whether two models are known to have the same tokens; of a model that is not loaded, only the source is known. */
 export function hasSameVocabulary(id, other) {
-  const [a, b] = [modelOf(id), modelOf(other)];
+  return haveSameVocabulary(modelOf(id), modelOf(other));
+}
+
+function haveSameVocabulary(a, b) {
+  if (!a || !b) return false;
   return a.source === b.source || (a.vocab_size !== null && a.vocab_size === b.vocab_size);
 }
 
@@ -69,9 +82,9 @@ export async function poll() {
   if (document.hidden) return;
   try {
     accept((await getState()).models);
-    message = "";
+    pollMessage = "";
   } catch (error) {
-    message = error.message;
+    pollMessage = error.message;
   }
   showModel();
   showNotices();
@@ -83,10 +96,21 @@ function accept(newModels) {
     return revisions.has(id) && revisions.get(id) !== loaded_revision;
   });
   for (const { id, loaded_revision } of loaded) revisions.set(id, loaded_revision);
+  const chosen = modelOf(state.model);
   models = newModels;
   for (const { id } of changed) reloads.set(id, reloadsOf(id) + 1);
+  if (state.model === "") update({ model: models[0].id });
+  else if (!modelOf(state.model)) replaceChosen(chosen);
   if (changed.length) notify(["reloaded"]);
   showOptions();
+}
+
+/** Choose another model than the one that the server does not have any more, or never had. */
+function replaceChosen(chosen) {
+  const model = availableModel(state.model);
+  const isSame = !chosen || haveSameVocabulary(chosen, modelOf(model)); // a link brings its own path
+  if (!isSame) knownTokens.clear();
+  update({ model, ...(isSame ? {} : { path: [], paths: [] }) });
 }
 
 function showOptions() {
@@ -120,27 +144,37 @@ const isOutdated = (model) => model.is_loaded && model.revision > model.loaded_r
 function showNotices() {
   const used = new Set([state.model, ...(state.view === "compare" ? state.models : [])]);
   const outdated = models.filter((model) => used.has(model.id) && isOutdated(model));
-  if (byId("follow").checked) for (const { id } of outdated) load(id);
-  const shown =
-    outdated.map(({ id }) => `${newerText(id)} ${loading.has(id)}`).join("\n") + message;
+  if (byId("follow").checked)
+    for (const model of outdated) if (!failureOf(model)) load(model.id);
+  const messages = [pollMessage, choiceMessage].filter(Boolean);
+  const shown = JSON.stringify([
+    outdated.map((model) => [newerText(model.id), failureOf(model), loading.has(model.id)]),
+    messages,
+  ]);
   const notices = byId("notices");
   if (notices.dataset.shown === shown) return;
   notices.dataset.shown = shown;
   notices.replaceChildren(
-    ...outdated.map(({ id }) =>
+    ...outdated.map((model) =>
       element(
         "div",
         { class: "notice" },
-        element("p", {}, newerText(id)),
+        element("p", {}, [newerText(model.id), failureOf(model)].filter(Boolean).join(" ")),
         element(
           "button",
-          { type: "button", disabled: loading.has(id), onclick: () => load(id) },
-          loading.has(id) ? "Loading …" : "Load it",
+          { type: "button", disabled: loading.has(model.id), onclick: () => load(model.id) },
+          loading.has(model.id) ? "Loading …" : "Load it",
         ),
       ),
     ),
-    ...(message ? [element("p", { class: "notice" }, message)] : []),
+    ...messages.map((message) => element("p", { class: "notice" }, message)),
   );
+}
+
+/** Why the newest file of a model could not be loaded; empty if that is not known. */
+function failureOf({ id, revision }) {
+  const failure = failures.get(id);
+  return failure?.revision === revision ? failure.message : "";
 }
 
 function newerText(id) {
@@ -152,12 +186,13 @@ function newerText(id) {
 async function load(id) {
   if (loading.has(id)) return;
   loading.add(id);
+  failures.delete(id);
   showNotices();
+  const { revision } = modelOf(id);
   try {
     await post("load", { model: id });
-    message = "";
   } catch (error) {
-    message = error.message;
+    failures.set(id, { revision, message: error.message });
   }
   loading.delete(id);
   await poll();

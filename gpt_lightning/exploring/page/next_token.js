@@ -23,6 +23,7 @@ import { startTree, take } from "./tree.js";
 const MAX_DRAWS = 10_000;
 
 let answer = null; // what the server said last
+let sequence = { tokens: [], start: 0, cropped: 0, promptLength: 0 }; // what the strip shows, from token `start` on
 
 export function startNextToken(panel) {
   const strip = element("div", {
@@ -42,7 +43,11 @@ export function startNextToken(panel) {
   const figures = element("div");
   const chart = element("div", { class: "content" }, legend, head, bars, rest);
   const status = new Status(chart);
-  const request = new LatestRequest("next", status, show);
+  let shownText = ""; // the text in the strip
+  const request = new LatestRequest("next", status, show, (body) => ({
+    ...body,
+    include_tokens: textKey(body) !== shownText, // a slider changes no token
+  }));
   const back = element(
     "button",
     { type: "button", disabled: state.path.length === 0, onclick: walkBack },
@@ -85,7 +90,7 @@ export function startNextToken(panel) {
   startTree(tree, comparison);
 
   makeNavigable(strip, "[role=option]", {
-    onActive: (item) => (detail.textContent = item.dataset.detail),
+    onActive: (item) => (detail.textContent = detailOf(Number(item.dataset.index))),
     onChoose: (item) => walkTo(Number(item.dataset.length)),
     onBack: walkBack,
   });
@@ -113,23 +118,30 @@ export function startNextToken(panel) {
     );
   }
 
-  function show(newAnswer, { path }) {
+  function show(newAnswer, body) {
     answer = newAnswer;
     for (const part of [chart, save]) part.hidden = false;
-    remember(answer.tokens);
-    remember(answer.bars);
-    showStrip(path.length);
+    const isNew = remember([...(answer.tokens ?? []), ...answer.bars]);
+    if (answer.tokens) showStrip(body);
+    const active = strip.querySelector(".active");
+    if (active) detail.textContent = detailOf(Number(active.dataset.index));
     showBars();
     showFacts();
-    notify(["names"]); // the tree may have tokens whose text was unknown
+    if (isNew) notify(["names"]); // the tree may have tokens whose text was unknown
   }
 
-  function showStrip(pathLength) {
-    const { tokens, cropped } = answer;
-    const promptLength = tokens.length - pathLength;
+  function showStrip(body) {
+    shownText = textKey(body);
+    const { tokens, num_tokens, cropped } = answer;
+    const pathLength = body.path.length;
+    const start = num_tokens - tokens.length;
+    const promptLength = num_tokens - pathLength;
+    sequence = { tokens, start, cropped, promptLength };
     strip.replaceChildren(
-      ...tokens.map((token, i) =>
-        element(
+      ...(start ? [element("span", { class: "hint" }, `${formatCount(start)} more …`)] : []),
+      ...tokens.map((token, k) => {
+        const i = start + k;
+        return element(
           "span",
           {
             role: "option",
@@ -138,15 +150,15 @@ export function startNextToken(panel) {
               .join(" "),
             title: describe(token),
             "aria-label": `${tokenString(token)}, ${describe(token)}`,
-            "data-detail": `Token ${i + 1}: ${describe(token)}${detailOf(i, promptLength, cropped)}`,
+            "data-index": i,
             "data-length": Math.max(0, i + 1 - promptLength),
           },
           ...tokenNodes(token),
-        ),
-      ),
+        );
+      }),
     );
     detail.textContent = [
-      plural(tokens.length, "token"),
+      plural(num_tokens, "token"),
       pathLength && `${formatCount(pathLength)} of them chosen by you`,
       cropped && `the model cannot read the first ${formatCount(cropped)}: its context is full`,
     ]
@@ -154,11 +166,14 @@ export function startNextToken(panel) {
       .join(", ");
   }
 
-  function detailOf(i, promptLength, cropped) {
-    if (i < cropped) return "; too far back, the model does not read it";
+  /** What is known of token `i` of the text. */
+  function detailOf(i) {
+    const { tokens, start, cropped, promptLength } = sequence;
+    const name = `Token ${formatCount(i + 1)}: ${describe(tokens[i - start])}`;
+    if (i < cropped) return `${name}; too far back, the model does not read it`;
     const step = answer.path[i - promptLength];
-    if (!step || step.rank === null) return "";
-    return `; the model gave it ${formatProbability(step.model_probability)}, after your settings ${formatProbability(step.probability)}`;
+    if (!step || step.rank === null) return name;
+    return `${name}; the model gave it ${formatProbability(step.model_probability)}, after your settings ${formatProbability(step.probability)}`;
   }
 
   function markPath() {
@@ -255,6 +270,9 @@ export function startNextToken(panel) {
     );
   }
 }
+
+const textKey = ({ model, prompt, path }) =>
+  JSON.stringify([model, reloadsOf(model), prompt, path]);
 
 function walkTo(length) {
   update({ path: state.path.slice(0, length) });

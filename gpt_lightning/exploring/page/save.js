@@ -43,10 +43,14 @@ function save(name, blob) {
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
-/** RFC 4180: fields with a comma, a quote or a line break are quoted. */
+/** What a spreadsheet would run as a formula (OWASP: "CSV injection"). */
+const FORMULA = /^[=+\-@\t\r\n]/;
+
+/** RFC 4180: fields with a comma, a quote or a line break are quoted. A text like a formula begins with "'"; numbers stay. */
 export function toCsv(rows) {
   const field = (value) => {
-    const text = value === null || value === undefined ? "" : String(value);
+    const plain = value === null || value === undefined ? "" : String(value);
+    const text = typeof value === "string" && FORMULA.test(plain) ? `'${plain}` : plain;
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   return rows.map((row) => row.map(field).join(",") + "\r\n").join("");

@@ -57,6 +57,14 @@ export class ShadedText {
     this.element.append(...spans);
   }
 
+  /** Show what is left of an incomplete character at the end of the text. */
+  end() {
+    const rest = this.#decoder.end();
+    if (!rest) return;
+    this.#texts[this.#texts.length - 1] += rest;
+    this.element.lastElementChild.append(rest);
+  }
+
   /** Mark the token at which this text first differs from others; -1: none. */
   mark(index) {
     if (index === this.#marked) return;

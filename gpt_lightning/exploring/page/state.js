@@ -71,15 +71,21 @@ export function samplingText() {
   return parts.filter(Boolean).join(", ");
 }
 
-/** The state as the part of the address after "#". */
+const isTooLong = (name) => state[name].length > MAX_TEXT_IN_LINK;
+
+/** Whether the address holds all of the state. */
+export const isLinkComplete = () => !isTooLong("prompt") && !isTooLong("text");
+
+/** The state as the part of the address after "#". A long text is left out, and the path after a long prompt. */
 export function toHash() {
   const fields = new URLSearchParams();
   for (const [name, value] of Object.entries(state)) {
     if (JSON.stringify(value) === JSON.stringify(DEFAULTS[name])) continue;
+    if (name === "text" && isTooLong("text")) continue;
+    if (["prompt", "path", "paths"].includes(name) && isTooLong("prompt")) continue;
     if (name === "paths") fields.set(name, value.map((path) => path.join(".")).join("_"));
     else if (name === "path") fields.set(name, value.join("."));
     else if (name === "models") for (const model of value) fields.append(name, model);
-    else if (name === "text" && value.length > MAX_TEXT_IN_LINK) continue;
     else fields.set(name, value === null ? "" : value);
   }
   return `#${fields}`;

@@ -192,6 +192,7 @@ export function startText(panel) {
 /** Generate into a `ShadedText`. Returns what the status line says at the end. */
 export async function generateInto(text, body, options, onFirst, onToken) {
   for await (const event of stream("generate", body, options)) {
+    if (event.done) text.end();
     if (event.done === "error") throw new Error(event.error);
     if (event.done) {
       return event.done === "stop"

@@ -42,13 +42,30 @@ export class TokenDecoder {
     const bytes = Uint8Array.from(bytesOf(token), (hex) => parseInt(hex, 16));
     return this.#decoder.decode(bytes, { stream: true });
   }
+
+  /** What the text ends with: U+FFFD if its last character is incomplete, else nothing. */
+  end() {
+    return this.#decoder.decode();
+  }
 }
 
 /** Every token that the server has named, by id: the tree of paths shows their texts. */
 export const knownTokens = new Map();
 
+/** Keep the texts of tokens. Returns whether one of them is new. */
 export function remember(tokens) {
+  const isNew = tokens.some(({ id, text }) => knownTokens.get(id)?.text !== text);
   for (const { id, text, bytes } of tokens) knownTokens.set(id, { id, text, bytes });
+  return isNew;
+}
+
+/** The first position at which the lists that reach it are not all equal; -1: none. */
+export function firstDifference(lists) {
+  const length = Math.max(0, ...lists.map((list) => list.length));
+  for (let i = 0; i < length; i += 1) {
+    if (new Set(lists.filter((list) => list.length > i).map((list) => list[i])).size > 1) return i;
+  }
+  return -1;
 }
 
 /** The text of a path, as far as it is known. */

@@ -2,10 +2,17 @@
 
 import { LatestRequest, post } from "./api.js";
 import { element, formatNumber, formatProbability, plural, select } from "./elements.js";
-import { modelOf, reloadsOf } from "./models.js";
+import { hasSameVocabulary, modelOf, reloadsOf } from "./models.js";
 import { notify, onChange, sampling, state, update } from "./state.js";
 import { Status } from "./status.js";
-import { knownTokens, remember, tokenNodes, tokenOf, tokenString } from "./tokens.js";
+import {
+  firstDifference,
+  knownTokens,
+  remember,
+  tokenNodes,
+  tokenOf,
+  tokenString,
+} from "./tokens.js";
 
 const isPrefix = (a, b) => a.length <= b.length && a.every((id, i) => id === b[i]);
 const isSame = (a, b) => a.length === b.length && isPrefix(a, b);
@@ -68,24 +75,23 @@ export function startTree(container, comparison) {
 
   onChange((changed) => {
     learnNames();
-    // the tokens were taken after another text; a link brings its own path
-    if (changed.has("prompt") && !changed.has("path")) update({ path: [], paths: [] });
     if (["path", "paths", "names"].some((name) => changed.has(name))) show();
     compare();
   });
   show();
 }
 
-const asked = new Set();
-
 /** Ask for the texts of the tokens that a link has brought as ids. */
 async function learnNames() {
   const ids = [...new Set([...state.path, ...state.paths.flat()])];
-  const unknown = ids.filter((id) => !knownTokens.has(id) && !asked.has(id));
-  if (unknown.length === 0 || !modelOf(state.model)) return;
-  for (const id of unknown) asked.add(id);
+  const unknown = ids.filter((id) => !knownTokens.has(id));
+  const { model } = state;
+  if (unknown.length === 0 || !modelOf(model)) return;
+  remember(unknown.map(tokenOf)); // their ids stand for them, so each is asked for once
   try {
-    remember((await post("tokens", { model: state.model, prompt: "", path: unknown })).tokens);
+    const { tokens } = await post("tokens", { model, prompt: "", path: unknown });
+    if (!hasSameVocabulary(model, state.model)) return; // they are of another tokenizer
+    remember(tokens);
     notify(["names"]);
   } catch {
     // the view says what is wrong with the path
@@ -171,7 +177,11 @@ function startComparison(container) {
       );
       list.value = chosen[i];
       requests[i].send(
-        { model, prompt, path: paths[chosen[i]], sampling: sampling(), draws: 0, seed, bars: 0 },
+        {
+          ...{ model, prompt, path: paths[chosen[i]], sampling: sampling(), draws: 0, seed },
+          bars: 0,
+          include_tokens: false,
+        },
         reloadsOf(model),
       );
     });
@@ -180,11 +190,12 @@ function startComparison(container) {
   function show() {
     if (answers.includes(null)) return;
     const [a, b] = answers.map((answer) => answer.path);
-    const differs = firstDifference(a, b);
+    const differs = firstDifference([a, b].map((path) => path.map(({ id }) => id)));
+    const same = differs < 0 ? Math.min(a.length, b.length) : differs;
     const rows = Array.from({ length: Math.max(a.length, b.length) }, (_, i) =>
       element(
         "tr",
-        { class: i === differs ? "differs" : i < differs && "same" },
+        { class: i === differs ? "differs" : i < same && "same" },
         element("th", { scope: "row" }, String(i + 1)),
         ...[a[i], b[i]].flatMap(cells),
         element("td", { class: "hint" }, i === differs ? "first difference" : ""),
@@ -221,12 +232,6 @@ function startComparison(container) {
   }
 
   return ask;
-}
-
-function firstDifference(a, b) {
-  const length = Math.min(a.length, b.length);
-  for (let i = 0; i < length; i += 1) if (a[i].id !== b[i].id) return i;
-  return length;
 }
 
 function cells(token) {

@@ -1,0 +1,76 @@
+"""Perplexity of pages: windows, definitions, and an independent computation with transformers."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_lightning.data.tokenizer import GPT2
+from gpt_lightning.evals.likelihood import log_likelihoods
+from gpt_lightning.evals.perplexity import page_requests, page_windows, perplexity_result
+from gpt_lightning.evals.task_files import detokenize_wikitext, read_pages
+from gpt_lightning.pretrained.load import load_for_text
+from plain_likelihood import WIKITEXT, plain_logprobs
+
+PAGE = ' \n = A page = \n \n It has 1 @,@ 000 words , " all " of them ( short ) . \n'
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 40])
+def test_windows_predict_each_token_once(length: int, stride: int) -> None:
+    ids = list(range(1, length + 1))
+    windows = list(page_windows(ids, 0, 8, stride))
+    predicted = [token for window in windows for token in window.continuations[0]]
+    assert predicted == ids
+    for window in windows:
+        whole = [*window.context, *window.continuations[0]]
+        assert whole == list(range(whole[0], whole[-1] + 1))  # an unbroken part of the page
+        assert len(whole) - 1 <= 8
+        if whole[0] > 0:  # later windows are full, and have at most ``stride`` new tokens
+            assert len(whole) - 1 == 8
+            assert len(window.continuations[0]) <= stride
+
+
+def test_empty_page_has_no_windows() -> None:
+    assert list(page_windows([], 0, 8, 8)) == []
+
+
+def test_wikitext_is_detokenized() -> None:
+    assert (
+        detokenize_wikitext(PAGE) == '\n= A page =\n\nIt has 1,000 words, "all" of them (short).\n'
+    )
+    assert detokenize_wikitext("x 's = = Part = = 5 @.@ 1 @-@ N b") == "x's == Part == 5.1-N b"
+
+
+def plain_bits_per_byte(peer: Any, page: str, context: int) -> float:
+    """Bits per byte over disjoint windows, computed with a loop over transformers."""
+    ids = [GPT2.end_of_text_id, *GPT2.encode_prompt(detokenize_wikitext(page))]
+    total, done = 0.0, 1
+    while done < len(ids):
+        end = min(done + context, len(ids))
+        start = max(0, end - 1 - context)
+        total += plain_logprobs(peer, ids[start:end], done - start)[0]
+        done = end
+    return -total / math.log(2) / len(page.encode())
+
+
+def test_perplexities_are_those_of_a_plain_computation(source: Path, peer: Any) -> None:
+    model, tokenizer = load_for_text(str(source), device="cpu")
+    if WIKITEXT.exists():
+        pages = [page[:1500] for page in read_pages(str(WIKITEXT))[:2]]
+        assert pages[0].startswith(" = Robert <unk> = \n")
+    else:
+        pages = [PAGE * 40, PAGE * 3]
+    requests = page_requests(tokenizer, pages, 96, 96)
+    result = perplexity_result(pages, log_likelihoods(model, requests, 8))
+    num_bytes = [len(page.encode()) for page in pages]
+    bits = sum(
+        plain_bits_per_byte(peer, page, 96) * n for page, n in zip(pages, num_bytes, strict=True)
+    )
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    assert result.bits_per_byte == pytest.approx(bits / sum(num_bytes), rel=1e-4)
+    assert result.byte_perplexity == pytest.approx(2 ** (bits / sum(num_bytes)), rel=1e-4)
+    assert math.log(result.word_perplexity) == pytest.approx(bits * math.log(2) / words, rel=1e-5)
+    assert result.word_perplexity == pytest.approx(2 ** (bits / words), rel=1e-4)

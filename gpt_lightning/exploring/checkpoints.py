@@ -105,7 +105,8 @@ def _run_checkpoints(folder: Path) -> list[str]:
         }
     except OSError:  # the folder is gone
         return []
-    return [*(name for name in _NAMES if name in names), *sorted(filter(_KEPT.fullmatch, names))]
+    kept = sorted(filter(_KEPT.fullmatch, names), key=lambda name: (len(name), name))
+    return [*(name for name in _NAMES if name in names), *kept]
 
 
 def _stamp(files: tuple[Path, ...]) -> Stamp | None:

@@ -72,6 +72,7 @@ def test_quiet_command_still_reports_errors(command: Command) -> None:
 LIGHTNING_INFO = "`Trainer.fit` stopped"  # one of Lightning's messages, at the end of each run
 
 
+@pytest.mark.slow
 def test_only_verbose_fit_shows_lightnings_messages(command: Command, tmp_path: Path) -> None:
     """In a separate process, because Lightning sets up its logger when it is imported."""
     result = python("-m", "gpt_lightning", *FIT, "--verbose", "--run=verbose", cwd=tmp_path)

@@ -193,6 +193,7 @@ def test_missing_package_is_named(
     )
 
 
+@pytest.mark.slow
 def test_study_whose_trials_all_fail_exits_with_1(command: Command, tmp_path: Path) -> None:
     """A combination that fit refuses is the trial's error."""
     path = tmp_path / "space.yaml"

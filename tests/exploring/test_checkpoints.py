@@ -272,6 +272,7 @@ def test_a_missing_source(tmp_path: Path, load: LoadModel) -> None:
         Explorer({"a": str(tmp_path / "a")}, load)
 
 
+@pytest.mark.slow
 def test_a_replaced_model_ends_its_generations(explorer: Explorer, run: Path) -> None:
     """The text that is being generated is that of the old weights, to its end."""
     body = {"model": "verdict", "prompt": "A", "max_new_tokens": 400, "seed": 1}

@@ -69,7 +69,7 @@ def shape_of_124m(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightF
     [
         pytest.param("hf", "bfloat16", marks=pytest.mark.slow),
         # the book's query, key and value are concatenated before they are converted
-        ("book", "float32"),
+        pytest.param("book", "float32", marks=pytest.mark.slow),
         pytest.param("hf", "float32", marks=pytest.mark.slow),
         pytest.param("lightning", "float32", marks=pytest.mark.slow),
         pytest.param("lightning", "bfloat16", marks=pytest.mark.slow),

@@ -168,6 +168,7 @@ def test_what_is_not_http_is_refused(
     assert_works(http)
 
 
+@pytest.mark.slow
 def test_readers_that_do_not_read_hold_no_row(
     robust_server: RunningServer, http: httpx.Client
 ) -> None:

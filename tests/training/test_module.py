@@ -55,6 +55,7 @@ def trained(fit: Command, name: str, *arguments: str) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in checkpoint["state_dict"].values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "module", "function", "exact"),
     [

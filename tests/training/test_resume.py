@@ -224,6 +224,7 @@ def test_counters_of_a_run_resumed_at_the_end_of_an_epoch_are_the_same(fit: Comm
         assert part.difference == ""
 
 
+@pytest.mark.slow
 def test_run_with_max_tokens_ends_and_resumes_exactly(fit: Command) -> None:
     """Within an epoch and at its end, with the same checkpoint as a run with max_steps."""
 

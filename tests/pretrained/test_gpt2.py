@@ -45,6 +45,7 @@ def losses_by_transformers(model: Any, text: str, length: int) -> dict[str, floa
     return metrics
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("verdict_in_cache")
 def test_losses_equal_transformers_for_any_batch_size(
     gpt2: Any, command: Command, verdict: Path

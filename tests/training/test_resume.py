@@ -119,6 +119,7 @@ def test_sys_exit_is_not_an_interrupt(command: Command, code: int | str) -> None
     assert "interrupted" not in result.err
 
 
+@pytest.mark.slow
 def test_run_that_stops_itself_in_an_epoch_resumes(
     fit: Command, at_step_5: Callable[[Callable[[Any], None]], None]
 ) -> None:
@@ -134,8 +135,15 @@ def test_run_that_stops_itself_in_an_epoch_resumes(
     ("limit", "larger", "says"),
     [
         ("--trainer.max_steps=5", "--trainer.max_steps=6", "step 5 of 5"),
-        ("--trainer.max_epochs=1", "--trainer.max_epochs=2", "epoch 1 of 1"),
-        ("--max_tokens=150", "--max_tokens=170", "token 160 of 150"),
+        pytest.param(
+            "--trainer.max_epochs=1",
+            "--trainer.max_epochs=2",
+            "epoch 1 of 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--max_tokens=150", "--max_tokens=170", "token 160 of 150", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_finished_run_says_how_to_train_further(

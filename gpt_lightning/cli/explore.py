@@ -21,9 +21,9 @@ def run(arguments: list[str]) -> int:
         from gpt_lightning.exploring.explorer import Explorer
         from gpt_lightning.exploring.page_files import is_page_path, page_routes
         from gpt_lightning.serving.endpoint import endpoint_routes
+        from gpt_lightning.serving.model_thread import ModelThread
         from gpt_lightning.serving.served_model import load_served_model, model_ids
         from gpt_lightning.serving.server import build_app, listen, run_server, url_of
-        from gpt_lightning.serving.worker import ModelThread
 
     sources, rules, limits, loading = checked_settings(settings, is_page_path)
     with listen(settings.host, settings.port) as listener:

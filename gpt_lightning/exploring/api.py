@@ -34,9 +34,9 @@ from gpt_lightning.serving.api_errors import (
     with_error_answers,
 )
 from gpt_lightning.serving.endpoint import EventStream, read_body, server_sent_event
+from gpt_lightning.serving.generation_request import EndEvent, Generation, RowRequest, TokenEvent
 from gpt_lightning.serving.served_model import ServedModel
 from gpt_lightning.serving.token_scores import TokenScore
-from gpt_lightning.serving.worker import EndEvent, Generation, RowRequest, TokenEvent
 
 DEFAULT_PROMPT = "Every effort moves you"
 MAX_CHARACTERS = 200_000

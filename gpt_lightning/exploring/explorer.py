@@ -16,8 +16,9 @@ from gpt_lightning.exploring.next_token import NextToken, NextTokenReader
 from gpt_lightning.exploring.tokens import Json
 from gpt_lightning.model.flops import parameters
 from gpt_lightning.serving.api_errors import APIError
+from gpt_lightning.serving.generation_request import BusyError
 from gpt_lightning.serving.served_model import ServedModel
-from gpt_lightning.serving.worker import BusyError, as_memory_error
+from gpt_lightning.serving.worker import as_memory_error
 
 logger = logging.getLogger(__name__)
 

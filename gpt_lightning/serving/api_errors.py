@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gpt_lightning.generation.sampling import NonFiniteLogitsError
-from gpt_lightning.serving.worker import BusyError, TooSlowError
+from gpt_lightning.serving.generation_request import BusyError, TooSlowError
 from gpt_lightning.suggestions import suggest
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from typing import Any, final
 
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.serving.completion_request import CompletionRequest
-from gpt_lightning.serving.token_scores import TokenScore
-from gpt_lightning.serving.worker import (
+from gpt_lightning.serving.generation_request import (
     EndEvent,
     Event,
     FinishReason,
@@ -18,6 +17,7 @@ from gpt_lightning.serving.worker import (
     RowRequest,
     TokenEvent,
 )
+from gpt_lightning.serving.token_scores import TokenScore
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.serving.api_errors import APIError, validation_error
+from gpt_lightning.serving.generation_request import RowRequest
 from gpt_lightning.serving.served_model import ServedModel
-from gpt_lightning.serving.worker import RowRequest
 
 MAX_CHOICES = 128  # of one prompt
 MAX_ROWS = 256  # prompts × choices

@@ -19,8 +19,8 @@ from gpt_lightning.serving.completion_request import (
     prompts_of,
     rows_of,
 )
+from gpt_lightning.serving.generation_request import Generation
 from gpt_lightning.serving.served_model import ServedModel
-from gpt_lightning.serving.worker import Generation
 
 BODY_TIMEOUT = 30.0  # seconds for a client to send its body
 SECONDS_TO_READ = 10.0  # for a client to read the end of a stream, after the deadline

@@ -14,7 +14,8 @@ from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import gpt2_size
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.load import load_for_text
-from gpt_lightning.serving.worker import ModelThread, ModelWorker, WorkerLimits
+from gpt_lightning.serving.model_thread import ModelThread
+from gpt_lightning.serving.worker import ModelWorker, WorkerLimits
 
 _FILES_OF_RUNS = ("last", "best", "model", "pytorch_model")
 

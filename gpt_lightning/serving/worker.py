@@ -1,14 +1,13 @@
-"""One thread that calls the models: requests share decoding steps, jobs run between two steps."""
+"""The requests to one model: those that wait, and those that share decoding steps."""
 
 import asyncio
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, final
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
@@ -23,6 +22,17 @@ from gpt_lightning.generation.sampling import (
 from gpt_lightning.generation.text import IncrementalDetokenizer
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.serving.batch import DecodeBatch, DecodedRow
+from gpt_lightning.serving.generation_request import (
+    BusyError,
+    EndEvent,
+    FinishReason,
+    Generation,
+    PromptEvent,
+    RowRequest,
+    TokenEvent,
+    TooSlowError,
+)
+from gpt_lightning.serving.model_thread import ModelThread
 from gpt_lightning.serving.token_scores import (
     Candidate,
     TokenScore,
@@ -33,137 +43,10 @@ from gpt_lightning.serving.token_scores import (
 
 T = TypeVar("T")
 
-MAX_JOBS = 32  # jobs that wait
 MAX_PREFILL_TOKENS = 2048  # of new rows that are computed together, unless one row has more
 MAX_INLINE_CHARACTERS = 4096  # of a text that is tokenized in the event loop, in less than 1 ms
 MAX_RETRY_AFTER = 60  # seconds
 MAX_TIMEOUT = 86_400  # seconds
-
-FinishReason = Literal["stop", "length"]
-
-
-class BusyError(Exception):
-    """Too many requests wait. ``retry_after`` is in seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("the model is busy: too many requests wait")
-        self.retry_after = retry_after
-
-
-class TooSlowError(Exception):
-    """A request did not end before its deadline."""
-
-
-@dataclass(frozen=True)
-class RowRequest:
-    """One continuation of a prompt.
-
-    Attributes:
-        seed: Of the row's random generator; ``None``: a random one.
-        num_top: Report a score of each new token, with this number of most probable tokens; ``None``: no scores.
-        num_candidates: Report this number of tokens that each new token was chosen from; 0: none.
-        scores_prompt: Whether the tokens of the prompt are scored, too.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int | None = None
-    eos_id: int | None = None
-    stop: tuple[str, ...] = ()
-    num_top: int | None = None
-    num_candidates: int = 0
-    scores_prompt: bool = False
-
-
-@dataclass(frozen=True)
-class PromptEvent:
-    """A row's prompt has been computed. ``scores`` has one entry per token but the first, if asked for."""
-
-    row: int
-    scores: list[TokenScore]
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """A row has one more token.
-
-    Attributes:
-        text: Text that became visible with it; text that may begin a stop string is withheld.
-        offset: Position in the row's new text at which the token begins.
-    """
-
-    row: int
-    token: int
-    text: str
-    offset: int
-    score: TokenScore | None
-    candidates: list[Candidate]
-
-
-@dataclass(frozen=True)
-class EndEvent:
-    """A row has ended.
-
-    Attributes:
-        text: The rest of its text.
-        length: Number of characters of its complete text.
-        eos: Score of the end-of-text token, if it ended the row and scores are asked for.
-        has_eos: Whether the end-of-text token ended the row.
-    """
-
-    row: int
-    text: str
-    length: int
-    reason: FinishReason
-    has_eos: bool = False
-    eos: TokenScore | None = None
-
-
-Event = PromptEvent | TokenEvent | EndEvent
-
-
-@final
-class Generation:
-    """The rows of one request while they are generated: an asynchronous iterator of events.
-
-    Iterating raises :class:`NonFiniteLogitsError`, ``MemoryError`` if there is no memory, and :class:`TooSlowError` after
-    the deadline.
-    """
-
-    def __init__(self, rows: Sequence[RowRequest], deadline: float) -> None:
-        self.rows = rows
-        self.deadline = deadline
-        self.is_canceled = False
-        self.num_started = 0
-        self.num_ended = 0
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[list[Event] | Exception | None] = asyncio.Queue()
-
-    @property
-    def is_over(self) -> bool:
-        return self.is_canceled or self.num_ended == len(self.rows)
-
-    def cancel(self) -> None:
-        """End all rows: nobody waits for them."""
-        self.is_canceled = True
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        try:
-            while (events := await self._events.get()) is not None:
-                if isinstance(events, Exception):
-                    raise events
-                for event in events:
-                    yield event
-        finally:
-            self.cancel()
-
-    def send(self, events: "list[Event] | Exception | None") -> None:
-        """Hand events to the iterator, from the thread of the models; ``None``: there are no more."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, events)
-        except RuntimeError:  # the event loop is closed: the server has stopped
-            self.is_canceled = True
 
 
 @dataclass(eq=False)
@@ -175,86 +58,6 @@ class _Row(DecodedRow):
     request: RowRequest
     generator: torch.Generator
     text: IncrementalDetokenizer
-
-
-@final
-class ModelThread:
-    """The one thread that calls models: two at once would share the processors and each be slower.
-
-    It takes one job, then one decoding step of every model, and begins again.
-
-    Attributes:
-        executor: Threads that help it to draw random numbers.
-        text_executor: One thread for long texts: each thread that tokenizes takes 11 MB.
-    """
-
-    def __init__(self) -> None:
-        self.executor = ThreadPoolExecutor(torch.get_num_threads(), "draws")
-        self.text_executor = ThreadPoolExecutor(1, "tokenizer")
-        self._changed = threading.Condition()
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._workers: list[ModelWorker] = []
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="models", daemon=True)
-        self._thread.start()
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """Result of ``function()``, called between two decoding steps. Raises :class:`BusyError` if too many wait."""
-        future: Future[T] = Future()
-
-        def job() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:  # the caller gets it
-                future.set_exception(error)
-
-        with self._changed:
-            if len(self._jobs) >= MAX_JOBS or self._is_closing:
-                raise BusyError(1)
-            self._jobs.append(job)
-            self._changed.notify()
-        return await asyncio.wrap_future(future)
-
-    def add_worker(self, worker: "ModelWorker") -> None:
-        with self._changed:
-            self._workers.append(worker)
-
-    def remove_worker(self, worker: "ModelWorker") -> None:
-        with self._changed:
-            self._workers.remove(worker)
-
-    def notify(self) -> None:
-        """Say that a worker has something to do."""
-        with self._changed:
-            self._changed.notify()
-
-    def close(self) -> None:
-        """End the thread after the step that is being computed."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        self._thread.join()
-        self.executor.shutdown()
-        self.text_executor.shutdown()
-
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (
-                    self._is_closing or self._jobs or any(w.has_work for w in self._workers)
-                ):
-                    self._changed.wait()
-                if self._is_closing:
-                    return
-                job = self._jobs.popleft() if self._jobs else None
-                workers = [w for w in self._workers if w.has_work]
-            if job is not None:
-                job()
-            for worker in workers:
-                worker.step()
 
 
 @dataclass(frozen=True)

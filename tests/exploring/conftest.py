@@ -13,8 +13,9 @@ from gpt_lightning import GPTModel
 from gpt_lightning.exploring.api import routes
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.pretrained.convert import save_model
+from gpt_lightning.serving.model_thread import ModelThread
 from gpt_lightning.serving.served_model import LoadSettings, load_served_model
-from gpt_lightning.serving.worker import ModelThread, WorkerLimits
+from gpt_lightning.serving.worker import WorkerLimits
 from helpers import tiny_gpt2_vocabulary
 
 

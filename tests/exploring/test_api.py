@@ -31,7 +31,8 @@ from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.pretrained.convert import save_model
-from gpt_lightning.serving.worker import BusyError, ModelWorker
+from gpt_lightning.serving.generation_request import BusyError
+from gpt_lightning.serving.worker import ModelWorker
 from helpers import Command, json_of, tiny_gpt2_vocabulary
 from own_tokenizers import write_own
 

@@ -22,8 +22,8 @@ from gpt_lightning.exploring.api import routes
 from gpt_lightning.exploring.checkpoints import Checkpoints
 from gpt_lightning.exploring.explorer import Explorer, LoadModel
 from gpt_lightning.pretrained.convert import save_model
+from gpt_lightning.serving.generation_request import RowRequest
 from gpt_lightning.serving.served_model import ServedModel
-from gpt_lightning.serving.worker import RowRequest
 
 
 def write_checkpoint(path: Path, step: int) -> None:

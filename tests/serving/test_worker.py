@@ -14,19 +14,18 @@ from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, sample_rows
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.serving import worker as serving_worker
-from gpt_lightning.serving.token_scores import TokenScore
-from gpt_lightning.serving.worker import (
+from gpt_lightning.serving.generation_request import (
     BusyError,
     EndEvent,
     Generation,
-    ModelThread,
-    ModelWorker,
     PromptEvent,
     RowRequest,
     TokenEvent,
     TooSlowError,
-    WorkerLimits,
 )
+from gpt_lightning.serving.model_thread import ModelThread
+from gpt_lightning.serving.token_scores import TokenScore
+from gpt_lightning.serving.worker import ModelWorker, WorkerLimits
 from helpers import make_generator, tiny_gpt2_vocabulary
 
 MODEL = tiny_gpt2_vocabulary()

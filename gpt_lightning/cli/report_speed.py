@@ -108,7 +108,7 @@ def _task(config: "RunConfig") -> "SpeedTask":
         windows=windows.read(np.arange(count)),
         batch_size=data.batch_size,
         lr=module.schedule.lr,
-        weight_decay=module.weight_decay,
+        weight_decay=module.optimizer_config.weight_decay,
         seed=config.seed_everything,
         chunk_size=module.loss_chunk_size or CHUNK_SIZE,
         device="cuda" if has_gpu and accelerator != "cpu" else "cpu",

@@ -21,6 +21,25 @@ def block_parameters(config: GPTConfig) -> int:
     return attention + feed_forward + layer_norms
 
 
+def block_matrix_parameters(config: GPTConfig) -> int:
+    """Number of parameters of the matrices of all blocks: 4·C² of attention and 8·C² of the feed-forward network each."""
+    return 12 * config.n_layers * config.emb_dim**2
+
+
+def muon_flops(config: GPTConfig) -> int:
+    """FLOPs of Muon's matrix products in an optimizer step.
+
+    Each of 5 Newton–Schulz steps takes 2·m²·n + 2·m³ + 2·m²·n for a matrix of m ≤ n: four of C × C and two of C × 4C
+    per block.
+    """
+    C = config.emb_dim
+
+    def matrix(m: int, n: int) -> int:
+        return 5 * (4 * m * m * n + 2 * m**3)
+
+    return config.n_layers * (4 * matrix(C, C) + 2 * matrix(C, 4 * C))
+
+
 def parameters(config: GPTConfig) -> int:
     """Number of parameters of the model. A tied head is counted once."""
     blocks = config.n_layers * block_parameters(config)

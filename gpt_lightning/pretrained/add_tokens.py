@@ -126,5 +126,6 @@ def _grown_moments(
 def _grown_moment(key: str, moment: Tensor, first: int, end: int, rows: int) -> Tensor:
     grown = torch.empty((rows, moment.shape[1]), dtype=moment.dtype)
     grown[: len(moment)] = moment
-    grown[first:end] = 0.0 if key == "exp_avg" else moment[:first].mean(dim=0)
+    is_mean_gradient = key in ("exp_avg", "momentum_buffer")
+    grown[first:end] = 0.0 if is_mean_gradient else moment[:first].mean(dim=0)
     return grown

@@ -23,8 +23,6 @@ from gpt_lightning.pretrained.weights import (
 _METADATA = "gpt_lightning"
 _QKV = ("W_query", "W_key", "W_value")
 _NORM_PARTS = {"weight": "scale", "bias": "shift"}
-# the entries of AdamW's state that have their parameter's shape
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def is_book(content: Any) -> bool:
@@ -87,7 +85,8 @@ def write_book(weights: ModelWeights, path: Path) -> None:
     ``load_state_dict`` ignores.
 
     A tied head becomes a copy of the embedding, since the book's head is a separate matrix. The moments are then
-    left out: they belong to one matrix, and the book has two.
+    left out: they belong to one matrix, and the book has two. The state of another optimizer than AdamW is left out
+    too.
     """
     config = weights.config
     theirs = OrderedDict(to_book(weights.state_dict, config))
@@ -98,7 +97,11 @@ def write_book(weights: ModelWeights, path: Path) -> None:
     for i in range(config.n_layers):
         theirs[f"trf_blocks.{i}.att.mask"] = torch.triu(torch.ones(length, length), diagonal=1)
     theirs.__dict__["_metadata"] = {_METADATA: asdict(config)}
-    if weights.optimizer_state is None or config.tied_embeddings:
+    if (
+        weights.optimizer_state is None
+        or config.tied_embeddings
+        or not _is_adamw(weights.optimizer_state)
+    ):
         torch.save(theirs, path)
         return
     optimizer_state = _book_optimizer(weights.optimizer_state, names, config)
@@ -216,11 +219,20 @@ def _our_optimizer(
         entries = [state[part] for part in _names(config)[name] if part in state]
         if entries:
             ours[index] = {
-                key: torch.cat([e[key] for e in entries]) if key in _MOMENTS else value
+                key: torch.cat([e[key] for e in entries]) if _is_moment(value) else value
                 for key, value in entries[0].items()
             }
     group |= {"params": list(range(len(our_names))), "param_names": our_names}
     return {"state": ours, "param_groups": [group]}
+
+
+def _is_moment(value: Any) -> bool:
+    """Whether an entry of an optimizer's state has its parameter's shape."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _is_adamw(optimizer_state: dict[str, Any]) -> bool:
+    return all("exp_avg_sq" in entry for entry in optimizer_state["state"].values())
 
 
 def _book_optimizer(saved: dict[str, Any], names: list[str], config: GPTConfig) -> dict[str, Any]:
@@ -237,7 +249,7 @@ def _book_optimizer(saved: dict[str, Any], names: list[str], config: GPTConfig) 
             continue
         for i, theirs in enumerate(group):
             state[names.index(theirs)] = {
-                key: _copy(value.chunk(len(group))[i]) if key in _MOMENTS else value
+                key: _copy(value.chunk(len(group))[i]) if _is_moment(value) else value
                 for key, value in ours[name].items()
             }
     first = {k: v for k, v in saved["param_groups"][0].items() if k != "param_names"}

@@ -18,12 +18,10 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.weights import ModelWeights, pop_weights, tokenizer_state
 from gpt_lightning.training.distributed import check_strategy, shard_model
+from gpt_lightning.training.grad_norm import global_grad_norm
 from gpt_lightning.training.metrics import TokenWeightedLoss
-from gpt_lightning.training.optimizer import (
-    build_adamw,
-    global_grad_norm,
-    load_optimizer_moments,
-)
+from gpt_lightning.training.muon import AdjustLR
+from gpt_lightning.training.optimizer import OptimizerConfig, load_optimizer_moments
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
 from gpt_lightning.training.run_length import Progress, epoch_shape, run_steps
 from gpt_lightning.training.schedule import DecayType, LRSchedule, Schedule, Steps
@@ -35,7 +33,7 @@ SPLITS = ("val", "train")
 
 
 class GPTLightningModule(LightningModule):
-    """LightningModule that trains a :class:`GPTModel` with next-token cross-entropy and AdamW.
+    """LightningModule that trains a :class:`GPTModel` with next-token cross-entropy and AdamW or another optimizer.
 
     ``configure_model`` seeds the generator and makes the weights, so that they do not depend on earlier random
     numbers. The learning rate of each step is a function of the step, see :class:`Schedule`; a resumed run uses the
@@ -44,7 +42,14 @@ class GPTLightningModule(LightningModule):
     Args:
         config: Architecture; a dict in checkpoints.
         lr: Learning rate after the warmup.
-        weight_decay: Decoupled weight decay of AdamW.
+        optimizer: adamw; muon = Muon for the matrices of the blocks and AdamW for the rest; or a class of torch.optim,
+            such as torch.optim.SGD or {class_path: torch.optim.SGD, init_args: {momentum: 0.9}}.
+        muon_lr: Learning rate of Muon's matrices, which follows the same schedule as lr; null = lr.
+        muon_momentum: Decay rate of Muon's momentum; null = 0.95.
+        muon_adjust_lr: Factor of muon_lr by a matrix's shape: original = √(max(1, rows / columns));
+            match_rms_adamw = 0.2·√(max(rows, columns)), with which Muon needs about the learning rate of AdamW;
+            null = match_rms_adamw.
+        weight_decay: Decoupled weight decay of AdamW and Muon; other optimizers have their own kind.
         betas: Decay rates of AdamW's two moments.
         decay_matrices_only: Apply no weight decay to biases and norms; the book decays all parameters.
         warmup_steps: Steps over which the learning rate rises linearly to lr; a float such as 0.2 is a share of the
@@ -85,6 +90,10 @@ class GPTLightningModule(LightningModule):
         self,
         config: GPTConfig,
         lr: float = 4e-4,
+        optimizer: str | dict[str, Any] = "adamw",
+        muon_lr: float | None = None,
+        muon_momentum: float | None = None,
+        muon_adjust_lr: AdjustLR | None = None,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         decay_matrices_only: bool = False,
@@ -116,10 +125,16 @@ class GPTLightningModule(LightningModule):
             decay_fraction,
             decay_type,
         )
-        if not 0.0 <= weight_decay < math.inf:
-            raise ValueError(f"model.weight_decay: {weight_decay} is out of range; give 0 or more")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"model.betas: {betas} are not in [0, 1); the book has 0.9 and 0.999")
+        self.optimizer_config = OptimizerConfig(
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=(betas[0], betas[1]),
+            decay_matrices_only=decay_matrices_only,
+            muon_lr=muon_lr,
+            muon_momentum=muon_momentum,
+            muon_adjust_lr=muon_adjust_lr,
+        )
         if loss_chunk_size is not None and loss_chunk_size < 1:
             raise ValueError(
                 f"model.loss_chunk_size: {loss_chunk_size} is too small; give 1 or more"
@@ -128,17 +143,20 @@ class GPTLightningModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
         self.config = config
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.decay_matrices_only = decay_matrices_only
         self.schedule = self.run_schedule = schedule
         self.seed = seed
         self.rng: Rng = rng
         # only a dict can be loaded with weights_only=True by every loader
-        self.save_hyperparameters({"config": asdict(config), **asdict(schedule), "weight_decay": weight_decay,
-                                   "betas": list(betas), "decay_matrices_only": decay_matrices_only,
-                                   "seed": seed, "rng": rng})  # fmt: skip
+        self.save_hyperparameters(
+            {
+                "config": asdict(config),
+                **asdict(schedule),
+                **asdict(self.optimizer_config),
+                "betas": list(betas),
+                "seed": seed,
+                "rng": rng,
+            }
+        )
         self.tokenizer: Tokenizer = GPT2
         self.tokens_seen = 0
         self.validation = nn.ModuleDict({f"{split}_loss": TokenWeightedLoss() for split in SPLITS})
@@ -187,15 +205,7 @@ class GPTLightningModule(LightningModule):
         self._random_numbers = get_rng_state()
 
     def configure_optimizers(self) -> Optimizer:
-        return build_adamw(
-            self.model,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            betas=self.betas,
-            decay_matrices_only=self.decay_matrices_only,
-            # a fused step unscales fp16 gradients itself, after clipping and logging
-            fused=self.trainer.precision != "16-mixed",
-        )
+        return self.optimizer_config.build(self.model, precision=str(self.trainer.precision))
 
     def forward(self, idx: Tensor) -> Tensor:
         """Token ids ``(B, T)`` → logits ``(B, T, V)``."""
@@ -225,11 +235,11 @@ class GPTLightningModule(LightningModule):
         for group, own in zip(
             self._optimizer().param_groups, self.configure_optimizers().param_groups, strict=True
         ):
-            group.update(weight_decay=own["weight_decay"], betas=own["betas"], fused=own["fused"])
+            group.update({key: value for key, value in own.items() if "param" not in key})
             for parameter in group["params"]:
                 state = self._optimizer().state.get(parameter, {})
                 if (
-                    own["fused"] and "step" in state
+                    own.get("fused") and "step" in state
                 ):  # an optimizer that is not fused counts steps on the host
                     state["step"] = state["step"].to(parameter.device, torch.float32)
         if self.rng == "global" and self._random_numbers is not None:
@@ -306,7 +316,7 @@ class GPTLightningModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         rate = self.run_schedule.learning_rate(self.trainer.global_step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1.0)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         targets = batch[1]

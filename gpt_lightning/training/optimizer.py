@@ -1,14 +1,244 @@
-"""AdamW, the gradient norm, and loading of saved moments."""
+"""The optimizer of a run: which one, its parameter groups, and loading of saved state."""
 
-from typing import Any
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from gpt_lightning.training.distributed import load_optimizer_state, local
+from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.flops import block_matrix_parameters, parameters
+from gpt_lightning.model.precision import PRECISIONS
+from gpt_lightning.suggestions import nearest
+from gpt_lightning.training.distributed import load_optimizer_state
+from gpt_lightning.training.muon import AdjustLR, Muon
+
+# matrices of a block that Muon orthogonalizes, and how many each parameter holds
+_MUON_MATRICES = {
+    "att.qkv.weight": 3,  # query, key, value
+    "att.out_proj.weight": 1,
+    "ff.layers.0.weight": 1,
+    "ff.layers.2.weight": 1,
+}
+_REFUSED = {
+    "LBFGS": "needs a closure that computes the loss several times per step; give another class",
+    "Muon": "orthogonalizes query, key and value as one matrix; give model.optimizer muon",
+    "Optimizer": "is not an optimizer itself; give one of its subclasses, as torch.optim.SGD",
+    "SparseAdam": "needs sparse gradients, which this model does not have; give another class",
+}
+# arguments that settings of the run give
+_SET_BY_MODEL = ("lr", "weight_decay", "betas")
+_SET_BY_RUN = ("params", "fused", "differentiable", "maximize")
+MUON_MOMENTUM = 0.95  # the default of Muon's author
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Settings of the optimizer, checked.
+
+    Attributes:
+        optimizer: 'adamw', 'muon', or a class of ``torch.optim``: its name, or a dict with ``class_path`` and
+            ``init_args``.
+        lr: Learning rate after the warmup; each step's is set before the step.
+        betas: For AdamW, and for classes that have them.
+        muon_lr: As ``lr``, for Muon's matrices; ``None``: ``lr``.
+        muon_momentum: ``None``: 0.95.
+        muon_adjust_lr: ``None``: match_rms_adamw.
+
+    Raises:
+        ValueError: A setting cannot be used; one line.
+    """
+
+    optimizer: str | Mapping[str, Any] = "adamw"
+    lr: float = 4e-4
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay_matrices_only: bool = False
+    muon_lr: float | None = None
+    muon_momentum: float | None = None
+    muon_adjust_lr: AdjustLR | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"model.weight_decay: {self.weight_decay} is out of range; give 0 or more"
+            )
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(
+                f"model.betas: {self.betas} are not in [0, 1); the book has 0.9 and 0.999"
+            )
+        self._check_muon()
+        if self.optimizer not in ("adamw", "muon"):
+            self._build_class([nn.Parameter(torch.zeros(1, 1))])
+
+    def _check_muon(self) -> None:
+        given = {
+            name: value
+            for name in ("muon_lr", "muon_momentum", "muon_adjust_lr")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.optimizer != "muon":
+            for name, value in given.items():
+                raise ValueError(
+                    f"model.{name}: {value} has no effect with model.optimizer {self.name}; leave it out, or give "
+                    "model.optimizer muon"
+                )
+            return
+        if self.muon_lr is not None and not 0.0 < self.muon_lr < math.inf:
+            raise ValueError(f"model.muon_lr: {self.muon_lr} is out of range; give more than 0")
+        if self.muon_momentum is not None and not 0.0 <= self.muon_momentum < 1.0:
+            raise ValueError(
+                f"model.muon_momentum: {self.muon_momentum} is not in [0, 1); 0.95 is usual"
+            )
+        choices = get_args(AdjustLR)
+        if self.muon_adjust_lr is not None and self.muon_adjust_lr not in choices:
+            raise ValueError(
+                f"model.muon_adjust_lr: {self.muon_adjust_lr} is unknown; give {' or '.join(choices)}"
+            )
+        if self.muon_adjust_lr == "original" and self.muon_lr is None:
+            raise ValueError(
+                "model.muon_lr: must be given with model.muon_adjust_lr original, whose learning rate is not "
+                "AdamW's; 0.02 is usual"
+            )
+
+    @property
+    def name(self) -> str:
+        """'adamw', 'muon' or the class's path; two runs with equal names have optimizer states of one form."""
+        if self.optimizer in ("adamw", "muon"):
+            return str(self.optimizer)
+        return f"torch.optim.{self._class_and_arguments()[0].__name__}"
+
+    def build(self, model: nn.Module, *, precision: str = "32-true") -> Optimizer:
+        """Build the optimizer over the named parameters of a model.
+
+        With ``decay_matrices_only`` biases and norms have no weight decay. AdamW's groups come before Muon's.
+
+        Args:
+            precision: Lightning's name. Muon's products are in bfloat16 if training is, else in float32 or float64.
+        """
+        # a fused step unscales fp16 gradients itself, after clipping and logging
+        fused = precision != "16-mixed"
+        if self.optimizer == "adamw":
+            return build_adamw(
+                model,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                betas=self.betas,
+                decay_matrices_only=self.decay_matrices_only,
+                fused=fused,
+            )
+        named = list(model.named_parameters())
+        if self.optimizer != "muon":
+            return self._build_class(self._groups(named))
+        chunks = {name: _muon_chunks(name) for name, _ in named}
+        groups = [
+            {**group, "lr": self.lr}
+            for group in self._groups([(n, p) for n, p in named if not chunks[n]])
+        ]
+        muon_lr = self.lr if self.muon_lr is None else self.muon_lr
+        groups += [
+            {
+                "params": [(n, p) for n, p in named if chunks[n] == count],
+                "lr": muon_lr,
+                "lr_factor": muon_lr / self.lr,
+                "weight_decay": self.weight_decay,
+                "chunks": count,
+                "momentum": MUON_MOMENTUM if self.muon_momentum is None else self.muon_momentum,
+                "adjust_lr": self.muon_adjust_lr or "match_rms_adamw",
+            }
+            for count in sorted({count for count in chunks.values() if count})
+        ]
+        dtype = product_dtype(precision)
+        return Muon(groups, product_dtype=dtype, betas=self.betas, fused=fused)
+
+    def _groups(self, named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        return parameter_groups(named, self.weight_decay, self.decay_matrices_only)
+
+    def state_values(self, config: GPTConfig) -> int:
+        """Number of values that the optimizer saves for a model, without step counts."""
+        total = parameters(config)
+        if (
+            self.optimizer == "muon"
+        ):  # one for each value of a matrix, and AdamW's two for the others
+            return 2 * total - block_matrix_parameters(config)
+        if self.optimizer == "adamw":
+            return 2 * total
+        parameter = nn.Parameter(torch.zeros(64, 64))
+        optimizer = self._build_class([parameter])
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        values = sum(
+            value.numel()
+            for value in optimizer.state[parameter].values()
+            if isinstance(value, torch.Tensor) and value.dim()
+        )
+        return total * values // parameter.numel()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one operation updates a parameter, without a copy of it."""
+        return self.optimizer in ("adamw", "muon")
+
+    def _class_and_arguments(self) -> tuple[type[Optimizer], dict[str, Any]]:
+        given = self.optimizer
+        path: Any = given
+        arguments: Any = {}
+        if isinstance(given, Mapping):
+            path = given.get("class_path")
+            arguments = given.get("init_args") or {}
+            if unknown := given.keys() - {"class_path", "init_args"}:
+                raise ValueError(
+                    f"model.optimizer: {min(unknown)} is not a key; give class_path and init_args"
+                )
+        classes = {
+            name: value
+            for name, value in vars(torch.optim).items()
+            if isinstance(value, type) and issubclass(value, Optimizer)
+        }
+        name = str(path).removeprefix("torch.optim.")
+        if name not in classes:
+            near = nearest(name, ("adamw", "muon", *(c for c in classes if c not in _REFUSED)))
+            remedy = f"did you mean {near}?" if near else "give adamw, muon or torch.optim.NAME"
+            raise ValueError(f"model.optimizer: {path} is not an optimizer of torch; {remedy}")
+        if name in _REFUSED:
+            raise ValueError(f"model.optimizer: torch.optim.{name} {_REFUSED[name]}")
+        if not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"model.optimizer.init_args: {arguments} is not a mapping of arguments to values; give as "
+                "{momentum: 0.9}"
+            )
+        return classes[name], dict(arguments)
+
+    def _build_class(self, groups: list[Any]) -> Optimizer:
+        optimizer_class, given = self._class_and_arguments()
+        known = inspect.signature(optimizer_class).parameters
+        for name in given:
+            if name in _SET_BY_MODEL:
+                raise ValueError(
+                    f"model.optimizer.init_args.{name}: is set by model.{name}; leave it out"
+                )
+            if name in _SET_BY_RUN:
+                raise ValueError(f"model.optimizer.init_args.{name}: is set by fit; leave it out")
+            if name not in known:
+                near = nearest(name, known)
+                remedy = (
+                    f"did you mean {near}?"
+                    if near
+                    else f"see torch.optim.{optimizer_class.__name__}"
+                )
+                raise ValueError(f"model.optimizer.init_args.{name}: is not an argument; {remedy}")
+        own = {name: getattr(self, name) for name in _SET_BY_MODEL if name in known}
+        try:
+            return optimizer_class(groups, **own, **given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"model.optimizer: torch.optim.{optimizer_class.__name__} refuses its arguments "
+                f"({' '.join(str(error).split())}); give other init_args"
+            ) from error
 
 
 def build_adamw(
@@ -21,74 +251,42 @@ def build_adamw(
     fused: bool = True,
 ) -> AdamW:
     """Build AdamW over the named parameters; with ``decay_matrices_only`` biases and norms have no weight decay."""
-    named = list(model.named_parameters())
-    if not decay_matrices_only:
-        groups: list[dict[str, Any]] = [{"params": named, "weight_decay": weight_decay}]
-    else:
-        groups = [
-            {"params": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
-        ]
+    groups = parameter_groups(list(model.named_parameters()), weight_decay, decay_matrices_only)
     return AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
-_BLOCK = 1024  # elements whose squares float32 sums accurately
+def parameter_groups(
+    named: list[tuple[str, nn.Parameter]], weight_decay: float, decay_matrices_only: bool
+) -> list[dict[str, Any]]:
+    """Return one parameter group, or with ``decay_matrices_only`` one with and one without weight decay."""
+    if not decay_matrices_only:
+        return [{"params": named, "weight_decay": weight_decay}]
+    return [
+        {"params": [(n, p) for n, p in named if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
-def _norm_on_cpu(parts: list[Tensor]) -> Tensor:
-    """Compute the norms of blocks of 1024 elements, then the norm of these norms and of the remaining elements."""
-    norms: list[Tensor] = []
-    for part in parts:
-        elements = part if part.ndim == 1 else part.flatten()
-        if full := part.numel() // _BLOCK * _BLOCK:
-            dtype = torch.promote_types(part.dtype, torch.float32)
-            blocks = elements[:full].view(-1, _BLOCK)
-            norms.append(torch.linalg.vector_norm(blocks, dim=-1, dtype=dtype))
-            elements = elements[full:]
-        norms.append(elements)
-    return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64)
+def _muon_chunks(name: str) -> int:
+    """Return how many matrices a parameter holds that Muon orthogonalizes; 0: it belongs to AdamW."""
+    for suffix, chunks in _MUON_MATRICES.items():
+        if name.endswith(f".{suffix}"):
+            return chunks
+    return 0
 
 
-def global_grad_norm(gradients: list[Tensor], *, by_blocks: bool = True) -> Tensor:
-    """Return the 2-norm over all gradients: a scalar in float32, or float64 for float64 gradients.
-
-    With sharded gradients it is the norm of the full ones; all ranks must call it. On a CPU it is computed by
-    blocks: torch sums the squares of a tensor in float32, which makes the norm of the 124M model's embedding
-    0.3 % too small, and differs between a tensor and its shards.
-
-    Args:
-        by_blocks: ``False``: the norm of ``torch.nn.utils.clip_grad_norm_``, also on a CPU.
-    """
-    first = gradients[0] if gradients else None
-    parts = [local(g) for g in gradients] if isinstance(first, DTensor) else gradients
-    on_cpu = by_blocks and bool(parts) and parts[0].device.type == "cpu"
-    norm = _norm_on_cpu(parts) if on_cpu else nn.utils.get_total_norm(parts)
-    if isinstance(first, DTensor):
-        squares = norm.double().square()
-        dist.all_reduce(squares, group=first.device_mesh.get_group())
-        norm = squares.sqrt()
-    precise = torch.float32 if first is None else torch.promote_types(first.dtype, torch.float32)
-    return norm.to(precise)
-
-
-_MAX_CERTAINLY_FINITE = (
-    1e15  # squares of smaller elements, and their sum, are far below float32's maximum
-)
-
-
-def norm_is_certainly_finite(gradients: list[Tensor]) -> bool:
-    """Return whether no element is NaN or so large that the norm could overflow; faster than the norm on a CPU."""
-    return all(
-        low.item() > -_MAX_CERTAINLY_FINITE and high.item() < _MAX_CERTAINLY_FINITE
-        for low, high in map(torch.aminmax, filter(torch.numel, gradients))
-    )
+def product_dtype(precision: str) -> torch.dtype:
+    """Return the type of Muon's matrix products in a training of this precision."""
+    weights, autocast = PRECISIONS[precision]
+    computed = autocast or weights
+    return torch.float32 if computed == torch.float16 else computed
 
 
 def load_optimizer_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load the moments and step counts of ``saved`` by parameter name; keep the learning rate and weight decay.
+    """Load the state of ``saved`` by parameter name; keep the learning rate and weight decay.
 
     Raises:
-        ValueError: ``saved`` lacks a parameter that ``optimizer`` has.
+        ValueError: ``saved`` lacks a parameter that ``optimizer`` has, or is the state of another optimizer.
     """
     by_name = {
         name: saved["state"].get(index)
@@ -97,14 +295,35 @@ def load_optimizer_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     }
     own = optimizer.state_dict()
     for group in own["param_groups"]:
+        keys = _state_keys(optimizer, group)
         for index, name in zip(group["params"], group["param_names"], strict=True):
-            if by_name.get(name) is None:
+            state = by_name.get(name)
+            if state is None:
                 raise ValueError(
                     f"init_optimizer: the source has no optimizer state for {name}; "
                     "leave --init_optimizer out"
                 )
+            if not keys or not keys <= state.keys():
+                raise ValueError(
+                    f"init_optimizer: the source was trained with another optimizer: for {name} it has "
+                    f"{', '.join(state) or 'nothing'}, this run needs {', '.join(sorted(keys)) or 'nothing'}; leave "
+                    "--init_optimizer out, or give its --model.optimizer"
+                )
             own["state"][index] = {
                 key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in by_name[name].items()
+                for key, value in state.items()
             }
     load_optimizer_state(optimizer, own)
+
+
+def _state_keys(optimizer: Optimizer, group: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of what the optimizer saves for a parameter of a group."""
+    if "chunks" in group:
+        return frozenset({"momentum_buffer"})
+    kind = AdamW if isinstance(optimizer, Muon) else type(optimizer)
+    arguments = {name: group[name] for name in inspect.signature(kind).parameters if name in group}
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    example = kind(**{**arguments, "params": [parameter]})
+    parameter.grad = torch.zeros_like(parameter)
+    example.step()
+    return frozenset(example.state[parameter])

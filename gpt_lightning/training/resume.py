@@ -17,6 +17,7 @@ from gpt_lightning.training.checkpoint_io import (
     read_manifest,
 )
 from gpt_lightning.training.module import reconcile_config
+from gpt_lightning.training.optimizer import OptimizerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,13 @@ def latest_valid_checkpoint(folder: Path) -> Path:
 
 
 def checkpoint_to_resume(
-    folder: Path, ckpt_path: str, named: Mapping[str, Any]
+    folder: Path, ckpt_path: str, named: Mapping[str, Any], optimizer: OptimizerConfig
 ) -> tuple[Path, GPTConfig, Tokenizer]:
     """Return the file that ``--ckpt_path`` names (``last``, ``best`` or a path), its architecture and tokenizer.
 
     Args:
         named: Keys of the architecture that the configuration names.
+        optimizer: The run's.
 
     Raises:
         ValueError: It cannot be resumed, or the model there is another than ``named`` says.
@@ -90,8 +92,30 @@ def checkpoint_to_resume(
             f"ckpt_path: {path} has other names than a run's checkpoint; give it as --init_from"
         )
     _check_state(checkpoint, path)
+    _check_optimizer(checkpoint, path, optimizer)
     architecture = reconcile_config(f"ckpt_path: {path}", found.config, named)
     return path, architecture, found.tokenizer
+
+
+def _check_optimizer(checkpoint: Mapping[str, Any], path: Path, own: OptimizerConfig) -> None:
+    """Check that the state of a checkpoint has the form of the run's optimizer, whose other settings may change."""
+    settings = checkpoint.get("hyper_parameters") or {}
+    stored = OptimizerConfig(
+        optimizer=settings.get("optimizer", "adamw"),
+        decay_matrices_only=settings.get("decay_matrices_only", own.decay_matrices_only),
+    )
+    for name, before, after in (
+        ("optimizer", stored.name, own.name),
+        ("decay_matrices_only", stored.decay_matrices_only, own.decay_matrices_only),
+    ):
+        if before != after:
+            before, after = (
+                str(value).lower() if value in (True, False) else value for value in (before, after)
+            )
+            raise ValueError(
+                f"ckpt_path: {path} was trained with model.{name} {before}, and this run has {after}; give "
+                f"--model.{name} {before}, or start a new run with --init_from {path}"
+            )
 
 
 def reached_limit(

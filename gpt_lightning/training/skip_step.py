@@ -18,9 +18,9 @@ from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.model.async_copy import AsyncHostCopy
 from gpt_lightning.training.config import OnBadStep
 from gpt_lightning.training.distributed import mean_over_ranks
+from gpt_lightning.training.grad_norm import norm_is_certainly_finite
 from gpt_lightning.training.loggers import log_metrics
 from gpt_lightning.training.module import GPTLightningModule
-from gpt_lightning.training.optimizer import norm_is_certainly_finite
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,10 @@ class _PendingStep:
     metrics: AsyncHostCopy
 
 
-def _checks_later(module: LightningModule) -> bool:
+def _checks_later(module: LightningModule, optimizer: Optimizer) -> bool:
     """Return whether a step is checked when the next one is due, so that a GPU never waits for the check."""
-    return module.device.type == "cuda" and module.device_mesh is None
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    return is_fused and module.device.type == "cuda" and module.device_mesh is None
 
 
 class SkipBadSteps(Callback):
@@ -81,7 +82,9 @@ class SkipBadSteps(Callback):
         # the gradient scaler of 16-mixed expects bad steps, and skips them
         self._is_active = trainer.precision != "16-mixed"
         if self._is_active:
-            self._checks_later = not self.skip_spikes and _checks_later(pl_module)
+            self._checks_later = not self.skip_spikes and _checks_later(
+                pl_module, trainer.optimizers[0]
+            )
             alone_on_cpu = pl_module.device.type == "cpu" and trainer.world_size == 1
             needs_norm = self._checks_later or self.skip_spikes or trainer.gradient_clip_val
             self._skips_norm = alone_on_cpu and not needs_norm

@@ -12,6 +12,7 @@ from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import is_rank_zero
 from gpt_lightning.training.module import reconcile_config
+from gpt_lightning.training.optimizer import OptimizerConfig
 from gpt_lightning.training.resume import checkpoint_to_resume
 
 
@@ -49,7 +50,13 @@ def find_start(config: RunConfig, *, trains: bool = True) -> Start:
     else:
         ckpt_path = config.ckpt_path if trains else None
     if ckpt_path is not None:
-        path, architecture, of_run = checkpoint_to_resume(config.folder, ckpt_path, named)
+        settings = ("optimizer", "decay_matrices_only")
+        optimizer = OptimizerConfig(
+            **{name: config.model[name] for name in settings if name in config.model}
+        )
+        path, architecture, of_run = checkpoint_to_resume(
+            config.folder, ckpt_path, named, optimizer
+        )
         tokenizer = _tokenizer(config, of_run)
         return Start(architecture=architecture, tokenizer=tokenizer, checkpoint_path=path)
     if source is None:

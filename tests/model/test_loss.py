@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model import loss as loss_module
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.training.optimizer import global_grad_norm
+from gpt_lightning.training.grad_norm import global_grad_norm
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 24, 1000])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_lightning.training.optimizer import global_grad_norm, norm_is_certainly_finite
+from gpt_lightning.training.grad_norm import global_grad_norm, norm_is_certainly_finite
 from gpt_lightning.training.run_files import read_rows
 from helpers import Command
 from runs import same_checkpoints

@@ -62,7 +62,7 @@ class Schedule:
         if type(decay) is type(warmup) and decay <= warmup:
             raise ValueError(
                 f"model.decay_steps: {decay} is not after the {warmup} warmup_steps; "
-                "give more, or leave it out for a constant rate"
+                "give more, or --model.lr_schedule constant without it"
             )
         if isinstance(warmup, int) and isinstance(decay, int) and self.decay_start < warmup:
             raise ValueError(

@@ -183,11 +183,11 @@ def test_shares_are_those_of_the_decimal_number() -> None:
     """0.29 * 100 is 28.999999999999996 in floating point."""
     for hundredths in range(1, 100):
         share = hundredths / 100
-        for run_steps in (100, 200, 1500, 2900, 10_000):
-            expected = hundredths * run_steps // 100
-            schedule = Schedule(0.01, lr_schedule="wsd", decay_fraction=share).resolve(run_steps)
-            assert schedule.decay_start == run_steps - expected
-            assert Schedule(0.01, warmup_steps=share).resolve(run_steps).warmup_steps == expected
+        for steps in (100, 200, 1500, 2900, 10_000):
+            expected = hundredths * steps // 100
+            schedule = Schedule(0.01, lr_schedule="wsd", decay_fraction=share).resolve(steps)
+            assert schedule.decay_start == steps - expected
+            assert Schedule(0.01, warmup_steps=share).resolve(steps).warmup_steps == expected
 
 
 @pytest.mark.parametrize("changed", [(13, 2, 32), (26, 1, 16), (5, 3, 64), (7, 1, 96)])

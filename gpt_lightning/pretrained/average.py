@@ -41,15 +41,19 @@ def average_weights(models: Mapping[str, ModelWeights]) -> ModelWeights:
 
 
 def _check_same_kind(first_name: str, first: ModelWeights, name: str, model: ModelWeights) -> None:
-    assumed = first.assumed | model.assumed
-    if differences := model.config.differences(asdict(first.config), assumed):
+    # a number of heads that is assumed is compared, too: DEST has one number
+    if differences := model.config.differences(asdict(first.config)):
         pairs = ", ".join(
             f"{key} is {theirs} there and {ours} in {first_name}"
             for key, (theirs, ours) in differences.items()
         )
-        raise ValueError(
-            f"average: {name} has another architecture: {pairs}; give models of one architecture"
+        unsure = "n_heads" in differences and "n_heads" in first.assumed | model.assumed
+        remedy = (
+            "give the number of heads with --n_heads"
+            if unsure
+            else "give models of one architecture"
         )
+        raise ValueError(f"average: {name} has another architecture: {pairs}; {remedy}")
     same_file = model.tokenizer.checksums == first.tokenizer.checksums
     if not same_file or model.other_tokenizer != first.other_tokenizer:
         theirs, ours = (each.other_tokenizer or each.tokenizer for each in (model, first))

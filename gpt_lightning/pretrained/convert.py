@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,13 +19,16 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.add_tokens import InitAdded, add_tokens
 from gpt_lightning.pretrained.average import average_weights
 from gpt_lightning.pretrained.book import write_book
+from gpt_lightning.pretrained.download import find_downloaded
 from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.load import (
     check_heads,
     check_shapes,
     check_tokenizer,
+    find_checkpoint,
     print_warnings,
     read_weights,
+    size_to_download,
 )
 from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import (
@@ -81,6 +85,8 @@ def convert(
     models = {name: read_weights(name, n_heads=n_heads) for name in (source, *average_with)}
     for name, model in models.items():
         check_heads(model, name, n_heads)
+    if average_with:
+        _check_distinct(list(models))
     weights = average_weights(models) if average_with else models[source]
     if weights.other_tokenizer is not None and weights.config.vocab_size >= VOCAB_SIZE:
         raise ValueError(
@@ -161,6 +167,24 @@ def _check_dest(dest: Path, weight_format: WeightFormat) -> None:
         raise ValueError(
             f"dest: {dest} is one file in the format {weight_format}; call it {dest}{suffix}"
         )
+
+
+def _check_distinct(sources: Sequence[str]) -> None:
+    """Raise ``ValueError`` if two sources are one file, which would count twice; last.ckpt and best.ckpt may be."""
+    paths = {source: _path_of(source) for source in sources}
+    for (first, path), (second, other) in combinations(paths.items(), 2):
+        if path.samefile(other):
+            raise ValueError(f"average: {first} and {second} are one file; give it once")
+
+
+def _path_of(source: str) -> Path:
+    """The file or folder of a source."""
+    if (size := size_to_download(source)) is not None:
+        return find_downloaded(size)
+    try:
+        return find_checkpoint(source)
+    except FileNotFoundError:  # a folder of Hugging Face or OpenAI
+        return Path(os.path.expanduser(source))
 
 
 def _write(weights: ModelWeights, dest: Path, weight_format: WeightFormat) -> None:

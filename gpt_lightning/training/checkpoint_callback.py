@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.flops import parameters
 from gpt_lightning.model.precision import PRECISIONS
+from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_io import (
     BEST,
     LAST,
@@ -238,6 +239,20 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             is_there = other.exists() and other.samefile(path)
             if not is_there and path.resolve().parent == self.folder.resolve():
                 self.io.add_name(path.resolve(), other.name)
+        later = self.saved_best_step()
+        if self.save_best and later is not None and later > step:
+            logger.warning(
+                f"{self.folder / BEST}: is of step {later - 1}, and the run continues from step {step}; it stays until an "
+                "evaluation of this run is the best so far"
+            )
+
+    def saved_best_step(self) -> int | None:
+        """Return the optimizer steps of best.ckpt; ``None`` if it cannot be read."""
+        try:
+            step: int = read_checkpoint(self.folder / BEST)["global_step"]
+        except (OSError, ValueError, KeyError):
+            return None
+        return step
 
     def _is_kept(self, step: int) -> bool:
         """Return whether the checkpoint after ``step`` optimizer steps is kept."""

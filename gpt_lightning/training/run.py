@@ -161,7 +161,8 @@ def _summary(built: BuiltRun) -> Iterator[str]:
         name = "last.ckpt" if is_last else "last evaluation"
         yield f"{name}: step {evaluation.evaluated_steps - 1}, {_losses(losses)}"
     best = built.checkpoint_callback.best
-    if best.step is not None:
+    # the file is another one after the run was resumed from an earlier step, or in another folder
+    if best.step is not None and built.checkpoint_callback.saved_best_step() == best.step:
         rows = [row for row in read_rows(folder / "metrics.csv") if row["step"] == best.step - 1]
         losses = {"val_loss": best.val_loss}
         for row in rows:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal, get_args
 
 # a number of optimizer steps (int) or a share of the run (float): 1 is a step, 1.0 is the end of the run
@@ -61,7 +62,7 @@ class Schedule:
         if type(decay) is type(warmup) and decay <= warmup:
             raise ValueError(
                 f"model.decay_steps: {decay} is not after the {warmup} warmup_steps; "
-                "give more, or leave it out for a constant rate"
+                "give more, or --model.lr_schedule constant without it"
             )
         if isinstance(warmup, int) and isinstance(decay, int) and self.decay_start < warmup:
             raise ValueError(
@@ -117,7 +118,7 @@ class Schedule:
         return any(isinstance(value, float) for value in self._steps().values())
 
     def resolve(self, run_steps: int | None) -> "Schedule":
-        """Return the schedule of a run, without shares: a share of the run is ``int(share * run_steps)``.
+        """Return the schedule of a run, without shares: a share of the run is rounded down.
 
         Args:
             run_steps: Optimizer steps of the run; ``None``: the run has no end.
@@ -155,14 +156,14 @@ class Schedule:
         assert isinstance(self.warmup_steps, int)
         if self.decay_fraction is None:
             return self.warmup_steps
-        return self.decay_steps - int(self.decay_fraction * self.decay_steps)
+        return self.decay_steps - _share_of(self.decay_fraction, self.decay_steps)
 
     def moved_decay(self, before: int, now: int) -> int | None:
         """Return the step at which ``wsd`` starts its decay in a run of ``before`` steps, if ``now`` steps move it."""
         if self.decay_fraction is None:
             return None
         ends = [self._counts(steps)["decay_steps"] for steps in (before, now)]
-        starts = [end - int(self.decay_fraction * end) for end in ends]
+        starts = [end - _share_of(self.decay_fraction, end) for end in ends]
         return None if starts[0] == starts[1] else starts[0]
 
     def check_clipping(self, run_steps: int | None) -> None:
@@ -194,7 +195,7 @@ class Schedule:
 
     def _counts(self, run_steps: int) -> dict[str, int]:
         return {
-            name: int(value * run_steps) if isinstance(value, float) else value
+            name: _share_of(value, run_steps) if isinstance(value, float) else value
             for name, value in self._steps().items()
         }
 
@@ -241,6 +242,11 @@ class Schedule:
     def clips(self, step: int) -> bool:
         """Return whether the gradients of step ``step`` are clipped, if ``trainer.gradient_clip_val`` is given."""
         return self.clip_from_step is None or step >= self.clip_from_step
+
+
+def _share_of(share: float, steps: int) -> int:
+    """A share of steps, rounded down. It is the decimal number that was given: 0.29 of 100 is 29, not 28.99…."""
+    return math.floor(Fraction(str(share)) * steps)
 
 
 def _check_steps(name: str, value: Steps) -> None:

@@ -1,7 +1,9 @@
 """Perplexity of pages: windows, definitions, and an independent computation with transformers."""
 
 import math
+import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,26 @@ def test_wikitext_is_detokenized() -> None:
         detokenize_wikitext(PAGE) == '\n= A page =\n\nIt has 1,000 words, "all" of them (short).\n'
     )
     assert detokenize_wikitext("x 's = = Part = = 5 @.@ 1 @-@ N b") == "x's == Part == 5.1-N b"
+
+
+def test_brackets_are_those_of_the_harness_at_any_length() -> None:
+    patterns = ((r"\(\s*([^\)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
+                (r"\"\s*([^\"]*?)\s*\"", r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"))  # fmt: skip
+    rng = random.Random(1)
+    changed = 0
+    for _ in range(2000):
+        text = expected = "".join(rng.choices("()[]{}\"'ab \u3000", k=rng.randrange(1, 25)))
+        for pattern, replacement in patterns:
+            expected = re.sub(pattern, replacement, expected)
+        found = detokenize_wikitext(text)
+        changed += found != text
+        # after the brackets the harness changes only marks and words that are not in these texts
+        assert found == expected
+    assert changed > 500
+    start = time.perf_counter()
+    blanks = "\u3000" * 4000
+    assert detokenize_wikitext(f"({blanks}") == f"({blanks}"
+    assert time.perf_counter() - start < 5  # 20 s and more with the harness's patterns
 
 
 def plain_bits_per_byte(peer: Any, page: str, context: int) -> float:

@@ -90,6 +90,10 @@ def test_pages_begin_with_their_titles(tmp_path: Path) -> None:
         ("[" * 100_000, "line 2: is not JSON"),
         ("[1]", "line 2: is not a JSON object"),
         ("{'a': 1}", "line 2: is not JSON"),
+        ('{"label": ' + "1" * 5000 + "}", "line 2: is not JSON (a number with too many digits)"),
+        (r'{"ctx": "a \ud800", "endings": []}', r"line 2: ctx is not valid UTF-8 (\ud800 at"),
+        ({**ROW, "ctx_b": "\udcff"}, "line 2: ctx_b is not valid UTF-8"),
+        ({**ROW, "endings": ["a", "b\ud800"]}, "line 2: ending 1 is not valid UTF-8"),
     ],
 )
 def test_damaged_choice_is_refused_with_its_line(tmp_path: Path, line: object, cause: str) -> None:
@@ -116,7 +120,7 @@ def test_damaged_lines_are_refused(tmp_path: Path, content: str, cause: str) -> 
     assert cause in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["word", "ends with a blank ", ""])
+@pytest.mark.parametrize("text", ["word", "ends with a blank ", "", "no word \n"])
 def test_text_without_last_word_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="line 1: text does not end with a blank and a word"):
         read_last_words(write(tmp_path, {"text": text}))

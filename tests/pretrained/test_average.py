@@ -1,5 +1,6 @@
 """The mean of the weights of several checkpoints."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,29 @@ def test_what_cannot_be_averaged_is_refused(command: Command, models: list[GPTMo
         assert not Path("mean.ckpt").exists()
     assert_refused(command("convert", "a", "b", "mean.ckpt"), "source: 2 are given", "--average")
     assert_refused(command("convert", "a", "b", "mean", "--average"), "format: is missing")
+
+
+def test_one_file_under_two_names_is_refused(command: Command, models: list[GPTModel]) -> None:
+    os.link("b.ckpt", "best.ckpt")
+    save_model(models[0], "hf")
+    for sources in (("a", "a.ckpt"), ("c", "./c", "a"), ("b", "best"), ("hf", "hf/", "c")):
+        result = command("convert", *sources, "mean.ckpt", "--average")
+        assert_refused(result, f"average: {sources[0]} and {sources[1]} are one file")
+        assert not Path("mean.ckpt").exists()
+
+
+@pytest.mark.parametrize("order", [("bare.pth", "known"), ("known", "bare.pth")])
+def test_an_assumed_number_of_heads_does_not_replace_a_known_one(
+    command: Command, order: tuple[str, str]
+) -> None:
+    model = tiny_gpt(emb_dim=128, n_heads=4)
+    torch.save(model.state_dict(), "bare.pth")  # without its heads, of which it seems to have 2
+    save_model(tiny_gpt(1, emb_dim=128, n_heads=4), "known.ckpt", "lightning")
+    arguments = ["convert", *order, "mean.ckpt", "--average"]
+    assert_refused(command(*arguments), "n_heads is", "give the number of heads with --n_heads")
+    assert not Path("mean.ckpt").exists()
+    assert command(*arguments, "--n_heads=4").code == 0
+    assert load_model("mean.ckpt").config.n_heads == 4
 
 
 def test_models_with_two_tokenizers_are_refused(command: Command) -> None:

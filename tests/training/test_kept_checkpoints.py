@@ -108,6 +108,25 @@ def test_checkpoints_that_an_earlier_resume_leaves_behind_go_first(fit: Command)
     assert_intact()
 
 
+def test_the_best_checkpoint_of_steps_that_are_left_out_is_not_called_the_best(
+    fit: Command,
+) -> None:
+    arguments = [*BARE, ENDLESS, "--checkpoint.save_best=true", f"{EVERY}=5", "--model.lr=1e-3"]
+    fit(*arguments, "--trainer.max_steps=10", "--evaluation.eval_freq=3")
+    later = read_checkpoint(RUN / "best.ckpt")["global_step"]
+    assert later > 5
+    from_step = "--ckpt_path=checkpoints/quickstart/step-000005"
+    result = fit(*arguments, "--trainer.max_steps=6", "--evaluation.eval_freq=100", from_step)
+    assert (
+        f"best.ckpt: is of step {later - 1}, and the run continues from step 5; it st" in result.err
+    )
+    assert read_checkpoint(RUN / "best.ckpt")["global_step"] == later
+    assert "the lowest at an evaluation" not in result.err
+    result = fit(*arguments, "--trainer.max_steps=10", "--evaluation.eval_freq=3", from_step)
+    assert read_checkpoint(RUN / "best.ckpt")["global_step"] == later
+    assert f"best.ckpt: step {later - 1}," in result.err
+
+
 @pytest.fixture(scope="module")
 def straight(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was not killed."""

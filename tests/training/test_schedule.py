@@ -179,6 +179,17 @@ def test_an_int_is_a_number_of_steps_and_a_float_a_share(
     assert (schedule.warmup_steps, schedule.clip_from_step) == (warmup, clip_from)
 
 
+def test_shares_are_those_of_the_decimal_number() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    for hundredths in range(1, 100):
+        share = hundredths / 100
+        for steps in (100, 200, 1500, 2900, 10_000):
+            expected = hundredths * steps // 100
+            schedule = Schedule(0.01, lr_schedule="wsd", decay_fraction=share).resolve(steps)
+            assert schedule.decay_start == steps - expected
+            assert Schedule(0.01, warmup_steps=share).resolve(steps).warmup_steps == expected
+
+
 @pytest.mark.parametrize("changed", [(13, 2, 32), (26, 1, 16), (5, 3, 64), (7, 1, 96)])
 def test_a_run_that_is_resumed_with_other_batches_counts_what_is_left(
     changed: tuple[int, int, int],

@@ -150,6 +150,9 @@ class PlanCLI(TrainingCLI):
             activation_checkpointing=config.model.activation_checkpointing,
             device=self._device(),
             loss_kernel=self._runs_our_kernels(),
+            state_values=self._module.optimizer_config.state_values(architecture),
+            muon=config.model.optimizer == "muon",
+            fused=self._module.optimizer_config.is_fused,
         )
         micro_batches, is_given = self._micro_batches(data.batch_size, length, devices)
         saves = trainer.enable_checkpointing is not False

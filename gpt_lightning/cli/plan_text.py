@@ -14,6 +14,12 @@ def print_plan(plan: Plan, spec: RunSpec, notes: dict[str, str]) -> None:
         f"{step.config.n_layers} blocks of {plan.block_parameters:,}; "
         f"{plan.flops_per_token / 1e6:,.1f} MFLOP per token, forward and backward"
     )
+    if plan.optimizer_flops:
+        per_device = plan.flops_per_token * plan.tokens_per_step / spec.devices
+        print(
+            f"Muon: {plan.optimizer_flops / 1e9:,.1f} GFLOP per optimizer step on each device, "
+            f"{plan.optimizer_flops / per_device:.1%} of its other FLOPs"
+        )
     strategy = {"single": "one device", "ddp": "DDP", "fsdp": "FSDP2"}[spec.strategy]
     print_table(
         f"\none device of {spec.devices} ({strategy}, {step.device}, {step.precision}, "

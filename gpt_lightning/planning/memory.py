@@ -36,6 +36,9 @@ class StepShape:
         device: Whose kernels and whose autocast.
         loss_kernel: Whether the GPU runs our kernel of a chunk's loss, as NVIDIA's do from Ampere on.
         shards: Devices over which FSDP2 spreads weights, gradients and moments; 1: each holds all.
+        state_values: Values that the optimizer keeps for the model; ``None``: AdamW's two for each weight.
+        muon: Whether the optimizer step has Muon's matrix products.
+        fused: Whether one operation of the optimizer updates a parameter, without a copy of it.
     """
 
     config: GPTConfig
@@ -48,6 +51,9 @@ class StepShape:
     device: DeviceType = "cpu"
     loss_kernel: bool = True
     shards: int = 1
+    state_values: int | None = None
+    muon: bool = False
+    fused: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,14 @@ class MemoryBreakdown:
 
     Attributes:
         weights: Of the model, or this device's shard of them.
-        moments: AdamW's two per weight.
+        moments: The optimizer's state: AdamW's two per weight.
         gradients: As ``weights``; those of the step before stay until the backward pass begins.
         copies: Weights in the precision that autocast computes in.
         gathered: FSDP2's complete weights, and its complete gradients between micro-batches.
         activations: What blocks, embeddings and the last norm keep for the backward pass.
         loss: Logits, their softmax and gradient; with chunks the gradients by features and head.
         backward: Gradients by activations, and gradients by weights that are not added up yet.
-        optimizer_step: What an optimizer that is not fused adds.
+        optimizer_step: What Muon, or an optimizer that is not fused, adds.
         phase: "loss", "backward" or "optimizer step".
     """
 
@@ -160,7 +166,10 @@ def _parameters(shape: StepShape) -> _Parameters:
 def _weights_and_moments(shape: StepShape) -> MemoryBreakdown:
     """What a device holds at every moment."""
     weights = _letters(shape).w * _parameters(shape).share
-    return MemoryBreakdown(weights=weights, moments=2 * weights)
+    if shape.state_values is None:
+        return MemoryBreakdown(weights=weights, moments=2 * weights)
+    moments = _letters(shape).w * ceil(shape.state_values / shape.shards)
+    return MemoryBreakdown(weights=weights, moments=moments)
 
 
 def _old_gradients(shape: StepShape) -> int:
@@ -374,15 +383,36 @@ def _reduction_of_rest(shape: StepShape) -> MemoryBreakdown:
 
 
 def _optimizer_step(shape: StepShape) -> MemoryBreakdown:
-    """The optimizer step; float16's is not fused on a GPU and takes one value per weight more."""
+    """The optimizer step; float16's is not fused on a GPU and takes one value per weight more.
+
+    On a CPU an optimizer that is not fused takes two values more per weight of one parameter at a time.
+    """
     stored = _weights_and_moments(shape)
-    unfused = shape.precision == "16-mixed" and shape.device == "cuda"
+    unfused = shape.precision == "16-mixed" or not shape.fused
+    if shape.device == "cuda":
+        temporary = stored.weights * unfused
+    else:
+        largest = shape.config.vocab_size * shape.config.emb_dim
+        temporary = 2 * _letters(shape).w * ceil(largest / shape.shards) * (not shape.fused)
     return replace(
         stored,
         gradients=stored.weights,
-        optimizer_step=stored.weights * unfused,
+        optimizer_step=max(temporary, _muon_products(shape) * shape.muon),
         phase="optimizer step",
     )
+
+
+def _muon_products(shape: StepShape) -> int:
+    """Bytes of Muon's step on query, key and value, in the products' type of p bytes.
+
+    The update of 3C², and in a Newton–Schulz step five of that size; or a matrix of 4C² beside its direction in
+    the weights' type. A CPU's products in bfloat16 take a workspace, which is largest for a matrix of 4C².
+    """
+    C, _, _, _, w, _, _ = _letters(shape)
+    dtype, low = PRECISIONS[shape.precision]
+    p = 4 if (low or dtype) == torch.float16 else (low or dtype).itemsize
+    products = (25 if p == 2 and shape.device == "cpu" else 15) * p
+    return C * C * max(products, 4 * (w + 2 * p))
 
 
 # --- what blocks and the loss keep ----------------------------------------------------------------

@@ -12,8 +12,6 @@ from gpt_lightning.planning.memory import StepShape, step_memory
 Strategy = Literal["single", "ddp", "fsdp"]
 
 CHUNK = 1024  # tokens per chunk of the loss, where chunks are proposed
-MOMENTS = 2  # of AdamW, for each weight
-
 # On a CPU, memory that glibc's malloc keeps beside what is in use, as a share of all that a step allocates and
 # frees: by keep_freed_memory. Fitted to runs of `fit`, see docs/planning.md
 KEPT_BY_MALLOC = {True: 0.75, False: 0.3}
@@ -83,6 +81,7 @@ class Plan:
     """What a run takes, in bytes unless stated otherwise.
 
     Attributes:
+        optimizer_flops: Of an optimizer step's matrix products, which each device computes; 0 unless it is Muon.
         memory: What one device holds at its peak, part by part, at the same time.
         peak: When that is: "loss", "backward" or "optimizer step".
         main_memory: Copies of checkpoints, which a GPU's machine holds; on a CPU they are in ``memory``.
@@ -101,6 +100,7 @@ class Plan:
     embedding_parameters: int
     block_parameters: int
     flops_per_token: int
+    optimizer_flops: int
     memory: dict[str, int]
     total: int
     peak: str
@@ -150,7 +150,11 @@ def plan(
     lines, phase = memory(spec)
     total = sum(lines.values())
     per_token = cost.flops_per_token(config, step.length)
-    flops = None if tokens is None else float(tokens) * per_token
+    optimizer_flops = cost.muon_flops(config) if step.muon else 0
+    flops = None
+    if tokens is not None:
+        assert steps is not None
+        flops = float(tokens) * per_token + float(steps) * optimizer_flops * spec.devices
     hours = None
     if flops is not None and peak_flops is not None:
         hours = flops / (peak_flops * mfu * spec.devices) / 3600
@@ -164,6 +168,7 @@ def plan(
         embedding_parameters=cost.embedding_parameters(config),
         block_parameters=cost.block_parameters(config),
         flops_per_token=per_token,
+        optimizer_flops=optimizer_flops,
         memory=lines,
         total=total,
         peak=phase,
@@ -218,9 +223,10 @@ def memory(spec: RunSpec) -> tuple[dict[str, int], str]:
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
-    """Bytes of weights and moments, in the type of the weights."""
+    """Bytes of weights and the optimizer's state, in the type of the weights."""
     itemsize = PRECISIONS[spec.step.precision][0].itemsize
-    return (1 + MOMENTS) * itemsize * cost.parameters(spec.step.config)
+    weights, state = cost.parameters(spec.step.config), spec.step.state_values
+    return itemsize * (weights + (2 * weights if state is None else state))
 
 
 def _checkpoint_copies(spec: RunSpec) -> int:

@@ -132,10 +132,13 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                     f"checkpoint: {path} cannot be replaced ({error.strerror}); close the program that reads it"
                 ) from error
 
-    def check_disk_space(self, config: GPTConfig, precision: str, run_steps: int | None) -> None:
+    def check_disk_space(
+        self, config: GPTConfig, state_values: int, precision: str, run_steps: int | None
+    ) -> None:
         """Check that the disk has space for the files that the run keeps and the one that is being written.
 
         Args:
+            state_values: Values that the optimizer saves, see :meth:`OptimizerConfig.state_values`.
             precision: Lightning's name; weights and moments are saved in the precision of training.
             run_steps: Optimizer steps of the run; ``None``: it has no end.
 
@@ -151,7 +154,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                 f"checkpoint: {self.folder} cannot be written ({error}); give another --trainer.default_root_dir"
             ) from error
         dtype = PRECISIONS[precision][0] if precision in PRECISIONS else torch.float32
-        size = 3 * dtype.itemsize * parameters(config)  # weights and AdamW's two moments
+        size = dtype.itemsize * (parameters(config) + state_values)
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.save_best)]
         # several names may be links to one file
         paths = [*(self.folder / name for name in kept), *step_checkpoints(self.folder).values()]

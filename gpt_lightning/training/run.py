@@ -103,7 +103,10 @@ def _train(built: BuiltRun) -> FitResult:
         steps = _steps_of_run(built)
         if built.checkpoint_callback is not None:
             built.checkpoint_callback.check_disk_space(
-                built.module.config, str(trainer.precision), steps
+                built.module.config,
+                built.module.optimizer_config.state_values(built.module.config),
+                str(trainer.precision),
+                steps,
             )
         _check_schedule(built, steps)
         _check_compiler(built)

@@ -18,6 +18,7 @@ from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.model.precision import PRECISIONS
 from gpt_lightning.planning.memory import StepShape, step_memory
 from gpt_lightning.planning.plan import RunSpec, memory
+from gpt_lightning.training.optimizer import OptimizerConfig
 
 SMALL_CONFIG = GPTConfig(
     vocab_size=5000, context_length=16, emb_dim=32, n_heads=2, n_layers=3, drop_rate=0.0
@@ -59,13 +60,17 @@ def test_predicted_activations_equal_what_autograd_keeps(drop_rate: float, preci
     )
 
 
+def optimizer_config(shape: StepShape) -> OptimizerConfig:
+    return OptimizerConfig(optimizer="muon" if shape.muon else "adamw")
+
+
 def allocated_at_peak(shape: StepShape, folder: Path) -> int:
     """Highest number of bytes of tensors in two optimizer steps on the CPU, as torch's profiler records them."""
     dtype, low = PRECISIONS[shape.precision]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         model = GPTModel(shape.config).to(dtype)
         model.activation_checkpointing = shape.activation_checkpointing
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = optimizer_config(shape).build(model, precision=shape.precision)
         idx, targets = torch.zeros(2, shape.batch_size, shape.length, dtype=torch.int64)
         for _ in range(2):
             for micro_batch in range(1 + shape.accumulate):
@@ -101,6 +106,9 @@ def allocated_at_peak(shape: StepShape, folder: Path) -> int:
         ({"loss_chunk_size": 64, "batch_size": 8}, {"vocab_size": 100, "n_layers": 6}),
         ({}, {"vocab_size": 500, "drop_rate": 0.1}),
         ({"batch_size": 1}, {"vocab_size": 500, "tied_embeddings": True, "qkv_bias": True}),
+        ({"muon": True}, {}),
+        ({"muon": True, "length": 4, "batch_size": 1}, {"vocab_size": 50, "n_layers": 1}),
+        ({"muon": True, "precision": "bf16-mixed"}, {}),
     ],
     ids=str,
 )
@@ -110,6 +118,7 @@ def test_tensors_of_a_step_take_the_predicted_memory(
     """Within 1 % of what a real step allocates on a CPU."""
     architecture = replace(SMALL_CONFIG, context_length=64, emb_dim=64, n_heads=4, **config)
     shape = replace(StepShape(architecture, 4, 64), **changes)
+    shape = replace(shape, state_values=optimizer_config(shape).state_values(architecture))
     assert step_memory(shape).total == pytest.approx(allocated_at_peak(shape, tmp_path), rel=0.01)
 
 

@@ -45,9 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run_fit(folder: Path, run: str, *arguments: str) -> None:
-    """Run ``fit`` in ``folder``, with 4 windows per micro-batch over all processes."""
-    batch = 2 if "--trainer.devices=2" in arguments else 4
+def run_fit(folder: Path, run: str, *arguments: str, batch: int | None = None) -> None:
+    """Run ``fit`` in ``folder``, with 4 windows per micro-batch over all processes, or ``batch`` on each."""
+    batch = batch or (2 if "--trainer.devices=2" in arguments else 4)
     result = python("-m", "gpt_lightning", "fit", *SMALL_QUICKSTART, *RUN_SETTINGS, f"--data.batch_size={batch}",
                   f"--run={run}", *arguments, cwd=folder, env=ENVIRONMENT, timeout=120)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -110,6 +110,42 @@ def test_two_processes_train_as_one(folder: Path, name: str) -> None:
     norms = [row["train/grad_norm"] for row in rows(folder, name) if "train/grad_norm" in row]
     assert len(norms) == 2
     assert min(norms) > 0.1
+
+
+@pytest.mark.slow
+def test_muon_trains_as_in_one_process(folder: Path) -> None:
+    """With DDP, with FSDP2 whose matrices are gathered, and moved between them; products in float32."""
+    settings = ("--model.optimizer=muon", "--trainer.accumulate_grad_batches=2")
+    run_fit(folder, "muon", *settings, "--trainer.max_steps=20")
+    for name, overlay in (("ddp", DDP_CONFIG), ("fsdp", FSDP)):
+        run_fit(folder, f"muon-{name}", *settings, *overlay, "--trainer.max_steps=20")
+        assert_same_run(folder, f"muon-{name}", "muon")
+    for steps, overlay in [(7, FSDP), (14, DDP_CONFIG), (20, ())]:
+        resumes = ("--ckpt_path=last",) if steps > 7 else ()
+        run_fit(folder, "muon-moved", *settings, *overlay, f"--trainer.max_steps={steps}", *resumes)
+    assert_same_run(folder, "muon-moved", "muon")
+
+
+@pytest.mark.nightly
+def test_muon_in_bfloat16_is_as_near_as_the_order_of_sums(folder: Path) -> None:
+    """The losses differ from those of one process by no more than those of three orders of summation do."""
+    settings = ("--model.optimizer=muon", "--trainer.precision=bf16-mixed", "--trainer.max_steps=20",
+                "--data.global_batch_size=4")  # fmt: skip
+    for batch in (4, 2, 1):
+        run_fit(folder, f"order-{batch}", *settings, batch=batch)
+    orders = [rows(folder, f"order-{batch}") for batch in (4, 2, 1)]
+    run_fit(folder, "bf16-ddp", *settings, *DDP_CONFIG)
+    run_fit(folder, "bf16-fsdp", *settings, *FSDP, "--trainer.precision=bf16-mixed")
+    spread = max(
+        abs(a["val_loss"] - b["val_loss"])
+        for one in orders
+        for other in orders
+        for a, b in zip(one, other, strict=True)
+    )
+    assert spread < 0.02
+    for run in ("bf16-ddp", "bf16-fsdp"):
+        for a, b in zip(orders[0], rows(folder, run), strict=True):
+            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2 * spread)
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_late_check_of_a_step_equals_the_immediate_one(
     watcher.kind, watcher.bad = kind, bad
     at_once = watched_fit(command, "--run=once", "--bad_steps=skip")
     watcher.states = {}
-    monkeypatch.setattr(bad_steps, "_checks_later", lambda module: True)
+    monkeypatch.setattr(bad_steps, "_checks_later", lambda module, optimizer: True)
     later = watched_fit(command, "--run=later", "--bad_steps=skip")
     assert later.code == at_once.code == 0, later.err
     lines = [
@@ -209,7 +209,7 @@ def test_optimizer_that_was_not_fused_resumes_fused(
         group["fused"] = None
     torch.save(checkpoint, LAST)
     (LAST.parent / "manifest.json").unlink()
-    monkeypatch.setattr(bad_steps, "_checks_later", lambda module: True)
+    monkeypatch.setattr(bad_steps, "_checks_later", lambda module, optimizer: True)
     watcher.kind, watcher.bad = "loss", {4}
     result = watched_fit(command, "--ckpt_path=last", "--bad_steps=skip")
     assert result.code == 0, result.err

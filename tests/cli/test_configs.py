@@ -60,7 +60,7 @@ def test_configs_are_listed_and_copied(command: Command, tmp_path: Path) -> None
 def test_each_setting_of_the_recipe_has_a_source() -> None:
     text = PRETRAIN.read_text(encoding="utf-8")
     settings = [line for line in text.splitlines() if line.startswith("  ") and ": " in line]
-    sources = r"\[(GPT-2|GPT-3|nanoGPT|llm\.c|Chinchilla)\]|GPT-2's released|375 million|the complete run|our value|no limit|the output of"
+    sources = r"\[(GPT-2|GPT-3|nanoGPT|llm\.c|Chinchilla|modded)\]|GPT-2's released|375 million|the complete run|our value|no limit|the output of"
     for line in settings:
         assert re.search(sources, line.partition("#")[2]), line
 
@@ -101,7 +101,7 @@ def test_recipe_runs_on_one_device(fit: Command, command: Command) -> None:
     """With a small model and text."""
     result = command(
         "fit", f"--config={PRETRAIN}", *SMALL, "--trainer.max_steps=2", "--model.warmup_steps=1",
-        "--model.decay_steps=2", "--model.compile=false", "--data.global_batch_tokens=128",
+        "--model.compile=false", "--data.global_batch_tokens=128",
         "--data.num_workers=0", "--evaluation.eval_freq=1",
     )  # fmt: skip
     assert result.code == 0, result.err

@@ -35,6 +35,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
         pytest.param("plan", [], marks=pytest.mark.nightly),
         pytest.param("loading", [], marks=pytest.mark.slow),
         pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("muon", ["--rounds=1"], marks=pytest.mark.slow),
     ],
 )
 def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> None:
@@ -44,6 +45,33 @@ def test_benchmarks_run_and_end_with_json(name: str, arguments: list[str]) -> No
     assert result["targets"]
     assert all({"name", "value", "passed"} <= set(target) for target in result["targets"])
     assert result["machine"]["versions"]["torch"]
+
+
+@pytest.mark.nightly
+def test_tokens_to_a_loss_resumes(tmp_path: Path) -> None:
+    """The second call finds all runs in RESULTS.jsonl."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {i} towers of town {i % 7}." for i in range(60_000)))
+    script = ("benchmarks/tokens_to_loss.py", "--tiny", f"--corpus={text}", f"--work={tmp_path}")
+    first, second = (python(*script, cwd=ROOT, timeout=600) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    results = (tmp_path / "RESULTS.jsonl").read_text().splitlines()
+    names = [json.loads(line)["name"] for line in results]
+    assert len(names) == len(set(names)) == 11
+    measured = [json.loads(done.stdout.splitlines()[-1])["measured"] for done in (first, second)]
+    assert measured[0] == measured[1]
+    (one,) = measured[0]
+    curves = [json.loads(line) for line in results]
+    best = {
+        r["optimizer"]: min(
+            s["val_loss"]
+            for s in curves
+            if s["optimizer"] == r["optimizer"] and s["share"] in (0.7, 1)
+        )
+        for r in curves
+    }
+    assert one["adamw_losses"] == [best["adamw"]]
+    assert one["muon_losses"]["0.7"] == [best["muon"]]
 
 
 @pytest.mark.slow

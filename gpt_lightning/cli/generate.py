@@ -47,6 +47,7 @@ _JSON_SETTINGS = (
     "num_samples",
     "allow_special_tokens",
     "dtype",
+    "speculate",
 )
 
 
@@ -94,6 +95,7 @@ def run(arguments: list[str]) -> None:
         special_tokens=settings.allow_special_tokens,
         generator=make_generator(settings.seed, device),
         on_text=streamed.add if streamed is not None else None,
+        speculate=settings.speculate,
     )
     if settings.json:
         used_settings = {key: settings[key] for key in _JSON_SETTINGS} | {"device": device}
@@ -260,6 +262,12 @@ def _parser() -> ArgumentParser:
         type=bool,
         default=False,
         help="true = <|endoftext|> in the prompt is one special token; false = it is plain text.",
+    )
+    add(
+        "--speculate",
+        type=Literal["ngram"] | None,
+        help="ngram = guess tokens where the text repeats itself, and compute several at once: the same text, sooner; "
+        "for one text. null = off.",
     )
     add(
         "--stream",

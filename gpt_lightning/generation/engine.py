@@ -90,19 +90,9 @@ def stream_ids(
     Raises:
         ValueError: A setting or a prompt is invalid, or the logits are not finite.
     """
-    vocab_size = model.config.vocab_size
-    sampling.check_vocabulary(vocab_size)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is negative; give 0 or more")
+    check_request(model, prompts, max_new_tokens, sampling)
     if num_samples < 1:
         raise ValueError(f"num_samples: {num_samples} is too small; give 1 or more")
-    if not prompts or not all(prompts):
-        raise ValueError("prompt: is empty; give at least one token")
-    if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
-        raise ValueError(
-            f"prompt: its tokens do not fit the model's vocabulary of {vocab_size}; "
-            "give other text or another model"
-        )
     return _stream(
         model,
         prompts,
@@ -117,6 +107,26 @@ def stream_ids(
             model, len(prompts) * num_samples, max(map(len, prompts)), max_new_tokens
         ),
     )
+
+
+def check_request(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+) -> None:
+    """Raise ``ValueError`` if a setting or a prompt does not fit the model."""
+    vocab_size = model.config.vocab_size
+    sampling.check_vocabulary(vocab_size)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} is negative; give 0 or more")
+    if not prompts or not all(prompts):
+        raise ValueError("prompt: is empty; give at least one token")
+    if max(map(max, prompts)) >= vocab_size or min(map(min, prompts)) < 0:
+        raise ValueError(
+            f"prompt: its tokens do not fit the model's vocabulary of {vocab_size}; "
+            "give other text or another model"
+        )
 
 
 def fastest_backend(model: GPTModel, rows: int, length: int, max_new_tokens: int) -> DecodeBackend:

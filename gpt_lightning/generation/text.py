@@ -3,13 +3,17 @@
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.generation.engine import NO_TOKEN, stream_ids
 from gpt_lightning.generation.sampling import SamplingParams
+from gpt_lightning.generation.speculation import stream_speculative
 from gpt_lightning.model.gpt import GPTModel
+
+Speculation = Literal["ngram"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def generate_texts(
     special_tokens: bool = False,
     generator: torch.Generator | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    speculate: Speculation | None = None,
 ) -> list[GeneratedText]:
     """Continue each prompt ``num_samples`` times. The samples of a prompt are adjacent in the result.
 
@@ -86,6 +91,8 @@ def generate_texts(
         stop: Strings that end a text; they are not part of it.
         special_tokens: Whether special tokens in a prompt, such as ``<|endoftext|>``, are read as tokens.
         on_text: Called with (row, new text) while the texts are generated.
+        speculate: ``"ngram"``: guess tokens where the text repeats itself, see
+            :mod:`gpt_lightning.generation.speculation`; for one text.
 
     For the other arguments and for errors see :func:`stream_ids`.
     """
@@ -99,16 +106,32 @@ def generate_texts(
         if on_text is not None and (text := rows[row].pop_text()):
             on_text(row, text)
 
-    steps = stream_ids(
-        model,
-        prompt_ids,
-        max_new_tokens,
-        sampling,
-        num_samples=num_samples,
-        eos_id=eos_id,
-        is_over=(lambda row, ids: rows[row].is_over) if stop else None,
-        generator=generator,
-    )
+    is_over = (lambda row, ids: rows[row].is_over) if stop else None
+    if speculate is None:
+        steps = stream_ids(
+            model,
+            prompt_ids,
+            max_new_tokens,
+            sampling,
+            num_samples=num_samples,
+            eos_id=eos_id,
+            is_over=is_over,
+            generator=generator,
+        )
+    elif len(rows) == 1:
+        steps = stream_speculative(
+            model,
+            prompt_ids[0],
+            max_new_tokens,
+            sampling,
+            eos_id=eos_id,
+            is_over=is_over,
+            generator=generator,
+        )
+    else:
+        raise ValueError(
+            f"speculate: works for one text, not for {len(rows)}; give one prompt and one sample"
+        )
     for next_ids in steps:
         for row, token in enumerate(next_ids.tolist()):
             if token != NO_TOKEN:

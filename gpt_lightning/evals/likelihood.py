@@ -68,6 +68,22 @@ def is_cropped(request: Request, context_length: int) -> bool:
     return len(request.context) + request.longest > context_length + 1
 
 
+def check_requests(requests: Sequence[Request], context_length: int) -> None:
+    """Check that a model can score all requests.
+
+    Raises:
+        ValueError: A continuation is empty or longer than the context.
+    """
+    for number, request in enumerate(requests, 1):
+        if not all(request.continuations):
+            raise ValueError(f"example {number}: an ending has no tokens; correct it")
+        if request.longest > context_length:
+            raise ValueError(
+                f"example {number}: an ending has {request.longest} tokens, the model reads {context_length}; "
+                "leave it out, or give a model with a longer context"
+            )
+
+
 def perplexity(loss: float) -> float:
     """Perplexity of a loss in nats, at most about the largest float."""
     return math.exp(min(loss, 709.0))
@@ -96,8 +112,8 @@ def log_likelihoods(
     answers: list[dict[int, Likelihood]] = [{} for _ in requests]
     shared: list[int] = []
     rows: list[_Row] = []
+    check_requests(requests, context_length)
     for number, request in enumerate(requests):
-        _check_lengths(number, request, context_length)
         if len(request.continuations) > 1 and not is_cropped(request, context_length):
             shared.append(number)
             continue
@@ -135,16 +151,6 @@ class _Row:
     continuation: int
     ids: Sequence[int]
     first: int
-
-
-def _check_lengths(number: int, request: Request, context_length: int) -> None:
-    if not all(request.continuations):
-        raise ValueError(f"example {number + 1}: an ending has no tokens; correct it")
-    if request.longest > context_length:
-        raise ValueError(
-            f"example {number + 1}: an ending has {request.longest} tokens, the model reads {context_length}; "
-            "leave it out, or give a model with a longer context"
-        )
 
 
 def _shared_batches(

@@ -28,7 +28,10 @@ GROUPS = {
         "The architecture. With `--ckpt_path` or `--init_from` it comes from the weights.",
     ),
     "data.": ("data", "The text, its windows and the batches. See [batches](batches.md)."),
-    "evaluation.": ("evaluation", "Losses and sample texts during training."),
+    "evaluation.": (
+        "evaluation",
+        "Losses, sample texts and tasks during training. See [evaluate](evaluate.md#during-training).",
+    ),
     "checkpoint.": ("checkpoint", "Which checkpoints are saved. See [resume](resume.md)."),
     "throughput.": ("throughput", "The log of the training speed."),
     "trainer.": (

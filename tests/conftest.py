@@ -6,9 +6,12 @@ import io
 import logging
 import os
 import shutil
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +32,7 @@ if not torch.cuda.is_available():
 os.environ["NO_PROXY"] = f"127.0.0.1,{os.environ.get('NO_PROXY', '')}".rstrip(",")
 os.environ["no_proxy"] = f"127.0.0.1,{os.environ.get('no_proxy', '')}".rstrip(",")
 
+from faulty_host import FaultyHost, handler
 from forked_runs import Runs
 from gpt_lightning.cli.logs import log_to_stderr
 from gpt_lightning.cli.main import main
@@ -95,6 +99,35 @@ def fit(command: Command) -> Command:
         return result
 
     return run
+
+
+@pytest.fixture
+def host() -> Iterator[FaultyHost]:
+    """A server on this machine with faults that a test chooses."""
+    host = FaultyHost()
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            error = sys.exception()
+            if not isinstance(error, ConnectionError):  # a client may hang up
+                host.errors.append(repr(error))
+
+    server = Server(("127.0.0.1", 0), handler(host))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    host.url = f"http://127.0.0.1:{server.server_port}"
+    yield host
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    assert host.errors == []
+
+
+@pytest.fixture
+def nowhere() -> str:
+    """An address that refuses every connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")

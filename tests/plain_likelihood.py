@@ -24,9 +24,9 @@ def some_hellaswag(count: int, folder: Path) -> Path:
 
 
 @torch.inference_mode()
-def plain_logprobs(model: Any, ids: list[int], first: int) -> tuple[float, bool]:
-    """Log-likelihood of ``ids[first:]`` by a model of transformers, one text at a time, and whether it is greedy."""
-    logits = model(torch.tensor([ids[:-1]])).logits[0].double()
-    targets = torch.tensor(ids[1:])
-    scores = logits.log_softmax(-1).gather(1, targets[:, None])[first - 1 :]
-    return float(scores.sum()), bool((logits.argmax(-1) == targets)[first - 1 :].all())
+def plain_logprobs(model: Any, ids: list[int], first: int) -> float:
+    """Log-likelihood of ``ids[first:]`` by a model of transformers, one text at a time."""
+    targets = torch.tensor(ids[first:])
+    logits = model(torch.tensor([ids[:-1]]), logits_to_keep=len(targets)).logits[0]
+    scores = logits.gather(1, targets[:, None])[:, 0].double() - logits.logsumexp(-1).double()
+    return float(scores.sum())

@@ -1,17 +1,18 @@
-"""``download``: download GPT-2's public weights into the cache."""
+"""``download``: download GPT-2's public weights, or the files of tasks, into the cache."""
 
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from gpt_lightning.cli.console import SECONDS_BETWEEN_LINES, byte_progress
 from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
+from gpt_lightning.evals.task_names import DOWNLOAD_NAMES
 from gpt_lightning.model.config import GPT2_NAMES, gpt2_size
 from gpt_lightning.suggestions import suggest
 
@@ -22,34 +23,42 @@ logger = logging.getLogger(__name__)
 
 
 def run(arguments: list[str]) -> None:
-    """Download the weights of a GPT-2. Afterwards --from NAME and --init_from NAME find them.
+    """Download the weights of a GPT-2, or the file of a task: hellaswag, lambada or wikitext-2.
 
-    Existing files are verified; only missing and damaged files are downloaded. Interrupted downloads resume.
+    Afterwards --from NAME and --init_from NAME find the weights, and evaluate --task NAME finds the file. Existing files are verified; only missing and damaged files are downloaded. Interrupted downloads resume.
     """
     settings = parse(_parser(), arguments)
-    size = gpt2_size(settings.name)
-    if size is None:
+    task = {name: task for task, name in DOWNLOAD_NAMES.items()}.get(settings.name)
+    name = settings.name if task else gpt2_size(settings.name)
+    if name is None:
+        known = [*GPT2_NAMES, *DOWNLOAD_NAMES.values()]
         raise ValueError(
-            f"{settings.name}: is not a size of GPT-2; {suggest(settings.name, GPT2_NAMES)}"
+            f"{settings.name}: is neither a size of GPT-2 nor a task; {suggest(settings.name, known)}"
         )
-    from gpt_lightning.pretrained.download import download
-
+    if task and settings.host != "hub":
+        raise ValueError(f"host: {settings.host} has only weights, not {name}; leave it out")
     with _DownloadProgress() as progress:
-        folder = download(
-            size,
-            settings.host,
-            folder=Path(os.path.expanduser(settings.out)) if settings.out else None,
-            mirror=settings.mirror,
-            on_bytes=progress.advance,
-            on_damage=lambda path: logger.info(f"{path}: is damaged; downloading it again"),
-        )
+        options: dict[str, Any] = {
+            "folder": Path(os.path.expanduser(settings.out)) if settings.out else None,
+            "mirror": settings.mirror,
+            "on_bytes": progress.advance,
+            "on_damage": lambda path: logger.info(f"{path}: is damaged; downloading it again"),
+        }
+        if task:
+            from gpt_lightning.evals.task_downloads import download_task
+
+            folder = download_task(task, **options)
+        else:
+            from gpt_lightning.pretrained.download import download
+
+            folder = download(name, settings.host, **options)
     if settings.json:
         files = {
             file.name: file.stat().st_size
             for file in sorted(folder.iterdir())
             if not file.name.startswith(".")
         }
-        print(json.dumps({"name": size, "folder": str(folder), "files": files}))
+        print(json.dumps({"name": name, "folder": str(folder), "files": files}))
     else:
         print(folder)
 
@@ -90,19 +99,19 @@ def _parser() -> ArgumentParser:
         "name",
         type=str,
         help="gpt2-124M, gpt2-355M, gpt2-774M or gpt2-1558M; or Hugging Face's names of them: gpt2, gpt2-medium, "
-        "gpt2-large, gpt2-xl.",
+        "gpt2-large, gpt2-xl. Or the file of a task: hellaswag, lambada, wikitext-2.",
     )
     add(
         "--host",
         type=Literal["hub", "openai"],
         default="hub",
-        help="hub = safetensors from Hugging Face; openai = the original TensorFlow files.",
+        help="Of weights: hub = safetensors from Hugging Face; openai = the original TensorFlow files.",
     )
     add(
         "--out",
         type=str | None,
         metavar="FOLDER",
-        help="The folder for the files; null = the cache, where --from NAME finds them.",
+        help="The folder for the files; null = the cache, where the commands find them.",
     )
     add("--mirror", type=str | None, metavar="URL", help="A host to try before the others.")
     add("--json", action="store_true", help="Print one JSON object and nothing else.")

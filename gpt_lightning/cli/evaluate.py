@@ -1,10 +1,7 @@
 """``evaluate``: HellaSwag, LAMBADA and WikiText."""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -20,18 +17,7 @@ from gpt_lightning.cli.generate import (
 )
 from gpt_lightning.cli.options import CONFIG_HELP
 from gpt_lightning.cli.parsing import parse
-
-if TYPE_CHECKING:
-    from gpt_lightning.data.tokenizer import Tokenizer
-    from gpt_lightning.evals.last_word import LastWordResult
-    from gpt_lightning.evals.likelihood import Likelihood, Request
-    from gpt_lightning.evals.multiple_choice import ChoiceResult
-    from gpt_lightning.evals.perplexity import PerplexityResult
-
-    Result = ChoiceResult | LastWordResult | PerplexityResult
-    Judge = Callable[[list[list[Likelihood]]], Result]
-
-Task = Literal["hellaswag", "lambada", "wikitext"]
+from gpt_lightning.evals.task_names import TaskName
 
 
 def run(arguments: list[str]) -> None:
@@ -42,9 +28,11 @@ def run(arguments: list[str]) -> None:
     settings = parse(_parser(), arguments)
     _check(settings)
 
-    from gpt_lightning.evals.likelihood import is_cropped, log_likelihoods
+    from gpt_lightning.evals.task_downloads import find_task_file
+    from gpt_lightning.evals.tasks import make_task, read_examples
 
-    examples = _read_examples(settings.task, settings.file)[: settings.limit]
+    file = settings.file or find_task_file(settings.task, "--file FILE")
+    examples = read_examples(settings.task, file, settings.limit)
     device = resolve_device(settings.device)
     model, tokenizer = load_for_inference(
         settings["from"], device, settings.dtype, settings.n_heads
@@ -55,21 +43,17 @@ def run(arguments: list[str]) -> None:
         raise ValueError(
             f"stride: {stride} is more than the model's context of {context_length}; give less"
         )
-    requests, judge = _requests(settings.task, examples, tokenizer, context_length, stride)
-    with progress_to("texts", sum(len(request.continuations) for request in requests)) as show:
-        answers = log_likelihoods(model, requests, settings.batch_size, lambda done: show(done, ""))
-    cropped = sum(is_cropped(request, context_length) for request in requests)
-    result = {"task": settings.task, **asdict(judge(answers))}
-    if settings.task != "wikitext":
-        result["cropped"] = cropped
+    task = make_task(settings.task, examples, tokenizer, context_length, stride)
+    with progress_to("texts", task.texts) as show:
+        result = task.evaluate(model, settings.batch_size, lambda done: show(done, ""))
     if settings.json:
-        used = {"file": settings.file, "limit": settings.limit, "batch_size": settings.batch_size}
+        used = {"file": file, "limit": settings.limit, "batch_size": settings.batch_size}
         if settings.task == "wikitext":
             used["stride"] = stride
         used |= {"from": settings["from"], "device": device, "dtype": settings.dtype}
         print(json.dumps({**result, "settings": used}))
     else:
-        print_table(f"{settings['from']} on {settings.file}", [_row(result)])
+        print_table(f"{settings['from']} on {file}", [_row(result)])
 
 
 def _check(settings: Namespace) -> None:
@@ -78,38 +62,11 @@ def _check(settings: Namespace) -> None:
         raise ValueError("from: is missing; give the model with --from SOURCE")
     if settings.task is None:
         raise ValueError("task: is missing; give --task hellaswag, lambada or wikitext")
-    if not settings.file:
-        raise ValueError(f"file: is missing; give the file of {settings.task} with --file FILE")
     for name in ("limit", "stride", "batch_size"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"{name}: {settings[name]} is too small; give 1 or more")
     if settings.stride is not None and settings.task != "wikitext":
         raise ValueError(f"stride: has no meaning for {settings.task}; leave it out")
-
-
-def _read_examples(task: Task, file: str) -> Any:
-    """The examples of a task's file."""
-    from gpt_lightning.evals.task_files import read_choices, read_last_words, read_pages
-
-    return {"hellaswag": read_choices, "lambada": read_last_words, "wikitext": read_pages}[task](
-        file
-    )
-
-
-def _requests(
-    task: Task, examples: Any, tokenizer: "Tokenizer", context_length: int, stride: int
-) -> tuple[list["Request"], "Judge"]:
-    """What the model must score, and the function that makes a result of the scores."""
-    from gpt_lightning.evals.last_word import last_word_requests, last_word_result
-    from gpt_lightning.evals.multiple_choice import choice_requests, choice_result
-    from gpt_lightning.evals.perplexity import page_requests, perplexity_result
-
-    if task == "hellaswag":
-        return choice_requests(tokenizer, examples), partial(choice_result, examples)
-    if task == "lambada":
-        return last_word_requests(tokenizer, examples), last_word_result
-    requests = page_requests(tokenizer, examples, context_length, stride)
-    return requests, partial(perplexity_result, examples)
 
 
 def _row(result: dict[str, Any]) -> Row:
@@ -134,7 +91,7 @@ def _parser() -> ArgumentParser:
     add("--n_heads", type=int | None, help=N_HEADS_HELP)
     add(
         "--task",
-        type=Task | None,
+        type=TaskName | None,
         help="hellaswag = multiple choice, also in other files of this form; lambada = the last word of a text; "
         "wikitext = perplexity of a text.",
     )
@@ -142,7 +99,8 @@ def _parser() -> ArgumentParser:
         "--file",
         type=str | None,
         help="The task's file, which may be compressed (.bz2, .gz). hellaswag and lambada: JSON lines; hellaswag: also "
-        "six lines per example; wikitext: text.",
+        "six lines per example; wikitext: text. null = the file of 'download hellaswag', 'download lambada' or "
+        "'download wikitext-2'.",
     )
     add("--limit", type=int | None, help="Only the first N examples (wikitext: pages); null = all.")
     add(

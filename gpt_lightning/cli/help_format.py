@@ -33,7 +33,7 @@ def readable_type(kind: str) -> str:
         if match := re.fullmatch(r"Literal\[(.*)\]", part):
             part = " or ".join(value.strip("'") for value in _split(", ", match[1]))
         parts.append(part)
-    return " or ".join(parts)
+    return " or ".join(parts).replace(" | ", " or ")
 
 
 def _split(separator: str, text: str) -> list[str]:

@@ -44,7 +44,7 @@ VERBS = {
         "run",
         "study a model: sampling, temperature × top_k, model sizes, training speed",
     ),
-    "download": ("download", "run", "download GPT-2's public weights"),
+    "download": ("download", "run", "download GPT-2's public weights, or files of tasks"),
     "prepare": ("prepare", "run", "tokenize any amount of text into a token store"),
     "train-tokenizer": (
         "train_tokenizer",

@@ -12,14 +12,15 @@ from gpt_lightning.cli.console import output_folder, print_table, progress, writ
 from gpt_lightning.cli.parsing import parse
 from gpt_lightning.cli.report import report_parser
 from gpt_lightning.data.unicode import printable
+from gpt_lightning.evals.task_names import GivenTasks, named_tasks
 
 
 def run(arguments: list[str]) -> None:
     """Exercise 5.6: compare GPT-2's sizes, or any models, on the same prompt, seed and text.
 
-    The report shows parameters, file size, losses on both splits of --text, speed, peak memory, and
-    --num_samples continuations side by side. A model that does not fit into memory is skipped, with the reason.
-    With --out, the command also writes a figure (PNG), CSV and JSON.
+    The report shows parameters, file size, losses on both splits of --text, results of --tasks, speed, peak memory, and
+    --num_samples continuations side by side, with how varied they are. A model that does not fit into memory is skipped,
+    with the reason. With --out, the command also writes a figure (PNG), a page (HTML, readable offline), CSV and JSON.
     """
     settings = parse(_parser(), arguments)
     if not settings["from"]:
@@ -29,6 +30,9 @@ def run(arguments: list[str]) -> None:
     for name in ("num_samples", "max_new_tokens", "context_length", "batch_size"):
         if settings[name] < 1:
             raise ValueError(f"{name}: {settings[name]} is too small; give 1 or more")
+    if settings.task_limit is not None and settings.task_limit < 1:
+        raise ValueError(f"task_limit: {settings.task_limit} is too small; give 1 or more")
+    named_tasks(settings.tasks, "tasks")
     if not 0.0 < settings.train_ratio < 1.0:
         raise ValueError(
             f"train_ratio: {settings.train_ratio} leaves a split empty; give 0.9, for example"
@@ -42,6 +46,7 @@ def _report(settings: Namespace, out: Path | None) -> None:
     from gpt_lightning.cli.generate import resolve_device
     from gpt_lightning.generation.sampling import SamplingParams
     from gpt_lightning.reports import model_comparison as report
+    from gpt_lightning.reports.sizes_page import sizes_page
 
     task = report.ComparisonTask(
         prompt=settings.prompt,
@@ -57,6 +62,8 @@ def _report(settings: Namespace, out: Path | None) -> None:
         dtype=settings.dtype,
         n_heads=settings.n_heads,
         max_memory=None if settings.max_memory is None else int(settings.max_memory * 1e9),
+        tasks=named_tasks(settings.tasks, "tasks"),
+        task_limit=settings.task_limit,
     )
     with progress("models", len(settings["from"])) as advance:
         measurements = report.measure_all(settings["from"], task, advance)
@@ -66,16 +73,20 @@ def _report(settings: Namespace, out: Path | None) -> None:
     )
     if task.text:
         caption += f"; losses on {task.text}, windows of {task.context_length}"
+    if task.tasks:
+        limit = f"the first {task.task_limit} examples" if task.task_limit else "all examples"
+        caption += f"; {', '.join(task.tasks)} on {limit}"
     caption = printable(caption)
     answer = {**report.as_dict(measurements), "settings": asdict(task)}
     if out is not None:
-        write_csv(
-            out / "sizes.csv",
-            [{**asdict(model), "samples": " | ".join(model.samples)} for model in measurements],
-        )
+        write_csv(out / "sizes.csv", report.as_rows(measurements))
         (out / "sizes.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
+        figure = None
         if any(model.skipped is None for model in measurements):
-            report.comparison_figure(measurements, caption).savefig(out / "sizes.png", dpi=150)
+            figure = report.comparison_figure(measurements, caption)
+            figure.savefig(out / "sizes.png", dpi=150)
+        page = sizes_page(measurements, caption, figure)
+        (out / "sizes.html").write_text(page, encoding="utf-8")
     if settings.json:
         print(json.dumps(answer))
         return
@@ -107,6 +118,18 @@ def _parser() -> ArgumentParser:
         "--text",
         type=str | None,
         help="Text for the losses: verdict, sample, a file or a folder; null = no losses.",
+    )
+    add(
+        "--tasks",
+        type=GivenTasks | None,
+        help="Tasks that judge the models: hellaswag, lambada, wikitext; one, a list such as [hellaswag, lambada], or a "
+        "mapping with files such as {hellaswag: FILE}. Without a file, the one of the command download. null = none.",
+    )
+    add(
+        "--task_limit",
+        type=int | None,
+        default=200,
+        help="First examples of each task that are used; of wikitext, pages. null = all.",
     )
     add("--train_ratio", type=float, default=0.9, help="Share of the text in the training split.")
     add("--context_length", type=int, default=256, help="Tokens in a window of the text.")

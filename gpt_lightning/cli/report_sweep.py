@@ -1,7 +1,5 @@
 """``report sweep``: exercises 5.2 and 5.3 as a table, heat maps and an HTML page with all texts."""
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,7 +25,6 @@ from gpt_lightning.data.unicode import printable
 from gpt_lightning.table import value_or_all
 
 if TYPE_CHECKING:
-    from gpt_lightning.figure import Figure
     from gpt_lightning.reports.sweep import GridCell
 
 
@@ -49,7 +46,7 @@ def run(arguments: list[str]) -> None:
 def _report(settings: Namespace, out: Path | None) -> None:
     """Generate the texts, write the report to ``out`` and print it."""
     from gpt_lightning.reports import sweep as report
-    from gpt_lightning.reports.sweep_page import html_page
+    from gpt_lightning.reports.sweep_page import sweep_page
 
     combinations = report.grid(
         settings.temperatures,
@@ -83,7 +80,7 @@ def _report(settings: Namespace, out: Path | None) -> None:
     if out is not None:
         figure = report.heat_maps(cells, caption)
         figure.savefig(out / "sweep.png", dpi=150)
-        page = html_page(cells, loop, caption, _base64_png(figure))
+        page = sweep_page(cells, loop, caption, figure)
         (out / "sweep.html").write_text(page, encoding="utf-8")
         (out / "sweep.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
         write_csv(
@@ -117,12 +114,6 @@ def _setting_names(cells: Sequence["GridCell"]) -> str:
                 name += f" with top_p {', '.join(map(value_or_all, same_top_ps))}"
             names.append(name)
     return "; ".join(names)
-
-
-def _base64_png(figure: "Figure") -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _parser() -> ArgumentParser:

@@ -18,6 +18,7 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
 SCORED_POSITIONS = 128  # whose logits are in memory at the same time
+CPU_ROWS_PER_PASS = 8  # continuations that go through the blocks together on a CPU
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,22 @@ def is_cropped(request: Request, context_length: int) -> bool:
     return len(request.context) + request.longest > context_length + 1
 
 
+def check_requests(requests: Sequence[Request], context_length: int) -> None:
+    """Check that a model can score all requests.
+
+    Raises:
+        ValueError: A continuation is empty or longer than the context.
+    """
+    for number, request in enumerate(requests, 1):
+        if not all(request.continuations):
+            raise ValueError(f"example {number}: an ending has no tokens; correct it")
+        if request.longest > context_length:
+            raise ValueError(
+                f"example {number}: an ending has {request.longest} tokens, the model reads {context_length}; "
+                "leave it out, or give a model with a longer context"
+            )
+
+
 def perplexity(loss: float) -> float:
     """Perplexity of a loss in nats, at most about the largest float."""
     return math.exp(min(loss, 709.0))
@@ -96,8 +113,8 @@ def log_likelihoods(
     answers: list[dict[int, Likelihood]] = [{} for _ in requests]
     shared: list[int] = []
     rows: list[_Row] = []
+    check_requests(requests, context_length)
     for number, request in enumerate(requests):
-        _check_lengths(number, request, context_length)
         if len(request.continuations) > 1 and not is_cropped(request, context_length):
             shared.append(number)
             continue
@@ -135,16 +152,6 @@ class _Row:
     continuation: int
     ids: Sequence[int]
     first: int
-
-
-def _check_lengths(number: int, request: Request, context_length: int) -> None:
-    if not all(request.continuations):
-        raise ValueError(f"example {number + 1}: an ending has no tokens; correct it")
-    if request.longest > context_length:
-        raise ValueError(
-            f"example {number + 1}: an ending has {request.longest} tokens, the model reads {context_length}; "
-            "leave it out, or give a model with a longer context"
-        )
 
 
 def _shared_batches(
@@ -195,13 +202,25 @@ def _score_shared(model: GPTModel, batch: list[Request]) -> list[Likelihood]:
     logprobs, is_argmax = _score(model, features, first)  # (B, continuations of a context)
     pairs = zip(logprobs.flatten().tolist(), is_argmax.flatten().tolist(), strict=True)
     scores = [[pair] for pair in pairs]
-    if more:
-        rows = [ids for request in batch for ids in request.continuations]
-        inputs = torch.tensor([_padded(ids[:-1], more) for ids in rows], device=device)
-        if padding is not None:
-            padding = padding.repeat_interleave(times)
-        features = model.features(inputs, cache.repeat(times), padding)  # (R, T, C)
-        _add_scores(model, features, [(0, ids[1:]) for ids in rows], scores)
+    rows = [ids for request in batch for ids in request.continuations]
+    numbers = sorted((i for i, ids in enumerate(rows) if len(ids) > 1), key=lambda i: len(rows[i]))
+    # rows of similar length have less padding; a GPU does not gain by it
+    rows_per_pass = CPU_ROWS_PER_PASS if device.type == "cpu" else len(rows)
+    passes = [numbers[i : i + rows_per_pass] for i in range(0, len(numbers), rows_per_pass)]
+    scored = []
+    for part in passes:
+        longest = len(rows[part[-1]]) - 1
+        inputs = torch.tensor([_padded(rows[i][:-1], longest) for i in part], device=device)
+        contexts_of = torch.tensor([i // times for i in part], device=device)
+        features = model.features(
+            inputs,
+            cache.select(contexts_of, width + longest),
+            None if padding is None else padding[contexts_of],
+        )  # (R, T, C)
+        scored.append(_scored_features(features, [(0, len(rows[i]) - 1) for i in part]))
+    if scored:
+        targets = [rows[i][1:] for i in numbers]
+        _add_scores(model, torch.cat(scored), targets, [scores[i] for i in numbers])
     return [_likelihood(each) for each in scores]
 
 
@@ -211,8 +230,9 @@ def _score_rows(model: GPTModel, rows: list[_Row]) -> list[Likelihood]:
     device = model.tok_emb.weight.device
     inputs = torch.tensor([_padded(row.ids[:-1], width) for row in rows], device=device)
     scores: list[list[tuple[float, bool]]] = [[] for _ in rows]
-    targets = [(row.first - 1, row.ids[row.first :]) for row in rows]
-    _add_scores(model, model.features(inputs), targets, scores)
+    spans = [(row.first - 1, len(row.ids) - row.first) for row in rows]
+    scored = _scored_features(model.features(inputs), spans)
+    _add_scores(model, scored, [row.ids[row.first :] for row in rows], scores)
     return [_likelihood(each) for each in scores]
 
 
@@ -220,28 +240,35 @@ def _padded(ids: Sequence[int], width: int) -> list[int]:
     return [*ids, *[0] * (width - len(ids))]
 
 
+def _scored_features(features: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Features ``(N, C)`` of the positions that predict a target.
+
+    Args:
+        features: ``(R, T, C)``.
+        spans: Of each row, the first of these positions, and their number.
+    """
+    starts, counts = torch.tensor(spans, device=features.device).T[..., None]  # (R, 1) each
+    columns = torch.arange(features.shape[1], device=features.device)
+    return features[(columns >= starts) & (columns < starts + counts)]
+
+
 def _add_scores(
     model: GPTModel,
-    features: Tensor,
-    targets: list[tuple[int, Sequence[int]]],
+    scored: Tensor,
+    targets: list[Sequence[int]],
     scores: list[list[tuple[float, bool]]],
 ) -> None:
     """Add to ``scores`` the log-probability of each target, and whether it is the most probable token.
 
     Args:
-        features: ``(R, T, C)``.
-        targets: Of each row, the first position that predicts a target, and the targets from there on.
+        scored: Features of all targets, ``(N, C)``, row after row.
+        targets: Of each row.
     """
-    device = features.device
-    starts = torch.tensor([start for start, _ in targets], device=device)[:, None]
-    counts = torch.tensor([len(ids) for _, ids in targets], device=device)[:, None]
-    columns = torch.arange(features.shape[1], device=device)
-    scored = features[(columns >= starts) & (columns < starts + counts)]  # (N, C)
-    ids = torch.tensor([token for _, ids in targets for token in ids], device=device)
+    ids = torch.tensor([token for row in targets for token in row], device=scored.device)
     logprobs, is_argmax = _score(model, scored, ids[:, None])
     pairs = iter(zip(logprobs[:, 0].tolist(), is_argmax[:, 0].tolist(), strict=True))
-    for row, (_, row_ids) in zip(scores, targets, strict=True):
-        row.extend(next(pairs) for _ in row_ids)
+    for row_scores, row in zip(scores, targets, strict=True):
+        row_scores.extend(next(pairs) for _ in row)
 
 
 def _score(model: GPTModel, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,18 @@ class KVCache:
             self.length,
         )
 
+    def select(self, rows: Tensor, max_length: int) -> "KVCache":
+        """A copy with these rows, which may repeat, and with room for ``max_length`` positions.
+
+        Args:
+            rows: Indices, ``(R,)``.
+        """
+        return KVCache(
+            [keys[:, :, :max_length].index_select(0, rows) for keys in self.keys],
+            [values[:, :, :max_length].index_select(0, rows) for values in self.values],
+            self.length,
+        )
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values ``(B, H, T, D)`` of one block; return all ``(B, H, length + T, D)``.
 

@@ -14,7 +14,10 @@ from urllib.parse import urlsplit
 from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 
-from gpt_lightning.pretrained.http_download import (
+from gpt_lightning.storage.atomic import created_folder, move_into_place
+from gpt_lightning.storage.cache import cache_folder
+from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
+from gpt_lightning.storage.http_download import (
     ATTEMPTS,
     NOT_AVAILABLE_STATUS,
     ExpectedFile,
@@ -25,9 +28,6 @@ from gpt_lightning.pretrained.http_download import (
     root_cause,
     verify,
 )
-from gpt_lightning.storage.atomic import created_folder, move_into_place
-from gpt_lightning.storage.cache import cache_folder
-from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 from gpt_lightning.storage.lock import lock_file
 
 DownloadHost = Literal["hub", "openai"]

@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -15,6 +15,8 @@ from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import WindowDataset
 from gpt_lightning.data.token_cache import find_tokenizer, read_splits
 from gpt_lightning.data.tokenizer import Tokenizer
+from gpt_lightning.evals.task_names import METRICS, TaskName
+from gpt_lightning.evals.tasks import make_task, read_tasks
 from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.generation.text import generate_texts
@@ -31,6 +33,7 @@ from gpt_lightning.pretrained.load import (
 from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
 from gpt_lightning.reports.plotting import add_caption, grouped_bars
 from gpt_lightning.reports.separate_process import ProcessKilledError, peak_memory, run_in_process
+from gpt_lightning.reports.text_metrics import distinct_n, seq_rep_n
 from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 # the time to the first token is the median of at least so many passes, and of at least so many seconds
 _MIN_FIRST_TOKEN_PASSES = 5
 _MIN_FIRST_TOKEN_SECONDS = 1.0
+_TASK_BATCH_SIZE = 16  # texts of a task that are computed together
 _LOADING_FACTOR = 1.15  # peak memory of loading over the size of the weights
 
 
@@ -51,6 +55,8 @@ class ComparisonTask:
         context_length: Tokens in a window of the text. Windows do not overlap.
         dtype: Of the weights, by its torch name. ``None``: as stored.
         max_memory: Bytes that a model may need. ``None``: the free memory of the device.
+        tasks: Tasks such as HellaSwag, and the file of each. ``None``: the downloaded file.
+        task_limit: First examples of each task. ``None``: all.
     """
 
     prompt: str
@@ -66,6 +72,8 @@ class ComparisonTask:
     dtype: str | None = None
     n_heads: int | None = None
     max_memory: int | None = None
+    tasks: dict[TaskName, str | None] = field(default_factory=dict)
+    task_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ class ModelMeasurement:
         seconds_to_first_token: The time to read the prompt.
         peak_memory_bytes: The peak resident memory of the process, with Python and torch (about 0.3 GB). On a
             GPU: the peak that torch allocated there.
+        distinct_1, distinct_2, seq_rep_4: Of the samples' new tokens, see :mod:`gpt_lightning.reports.text_metrics`.
+        tasks: Result of each task, by its name; ``None`` if it was not measured.
     """
 
     source: str
@@ -91,6 +101,10 @@ class ModelMeasurement:
     seconds_to_first_token: float | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    seq_rep_4: float | None = None
+    tasks: dict[TaskName, dict[str, Any] | None] = field(default_factory=dict)
     samples: tuple[str, ...] = ()
 
     def as_text(self) -> dict[str, str]:
@@ -106,12 +120,28 @@ class ModelMeasurement:
             "val loss": formatted(self.val_loss, ".6f"),
             "train perpl.": formatted(self.train_perplexity, ",.2f"),
             "val perpl.": formatted(self.val_perplexity, ",.2f"),
+            **{
+                f"{task} {metric}": _with_stderr(result, metric)
+                for task, result in self.tasks.items()
+                for metric in METRICS[task]
+            },
+            "distinct-1": formatted(self.distinct_1, ".3f"),
+            "distinct-2": formatted(self.distinct_2, ".3f"),
+            "seq-rep-4": formatted(self.seq_rep_4, ".3f"),
             "tokens/s": formatted(self.tokens_per_second, ",.1f"),
             "first token": "" if milliseconds is None else f"{milliseconds:,.1f} ms",
             "peak memory": formatted(
                 self.peak_memory_bytes and self.peak_memory_bytes / 1e9, ",.2f"
             ) + (" GB" if self.peak_memory_bytes else ""),
         }  # fmt: skip
+
+
+def _with_stderr(result: Mapping[str, Any] | None, metric: str) -> str:
+    """A number of a task, an accuracy with its standard error; empty if it was not measured."""
+    if result is None:
+        return ""
+    stderr = result.get(f"{metric}_stderr")
+    return f"{result[metric]:,.3f}" + ("" if stderr is None else f" ± {stderr:.3f}")
 
 
 def measure_all(
@@ -130,13 +160,14 @@ def measure_all(
         weight_files(source)
     if task.text is not None:
         read_splits(task.text, task.train_ratio, find_tokenizer(None, [task.text]))
+    read_tasks(task.tasks, "tasks", task.task_limit)
     measurements: Table[ModelMeasurement] = Table()
     for source in sources:
         try:
             measurements.append(run_in_process(measure, source, task))
         except ProcessKilledError as error:
             weights = read_weights(source, n_heads=task.n_heads)
-            measurements.append(replace(_not_measured(source, weights), skipped=str(error)))
+            measurements.append(replace(_not_measured(source, weights, task), skipped=str(error)))
         on_model()
     return measurements
 
@@ -152,7 +183,7 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
     check_tokenizer(weights, source)
     print_warnings(weights)
     dtype = dtype or stored_dtype(weights)
-    measurement = _not_measured(source, weights)
+    measurement = _not_measured(source, weights, task)
     needed = int(_LOADING_FACTOR * sum(
         t.numel() * dtype.itemsize for t in weights.state_dict.values()
     ))  # fmt: skip
@@ -181,6 +212,8 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         eos_id=tokenizer.end_of_text_id,
         generator=generator,
     )
+    prompt_tokens = len(tokenizer.encode_prompt(task.prompt))
+    new_ids = [sample.token_ids[prompt_tokens:] for sample in samples]
     train_loss, val_loss = None, None
     if task.text is not None:
         train_loss, val_loss = _losses(model, tokenizer, task.text, task)
@@ -191,6 +224,10 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         tokens_per_second=rate,
         peak_memory_bytes=peak_memory(task.device),
         samples=tuple(sample.text for sample in samples),
+        distinct_1=distinct_n(new_ids, 1),
+        distinct_2=distinct_n(new_ids, 2),
+        seq_rep_4=seq_rep_n(new_ids, 4),
+        tasks=_evaluate_tasks(model, tokenizer, source, task),
         train_loss=train_loss,
         val_loss=val_loss,
         train_perplexity=None if train_loss is None else math.exp(train_loss),
@@ -198,10 +235,11 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
     )
 
 
-def _not_measured(source: str, weights: ModelWeights) -> ModelMeasurement:
+def _not_measured(source: str, weights: ModelWeights, task: ComparisonTask) -> ModelMeasurement:
     """The sizes of a model, without measurements."""
     file_bytes = sum(path.stat().st_size for path in weight_files(source))
-    return ModelMeasurement(source, file_bytes, sum(t.numel() for t in weights.state_dict.values()))
+    parameters = sum(t.numel() for t in weights.state_dict.values())
+    return ModelMeasurement(source, file_bytes, parameters, tasks=dict.fromkeys(task.tasks))
 
 
 def _free_memory(task: ComparisonTask) -> int:
@@ -278,9 +316,39 @@ def _loss(model: GPTModel, windows: WindowDataset, task: ComparisonTask) -> floa
     return total / count
 
 
+def _evaluate_tasks(
+    model: GPTModel, tokenizer: Tokenizer, source: str, task: ComparisonTask
+) -> dict[TaskName, dict[str, Any] | None]:
+    """The result of each task, without its name."""
+    results: dict[TaskName, dict[str, Any] | None] = {}
+    for name, examples in read_tasks(task.tasks, "tasks", task.task_limit).items():
+        try:
+            made = make_task(name, examples, tokenizer, model.config.context_length)
+        except ValueError as error:
+            raise ValueError(f"tasks: {name} for {source}: {error}") from error
+        result = made.evaluate(model, _TASK_BATCH_SIZE)
+        results[name] = {key: value for key, value in result.items() if key != "task"}
+    return results
+
+
 def as_dict(measurements: Sequence[ModelMeasurement]) -> dict[str, list[dict[str, object]]]:
     """The report as JSON."""
     return {"models": [asdict(model) for model in measurements]}
+
+
+def as_rows(measurements: Sequence[ModelMeasurement]) -> list[dict[str, object]]:
+    """The report as rows of a CSV file, with a column for each number of a task."""
+
+    def numbers(model: ModelMeasurement) -> dict[str, object]:
+        return {f"{task}_{key}": v for task, r in model.tasks.items() for key, v in (r or {}).items()}  # fmt: skip
+
+    columns = {key: None for model in measurements for key in numbers(model)}
+    rows = []
+    for model in measurements:
+        row = {**asdict(model), **columns, **numbers(model), "samples": " | ".join(model.samples)}
+        del row["tasks"]
+        rows.append(row)
+    return rows
 
 
 def comparison_figure(measurements: Sequence[ModelMeasurement], caption: str = "") -> "Figure":

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from gpt_lightning.generation.sampling import SamplingParams, entropy, make_gene
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.palette import SEQUENTIAL, ink_on
 from gpt_lightning.reports.plotting import add_caption
+from gpt_lightning.reports.text_metrics import distinct_n
 from gpt_lightning.table import Table, value_or_all
 
 if TYPE_CHECKING:
@@ -183,16 +183,14 @@ def _cell(
     )
     padded = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in range(num_samples)]
     rows = [[token for token in row if token != NO_TOKEN] for row in padded]
-    unigrams = [token for row in rows for token in row]
-    bigrams = [pair for row in rows for pair in pairwise(row)]
     is_repeated = [row[i] in row[max(0, i - 16) : i] for row in rows for i in range(len(row))]
     max_count = max(rows.count(row) for row in rows)
     return GridCell(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
-        distinct_1=_share(len(set(unigrams)), len(unigrams)),
-        distinct_2=_share(len(set(bigrams)), len(bigrams)),
+        distinct_1=distinct_n(rows, 1),
+        distinct_2=distinct_n(rows, 2),
         repetition_rate=_share(sum(is_repeated), len(is_repeated)),
         mean_log_probability=mean_log_probability(model, prompt_ids, rows),
         next_token_entropy=_next_token_entropy(model, prompt_ids, sampling),

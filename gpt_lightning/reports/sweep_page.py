@@ -2,8 +2,9 @@
 
 import html
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gpt_lightning.palette import INK
+from gpt_lightning.reports.page import html_page, image, legend
 from gpt_lightning.reports.sweep import (
     GridCell,
     PlainLoopComparison,
@@ -12,6 +13,9 @@ from gpt_lightning.reports.sweep import (
     setting_name,
 )
 from gpt_lightning.table import value_or_all
+
+if TYPE_CHECKING:
+    from gpt_lightning.figure import Figure
 
 # the page's explanation of each metric; {n} is the number of texts in a cell
 LEGEND = {
@@ -25,10 +29,10 @@ LEGEND = {
 }
 
 
-def html_page(
-    cells: Sequence[GridCell], loop: PlainLoopComparison, caption: str, figure_png: str
+def sweep_page(
+    cells: Sequence[GridCell], loop: PlainLoopComparison, caption: str, figure: "Figure"
 ) -> str:
-    """A page without links to other files: the heat maps (base64 PNG), the metrics, the grid, each text once."""
+    """A page with the heat maps, the metrics, the grid, and each text once."""
     parts = []
     by_setting = {(c.temperature, c.top_k, c.top_p): c for c in cells}
     first_with_same_texts = {
@@ -46,32 +50,19 @@ def html_page(
             )
             parts.append(f"<tr><th>temperature {temperature:g}</th>{row}</tr>")
         parts.append("</tbody></table>")
-    legend = "".join(
-        f"<dt>{name}</dt><dd>{meaning.format(n=len(cells[0].texts))}</dd>"
-        for name, meaning in LEGEND.items()
-    )
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>temperature × top_k</title><style>{_STYLE}</style></head><body>"
-        f"<h1>temperature × top_k</h1><p>{html.escape(caption)}</p>"
+    meanings = {name: text.format(n=len(cells[0].texts)) for name, text in LEGEND.items()}
+    return html_page(
+        "temperature × top_k",
+        caption,
         f"<p>Exercise 5.3: generate_simple, the plain greedy loop, {html.escape(str(loop))}.</p>"
-        f"<img alt='heat maps' src='data:image/png;base64,{figure_png}'>"
-        f"<h2>Metrics</h2><dl class='legend'>{legend}</dl>"
-        f"<h2>Texts</h2>{''.join(parts)}</body></html>"
+        f"{image(figure, 'heat maps')}{legend(meanings)}<h2>Texts</h2>{''.join(parts)}",
+        _STYLE,
     )
 
 
 _STYLE = (
-    f"body{{font:16px/1.45 system-ui,sans-serif;margin:2em;color:{INK};background:#fff}}"
-    "h1{font-size:1.6em}h2{font-size:1.25em;margin:1.6em 0 .6em}"
-    "table{border-collapse:collapse}th,td{border:1px solid #999;padding:.6em;"
-    "vertical-align:top;text-align:left}td{min-width:14em;max-width:26em}"
-    "img{width:100%;max-width:70em}dl{display:grid;gap:0 .8em;margin:0}dd{margin:0}"
-    ".legend{grid-template-columns:max-content auto;max-width:70em;gap:.3em 1.2em}"
-    ".legend dt{font-weight:600}td dl{grid-template-columns:auto auto;font-size:87%}"
-    "td dd{text-align:right}p{white-space:pre-wrap;margin:.5em 0}"
-    ".same{font-style:italic}summary{cursor:pointer}"
+    "td{min-width:14em;max-width:26em}td dl{grid-template-columns:auto auto;font-size:87%}"
+    "td dd{text-align:right}.same{font-style:italic}summary{cursor:pointer}"
     "@media print{td{min-width:0}}"
 )
 

@@ -30,6 +30,11 @@ from gpt_lightning.training.run_files import MetricsCSV, SaveRunConfig, recorded
 from gpt_lightning.training.skip_step import SkipBadSteps
 from gpt_lightning.training.start import Start, find_start, was_started
 from gpt_lightning.training.stopping import GracefulStop, MaxTokens
+from gpt_lightning.training.task_evaluation import (
+    TaskEvaluationCallback,
+    build_tasks,
+    task_tags,
+)
 from gpt_lightning.training.throughput import SpeedMonitor, Stopwatch
 from gpt_lightning.training.train_metrics import TrainMetrics
 from gpt_lightning.training.trainer_settings import check_trainer
@@ -45,6 +50,7 @@ CALLBACK_ORDER: tuple[type[Callback], ...] = (
     SkipBadSteps,  # no optimizer step is evaluated or saved before its gradients are checked
     EvaluationCallback,
     SampleTextCallback,  # prints below the line of the evaluation
+    TaskEvaluationCallback,
     SaveRunConfig,
     MetricsCSV,  # a run that is killed after its last checkpoint has all rows and the plot
     GracefulStop,  # a signal ends the run with this step, and the next callback saves it
@@ -134,6 +140,8 @@ def build_run(
         callbacks.append(RunProgressBar())
     if trains:
         callbacks += [*_training_callbacks(config, clock), stop]
+        if config.evaluation.tasks:
+            callbacks.append(_task_evaluation(config, start, stop, clock))
         if writes_files(config):
             callbacks += _file_callbacks(config, start.architecture, recorded_trainer)
         if checkpoints is not None:
@@ -230,6 +238,13 @@ def _training_callbacks(config: RunConfig, clock: Stopwatch) -> list[Callback]:
     return callbacks
 
 
+def _task_evaluation(
+    config: RunConfig, start: Start, stop: GracefulStop, clock: Stopwatch
+) -> TaskEvaluationCallback:
+    tasks = build_tasks(config.evaluation, start.tokenizer, start.architecture.context_length)
+    return TaskEvaluationCallback(tasks, config.evaluation.task_freq, stop, clock)
+
+
 def _file_callbacks(
     config: RunConfig, architecture: GPTConfig, recorded_trainer: Mapping[str, Any] | None
 ) -> list[Callback]:
@@ -238,7 +253,10 @@ def _file_callbacks(
     data = {**recorded["data"], **_seeds(config)}
     trainer = {k: v for k, v in recorded["trainer"].items() if isinstance(v, str | int | float)}
     hparams = {"data": data, "trainer": trainer}
-    return [SaveRunConfig(config, recorded), MetricsCSV(config.folder, hparams)]
+    return [
+        SaveRunConfig(config, recorded),
+        MetricsCSV(config.folder, hparams, task_tags(config.evaluation)),
+    ]
 
 
 def _users_callbacks(config: RunConfig) -> list[Callback]:

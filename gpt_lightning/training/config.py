@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from gpt_lightning.data.dataloader import Rng
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.evals.task_names import GivenTasks, TaskName, named_tasks
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.suggestions import nearest
 from gpt_lightning.training.module import GPTLightningModule
@@ -27,7 +28,7 @@ RUNS = Path("checkpoints")
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Settings ``evaluation.*``: the losses during training, and the sample text after each epoch.
+    """Settings ``evaluation.*``: the losses during training, the sample text after each epoch, and tasks.
 
     Args:
         eval_freq: Optimizer steps between two evaluations; the first one follows the first step.
@@ -36,6 +37,10 @@ class EvaluationConfig:
         prompt: Text that the greedy sample after each epoch continues; null = no samples.
         max_new_tokens: Tokens of that sample.
         log_next_token: Log the entropy of the prompt's next-token distribution with each evaluation.
+        tasks: Tasks that judge the model: hellaswag, lambada, wikitext; one, a list such as [hellaswag, lambada], or a
+            mapping with files such as {hellaswag: FILE}. Without a file, the one of the command download. null = none.
+        task_freq: Optimizer steps between two evaluations by tasks; the last one is at the end of the run.
+        task_limit: First examples of each task that are used; of wikitext, pages. null = all.
     """
 
     eval_freq: int = 5
@@ -43,6 +48,21 @@ class EvaluationConfig:
     prompt: str | None = "Every effort moves you"
     max_new_tokens: int = 50
     log_next_token: bool = False
+    tasks: GivenTasks | None = None
+    task_freq: int = 500
+    task_limit: int | None = 200
+
+    def __post_init__(self) -> None:
+        for name in ("task_freq", "task_limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"evaluation.{name}: {value} is too small; give 1 or more")
+        if self.tasks is not None:
+            self.tasks = {str(name): file for name, file in self.named_tasks.items()}
+
+    @property
+    def named_tasks(self) -> dict[TaskName, str | None]:
+        """Each task and its file; ``None``: the downloaded one."""
+        return named_tasks(self.tasks, "evaluation.tasks")
 
 
 @dataclass(kw_only=True)

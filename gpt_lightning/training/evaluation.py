@@ -42,7 +42,7 @@ def _random_numbers(rng: Rng) -> AbstractContextManager[None]:
     return nullcontext() if rng == "global" else isolate_rng()
 
 
-def _uncompiled(module: GPTLightningModule) -> AbstractContextManager[object]:
+def uncompiled(module: GPTLightningModule) -> AbstractContextManager[object]:
     """Run without compilation: each new shape of the input would be compiled again."""
     if not module.compile_blocks:
         return nullcontext()
@@ -215,7 +215,7 @@ class SampleTextCallback(Callback):
             _random_numbers(self.rng),
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
-            _uncompiled(module),
+            uncompiled(module),
         ):
             ids = module.tokenizer.encode_prompt(self.prompt)[-module.config.context_length :]
             features = module.model.features(torch.tensor([ids], device=module.device))
@@ -252,7 +252,7 @@ class SampleTextCallback(Callback):
             self.clock.stopped(module.device),
             _random_numbers(self.rng),
             trainer.precision_plugin.forward_context(),
-            _uncompiled(module),
+            uncompiled(module),
         ):
             ids = generate(module.model, idx, self.max_new_tokens)
         self._show(trainer, module.tokenizer.decode(ids[0].tolist()), step)

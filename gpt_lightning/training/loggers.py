@@ -52,6 +52,8 @@ class MetricsListener(Protocol):
     ) -> None:
         """Act on the metrics of a step: ``TrainMetrics.TAGS``, or ``EvaluationCallback.TAGS`` after an evaluation.
 
+        With ``evaluation.tasks`` also the metrics of a task evaluation, which begin with ``eval/``.
+
         An evaluation's metrics come before ``on_step_end`` of its step. On a GPU those of training come one step later.
         """
         ...

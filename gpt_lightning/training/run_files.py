@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from gpt_lightning.data.datamodule import TextDataModule
+from gpt_lightning.evals.task_names import METRICS, TASK_NAMES
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.palette import SERIES
 from gpt_lightning.storage.atomic import atomic_output, write_text
@@ -95,6 +96,8 @@ def recorded_settings(
     ):
         if plain[group].get(name) is not None:
             plain[group][name] = _with_slashes(plain[group][name])
+    tasks = plain["evaluation"]["tasks"] or {}
+    tasks.update((name, _with_slashes(file)) for name, file in tasks.items() if file is not None)
     return plain
 
 
@@ -128,6 +131,8 @@ def _plain(value: Any) -> Any:
 Row = dict[str, float]
 COUNTS = ("step", "epoch", "tokens_seen")
 COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS, *TrainMetrics.TAGS)
+# of tasks; a file has the columns of its run's tasks only
+TASK_COLUMNS = tuple(f"eval/{task}_{metric}" for task in TASK_NAMES for metric in METRICS[task])
 
 
 class MetricsCSV(StepEndCallback):
@@ -138,12 +143,19 @@ class MetricsCSV(StepEndCallback):
     Args:
         folder: Folder of the run.
         hparams: Settings to show in TensorBoard in addition to the module's, by group.
+        task_tags: Metrics of the run's tasks.
     """
 
-    def __init__(self, folder: Path, hparams: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        hparams: dict[str, Any] | None = None,
+        task_tags: Collection[str] = (),
+    ) -> None:
         self.path = folder / "metrics.csv"
         self.figure_path = folder / "loss.png"
         self.hparams = hparams or {}
+        self.task_tags = task_tags
         self.rows: list[Row] = []
         self._finished_step = -1
 
@@ -153,7 +165,14 @@ class MetricsCSV(StepEndCallback):
             return
         if self.path.exists():
             self.rows = [row for row in read_rows(self.path) if row["step"] < trainer.global_step]
-        write_rows(self.path, self.rows)
+        write_rows(self.path, self.rows, self._columns)
+
+    @property
+    def _columns(self) -> list[str]:
+        """Those of the run's tasks, and of tasks that it had before it was resumed."""
+        had = {tag for row in self.rows for tag in row}
+        tasks = [tag for tag in TASK_COLUMNS if tag in self.task_tags or tag in had]
+        return [*COLUMNS, *tasks]
 
     def on_metrics(
         self,
@@ -179,10 +198,10 @@ class MetricsCSV(StepEndCallback):
                 f"with all {len(self.rows)} rows"
             )
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(self.path, self.rows)
+            write_rows(self.path, self.rows, self._columns)
             return
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
+            csv.DictWriter(file, self._columns).writerow(self.rows[-1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -218,19 +237,19 @@ def read_rows(path: Path) -> list[Row]:
     complete = text[: text.rfind("\n") + 1]
     rows = []
     for row in csv.DictReader(io.StringIO(complete, newline="")):
-        values = {key: row[key] for key in COLUMNS if row.get(key)}
+        values = {key: row[key] for key in (*COLUMNS, *TASK_COLUMNS) if row.get(key)}
         if None not in row.values() and "step" in values:
             with suppress(ValueError):
                 rows.append({k: (int if k in COUNTS else float)(v) for k, v in values.items()})
     return rows
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
+def write_rows(path: Path, rows: list[Row], columns: Sequence[str] = COLUMNS) -> None:
     with (
         atomic_output(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 

@@ -114,6 +114,11 @@ class GracefulStop(StepEndCallback):
         self._compared: AsyncHostCopy | None = None
         self._console = ConsoleCloseHandler(self._note_close)
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether this rank has got a signal, so that the run stops after the current step."""
+        return self._pending != 0
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._console.install()

@@ -12,13 +12,7 @@ from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.pretrained.load import load_model
 from helpers import Command, assert_refused, json_of
 from servers import write_tiny_model
-
-ROWS = [
-    {"ctx": f"The {noun} is", "endings": ["red.", "large and old.", "a thing."], "label": n % 3}
-    for n, noun in enumerate(["house", "river", "old garden", "picture", "dog"])
-]
-TEXTS = [{"text": "She gave the book to her friend"}, {"text": "A dog saw another dog"}]
-PAGES = " = One = \n \n It is a page , and it is not so very short that one window holds it . \n = Two = \n \n Another one . \n"
+from task_examples import PAGES, ROWS, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +23,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def files(command: Command, tmp_path: Path) -> None:
     """Small files of all tasks in the working directory."""
-    for name, rows in (("choices", ROWS), ("texts", TEXTS)):
-        content = "\n".join(map(json.dumps, rows))
-        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
-    (tmp_path / "pages.txt").write_text(PAGES, encoding="utf-8")
+    write_tasks(tmp_path)
     (tmp_path / "bad.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{{", encoding="utf-8")
     (tmp_path / "empty").touch()
 
@@ -110,7 +101,8 @@ def test_pages_have_a_perplexity(command: Command, source: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--task=hellaswag"], ["file: is missing", "--file FILE"]),
+        (["--task=hellaswag"], ["hellaswag: its file is not downloaded", "download hellaswag, or give", "--file FILE"]),
+        (["--task=wikitext"], ["wikitext: its file is not downloaded", "download wikitext-2"]),
         (["--file=choices.jsonl"], ["task: is missing", "hellaswag, lambada or wikitext"]),
         (["--task=hellaswagg", "--file=choices.jsonl"], ["task", "hellaswagg"]),
         (["--task=hellaswag", "--file=nowhere"], ["file: nowhere cannot be read (No such file"]),

@@ -27,7 +27,7 @@ VERIFY_RESUME = f"verify-resume --config={ROOT}/configs/quickstart.yaml {shlex.j
         ("prepare short.txt --out=a/b", "short.txt is one document"),
         ("convert nowhere a --format=hf", "nowhere: does not exist"),
         ("convert broken.jsonl a.ckpt --format=lightning", "broken.jsonl"),
-        ("download gpt2-1M --out=a/b", "gpt2-1M: is not a size"),
+        ("download gpt2-1M --out=a/b", "gpt2-1M: is neither a size"),
         (f"{VERIFY_RESUME} --model.lrr=1 --out=a/b", "model.lrr: is not a setting"),
         (f"{VERIFY_RESUME} --ckpt_path=last --out=a/b", "ckpt_path: verify-resume trains new runs"),
         (f"{VERIFY_RESUME} --trainer.devices=0 --out=a/b", "trainer.devices"),

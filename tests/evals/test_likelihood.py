@@ -2,8 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +14,8 @@ from gpt_lightning.evals.likelihood import (
     is_cropped,
     log_likelihoods,
 )
-from gpt_lightning.evals.multiple_choice import choice_requests, chosen_endings
-from gpt_lightning.evals.task_files import read_choices
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.pretrained.load import load_for_text
 from helpers import tiny_gpt
-from plain_likelihood import plain_logprobs, some_hellaswag
 
 
 @torch.inference_mode()
@@ -114,36 +108,3 @@ def test_texts_are_split_as_the_harness_splits_them() -> None:
     assert request.context == GPT2.encode_prompt("The clock")
     assert [GPT2.decode(ids) for ids in request.continuations] == ["  strikes", " ticks"]
     assert encode_request(GPT2, "", ["x"]).context == [GPT2.end_of_text_id]
-
-
-def check_hellaswag(source: Path, peer: Any, file: Path) -> None:
-    """Log-likelihoods and numbers of right answers are those of a plain loop over transformers."""
-    model, tokenizer = load_for_text(str(source), device="cpu")
-    examples = read_choices(str(file))
-    requests = choice_requests(tokenizer, examples)
-    keep = [i for i, r in enumerate(requests) if r.longest <= model.config.context_length]
-    examples, requests = [examples[i] for i in keep], [requests[i] for i in keep]
-    answers = log_likelihoods(model, requests, 32)
-    counts, expected = [0, 0], [0, 0]
-    for example, request, answer in zip(examples, requests, answers, strict=True):
-        plain = []
-        for ids in request.continuations:
-            whole = [*request.context, *ids][-model.config.context_length - 1 :]
-            plain.append(plain_logprobs(peer, whole, len(whole) - len(ids))[0])
-        assert [a.logprob for a in answer] == pytest.approx(plain, abs=1e-4)
-        for numbers, scores in ((counts, [a.logprob for a in answer]), (expected, plain)):
-            chosen = chosen_endings(example, scores)
-            for i in range(2):
-                numbers[i] += chosen[i] == example.label
-    assert counts == expected
-    assert len(examples) >= 20
-    assert 0 < counts[0] < len(examples)
-
-
-def test_hellaswag_is_that_of_transformers(source: Path, peer: Any, tmp_path: Path) -> None:
-    check_hellaswag(source, peer, some_hellaswag(24, tmp_path))
-
-
-@pytest.mark.nightly
-def test_all_of_hellaswag_is_that_of_transformers(source: Path, peer: Any, tmp_path: Path) -> None:
-    check_hellaswag(source, peer, some_hellaswag(10_042, tmp_path))

@@ -73,26 +73,44 @@ def plain_bits_per_byte(peer: Any, page: str, context: int) -> float:
     while done < len(ids):
         end = min(done + context, len(ids))
         start = max(0, end - 1 - context)
-        total += plain_logprobs(peer, ids[start:end], done - start)[0]
+        total += plain_logprobs(peer, ids[start:end], done - start)
         done = end
     return -total / math.log(2) / len(page.encode())
 
 
-def test_perplexities_are_those_of_a_plain_computation(source: Path, peer: Any) -> None:
+def check_perplexities(source: Path, peer: Any, pages: list[str]) -> float:
+    """Compare with a plain computation; return the perplexity of a word."""
     model, tokenizer = load_for_text(str(source), device="cpu")
-    if WIKITEXT.exists():
-        pages = [page[:1500] for page in read_pages(str(WIKITEXT))[:2]]
-        assert pages[0].startswith(" = Robert <unk> = \n")
-    else:
-        pages = [PAGE * 40, PAGE * 3]
-    requests = page_requests(tokenizer, pages, 96, 96)
+    context = model.config.context_length
+    requests = page_requests(tokenizer, pages, context, context)
     result = perplexity_result(pages, log_likelihoods(model, requests, 8))
     num_bytes = [len(page.encode()) for page in pages]
     bits = sum(
-        plain_bits_per_byte(peer, page, 96) * n for page, n in zip(pages, num_bytes, strict=True)
+        plain_bits_per_byte(peer, page, context) * n
+        for page, n in zip(pages, num_bytes, strict=True)
     )
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     assert result.bits_per_byte == pytest.approx(bits / sum(num_bytes), rel=1e-4)
     assert result.byte_perplexity == pytest.approx(2 ** (bits / sum(num_bytes)), rel=1e-4)
     assert math.log(result.word_perplexity) == pytest.approx(bits * math.log(2) / words, rel=1e-5)
     assert result.word_perplexity == pytest.approx(2 ** (bits / words), rel=1e-4)
+    print(f"perplexity of a word {result.word_perplexity:.1f}")
+    return result.word_perplexity
+
+
+def test_perplexities_are_those_of_a_plain_computation(source: Path, peer: Any) -> None:
+    if WIKITEXT.exists():
+        pages = [page[:1500] for page in read_pages(str(WIKITEXT))[:2]]
+        assert pages[0].startswith(" = Robert <unk> = \n")
+    else:
+        pages = [PAGE * 40, PAGE * 3]
+    check_perplexities(source, peer, pages)
+
+
+@pytest.mark.slow
+def test_perplexities_of_a_trained_model_are_those_of_a_plain_computation(trained: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    pages = read_pages(str(WIKITEXT))[:3]
+    perplexity = check_perplexities(trained, GPT2LMHeadModel.from_pretrained(trained).eval(), pages)
+    assert perplexity < 50_257  # of a guess of a word of one token

@@ -1,18 +1,12 @@
 """Fixtures of the tests of pretrained."""
 
 import os
-import socket
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faulty_host import FaultyHost, handler
 from gpt_lightning.pretrained import download as module
 from gpt_lightning.pretrained.convert import convert
 from helpers import Command, CommandResult
@@ -58,34 +52,6 @@ def refuse(command: Command) -> Any:
         return result
 
     return run
-
-
-@pytest.fixture
-def host() -> Iterator[FaultyHost]:
-    host = FaultyHost()
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *_: object) -> None:
-            error = sys.exception()
-            if not isinstance(error, ConnectionError):  # a client may hang up
-                host.errors.append(repr(error))
-
-    server = Server(("127.0.0.1", 0), handler(host))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    host.url = f"http://127.0.0.1:{server.server_port}"
-    yield host
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    assert host.errors == []
-
-
-@pytest.fixture
-def nowhere() -> str:
-    """An address that refuses every connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from faulty_host import FaultyHost, noise, visible
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.pretrained import download as module
-from gpt_lightning.pretrained import http_download
 from gpt_lightning.pretrained.download import (
     HUB_FILES,
     OPENAI_FILES,
@@ -24,6 +23,7 @@ from gpt_lightning.pretrained.download import (
     download_folder,
     find_downloaded,
 )
+from gpt_lightning.storage import http_download
 from helpers import Command, assert_refused, python
 
 DATA = "model.ckpt.data-00000-of-00001"
@@ -301,11 +301,13 @@ def test_without_huggingface_hub(command: Command, monkeypatch: pytest.MonkeyPat
         ("124M", "did you mean gpt2-124M?"),
         ("gpt2-1.5B", "did you mean gpt2-1558M?"),
         ("gpt2-meduim", "did you mean gpt2-medium?"),
-        ("llama", "give one of gpt2-124M, gpt2-355M, gpt2-774M, gpt2-1558M"),
+        ("phi", "give one of gpt2-124M, gpt2-355M, gpt2-774M, gpt2-1558M"),
     ],
 )
 def test_unknown_size_is_refused(command: Command, tmp_path: Path, name: str, near: str) -> None:
-    assert_refused(command("download", name), f"{name}: is not a size of GPT-2", near)
+    assert_refused(
+        command("download", name), f"{name}: is neither a size of GPT-2 nor a task", near
+    )
     assert os.listdir(tmp_path) == []
 
 

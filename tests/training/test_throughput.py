@@ -1,5 +1,6 @@
 """Throughput: what is measured, logged and left out."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from gpt_lightning.training import (
     evaluation,
     hardware,
     run_warnings,  # noqa: F401  # takes measured_peak before it is patched
+    task_evaluation,
     throughput,
 )
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
@@ -20,6 +22,7 @@ from gpt_lightning.training.evaluation import EvaluationCallback
 from gpt_lightning.training.module import GPTLightningModule
 from gpt_lightning.training.throughput import Stopwatch, speed_metrics
 from helpers import TINY_MODEL, Command
+from task_examples import write_tasks
 
 
 def test_speed_metrics() -> None:
@@ -73,16 +76,18 @@ def test_throughput_excludes_what_is_not_training(
         (EvaluationCallback, "_mean_loss"),
         (evaluation, "entropy"),
         (evaluation, "generate"),
+        (task_evaluation, "log_likelihoods"),
         (CheckpointCallback, "_save"),
         (GPTLightningModule, "validation_step"),
     ]
     for number, (owner, name) in enumerate(kinds):
         takes(owner, name, 10.0 * 2**number)
     takes(GPTLightningModule, "training_step", 1.0)
+    write_tasks(Path())
     # an epoch has 15 steps
     fit("--trainer.max_steps=34", "--trainer.max_epochs=-1", "--throughput.every_n_steps=1",
         "--evaluation.eval_freq=1", "--evaluation.log_next_token=true", "--trainer.limit_val_batches=2",
-        "--trainer.log_every_n_steps=1",
+        "--trainer.log_every_n_steps=1", "--evaluation.tasks.hellaswag=choices.jsonl", "--evaluation.task_freq=2",
         "--checkpoint.every_n_train_steps=3", *TINY_MODEL)  # fmt: skip
     assert result == {"training_step", *(name for _, name in kinds)}
     events = EventAccumulator("checkpoints/quickstart").Reload()

@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 
 from faulty_host import FaultyHost, noise, visible
-from gpt_lightning.pretrained import http_download
-from gpt_lightning.pretrained.download import (
-    ExpectedFile,
-    fetch,
-)
+from gpt_lightning.storage import http_download
+from gpt_lightning.storage.http_download import ExpectedFile, fetch
 
 
 def quietly(name: str, result: int, size: int | None) -> None: ...

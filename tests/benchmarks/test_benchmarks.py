@@ -35,6 +35,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
         pytest.param("plan", [], marks=pytest.mark.nightly),
         pytest.param("loading", [], marks=pytest.mark.slow),
         pytest.param("training", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("speculation", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("muon", ["--rounds=1"], marks=pytest.mark.slow),
     ],
 )

@@ -4,6 +4,7 @@ Trains small GPTs on real text with a vocabulary of 4,096 tokens of its own, at 
 the same batch, warmup, and linear decay over the last fifth to 0; each trains with its best learning rate:
 
 1. AdamW with five learning rates on one seed (for a size after the first: three, around the best one of the size before).
+   If the best rate is the lowest or the highest one, the next one is tried too.
 2. Muon likewise with 70 % of the tokens; its embeddings, norms and biases have AdamW's best learning rate.
 3. Both with their best rates on three seeds, Muon with 50 % and 70 % of the tokens.
 
@@ -24,13 +25,13 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from machine import at_most, description
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+RATES = {"adamw": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)}
 SHARES = (0.5, 0.7)  # of AdamW's tokens, for Muon
 SEEDS = (1, 2, 3)
 WINDOWS, LENGTH = 16, 256  # of an optimizer step
@@ -83,15 +84,16 @@ class Recipe:
             "--model.config.n_layers=4", "--model.config.n_heads=4", "--model.config.drop_rate=0",
             "--model.config.tied_embeddings=true", "--model.config.qkv_bias=true",
             f"--model.lr={self.adamw_rate or self.rate}", *muon, "--model.betas=[0.9,0.95]",
-            "--model.decay_matrices_only=true", "--model.warmup_steps=0.02",
+            "--model.decay_matrices_only=true", "--model.warmup_steps=0.05",
             "--model.lr_schedule=wsd", "--model.decay_fraction=0.2",
-            f"--data.batch_size={WINDOWS}", "--evaluation.prompt=null", "--evaluation.eval_freq=100",
-            "--evaluation.eval_iter=20", "--checkpoint.save_best=false",
+            f"--data.batch_size={WINDOWS}", "--evaluation.prompt=null", "--evaluation.eval_freq=50",
+            "--evaluation.eval_iter=5", "--checkpoint.save_best=false",
             "--checkpoint.every_n_train_steps=100", "--checkpoint.keep_previous=false",
         ]  # fmt: skip
 
 
-def command(*arguments: str, folder: Path) -> None:
+def command(*arguments: str, folder: Path) -> str:
+    """Run a command of the package in a folder and return what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "gpt_lightning", *arguments],
@@ -99,6 +101,7 @@ def command(*arguments: str, folder: Path) -> None:
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"{' '.join(arguments)}\n{done.stderr}")
+    return done.stdout
 
 
 def prepare(corpus: Sequence[Path], work: Path, vocab_size: int, *split: str) -> Path:
@@ -138,10 +141,13 @@ class Runs:
         with (self.work / "checkpoints" / recipe.name / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"]]
         curve = [[int(float(row["tokens_seen"])), float(row["val_loss"])] for row in rows]
+        # the loss of the last weights over all validation windows
+        validate = ("validate", f"--config=checkpoints/{recipe.name}/config.yaml", "--val_only", "--json",
+                    f"--init_from=checkpoints/{recipe.name}")  # fmt: skip
         result = {
             "name": recipe.name,
             **asdict(recipe),
-            "val_loss": curve[-1][1],
+            "val_loss": json.loads(command(*validate, folder=self.work))["val_loss"],
             "curve": curve,
             "seconds": None if was_started else time.perf_counter() - start,
             "machine": description("lightning"),
@@ -153,16 +159,23 @@ class Runs:
         return result
 
 
-def best_rate(runs: Runs, recipes: Sequence[Recipe]) -> float:
-    losses = runs.final_losses(recipes)
-    finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    return recipes[finite.index(min(finite))].rate
+def best_rate(runs: Runs, rates: Sequence[float], recipe: Recipe) -> float:
+    """The learning rate with the lowest final loss; rates beyond the ends are tried while the best one is an end."""
+    losses: dict[float, float] = {}
+    wanted = list(rates)
+    while wanted:
+        found = runs.final_losses([replace(recipe, rate=rate) for rate in wanted])
+        losses |= {
+            rate: loss if math.isfinite(loss) else math.inf
+            for rate, loss in zip(wanted, found, strict=True)
+        }
+        best = min(losses, key=lambda rate: losses[rate])
+        wanted = [best / 2] if best == min(losses) else [2 * best] if best == max(losses) else []
+    return best
 
 
 def around(rate: float) -> tuple[float, ...]:
-    """The three rates of :data:`RATES` around one, or the three next to it at an end."""
-    middle = min(max(RATES.index(rate), 1), len(RATES) - 2)
-    return RATES[middle - 1 : middle + 2]
+    return (rate / 2, rate, 2 * rate)
 
 
 def share_of_tokens(target: float, losses: Sequence[float]) -> float:
@@ -174,14 +187,11 @@ def share_of_tokens(target: float, losses: Sequence[float]) -> float:
 
 
 def measure(runs: Runs, size: Size, before: dict[str, Any] | None, seeds: Sequence[int]) -> dict[str, Any]:  # fmt: skip
-    adamw_rates = around(before["adamw_rate"]) if before else RATES
-    muon_rates = around(before["muon_rate"]) if before else RATES
     first = seeds[0]
-    adamw_rate = best_rate(runs, [Recipe(size, "adamw", rate, first) for rate in adamw_rates])
-    muon_rate = best_rate(
-        runs,
-        [Recipe(size, "muon", rate, first, SHARES[-1], adamw_rate) for rate in muon_rates],
-    )
+    rates = {name: around(before[f"{name}_rate"]) if before else RATES[name] for name in RATES}
+    adamw_rate = best_rate(runs, rates["adamw"], Recipe(size, "adamw", 0.0, first))
+    with_muon = Recipe(size, "muon", 0.0, first, SHARES[-1], adamw_rate)
+    muon_rate = best_rate(runs, rates["muon"], with_muon)
     adamw = runs.final_losses([Recipe(size, "adamw", adamw_rate, seed) for seed in seeds])
     muon = [
         runs.final_losses(
@@ -210,9 +220,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("tokens-to-loss"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--sizes", nargs="+", default=["small", "large"])
+    parser.add_argument(
+        "--tokens", type=float, default=1.0, help="factor of the tokens of both sizes"
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy model and few steps")
     arguments = parser.parse_args()
-    sizes = [Size("small", 128, 4_000_000), Size("large", 256, 8_000_000)]
+    sizes = [
+        Size("small", 128, round(5_000_000 * arguments.tokens)),
+        Size("large", 256, round(8_000_000 * arguments.tokens)),
+    ]
     seeds, vocab_size = SEEDS, 4096
     if arguments.tiny:
         sizes, seeds, vocab_size = [Size("small", 8, 20 * WINDOWS * LENGTH)], (1,), 300

@@ -127,7 +127,8 @@ def _check_average(checkpoint: Mapping[str, Any], path: Path) -> None:
         {name: tensor.shape for name, tensor in checkpoint[key].items()}
         for key in ("state_dict", EMA_STATE)
     )
-    if averaged != shapes or not isinstance(checkpoint.get(EMA_UPDATES), int):
+    updates = checkpoint.get(EMA_UPDATES)
+    if averaged != shapes or type(updates) is not int or updates < 0:
         raise ValueError(f"ckpt_path: {path} is damaged: its {EMA_STATE} does not fit its weights")
 
 

@@ -176,6 +176,8 @@ def _summary(built: BuiltRun) -> Iterator[str]:
             f"(every {evaluation.eval_freq} steps)"
         )
     yield f"generate --from {folder} takes last.ckpt"
+    if built.module.ema_decay is not None:
+        yield f"convert {folder} NAME.ckpt --ema writes its averaged weights, which generate takes too"
 
 
 def _viewer(built: BuiltRun) -> str:

@@ -92,6 +92,7 @@ def test_callbacks_act_in_the_stated_order(tmp_path: Path) -> None:
     """The user's callbacks act first, and the checkpoint is saved last."""
     config = small_run(tmp_path)
     config.max_tokens = 1000
+    config.model["ema_decay"] = 0.9
     config.trainer["callbacks"] = [ModelCheckpoint(str(tmp_path)), Listener()]
     config.trainer["max_time"] = "00:01:00:00"  # Lightning adds its Timer
     trainer, _, _ = build_trainer(config)

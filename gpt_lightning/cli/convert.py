@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> None:
         dest,
         settings.format or _format_of(dest),
         n_heads=settings.n_heads,
+        ema=settings.ema,
         average_with=sources[1:],
         added_tokens=settings.add_tokens or (),
         init_added=settings.init_added,
@@ -73,6 +74,12 @@ def _parser() -> ArgumentParser:
         "--format",
         type=WeightFormat | None,
         help="The format of DEST; null = lightning for a .ckpt file, book for a .pth file.",
+    )
+    add(
+        "--ema",
+        action="store_true",
+        help="Write the exponential moving average of the weights, which runs with model.ema_decay keep; without "
+        "optimizer state.",
     )
     add(
         "--average",

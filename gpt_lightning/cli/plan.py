@@ -153,6 +153,7 @@ class PlanCLI(TrainingCLI):
             state_values=self._module.optimizer_config.state_values(architecture),
             muon=config.model.optimizer == "muon",
             fused=self._module.optimizer_config.is_fused,
+            ema=config.model.ema_decay is not None,
         )
         micro_batches, is_given = self._micro_batches(data.batch_size, length, devices)
         saves = trainer.enable_checkpointing is not False

@@ -35,6 +35,7 @@ class StepShape:
         accumulate: Whether a step has several micro-batches, so that gradients exist from its start.
         device: Whose kernels and whose autocast.
         loss_kernel: Whether the GPU runs our kernel of a chunk's loss, as NVIDIA's do from Ampere on.
+        ema: Whether an exponential moving average of the weights is kept.
         shards: Devices over which FSDP2 spreads weights, gradients and moments; 1: each holds all.
         state_values: Values that the optimizer keeps for the model; ``None``: AdamW's two for each weight.
         muon: Whether the optimizer step has Muon's matrix products.
@@ -54,6 +55,7 @@ class StepShape:
     state_values: int | None = None
     muon: bool = False
     fused: bool = True
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class MemoryBreakdown:
     Attributes:
         weights: Of the model, or this device's shard of them.
         moments: The optimizer's state: AdamW's two per weight.
+        ema: Of the weights' average, at least 4 bytes each.
         gradients: As ``weights``; those of the step before stay until the backward pass begins.
         copies: Weights in the precision that autocast computes in.
         gathered: FSDP2's complete weights, and its complete gradients between micro-batches.
@@ -75,6 +78,7 @@ class MemoryBreakdown:
 
     weights: int
     moments: int
+    ema: int = 0
     gradients: int = 0
     copies: int = 0
     gathered: int = 0
@@ -87,7 +91,7 @@ class MemoryBreakdown:
     @property
     def total(self) -> int:
         return (
-            self.weights + self.moments + self.gradients + self.copies + self.gathered
+            self.weights + self.moments + self.ema + self.gradients + self.copies + self.gathered
             + self.activations + self.loss + self.backward + self.optimizer_step
         )  # fmt: skip
 
@@ -165,11 +169,13 @@ def _parameters(shape: StepShape) -> _Parameters:
 
 def _weights_and_moments(shape: StepShape) -> MemoryBreakdown:
     """What a device holds at every moment."""
-    weights = _letters(shape).w * _parameters(shape).share
+    w, share = _letters(shape).w, _parameters(shape).share
     if shape.state_values is None:
-        return MemoryBreakdown(weights=weights, moments=2 * weights)
-    moments = _letters(shape).w * ceil(shape.state_values / shape.shards)
-    return MemoryBreakdown(weights=weights, moments=moments)
+        moments = 2 * w * share
+    else:
+        moments = w * ceil(shape.state_values / shape.shards)
+    ema = max(4, w) * share * shape.ema
+    return MemoryBreakdown(weights=w * share, moments=moments, ema=ema)
 
 
 def _old_gradients(shape: StepShape) -> int:

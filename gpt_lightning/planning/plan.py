@@ -204,6 +204,7 @@ def memory(spec: RunSpec) -> tuple[dict[str, int], str]:
         "weights": counted.weights,
         "gradients": counted.gradients,
         "optimizer": counted.moments,
+        "average of weights (EMA)": counted.ema,
         "weights in autocast's precision": counted.copies,
         "gathered shards": counted.gathered,
         "activations": counted.activations,
@@ -223,10 +224,11 @@ def memory(spec: RunSpec) -> tuple[dict[str, int], str]:
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
-    """Bytes of weights and the optimizer's state, in the type of the weights."""
+    """Bytes of weights and the optimizer's state, in the type of the weights, and of the weights' average."""
     itemsize = PRECISIONS[spec.step.precision][0].itemsize
     weights, state = cost.parameters(spec.step.config), spec.step.state_values
-    return itemsize * (weights + (2 * weights if state is None else state))
+    average = max(4, itemsize) * weights * spec.step.ema
+    return itemsize * (weights + (2 * weights if state is None else state)) + average
 
 
 def _checkpoint_copies(spec: RunSpec) -> int:

@@ -29,6 +29,7 @@ from gpt_lightning.pretrained.load import (
     print_warnings,
     read_weights,
     size_to_download,
+    with_ema,
 )
 from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import (
@@ -61,6 +62,7 @@ def convert(
     weight_format: WeightFormat,
     *,
     n_heads: int | None = None,
+    ema: bool = False,
     average_with: Sequence[str] = (),
     added_tokens: Sequence[str] = (),
     init_added: InitAdded = "mean",
@@ -74,6 +76,7 @@ def convert(
     Args:
         weight_format: The format of ``dest``.
         n_heads: For a ``source`` written by the book's own code, which does not contain it.
+        ema: Whether to write the exponential moving averages of the weights, see :func:`with_ema`.
         average_with: Further sources; ``dest`` gets the mean of all weights, see :func:`average_weights`.
         added_tokens: New tokens, see :func:`add_tokens`, which takes ``init_added`` too.
 
@@ -87,6 +90,8 @@ def convert(
         check_heads(model, name, n_heads)
     if average_with:
         _check_distinct(list(models))
+    if ema:
+        models = {name: with_ema(model, name) for name, model in models.items()}
     weights = average_weights(models) if average_with else models[source]
     if weights.other_tokenizer is not None and weights.config.vocab_size >= VOCAB_SIZE:
         raise ValueError(

@@ -154,6 +154,29 @@ def check_heads(weights: ModelWeights, source: str, n_heads: int | None) -> None
         )
 
 
+def with_ema(weights: ModelWeights, source: str) -> ModelWeights:
+    """The model with the exponential moving average of its weights, as a run with ``model.ema_decay`` keeps it.
+
+    It has no optimizer state: the moments are those of the weights.
+
+    Raises:
+        ValueError: There is no average, or it is damaged.
+    """
+    if weights.ema_state_dict is None:
+        raise ValueError(
+            f"ema: {source} has no moving average of its weights; give a checkpoint of a run with model.ema_decay, "
+            "or leave --ema out"
+        )
+    weights = replace(
+        weights,
+        state_dict=weights.ema_state_dict,
+        optimizer_state=None,
+        ema_state_dict=None,
+    )
+    check_shapes(weights, source)
+    return weights
+
+
 def print_warnings(weights: ModelWeights) -> None:
     """Log what a user should know about how the files were read."""
     for line in weights.warnings:
@@ -166,6 +189,7 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     n_heads: int | None = None,
+    ema: bool = False,
 ) -> GPTModel:
     """Load the model that ``source`` names, in eval mode. Errors are those of :func:`read_weights`.
 
@@ -174,9 +198,12 @@ def load_model(
     Args:
         dtype: Of the weights. ``None``: as stored.
         n_heads: As in :func:`read_weights`.
+        ema: Whether to load the exponential moving average of the weights, see :func:`with_ema`.
     """
     weights = read_weights(source, n_heads=n_heads)
     check_heads(weights, source, n_heads)
+    if ema:
+        weights = with_ema(weights, source)
     if weights.other_tokenizer is not None:
         line = f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}"
         weights = replace(weights, warnings=(*weights.warnings, line))

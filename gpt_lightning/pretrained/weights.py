@@ -23,6 +23,7 @@ from gpt_lightning.model.config import GPTConfig
 _KEEPS_MAPPED = os.name != "nt"
 _MODULE_PREFIX = "model."  # GPTLightningModule holds the GPTModel as ``model``
 POSITION_EMBEDDING = "pos_emb.weight"  # a tensor that every GPTModel has
+EMA_STATE = "state_dict_ema"  # key in checkpoints of runs with model.ema_decay; timm has the same
 _HEAD_DIM = 64  # in every GPT-2 and in the book's models
 
 
@@ -38,6 +39,7 @@ class ModelWeights:
         warnings: What a user should know about how the files were read, one line each.
         tokenizer: The tokenizer of its texts.
         other_tokenizer: Why the model has another tokenizer, which cannot be read. ``None``: ``tokenizer`` fits.
+        ema_state_dict: The exponential moving average of the tensors, if the file has it; its shapes are not checked.
     """
 
     config: GPTConfig
@@ -47,6 +49,7 @@ class ModelWeights:
     warnings: tuple[str, ...] = ()
     tokenizer: Tokenizer = GPT2
     other_tokenizer: str | None = None
+    ema_state_dict: dict[str, Tensor] | None = None
 
 
 def pop_weights(weights: ModelWeights, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -249,17 +252,25 @@ def config_from_dict(settings: Any, path: Path) -> GPTConfig:
 
 def read_lightning(checkpoint: dict[str, Any], path: Path) -> ModelWeights:
     """A checkpoint of ours as :class:`ModelWeights`; ``ValueError`` if it has no weights."""
-    tensors = checkpoint.get("state_dict")
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path}: its state_dict does not hold tensors only; give another")
     optimizers = checkpoint.get("optimizer_states") or [None]
-    names = unwrap_names(tensors, POSITION_EMBEDDING, path)
     return ModelWeights(
         config=checkpoint_config(checkpoint, path),
-        state_dict={ours: tensors[name] for ours, name in names.items()},
+        state_dict=_named_tensors(checkpoint, "state_dict", path),
         optimizer_state=optimizers[0],
         tokenizer=_checkpoint_tokenizer(checkpoint, path),
+        ema_state_dict=_named_tensors(checkpoint, EMA_STATE, path)
+        if EMA_STATE in checkpoint
+        else None,
     )
+
+
+def _named_tensors(checkpoint: dict[str, Any], key: str, path: Path) -> dict[str, Tensor]:
+    """The tensors under a key of a checkpoint, by :class:`GPTModel`'s names."""
+    tensors = checkpoint.get(key)
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path}: its {key} does not hold tensors only; give another")
+    names = unwrap_names(tensors, POSITION_EMBEDDING, path)
+    return {ours: tensors[name] for ours, name in names.items()}
 
 
 def tokenizer_state(tokenizer: Tokenizer) -> dict[str, Any]:

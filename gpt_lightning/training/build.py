@@ -19,6 +19,7 @@ from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.checkpoint_io import AtomicCheckpointIO
 from gpt_lightning.training.config import RunConfig
 from gpt_lightning.training.distributed import check_strategy, is_rank_zero
+from gpt_lightning.training.ema import WeightEMA
 from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.lightning_compat import use_fast_epoch_loop
 from gpt_lightning.training.logger_runs import LoggerRuns, continue_logger_runs
@@ -48,6 +49,7 @@ CALLBACK_ORDER: tuple[type[Callback], ...] = (
     LoggerRuns,  # keeps the ids of the loggers' runs
     SpeedMonitor,  # takes the time before the others need some
     SkipBadSteps,  # no optimizer step is evaluated or saved before its gradients are checked
+    WeightEMA,  # has the weights of this step before they are evaluated and saved
     EvaluationCallback,
     SampleTextCallback,  # prints below the line of the evaluation
     TaskEvaluationCallback,
@@ -212,15 +214,18 @@ def _seeds(config: RunConfig) -> dict[str, Any]:
 
 def _training_callbacks(config: RunConfig, clock: Stopwatch) -> list[Callback]:
     """Callbacks of a run that trains, besides those that write files and stop it."""
-    evaluation = config.evaluation
+    evaluation, ema_decay = config.evaluation, config.model.get("ema_decay")
+    ema = None if ema_decay is None else WeightEMA(ema_decay)
     callbacks: list[Callback] = [
         LoopState(),
         LoggerRuns(),
         SpeedMonitor(clock, config.throughput.every_n_steps),
         SkipBadSteps(config.bad_steps, config.max_bad_steps, config.skip_spikes),
         TrainMetrics(clock),
-        EvaluationCallback(evaluation.eval_freq, evaluation.eval_iter, config.rng, clock),
+        EvaluationCallback(evaluation.eval_freq, evaluation.eval_iter, config.rng, clock, ema),
     ]
+    if ema is not None:
+        callbacks.append(ema)
     if config.max_tokens is not None:
         callbacks.append(MaxTokens(config.max_tokens))
     if evaluation.prompt is not None:
@@ -253,10 +258,9 @@ def _file_callbacks(
     data = {**recorded["data"], **_seeds(config)}
     trainer = {k: v for k, v in recorded["trainer"].items() if isinstance(v, str | int | float)}
     hparams = {"data": data, "trainer": trainer}
-    return [
-        SaveRunConfig(config, recorded),
-        MetricsCSV(config.folder, hparams, task_tags(config.evaluation)),
-    ]
+    ema_tags = [] if config.model.get("ema_decay") is None else [EvaluationCallback.EMA_TAG]
+    tags = [*ema_tags, *task_tags(config.evaluation)]
+    return [SaveRunConfig(config, recorded), MetricsCSV(config.folder, hparams, tags)]
 
 
 def _users_callbacks(config: RunConfig) -> list[Callback]:

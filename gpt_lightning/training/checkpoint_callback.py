@@ -133,7 +133,13 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
                 ) from error
 
     def check_disk_space(
-        self, config: GPTConfig, state_values: int, precision: str, run_steps: int | None
+        self,
+        config: GPTConfig,
+        state_values: int,
+        precision: str,
+        run_steps: int | None,
+        *,
+        has_ema: bool = False,
     ) -> None:
         """Check that the disk has space for the files that the run keeps and the one that is being written.
 
@@ -141,6 +147,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             state_values: Values that the optimizer saves, see :meth:`OptimizerConfig.state_values`.
             precision: Lightning's name; weights and moments are saved in the precision of training.
             run_steps: Optimizer steps of the run; ``None``: it has no end.
+            has_ema: Whether the average of the weights is saved too, at least in float32.
 
         Raises:
             OSError: There is not enough space, or the system refuses a step of a save.
@@ -155,6 +162,7 @@ class CheckpointCallback(StepEndCallback, Checkpoint):
             ) from error
         dtype = PRECISIONS[precision][0] if precision in PRECISIONS else torch.float32
         size = dtype.itemsize * (parameters(config) + state_values)
+        size += max(4, dtype.itemsize) * parameters(config) * has_ema
         kept = [LAST, *([PREVIOUS] * self.io.keep_previous), *([BEST] * self.save_best)]
         # several names may be links to one file
         paths = [*(self.folder / name for name in kept), *step_checkpoints(self.folder).values()]

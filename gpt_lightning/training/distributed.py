@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -153,14 +153,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._gather(self.lightning_module.state_dict())
+        return self.gather(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        return self._gather(optimizer.state_dict())
+        return self.gather(optimizer.state_dict())
 
-    def _gather(self, state: dict[str, Any]) -> dict[str, Any]:
+    def gather(self, state: dict[str, Any]) -> dict[str, Any]:
         """Gather the full tensors, one at a time; all ranks take part, and rank 0 keeps them."""
 
         def gather(shard: DTensor) -> Tensor | None:
@@ -224,6 +224,13 @@ def shard_model(model: GPTModel, mesh: DeviceMesh, precision: str) -> None:
     # These methods are called without forward; the root's weights stay gathered until the backward pass.
     for method in ("features", "head"):
         register_fsdp_forward_method(model, method)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the weights that FSDP2 has gathered, so that the next forward pass gathers them again."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:

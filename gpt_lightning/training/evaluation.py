@@ -23,6 +23,7 @@ from gpt_lightning.data.datamodule import TextDataModule
 from gpt_lightning.data.unicode import for_stream
 from gpt_lightning.generation.engine import generate
 from gpt_lightning.generation.sampling import entropy
+from gpt_lightning.training.ema import WeightEMA
 from gpt_lightning.training.loggers import (
     StepPosition,
     ignore_full_disk,
@@ -62,11 +63,14 @@ class EvaluationCallback(StepEndCallback):
 
     The weights at the end of the run are evaluated too, for the summary and ``FitResult.metrics``.
 
+    With ``ema``, the validation loss of the averaged weights is a further metric, ``EMA_TAG``.
+
     Attributes:
         evaluated_steps: Steps of the weights that were evaluated last; ``None`` before the first evaluation.
     """
 
     TAGS = ("train_loss", "val_loss", "val_perplexity", "tokens_seen")
+    EMA_TAG = "val_loss_ema"
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class EvaluationCallback(StepEndCallback):
         eval_iter: int | None = 5,
         rng: Rng = "step",
         clock: Stopwatch | None = None,
+        ema: WeightEMA | None = None,
     ) -> None:
         if eval_freq < 1:
             raise ValueError(f"evaluation.eval_freq: {eval_freq} is too small; give 1 or more")
@@ -83,6 +88,7 @@ class EvaluationCallback(StepEndCallback):
         self.eval_iter = eval_iter
         self.rng: Rng = rng
         self.clock = clock or Stopwatch()
+        self.ema = ema
         self.evaluated_steps: int | None = None
         self._is_last_step = False
 
@@ -118,8 +124,13 @@ class EvaluationCallback(StepEndCallback):
             module.eval()
             train_loss = self._mean_loss(trainer, module, data.train_dataloader())
             val_loss = self._mean_loss(trainer, module, data.validation_windows())
+            losses = {"train_loss": train_loss, "val_loss": val_loss}
+            if self.ema is not None:
+                with self.ema.in_use(module), isolate_rng():
+                    losses[self.EMA_TAG] = self._mean_loss(
+                        trainer, module, data.validation_windows()
+                    )
             module.train()
-        losses = {"train_loss": train_loss, "val_loss": val_loss}
         trainer.callback_metrics.update((tag, torch.tensor(loss)) for tag, loss in losses.items())
         self.evaluated_steps = trainer.global_step
         return losses
@@ -127,9 +138,10 @@ class EvaluationCallback(StepEndCallback):
     @rank_zero_only
     def _print(self, trainer: Trainer, step: int, losses: Mapping[str, float]) -> None:
         """Print the book's line."""
+        ema = f", EMA val loss {losses[self.EMA_TAG]:.3f}" if self.EMA_TAG in losses else ""
         print(
             f"Ep {trainer.current_epoch + 1} (Step {step:06d}): "
-            f"Train loss {losses['train_loss']:.3f}, Val loss {losses['val_loss']:.3f}",
+            f"Train loss {losses['train_loss']:.3f}, Val loss {losses['val_loss']:.3f}{ema}",
             flush=True,
         )
 

@@ -97,14 +97,15 @@ def ignore_full_disk(write: Callable[[], object]) -> None:
 
 
 # folder → tag; the losses that TensorBoard draws in one chart
-_CHART = {"train": "train/loss", "val": "val_loss"}
+_CHART = {"train": "train/loss", "val": "val_loss", "val_ema": "val_loss_ema"}
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
     """Logger that writes TensorBoard's event files to the run's folder; config.yaml replaces ``hparams.yaml``.
 
     TensorBoard draws the values of one tag in one chart, with a line for each folder. So the losses of training and
-    validation are also written with the tag ``loss`` to the folders ``train`` and ``val``.
+    validation are also written with the tag ``loss`` to the folders ``train`` and ``val``, and that of averaged weights
+    to ``val_ema``.
 
     Args:
         folder: Folder of the run.

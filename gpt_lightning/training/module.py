@@ -16,7 +16,7 @@ from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
-from gpt_lightning.pretrained.weights import ModelWeights, pop_weights, tokenizer_state
+from gpt_lightning.pretrained.weights import EMA_STATE, ModelWeights, pop_weights, tokenizer_state
 from gpt_lightning.training.distributed import check_strategy, shard_model
 from gpt_lightning.training.grad_norm import global_grad_norm
 from gpt_lightning.training.metrics import TokenWeightedLoss
@@ -73,6 +73,8 @@ class GPTLightningModule(LightningModule):
         compile: Compile the blocks, which takes up to a minute when training starts; steps are then faster on a
             GPU, and 6 to 10 percent faster on a CPU.
         seed: Seed of initial weights and dropout.
+        ema_decay: Decay of an exponential moving average of the weights, such as 0.999, which is evaluated and saved
+            beside them; null = no average.
         rng: Source of random numbers: 'step' or 'global', see gpt_lightning/training/rng.py. With 'global' the norm
             for clipping is the one of ``torch.nn.utils.clip_grad_norm_``, as in the book.
 
@@ -110,6 +112,7 @@ class GPTLightningModule(LightningModule):
         compile: bool = False,  # noqa: A002 — torch's word
         seed: int = 123,
         rng: Rng = "step",
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(config, dict):
@@ -139,6 +142,11 @@ class GPTLightningModule(LightningModule):
             raise ValueError(
                 f"model.loss_chunk_size: {loss_chunk_size} is too small; give 1 or more"
             )
+        if ema_decay is not None and not 0.0 <= ema_decay < 1.0:
+            raise ValueError(
+                f"model.ema_decay: {ema_decay} is not in [0, 1); give e.g. 0.999, or null for no average"
+            )
+        self.ema_decay = ema_decay
         self.loss_chunk_size = loss_chunk_size
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
@@ -155,6 +163,7 @@ class GPTLightningModule(LightningModule):
                 "betas": list(betas),
                 "seed": seed,
                 "rng": rng,
+                "ema_decay": ema_decay,
             }
         )
         self.tokenizer: Tokenizer = GPT2
@@ -348,6 +357,10 @@ class GPTLightningModule(LightningModule):
         if random_numbers is not None:  # copies, because the checkpoint is mapped
             random_numbers = {name: state.clone() for name, state in random_numbers.items()}
         self._random_numbers = random_numbers
+        if self.ema_decay is None and EMA_STATE in checkpoint and self.trainer.is_global_zero:
+            logger.info(
+                "model.ema_decay: is not given, so the checkpoint's average of the weights is dropped"
+            )
 
     def _mean(self, split: str) -> TokenWeightedLoss:
         mean = self.validation[f"{split}_loss"]

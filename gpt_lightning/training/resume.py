@@ -8,7 +8,7 @@ from typing import Any
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.pretrained.load import find_checkpoint, read_weights
-from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.pretrained.weights import EMA_STATE, read_checkpoint
 from gpt_lightning.training.checkpoint_io import (
     BEST,
     LAST,
@@ -16,6 +16,7 @@ from gpt_lightning.training.checkpoint_io import (
     corruption_reason,
     read_manifest,
 )
+from gpt_lightning.training.ema import EMA_UPDATES
 from gpt_lightning.training.module import reconcile_config
 from gpt_lightning.training.optimizer import OptimizerConfig
 
@@ -93,6 +94,8 @@ def checkpoint_to_resume(
         )
     _check_state(checkpoint, path)
     _check_optimizer(checkpoint, path, optimizer)
+    if EMA_STATE in checkpoint:
+        _check_average(checkpoint, path)
     architecture = reconcile_config(f"ckpt_path: {path}", found.config, named)
     return path, architecture, found.tokenizer
 
@@ -116,6 +119,17 @@ def _check_optimizer(checkpoint: Mapping[str, Any], path: Path, own: OptimizerCo
                 f"ckpt_path: {path} was trained with model.{name} {before}, and this run has {after}; give "
                 f"--model.{name} {before}, or start a new run with --init_from {path}"
             )
+
+
+def _check_average(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Check that a moving average fits the weights; raise a ``ValueError`` if it is damaged."""
+    shapes, averaged = (
+        {name: tensor.shape for name, tensor in checkpoint[key].items()}
+        for key in ("state_dict", EMA_STATE)
+    )
+    updates = checkpoint.get(EMA_UPDATES)
+    if averaged != shapes or type(updates) is not int or updates < 0:
+        raise ValueError(f"ckpt_path: {path} is damaged: its {EMA_STATE} does not fit its weights")
 
 
 def reached_limit(

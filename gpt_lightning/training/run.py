@@ -107,6 +107,7 @@ def _train(built: BuiltRun) -> FitResult:
                 built.module.optimizer_config.state_values(built.module.config),
                 str(trainer.precision),
                 steps,
+                has_ema=built.module.ema_decay is not None,
             )
         _check_schedule(built, steps)
         _check_compiler(built)
@@ -175,6 +176,8 @@ def _summary(built: BuiltRun) -> Iterator[str]:
             f"(every {evaluation.eval_freq} steps)"
         )
     yield f"generate --from {folder} takes last.ckpt"
+    if built.module.ema_decay is not None:
+        yield f"convert {folder} NAME.ckpt --ema writes its averaged weights, which generate takes too"
 
 
 def _viewer(built: BuiltRun) -> str:
@@ -185,7 +188,7 @@ def _viewer(built: BuiltRun) -> str:
 
 
 def _losses(metrics: Mapping[str, float]) -> str:
-    names = ("train_loss", "val_loss")
+    names = ("train_loss", "val_loss", "val_loss_ema")
     return ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
 
 

@@ -131,8 +131,11 @@ def _plain(value: Any) -> Any:
 Row = dict[str, float]
 COUNTS = ("step", "epoch", "tokens_seen")
 COLUMNS = ("step", "epoch", "seen_epochs", *EvaluationCallback.TAGS, *TrainMetrics.TAGS)
-# of tasks; a file has the columns of its run's tasks only
-TASK_COLUMNS = tuple(f"eval/{task}_{metric}" for task in TASK_NAMES for metric in METRICS[task])
+# of averaged weights and of tasks; a file has those of its run only
+OPTIONAL_COLUMNS = (
+    EvaluationCallback.EMA_TAG,
+    *(f"eval/{task}_{metric}" for task in TASK_NAMES for metric in METRICS[task]),
+)
 
 
 class MetricsCSV(StepEndCallback):
@@ -143,19 +146,19 @@ class MetricsCSV(StepEndCallback):
     Args:
         folder: Folder of the run.
         hparams: Settings to show in TensorBoard in addition to the module's, by group.
-        task_tags: Metrics of the run's tasks.
+        optional_tags: Those of ``OPTIONAL_COLUMNS`` that the run has.
     """
 
     def __init__(
         self,
         folder: Path,
         hparams: dict[str, Any] | None = None,
-        task_tags: Collection[str] = (),
+        optional_tags: Collection[str] = (),
     ) -> None:
         self.path = folder / "metrics.csv"
         self.figure_path = folder / "loss.png"
         self.hparams = hparams or {}
-        self.task_tags = task_tags
+        self.optional_tags = optional_tags
         self.rows: list[Row] = []
         self._finished_step = -1
 
@@ -169,10 +172,10 @@ class MetricsCSV(StepEndCallback):
 
     @property
     def _columns(self) -> list[str]:
-        """Those of the run's tasks, and of tasks that it had before it was resumed."""
+        """Those of the run's metrics, and of metrics that it had before it was resumed."""
         had = {tag for row in self.rows for tag in row}
-        tasks = [tag for tag in TASK_COLUMNS if tag in self.task_tags or tag in had]
-        return [*COLUMNS, *tasks]
+        optional = [tag for tag in OPTIONAL_COLUMNS if tag in self.optional_tags or tag in had]
+        return [*COLUMNS, *optional]
 
     def on_metrics(
         self,
@@ -237,7 +240,7 @@ def read_rows(path: Path) -> list[Row]:
     complete = text[: text.rfind("\n") + 1]
     rows = []
     for row in csv.DictReader(io.StringIO(complete, newline="")):
-        values = {key: row[key] for key in (*COLUMNS, *TASK_COLUMNS) if row.get(key)}
+        values = {key: row[key] for key in (*COLUMNS, *OPTIONAL_COLUMNS) if row.get(key)}
         if None not in row.values() and "step" in values:
             with suppress(ValueError):
                 rows.append({k: (int if k in COUNTS else float)(v) for k, v in values.items()})
@@ -282,8 +285,11 @@ def loss_figure(rows: list[Row]) -> "Figure":
     for tag, style, color, label in [
         ("train_loss", "-", SERIES[0], "Training loss"),
         ("val_loss", "--", SERIES[1], "Validation loss"),
+        ("val_loss_ema", ":", SERIES[2], "Validation loss of averaged weights"),
     ]:
-        losses = [row[tag] for row in rows]
+        losses = [row.get(tag, math.nan) for row in rows]
+        if all(map(math.isnan, losses)):
+            continue
         axes.plot(epochs, losses, style, marker=marker, color=color, linewidth=2, label=label)
     axes.set_xlabel("Epochs")
     axes.set_ylabel("Loss (nats per token)")

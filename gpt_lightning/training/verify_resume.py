@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpt_lightning.data.dataloader import Batch, ResumableDataLoader
 from gpt_lightning.data.epochs import EpochShape
-from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.pretrained.weights import EMA_STATE, read_checkpoint
 from gpt_lightning.storage.atomic import created_folder
 from gpt_lightning.training.checkpoint_io import LAST
 from gpt_lightning.training.schedule import STEP_SETTINGS, Schedule
@@ -279,11 +279,13 @@ def compare_checkpoints(straight: Path, resumed: Path) -> list[Comparison]:
 def _split_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a checkpoint, divided into the parts that are compared."""
     weights = checkpoint["state_dict"]
+    if EMA_STATE in checkpoint:
+        weights = {"weights": weights, "average": checkpoint[EMA_STATE]}
     optimizer = checkpoint["optimizer_states"]
     rest = {
         key: value
         for key, value in checkpoint.items()
-        if key not in ("state_dict", "optimizer_states")
+        if key not in ("state_dict", EMA_STATE, "optimizer_states")
     }
     return {"weights": weights, "optimizer": optimizer, "counters": rest}
 

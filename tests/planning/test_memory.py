@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,6 +72,7 @@ def allocated_at_peak(shape: StepShape, folder: Path) -> int:
         model = GPTModel(shape.config).to(dtype)
         model.activation_checkpointing = shape.activation_checkpointing
         optimizer = optimizer_config(shape).build(model, precision=shape.precision)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn()) if shape.ema else None
         idx, targets = torch.zeros(2, shape.batch_size, shape.length, dtype=torch.int64)
         for _ in range(2):
             for micro_batch in range(1 + shape.accumulate):
@@ -87,6 +89,8 @@ def allocated_at_peak(shape: StepShape, folder: Path) -> int:
                     optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
     record.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
@@ -99,6 +103,7 @@ def allocated_at_peak(shape: StepShape, folder: Path) -> int:
     [
         ({}, {}),
         ({"accumulate": True}, {}),
+        ({"ema": True}, {}),
         ({"loss_chunk_size": 64}, {}),
         ({"loss_chunk_size": 32, "activation_checkpointing": True, "batch_size": 16}, {}),
         ({"activation_checkpointing": True}, {"vocab_size": 500}),

@@ -123,8 +123,14 @@ def test_time_is_divided_by_devices_and_fit_is_unknown_without_a_memory_size() -
     assert eight.total - one.total == one.memory["weights"]  # DDP's buckets
 
 
-def test_checkpoint_has_the_predicted_size(command: Command, fit: Command) -> None:
-    arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1", "--model.config.emb_dim=16")
+@pytest.mark.parametrize(
+    "options", [(), ("--model.ema_decay=0.9", "--trainer.precision=bf16-true")]
+)
+def test_checkpoint_has_the_predicted_size(
+    command: Command, fit: Command, options: tuple[str, ...]
+) -> None:
+    arguments = ("--trainer.max_steps=2", "--trainer.max_epochs=-1", "--model.config.emb_dim=16",
+                 *options)  # fmt: skip
     found = plan_as_json(command, *SMALL_QUICKSTART, *arguments)
     fit("--run=sized", *arguments)
     folder = Path("checkpoints/sized")

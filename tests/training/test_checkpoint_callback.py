@@ -163,16 +163,28 @@ def test_removed_files_are_saved_again_at_once(
     fit("--trainer.max_steps=5", "--ckpt_path=last")
 
 
-@pytest.mark.parametrize(("precision", "size"), [("bf16-true", 2), ("32-true", 4), ("64-true", 8)])
-def test_needed_disk_space_depends_on_the_precision(
-    fit: Command, command: Command, monkeypatch: pytest.MonkeyPatch, precision: str, size: int
+@pytest.mark.parametrize(
+    ("precision", "average"),
+    [
+        ("bf16-true", ()),
+        ("32-true", ()),
+        ("64-true", ()),
+        ("bf16-true", ("--model.ema_decay=0.9",)),
+    ],
+)
+def test_needed_disk_space_depends_on_precision_and_average(
+    fit: Command,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    average: tuple[str, ...],
 ) -> None:
-    fit("--run=real", "--trainer.max_steps=1", f"--trainer.precision={precision}")
+    fit("--run=real", "--trainer.max_steps=1", f"--trainer.precision={precision}", *average)
     real = Path("checkpoints/real/last.ckpt").stat().st_size
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * real * 98 // 100))
     arguments = ["fit", *SMALL_QUICKSTART, "--trainer.max_steps=1",
-                 f"--trainer.precision={precision}"]  # fmt: skip
+                 f"--trainer.precision={precision}", *average]  # fmt: skip
     result = command(*arguments)
     assert result.code == 2
     assert f"for 4 files of {real / 1e9:.2f} GB" in result.err

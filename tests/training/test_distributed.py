@@ -33,7 +33,7 @@ RUN_SETTINGS = (
     "--model.config.emb_dim=16",
     "--model.config.drop_rate=0", "--evaluation.eval_freq=1", "--evaluation.eval_iter=null",
     "--trainer.max_epochs=-1", "--trainer.gradient_clip_val=0.1", "--data.train_ratio=0.5", "--data.stride=103",
-    "--model.decay_matrices_only=true", "--model.warmup_steps=0",
+    "--model.decay_matrices_only=true", "--model.warmup_steps=0", "--model.ema_decay=0.8",
 )  # fmt: skip
 
 
@@ -78,10 +78,12 @@ def assert_same_content(path: Path, other: Path) -> None:
     """Both have the same keys, types and shapes, and equal weights and moments up to rounding."""
     a, b = read_checkpoint(path), read_checkpoint(other)
     assert list(a) == list(b)
-    assert list(a["state_dict"]) == list(b["state_dict"])
-    for name, weight in a["state_dict"].items():
-        assert type(weight) is torch.Tensor
-        torch.testing.assert_close(weight, b["state_dict"][name], atol=2e-4, rtol=0)
+    assert a["ema_updates"] == b["ema_updates"]
+    for key in ("state_dict", "state_dict_ema"):
+        assert list(a[key]) == list(b[key]) == list(a["state_dict"])
+        for name, weight in a[key].items():
+            assert type(weight) is torch.Tensor
+            torch.testing.assert_close(weight, b[key][name], atol=2e-4, rtol=0)
     (a,), (b,) = a["optimizer_states"], b["optimizer_states"]
     assert a["param_groups"] == b["param_groups"]
     assert a["state"].keys() == b["state"].keys()

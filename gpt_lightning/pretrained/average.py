@@ -19,7 +19,7 @@ def average_weights(models: Mapping[str, ModelWeights]) -> ModelWeights:
         models: Two or more, by the names that messages have.
 
     Raises:
-        ValueError: They have other architectures or other tokenizers.
+        ValueError: They have other architectures or other tokenizers, or values that are not finite.
     """
     (first_name, first), *others = models.items()
     for name, model in others:
@@ -30,6 +30,13 @@ def average_weights(models: Mapping[str, ModelWeights]) -> ModelWeights:
         total = torch.zeros_like(first.state_dict[name], dtype=torch.float64)
         for model in models.values():
             total += model.state_dict[name]
+        if not total.isfinite().all():
+            bad = next(
+                n for n, model in models.items() if not model.state_dict[name].isfinite().all()
+            )
+            raise ValueError(
+                f"average: {bad} has values that are not finite in {name}; leave it out"
+            )
         return (total / len(models)).to(dtype)
 
     return replace(

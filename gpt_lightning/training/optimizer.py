@@ -88,6 +88,10 @@ class OptimizerConfig:
                     "model.optimizer muon"
                 )
             return
+        if not self.lr:
+            raise ValueError(
+                "model.lr: 0 is too small for Muon, whose learning rate is a multiple of it; give more than 0"
+            )
         if self.muon_lr is not None and not 0.0 < self.muon_lr < math.inf:
             raise ValueError(f"model.muon_lr: {self.muon_lr} is out of range; give more than 0")
         if self.muon_momentum is not None and not 0.0 <= self.muon_momentum < 1.0:

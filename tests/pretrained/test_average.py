@@ -98,3 +98,11 @@ def test_models_with_two_tokenizers_are_refused(command: Command) -> None:
         save_model(model, f"{name}.ckpt", "lightning", tokenizer=tokenizer)
     result = command("convert", "a", "b", "mean.ckpt", "--average")
     assert_refused(result, "average: b has another tokenizer than a: ", "510 tokens", "500 tokens")
+
+
+def test_values_that_are_not_finite_are_refused(command: Command, models: list[GPTModel]) -> None:
+    models[1].trf_blocks[0].ff.layers[0].bias.data[3] = torch.nan  # type: ignore[union-attr,index]
+    save_model(models[1], "nan.ckpt", "lightning")
+    result = command("convert", "a", "nan.ckpt", "mean.ckpt", "--average")
+    assert_refused(result, "average: nan.ckpt has values that are not finite in trf_blocks.0.ff")
+    assert not Path("mean.ckpt").exists()

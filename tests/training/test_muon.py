@@ -194,7 +194,8 @@ def test_flops_of_muon_for_the_124M_model() -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", SGD])
 def test_resumed_run_has_the_bits_of_one_that_never_stopped(fit: Command, optimizer: str) -> None:
-    settings = (f"--model.optimizer={optimizer}", "--model.lr=0.01", "--model.warmup_steps=2")
+    settings = (f"--model.optimizer={optimizer}", "--model.lr=0.01", "--model.warmup_steps=2",
+                "--model.ema_decay=0.9")  # fmt: skip
     fit(*settings, "--run=whole", "--trainer.max_steps=8")
     fit(*settings, "--run=parts", "--trainer.max_steps=3")
     fit(*settings, "--run=parts", "--trainer.max_steps=8", "--ckpt_path=last")
@@ -280,6 +281,7 @@ REFUSED = {
     "not-arguments": (["--model.optimizer={class_path: SGD, init_args: 3}"], "not a mapping"),
     "no-effect": (["--model.muon_lr=0.1"], "has no effect"),
     "no-effect-2": (["--model.optimizer=SGD", "--model.muon_momentum=0.1"], "has no effect"),
+    "lr-0": ([MUON, "--model.lr=0"], "model.lr: 0"),
     "muon-lr": ([MUON, "--model.muon_lr=0"], "muon_lr"),
     "momentum": ([MUON, "--model.muon_momentum=1"], "muon_momentum"),
     "adjust": ([MUON, "--model.muon_adjust_lr=none"], "original"),

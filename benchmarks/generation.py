@@ -1,8 +1,8 @@
 """Greedy decoding compared with transformers, LitGPT and the book's code: python benchmarks/generation.py [--repeats 5] [--tiny]
 
 A model of the 124M shape with random weights reads a prompt of 64 tokens and generates 64. Each backend runs in a
-separate process, and the processes take turns. --litgpt and --transformers PYTHON are interpreters in which the peer is
-installed (default for transformers: this one). The last line is JSON.
+separate process, and the processes take turns. --litgpt, --ctranslate2 and --transformers PYTHON are interpreters in which
+the peer is installed (default for transformers: this one); CTranslate2 also needs transformers. The last line is JSON.
 """
 
 import argparse
@@ -26,31 +26,42 @@ from gpt_lightning.model.packed_linear import can_pack, pack_weights
 PROMPT, NEW = 64, 64
 
 
-def backends(dtype: str, transformers: str, litgpt: str | None) -> dict[str, tuple[str, str, int]]:
-    """Interpreter, backend of peers.py and batch size by name."""
+def backends(
+    dtype: str, transformers: str, litgpt: str | None, ctranslate2: str | None
+) -> dict[str, tuple[str, str, int, str]]:
+    """Interpreter, backend of peers.py, batch size and dtype by name."""
     here = sys.executable
     chosen = {
-        "ours": (here, "ours", 1),
-        "a plain loop over our model": (here, "plain", 1),
-        "transformers": (transformers, "transformers", 1),
-        "ours, batch 8": (here, "ours", 8),
+        "ours": (here, "ours", 1, dtype),
+        "a plain loop over our model": (here, "plain", 1, dtype),
+        "transformers": (transformers, "transformers", 1, dtype),
+        "ours, batch 8": (here, "ours", 8, dtype),
     }
     if litgpt:
-        chosen["LitGPT"] = (litgpt, "litgpt", 1)
+        chosen["LitGPT"] = (litgpt, "litgpt", 1, dtype)
+    if ctranslate2 and dtype == "float32":  # on a CPU it computes in float32 or int8
+        for batch, more in ((1, ""), (8, ", batch 8")):
+            chosen[f"CTranslate2{more}"] = (ctranslate2, "ctranslate2", batch, "float32")
+            chosen[f"CTranslate2 int8{more}"] = (ctranslate2, "ctranslate2", batch, "int8")
     if dtype == "float32":
-        chosen["the book"] = (here, "book", 1)
+        chosen["the book"] = (here, "book", 1, dtype)
     return chosen
 
 
 def measure(
-    config: dict[str, Any], dtype: str, transformers: str, litgpt: str | None, repeats: int
+    config: dict[str, Any],
+    dtype: str,
+    transformers: str,
+    litgpt: str | None,
+    ctranslate2: str | None,
+    repeats: int,
 ) -> tuple[dict[str, list[float]], dict[str, float], list[dict[str, Any]]]:
     """Tokens/s (median, minimum, maximum) and peak GB of each backend, and the targets, in one dtype."""
-    settings = {"config": config, "prompt": PROMPT, "new": NEW, "dtype": dtype}
-    chosen = backends(dtype, transformers, litgpt)
+    settings = {"config": config, "prompt": PROMPT, "new": NEW}
+    chosen = backends(dtype, transformers, litgpt, ctranslate2)
     workers = {
-        name: Worker("decode", python, backend, {**settings, "batch": batch})
-        for name, (python, backend, batch) in chosen.items()
+        name: Worker("decode", python, backend, {**settings, "batch": batch, "dtype": stored})
+        for name, (python, backend, batch, stored) in chosen.items()
     }
     seconds = interleaved({name: worker.go for name, worker in workers.items()}, repeats)
     tokens_per_second, memory_gb = {}, {}
@@ -107,6 +118,9 @@ def main() -> None:
         "--litgpt", metavar="PYTHON", help="interpreter in which LitGPT is installed"
     )
     parser.add_argument(
+        "--ctranslate2", metavar="PYTHON", help="interpreter in which CTranslate2 is installed"
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="use a toy model, to test that the benchmark runs"
     )
     arguments = parser.parse_args()
@@ -124,7 +138,12 @@ def main() -> None:
             not_measured.append(dtype)
             continue
         rates, own_memory, own_targets = measure(
-            config, dtype, arguments.transformers, arguments.litgpt, arguments.repeats
+            config,
+            dtype,
+            arguments.transformers,
+            arguments.litgpt,
+            arguments.ctranslate2,
+            arguments.repeats,
         )
         tokens_per_second |= rates
         memory |= own_memory
@@ -138,7 +157,11 @@ def main() -> None:
         print("passed" if target["passed"] else "FAILED", target)
     result = {
         "benchmark": "generation",
-        "machine": description(transformers=arguments.transformers, litgpt=arguments.litgpt),
+        "machine": description(
+            transformers=arguments.transformers,
+            litgpt=arguments.litgpt,
+            ctranslate2=arguments.ctranslate2,
+        ),
     }
     print(
         json.dumps(

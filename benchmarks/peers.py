@@ -118,6 +118,8 @@ def train_step(backend: str, settings: dict[str, Any]) -> Callable[[], None]:
 def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
     """Greedy decoding of ``new`` tokens after prompts of ``prompt`` tokens. "plain" is a loop over our model and cache."""
     torch.manual_seed(0)
+    if backend == "ctranslate2":
+        return ctranslate2_decoding(settings)
     model, _ = MODELS["ours" if backend == "plain" else backend](settings)
     model = model.to(getattr(torch, settings["dtype"])).eval()
     length, new, config = settings["prompt"], settings["new"], settings["config"]
@@ -146,6 +148,56 @@ def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
 
     pack_weights(model)  # as the generate command does
     return lambda: list(stream_ids(model, prompt.tolist(), new, SamplingParams()))
+
+
+def ctranslate2_decoding(settings: dict[str, Any]) -> Callable[[], Any]:
+    """CTranslate2's generator, on the Hugging Face form of a random model; "int8" quantizes the weights."""
+    import tempfile
+
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+    from transformers import GPT2TokenizerFast
+
+    batch, length, new = settings["batch"], settings["prompt"], settings["new"]
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = transformers(settings)
+        model.generation_config.bos_token_id = model.config.bos_token_id = 0
+        model.generation_config.eos_token_id = model.config.eos_token_id = 0
+        model.save_pretrained(f"{folder}/hf")
+        # the converter wants a vocabulary; the prompts are tokens of it
+        tokens = {f"t{i}": i for i in range(settings["config"]["vocab_size"])}
+        Path(f"{folder}/hf/vocab.json").write_text(json.dumps(tokens))
+        Path(f"{folder}/hf/merges.txt").write_text("#version: 0.2\n")
+        tokenizer = GPT2TokenizerFast(
+            f"{folder}/hf/vocab.json",
+            f"{folder}/hf/merges.txt",
+            unk_token="t0",
+            bos_token="t0",
+            eos_token="t0",
+        )
+        tokenizer.save_pretrained(f"{folder}/hf")
+        TransformersConverter(f"{folder}/hf").convert(
+            f"{folder}/ct2", quantization=settings["dtype"]
+        )
+        del model
+        generator = ctranslate2.Generator(
+            f"{folder}/ct2", compute_type=settings["dtype"], intra_threads=torch.get_num_threads()
+        )
+    prompt = [[f"t{i + 1}" for i in range(length)]] * batch
+
+    def decode() -> Any:
+        results = generator.generate_batch(
+            prompt,
+            max_length=new,
+            min_length=new,
+            sampling_topk=1,
+            beam_size=1,
+            include_prompt_in_result=False,
+        )
+        assert all(len(result.sequences_ids[0]) == new for result in results)
+        return results
+
+    return decode
 
 
 @torch.inference_mode()

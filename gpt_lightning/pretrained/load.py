@@ -12,6 +12,7 @@ import torch
 from gpt_lightning.data.tokenizer import GPT2, Tokenizer
 from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
+from gpt_lightning.model.int8_linear import int8_unsupported_reason, quantize_int8
 from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.model.precision import has_float64
 from gpt_lightning.pretrained.book import is_book, read_book
@@ -220,15 +221,37 @@ def load_for_text(
 ) -> tuple[GPTModel, Tokenizer]:
     """Load a model as :func:`load_model` does, and its tokenizer; a model without one is refused.
 
-    The model's weights are packed for decoding.
+    The model is prepared for decoding, see :func:`build_for_decoding`, which takes ``dtype`` too.
     """
     weights = read_weights(source, n_heads=n_heads)
     check_heads(weights, source, n_heads)
     check_tokenizer(weights, source)
     print_warnings(weights)
-    model = build_model(replace(weights, optimizer_state=None), device=device, dtype=dtype)
-    pack_weights(model)
+    model = build_for_decoding(replace(weights, optimizer_state=None), device=device, dtype=dtype)
     return model, weights.tokenizer
+
+
+def build_for_decoding(
+    weights: ModelWeights, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> GPTModel:
+    """The model in eval mode with matrices in the layout that a CPU decodes fastest.
+
+    Args:
+        dtype: Of the weights; ``None``: as stored. ``torch.int8``: of the matrices, see :func:`quantize_int8`; all else
+            is float32.
+
+    Raises:
+        ValueError: The device has no kernel for int8.
+    """
+    if dtype != torch.int8:
+        model = build_model(weights, device=device, dtype=dtype)
+        pack_weights(model)
+        return model
+    if reason := int8_unsupported_reason(torch.device(device or "cpu")):
+        raise ValueError(f"dtype: {reason}; give bfloat16")
+    model = build_model(weights, device=device, dtype=torch.float32)
+    quantize_int8(model)
+    return model
 
 
 def load_tokenizer(source: str) -> Tokenizer:

@@ -22,9 +22,8 @@ from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.generation.text import generate_texts
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import cross_entropy
-from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.pretrained.load import (
-    build_model,
+    build_for_decoding,
     check_tokenizer,
     print_warnings,
     read_weights,
@@ -184,12 +183,13 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
     print_warnings(weights)
     dtype = dtype or stored_dtype(weights)
     measurement = _not_measured(source, weights, task)
+    itemsize = max(dtype.itemsize, 4 if dtype == torch.int8 else 0)  # int8 is made of float32
     needed = int(_LOADING_FACTOR * sum(
-        t.numel() * dtype.itemsize for t in weights.state_dict.values()
+        t.numel() * itemsize for t in weights.state_dict.values()
     ))  # fmt: skip
     if weights.config.tied_embeddings:  # decoding needs a copy of the head in another layout
         embedding = weights.state_dict["tok_emb.weight"]
-        needed += embedding.numel() * dtype.itemsize
+        needed += embedding.numel() * itemsize
     if task.text is not None:  # the logits and their log-softmax
         needed += 8 * task.batch_size * task.context_length * weights.config.vocab_size
     if needed > (free := _free_memory(task)):
@@ -197,8 +197,7 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         return replace(measurement, skipped=cause)
     start = time.perf_counter()
     tokenizer = weights.tokenizer
-    model = build_model(weights, device=task.device, dtype=dtype)
-    pack_weights(model)
+    model = build_for_decoding(weights, device=task.device, dtype=dtype)
     seconds_to_load = time.perf_counter() - start
     first_token, rate = _speed(model, tokenizer, task)
     generator = make_generator(task.seed, task.device)

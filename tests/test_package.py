@@ -93,8 +93,10 @@ PRIVATE_NAMES = {
     # Lightning
     "cli/main.py": "_version",
     "cli/plan.py": "_ddp_kwargs",
-    # torch: nested containers of tensors, fake tensors, hooks, oneDNN's linear layer, a state dict's metadata
+    # torch: nested containers of tensors, fake tensors, hooks, instructions of the CPU, oneDNN's linear layer, a state
+    # dict's metadata
     "generation/cuda_graph.py": "_forward_hooks _forward_pre_hooks",
+    "model/int8_linear.py": "_is_vnni_supported",
     "model/packed_linear.py": "_linear_pointwise _reorder_linear_weight",
     "pretrained/book.py": "_metadata",
     "training/checkpoint_io.py": "_pytree",

@@ -4,7 +4,7 @@ Trains small GPTs on real text with a vocabulary of 4,096 tokens of its own, at 
 the same batch, warmup, and linear decay over the last fifth to 0; each trains with its best learning rate:
 
 1. AdamW with five learning rates on one seed (for a size after the first: three, around the best one of the size before).
-   If the best rate is the lowest or the highest one, the next one is tried too.
+   If the best rate is the lowest or the highest one, up to three beyond it are tried too.
 2. Muon likewise with 70 % of the tokens; its embeddings, norms and biases have AdamW's best learning rate.
 3. Both with their best rates on three seeds, Muon with 50 % and 70 % of the tokens.
 
@@ -32,6 +32,7 @@ from typing import Any
 from machine import at_most, description
 
 RATES = {"adamw": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)}
+MAX_MORE_RATES = 3
 SHARES = (0.5, 0.7)  # of AdamW's tokens, for Muon
 SEEDS = (1, 2, 3)
 WINDOWS, LENGTH = 16, 256  # of an optimizer step
@@ -163,7 +164,7 @@ def best_rate(runs: Runs, rates: Sequence[float], recipe: Recipe) -> float:
     """The learning rate with the lowest final loss; rates beyond the ends are tried while the best one is an end."""
     losses: dict[float, float] = {}
     wanted = list(rates)
-    while wanted:
+    while wanted and len(losses) < len(rates) + MAX_MORE_RATES:
         found = runs.final_losses([replace(recipe, rate=rate) for rate in wanted])
         losses |= {
             rate: loss if math.isfinite(loss) else math.inf

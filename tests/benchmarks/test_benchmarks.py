@@ -58,7 +58,7 @@ def test_tokens_to_a_loss_resumes(tmp_path: Path) -> None:
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     results = (tmp_path / "RESULTS.jsonl").read_text().splitlines()
     names = [json.loads(line)["name"] for line in results]
-    assert len(names) == len(set(names)) == 11
+    assert len(names) == len(set(names)) >= 11
     measured = [json.loads(done.stdout.splitlines()[-1])["measured"] for done in (first, second)]
     assert measured[0] == measured[1]
     (one,) = measured[0]

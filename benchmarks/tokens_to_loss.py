@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import at_most, description
 
 RATES = {"adamw": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)}
@@ -139,6 +140,13 @@ class Runs:
         start = time.perf_counter()
         was_started = (self.work / "checkpoints" / recipe.name / "last.ckpt").exists()
         command("fit", *recipe.arguments(self.store), "--ckpt_path=auto", folder=self.work)
+        last = torch.load(
+            self.work / "checkpoints" / recipe.name / "last.ckpt", weights_only=True, mmap=True
+        )
+        if (seen := last["tokens_seen"]) != recipe.steps * WINDOWS * LENGTH:
+            sys.exit(
+                f"{recipe.name}: one pass has {seen:,} tokens only; give more text, or a smaller --tokens"
+            )
         with (self.work / "checkpoints" / recipe.name / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["val_loss"]]
         curve = [[int(float(row["tokens_seen"])), float(row["val_loss"])] for row in rows]

@@ -75,6 +75,18 @@ def test_tokens_to_a_loss_resumes(tmp_path: Path) -> None:
     assert one["muon_losses"]["0.7"] == [best["muon"]]
 
 
+@pytest.mark.nightly
+def test_tokens_to_a_loss_refuse_a_text_that_is_too_short(tmp_path: Path) -> None:
+    """A run that sees fewer tokens than its recipe says would change the share."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {i} towers of town {i % 7}." for i in range(10_000)))
+    script = ("benchmarks/tokens_to_loss.py", "--tiny", f"--corpus={text}", f"--work={tmp_path}")
+    result = python(*script, cwd=ROOT)
+    assert result.returncode == 1
+    assert "give more text" in result.stderr
+    assert not (tmp_path / "RESULTS.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_benchmark_against_the_harness_runs() -> None:
     pytest.importorskip("lm_eval", reason="needs the extra harness")

@@ -68,7 +68,11 @@ def add_tokens(
         config=replace(weights.config, vocab_size=vocab_size),
         state_dict=state_dict,
         optimizer_state=_grown_moments(
-            weights.optimizer_state, first, extended.vocab_size, vocab_size
+            weights.optimizer_state,
+            weights.config.vocab_size,
+            first,
+            extended.vocab_size,
+            vocab_size,
         ),
         tokenizer=extended,
     )
@@ -105,9 +109,9 @@ def _grown(
 
 
 def _grown_moments(
-    saved: dict[str, Any] | None, first: int, end: int, rows: int
+    saved: dict[str, Any] | None, old_rows: int, first: int, end: int, rows: int
 ) -> dict[str, Any] | None:
-    """The optimizer's state with rows for the new tokens."""
+    """The optimizer's state with rows for the new tokens; Adafactor's mean over the rows ``(1, C)`` stays."""
     if saved is None:
         return None
     state = dict(saved["state"])
@@ -116,7 +120,7 @@ def _grown_moments(
             if name.removeprefix("model.") in _VOCABULARY_MATRICES and index in state:
                 state[index] = {
                     key: _grown_moment(key, value, first, end, rows)
-                    if isinstance(value, Tensor) and value.dim() == 2
+                    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == old_rows
                     else value
                     for key, value in state[index].items()
                 }

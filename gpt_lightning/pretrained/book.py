@@ -232,7 +232,8 @@ def _is_moment(value: Any) -> bool:
 
 
 def _is_adamw(optimizer_state: dict[str, Any]) -> bool:
-    return all("exp_avg_sq" in entry for entry in optimizer_state["state"].values())
+    entries = optimizer_state["state"].values()
+    return bool(entries) and all("exp_avg_sq" in entry for entry in entries)
 
 
 def _book_optimizer(saved: dict[str, Any], names: list[str], config: GPTConfig) -> dict[str, Any]:

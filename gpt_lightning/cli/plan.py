@@ -140,6 +140,8 @@ class PlanCLI(TrainingCLI):
         self._module, _ = build_modules(
             self.run_config(), architecture, self.start.tokenizer
         )  # they check their settings
+        if strategy == "fsdp":
+            self._module.optimizer_config.check_sharding()
         length = window_length(data.context_length, architecture.context_length)
         step = StepShape(
             config=architecture,

@@ -18,7 +18,7 @@ from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.checkpoint_callback import CheckpointCallback
 from gpt_lightning.training.checkpoint_io import AtomicCheckpointIO
 from gpt_lightning.training.config import RunConfig
-from gpt_lightning.training.distributed import check_strategy, is_rank_zero
+from gpt_lightning.training.distributed import FSDP2Strategy, check_strategy, is_rank_zero
 from gpt_lightning.training.ema import WeightEMA
 from gpt_lightning.training.evaluation import EvaluationCallback, SampleTextCallback
 from gpt_lightning.training.lightning_compat import use_fast_epoch_loop
@@ -158,6 +158,8 @@ def build_run(
         "enable_model_summary": bool(config.trainer.get("enable_model_summary")),
     }
     trainer = _make_trainer(settings)
+    if trains and isinstance(trainer.strategy, FSDP2Strategy):
+        module.optimizer_config.check_sharding()
     if start.checkpoint_path is not None:
         trainer.ckpt_path = start.checkpoint_path
     return BuiltRun(config, start, trainer, module, datamodule, stop, checkpoints)

@@ -21,7 +21,11 @@ from gpt_lightning.training.distributed import check_strategy, shard_model
 from gpt_lightning.training.grad_norm import global_grad_norm
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.muon import AdjustLR
-from gpt_lightning.training.optimizer import OptimizerConfig, load_optimizer_moments
+from gpt_lightning.training.optimizer import (
+    OptimizerConfig,
+    check_moments,
+    load_optimizer_moments,
+)
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
 from gpt_lightning.training.run_length import Progress, epoch_shape, run_steps
 from gpt_lightning.training.schedule import DecayType, LRSchedule, Schedule, Steps
@@ -179,13 +183,16 @@ class GPTLightningModule(LightningModule):
         """Start the run from existing weights, and from existing optimizer moments with ``with_optimizer``.
 
         Raises:
-            ValueError: ``source`` has another architecture, or has no optimizer state.
+            ValueError: ``source`` has another architecture, no optimizer state, or that of another optimizer.
         """
         reconcile_config("init_from", source.config, asdict(self.config), source.assumed)
-        if with_optimizer and source.optimizer_state is None:
-            raise ValueError(
-                "init_optimizer: the source has no optimizer state; leave --init_optimizer out"
-            )
+        if with_optimizer:
+            if source.optimizer_state is None:
+                raise ValueError(
+                    "init_optimizer: the source has no optimizer state; leave --init_optimizer out"
+                )
+            dims = {name: weight.dim() for name, weight in source.state_dict.items()}
+            check_moments(self.optimizer_config, source.optimizer_state, dims)
         self._start = source
         self._start_with_moments = with_optimizer
 

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -32,7 +33,11 @@ _REFUSED = {
 }
 # arguments that settings of the run give
 _SET_BY_MODEL = ("lr", "weight_decay", "betas")
-_SET_BY_RUN = ("params", "fused", "differentiable", "maximize")
+_SET_BY_RUN = ("params", "fused", "capturable", "differentiable", "maximize")
+# classes whose steps torch cannot compute on sharded matrices
+_NOT_SHARDED = ("Adafactor", "Rprop")
+_ADAMW_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
+_EXAMPLE = "{class_path: torch.optim.SGD, init_args: {momentum: 0.9}}"
 MUON_MOMENTUM = 0.95  # the default of Muon's author
 
 
@@ -73,7 +78,7 @@ class OptimizerConfig:
             )
         self._check_muon()
         if self.optimizer not in ("adamw", "muon"):
-            self._build_class([nn.Parameter(torch.zeros(1, 1))])
+            self._example_state(1, 1)
 
     def _check_muon(self) -> None:
         given = {
@@ -171,16 +176,28 @@ class OptimizerConfig:
             return 2 * total - block_matrix_parameters(config)
         if self.optimizer == "adamw":
             return 2 * total
-        parameter = nn.Parameter(torch.zeros(64, 64))
-        optimizer = self._build_class([parameter])
-        parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
         values = sum(
             value.numel()
-            for value in optimizer.state[parameter].values()
+            for value in self._example_state(64, 64).values()
             if isinstance(value, torch.Tensor) and value.dim()
         )
-        return total * values // parameter.numel()
+        return total * values // 64**2
+
+    def state_keys(self, name: str = "", dim: int = 2) -> frozenset[str]:
+        """Names of what the optimizer saves for a parameter with this name and number of dimensions."""
+        if self.optimizer == "muon" and _muon_chunks(name):
+            return frozenset({"momentum_buffer"})
+        if self.optimizer in ("adamw", "muon"):
+            return _ADAMW_STATE
+        return frozenset(self._example_state(*[1] * dim))
+
+    def check_sharding(self) -> None:
+        """Refuse a class that does not work with FSDP2, with a ``ValueError``."""
+        if self.name.removeprefix("torch.optim.") in _NOT_SHARDED:
+            raise ValueError(
+                f"model.optimizer: {self.name} does not work with FSDP2, whose matrices are sharded; give another "
+                "class, or --config configs/ddp.yaml"
+            )
 
     @property
     def is_fused(self) -> bool:
@@ -196,7 +213,14 @@ class OptimizerConfig:
             arguments = given.get("init_args") or {}
             if unknown := given.keys() - {"class_path", "init_args"}:
                 raise ValueError(
-                    f"model.optimizer: {min(unknown)} is not a key; give class_path and init_args"
+                    f"model.optimizer: {min(map(str, unknown))} is not a key; give class_path and init_args, as "
+                    f"{_EXAMPLE}"
+                )
+            if path is None:
+                raise ValueError(f"model.optimizer: has no class_path; give it, as {_EXAMPLE}")
+            if path in ("adamw", "muon"):
+                raise ValueError(
+                    f"model.optimizer: {path} is not a class_path; give model.optimizer {path}"
                 )
         classes = {
             name: value
@@ -228,7 +252,7 @@ class OptimizerConfig:
             if name in _SET_BY_RUN:
                 raise ValueError(f"model.optimizer.init_args.{name}: is set by fit; leave it out")
             if name not in known:
-                near = nearest(name, known)
+                near = nearest(str(name), known)
                 remedy = (
                     f"did you mean {near}?"
                     if near
@@ -236,12 +260,27 @@ class OptimizerConfig:
                 )
                 raise ValueError(f"model.optimizer.init_args.{name}: is not an argument; {remedy}")
         own = {name: getattr(self, name) for name in _SET_BY_MODEL if name in known}
-        try:
+        with self._refused_arguments():
             return optimizer_class(groups, **own, **given)
-        except (TypeError, ValueError, RuntimeError) as error:
+
+    def _example_state(self, *shape: int) -> dict[str, Any]:
+        """Return what the class saves for a parameter; raise a ``ValueError`` if its steps refuse the arguments."""
+        parameter = nn.Parameter(torch.zeros(shape))
+        optimizer = self._build_class([parameter])
+        with self._refused_arguments():
+            for _ in range(2):  # the second step uses more arguments than the first
+                parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+        return dict(optimizer.state[parameter])
+
+    @contextmanager
+    def _refused_arguments(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise ValueError(
-                f"model.optimizer: torch.optim.{optimizer_class.__name__} refuses its arguments "
-                f"({' '.join(str(error).split())}); give other init_args"
+                f"model.optimizer: {self.name} refuses its arguments ({' '.join(str(error).split())}); give other "
+                "init_args"
             ) from error
 
 
@@ -286,48 +325,54 @@ def product_dtype(precision: str) -> torch.dtype:
     return torch.float32 if computed == torch.float16 else computed
 
 
-def load_optimizer_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load the state of ``saved`` by parameter name; keep the learning rate and weight decay.
+def check_moments(config: OptimizerConfig, saved: dict[str, Any], dims: Mapping[str, int]) -> None:
+    """Check that an optimizer state has what the optimizer of a run needs for each parameter.
+
+    Args:
+        dims: Number of dimensions of each parameter, by name.
 
     Raises:
-        ValueError: ``saved`` lacks a parameter that ``optimizer`` has, or is the state of another optimizer.
+        ValueError: ``saved`` lacks a parameter, or is the state of another optimizer.
     """
-    by_name = {
-        name: saved["state"].get(index)
-        for group in saved["param_groups"]
-        for index, name in zip(group["params"], group.get("param_names", ()), strict=True)
-    }
+    by_name = _state_by_name(saved)
+    for name, dim in dims.items():
+        keys = config.state_keys(name, dim)
+        if not keys:
+            raise ValueError(
+                f"init_optimizer: {config.name} has no state with its settings; leave --init_optimizer out"
+            )
+        state = by_name.get(name)
+        if state is None:
+            raise ValueError(
+                f"init_optimizer: the source has no optimizer state for {name}; "
+                "leave --init_optimizer out"
+            )
+        if not keys <= state.keys():
+            raise ValueError(
+                f"init_optimizer: the source was trained with another optimizer: for {name} it has "
+                f"{', '.join(state) or 'nothing'}, this run needs {', '.join(sorted(keys))}; leave "
+                "--init_optimizer out, or give its --model.optimizer"
+            )
+
+
+def load_optimizer_moments(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load the state of ``saved``, which is checked, by parameter name; keep the learning rate and weight decay."""
+    by_name = _state_by_name(saved)
     own = optimizer.state_dict()
     for group in own["param_groups"]:
-        keys = _state_keys(optimizer, group)
         for index, name in zip(group["params"], group["param_names"], strict=True):
-            state = by_name.get(name)
-            if state is None:
-                raise ValueError(
-                    f"init_optimizer: the source has no optimizer state for {name}; "
-                    "leave --init_optimizer out"
-                )
-            if not keys or not keys <= state.keys():
-                raise ValueError(
-                    f"init_optimizer: the source was trained with another optimizer: for {name} it has "
-                    f"{', '.join(state) or 'nothing'}, this run needs {', '.join(sorted(keys)) or 'nothing'}; leave "
-                    "--init_optimizer out, or give its --model.optimizer"
-                )
             own["state"][index] = {
                 key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in state.items()
+                for key, value in by_name[name].items()
             }
     load_optimizer_state(optimizer, own)
 
 
-def _state_keys(optimizer: Optimizer, group: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of what the optimizer saves for a parameter of a group."""
-    if "chunks" in group:
-        return frozenset({"momentum_buffer"})
-    kind = AdamW if isinstance(optimizer, Muon) else type(optimizer)
-    arguments = {name: group[name] for name in inspect.signature(kind).parameters if name in group}
-    parameter = nn.Parameter(torch.zeros(1, 1))
-    example = kind(**{**arguments, "params": [parameter]})
-    parameter.grad = torch.zeros_like(parameter)
-    example.step()
-    return frozenset(example.state[parameter])
+def _state_by_name(saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what an optimizer state has for each parameter."""
+    return {
+        name: saved["state"][index]
+        for group in saved["param_groups"]
+        for index, name in zip(group["params"], group.get("param_names", ()), strict=True)
+        if index in saved["state"]
+    }

@@ -119,6 +119,12 @@ def _check_optimizer(checkpoint: Mapping[str, Any], path: Path, own: OptimizerCo
                 f"ckpt_path: {path} was trained with model.{name} {before}, and this run has {after}; give "
                 f"--model.{name} {before}, or start a new run with --init_from {path}"
             )
+    saved = stored.state_keys()
+    if saved and (missing := own.state_keys() - saved):
+        raise ValueError(
+            f"ckpt_path: {path} has no {' and '.join(sorted(missing))} in its optimizer state, which this run's "
+            f"model.optimizer.init_args need; give those it was trained with, or start a new run with --init_from {path}"
+        )
 
 
 def _check_average(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -21,11 +21,8 @@ from gpt_lightning.training.distributed import check_strategy, shard_model
 from gpt_lightning.training.grad_norm import global_grad_norm
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.muon import AdjustLR
-from gpt_lightning.training.optimizer import (
-    OptimizerConfig,
-    check_moments,
-    load_optimizer_moments,
-)
+from gpt_lightning.training.optimizer import OptimizerConfig
+from gpt_lightning.training.optimizer_state import check_moments, load_optimizer_moments
 from gpt_lightning.training.rng import get_rng_state, seed_micro_batch, set_rng_state
 from gpt_lightning.training.run_length import Progress, epoch_shape, run_steps
 from gpt_lightning.training.schedule import DecayType, LRSchedule, Schedule, Steps

@@ -52,6 +52,10 @@ class Likelihood:
     is_greedy: bool
 
 
+class NotFiniteError(ValueError):
+    """A log-probability is not finite."""
+
+
 def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> Request:
     """Token ids of a context and its continuations, split as lm-evaluation-harness splits them.
 
@@ -107,7 +111,8 @@ def log_likelihoods(
         on_progress: Called after each batch with the number of continuations that are done.
 
     Raises:
-        ValueError: A continuation is empty or longer than the model's context, or the logits are not finite.
+        ValueError: A continuation is empty or longer than the model's context.
+        NotFiniteError: The logits are not finite.
     """
     context_length = model.config.context_length
     answers: list[dict[int, Likelihood]] = [{} for _ in requests]
@@ -279,7 +284,7 @@ def _score(model: GPTModel, features: Tensor, targets: Tensor) -> tuple[Tensor, 
         targets: ``(N, K)``; so are both results.
 
     Raises:
-        ValueError: A log-probability is not finite.
+        NotFiniteError: A log-probability is not finite.
     """
     logprobs, is_argmax = [], []
     for start in range(0, len(features), SCORED_POSITIONS):
@@ -296,7 +301,7 @@ def _score(model: GPTModel, features: Tensor, targets: Tensor) -> tuple[Tensor, 
         return torch.empty(targets.shape), torch.empty(targets.shape, dtype=torch.bool)
     result = torch.cat(logprobs)
     if not torch.isfinite(result).all():
-        raise ValueError("logits: are not finite; the model's weights are damaged")
+        raise NotFiniteError("logits: are not finite; the model's weights are damaged")
     return result, torch.cat(is_argmax)
 
 

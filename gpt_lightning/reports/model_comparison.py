@@ -1,6 +1,5 @@
 """Exercise 5.6: comparison of models of different sizes on the same prompt and the same text."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from gpt_lightning.data.dataloader import ResumableDataLoader
 from gpt_lightning.data.dataset import WindowDataset
 from gpt_lightning.data.token_cache import find_tokenizer, read_splits
 from gpt_lightning.data.tokenizer import Tokenizer
+from gpt_lightning.evals.likelihood import perplexity
 from gpt_lightning.evals.task_names import METRICS, TaskName
 from gpt_lightning.evals.tasks import make_task, read_tasks
 from gpt_lightning.generation.engine import stream_ids
@@ -229,8 +229,8 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
         tasks=_evaluate_tasks(model, tokenizer, source, task),
         train_loss=train_loss,
         val_loss=val_loss,
-        train_perplexity=None if train_loss is None else math.exp(train_loss),
-        val_perplexity=None if val_loss is None else math.exp(val_loss),
+        train_perplexity=None if train_loss is None else perplexity(train_loss),
+        val_perplexity=None if val_loss is None else perplexity(val_loss),
     )
 
 

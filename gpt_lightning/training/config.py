@@ -53,8 +53,17 @@ class EvaluationConfig:
     task_limit: int | None = 200
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Check the settings of tasks, and give them one form; others are checked by the callbacks.
+
+        Raises:
+            ValueError: A setting cannot be used; the message is one line.
+        """
         for name in ("task_freq", "task_limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if (value is not None or name == "task_freq") and value < 1:
                 raise ValueError(f"evaluation.{name}: {value} is too small; give 1 or more")
         if self.tasks is not None:
             self.tasks = {str(name): file for name, file in self.named_tasks.items()}
@@ -91,6 +100,14 @@ class CheckpointConfig:
     on_failure: OnFailure = "continue"
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Check what the callback does not check.
+
+        Raises:
+            ValueError: A setting cannot be used; the message is one line.
+        """
         check_choice("checkpoint.on_failure", self.on_failure, OnFailure)
         for name in ("keep_every_n_train_steps", "max_to_keep"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -192,6 +209,8 @@ class RunConfig:
             raise ValueError(
                 f"seed_everything: {self.seed_everything} is out of range; give 0 to {2**32 - 1}"
             )
+        self.evaluation.check()  # settings may have changed since they were made
+        self.checkpoint.check()
         check_choice("rng", self.rng, Rng)
         check_choice("bad_steps", self.bad_steps, OnBadStep)
         for name in ("model", "data"):

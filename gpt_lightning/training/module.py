@@ -17,7 +17,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.pretrained.weights import EMA_STATE, ModelWeights, pop_weights, tokenizer_state
-from gpt_lightning.training.distributed import check_strategy, shard_model
+from gpt_lightning.training.distributed import check_strategy, is_rank_zero, shard_model
 from gpt_lightning.training.grad_norm import global_grad_norm
 from gpt_lightning.training.metrics import TokenWeightedLoss
 from gpt_lightning.training.muon import AdjustLR
@@ -361,7 +361,7 @@ class GPTLightningModule(LightningModule):
         if random_numbers is not None:  # copies, because the checkpoint is mapped
             random_numbers = {name: state.clone() for name, state in random_numbers.items()}
         self._random_numbers = random_numbers
-        if self.ema_decay is None and EMA_STATE in checkpoint and self.trainer.is_global_zero:
+        if self.ema_decay is None and EMA_STATE in checkpoint and is_rank_zero():
             logger.info(
                 "model.ema_decay: is not given, so the checkpoint's average of the weights is dropped"
             )

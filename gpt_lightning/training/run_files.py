@@ -287,9 +287,9 @@ def loss_figure(rows: list[Row]) -> "Figure":
         ("val_loss", "--", SERIES[1], "Validation loss"),
         ("val_loss_ema", ":", SERIES[2], "Validation loss of averaged weights"),
     ]:
-        losses = [row.get(tag, math.nan) for row in rows]
-        if all(map(math.isnan, losses)):
+        if not any(tag in row for row in rows):
             continue
+        losses = [row.get(tag, math.nan) for row in rows]
         axes.plot(epochs, losses, style, marker=marker, color=color, linewidth=2, label=label)
     axes.set_xlabel("Epochs")
     axes.set_ylabel("Loss (nats per token)")

@@ -12,9 +12,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from gpt_lightning.data.tokenizer import Tokenizer
-from gpt_lightning.evals.likelihood import Likelihood, log_likelihoods
+from gpt_lightning.evals.likelihood import (
+    Likelihood,
+    NotFiniteError,
+    Request,
+    log_likelihoods,
+)
 from gpt_lightning.evals.task_names import METRICS
 from gpt_lightning.evals.tasks import Task, make_task, read_tasks
+from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.training.config import EvaluationConfig
 from gpt_lightning.training.distributed import FSDP2Strategy
 from gpt_lightning.training.evaluation import uncompiled
@@ -58,7 +64,8 @@ class TaskEvaluationCallback(StepEndCallback):
     is made longer removes them and logs those of its own end.
 
     The ranks share the examples. With FSDP2 each rank computes all of them, because the ranks must gather each
-    block's weights equally often. A signal ends an evaluation without a result.
+    block's weights equally often. A signal ends an evaluation without a result. Metrics are NaN if logits are not
+    finite, as losses are; the run continues.
     """
 
     def __init__(
@@ -106,7 +113,7 @@ class TaskEvaluationCallback(StepEndCallback):
                 answers = self._answers(trainer, module, task)
                 if answers is None:
                     break
-                results.append(task.numbers(answers))
+                results.append(_numbers(task, answers))
             module.train()
         if len(results) < len(self.tasks):
             if trainer.is_global_zero:
@@ -143,7 +150,7 @@ class TaskEvaluationCallback(StepEndCallback):
             if self._is_stopped(trainer, module.device):
                 return None
             part = numbers[start : start + per_round][rank::ranks]
-            answers = log_likelihoods(module.model, [requests[i] for i in part], BATCH_SIZE)
+            answers = _log_likelihoods(module.model, [requests[i] for i in part])
             own.update(zip(part, answers, strict=True))
         if ranks > 1:
             parts: list[dict[int, list[Likelihood]]] = [{} for _ in range(ranks)]
@@ -168,6 +175,22 @@ class TaskEvaluationCallback(StepEndCallback):
                 f"Ep {math.ceil(position.epochs)} (Step {position.step:06d}): {task.name} {shown}",
                 flush=True,
             )
+
+
+def _log_likelihoods(model: GPTModel, requests: Sequence[Request]) -> list[list[Likelihood]]:
+    """Log-likelihoods; all are NaN if a logit is not finite, so that no rank waits for one that has failed."""
+    try:
+        return log_likelihoods(model, requests, BATCH_SIZE)
+    except NotFiniteError:
+        unknown = Likelihood(math.nan, is_greedy=False)
+        return [[unknown] * len(request.continuations) for request in requests]
+
+
+def _numbers(task: Task, answers: Sequence[Sequence[Likelihood]]) -> dict[str, Any]:
+    """The result of a task; NaN if a log-likelihood is."""
+    if any(math.isnan(each.logprob) for answer in answers for each in answer):
+        return dict.fromkeys(METRICS[task.name], math.nan)
+    return task.numbers(answers)
 
 
 def _shown(result: Mapping[str, Any], metric: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from gpt_lightning import save_model
 from gpt_lightning.data.corpus import read_corpus
 from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.data.unicode import printable
@@ -22,6 +25,7 @@ from helpers import (
     assert_refused,
     json_of,
     python,
+    tiny_gpt2_vocabulary,
     validated_losses,
 )
 from random_gpt2 import random_gpt2
@@ -136,6 +140,20 @@ def test_tasks_and_variety_are_beside_the_losses(
     assert "<td>train loss</td>" not in page  # there is no text
     for model in result["models"]:
         assert html.escape(printable(model["samples"][0])) in page
+
+
+@pytest.mark.slow
+def test_perplexity_of_a_large_loss_is_a_number(command: Command, tmp_path: Path) -> None:
+    """e to the power of 1,000 is beyond the largest float."""
+    model = tiny_gpt2_vocabulary()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 1e3
+    save_model(model, tmp_path / "large")
+    (measured,) = sizes(command, "--from", "large", "--text=sample", "--max_new_tokens=1",
+                        "--num_samples=1", "--batch_size=64")["models"]  # fmt: skip
+    assert measured["val_loss"] > 1000
+    assert 1e300 < measured["val_perplexity"] < math.inf
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from gpt_lightning import load_model
+from gpt_lightning import GPTLightningModule, load_model
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.training.ema import decay_at
 from helpers import SMALL_QUICKSTART, TINY_MODEL, Command, assert_refused, json_of
@@ -267,6 +267,14 @@ def test_average_is_exported_by_convert_and_load_model(fit: Command, command: Co
     for name, tensor in load_model("mean.ckpt").state_dict().items():
         mean = (first[f"model.{name}"].double() + second[f"model.{name}"]) / 2
         assert torch.equal(tensor, mean.float())
+
+
+def test_module_is_loaded_without_its_average(fit: Command) -> None:
+    """By Lightning's own method, where the module has no trainer."""
+    fit(EMA, *TINY_MODEL, "--trainer.max_steps=1")
+    module = GPTLightningModule.load_from_checkpoint(LAST, ema_decay=None)
+    assert module.ema_decay is None
+    assert same_bits(dict(module.state_dict()), dict(read_checkpoint(LAST)["state_dict"]))
 
 
 def _heads(dest: str) -> dict[str, int]:

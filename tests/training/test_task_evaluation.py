@@ -1,14 +1,19 @@
 """Tasks during training: logged numbers are those of ``evaluate``, and the run stays the same."""
 
+import hashlib
 import json
+import math
 import os
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gpt_lightning.evals import task_downloads
 from gpt_lightning.training import task_evaluation
 from gpt_lightning.training.run import FitResult
 from helpers import DDP, FSDP, SMALL_QUICKSTART, Command, assert_refused, json_of, python
@@ -114,6 +119,58 @@ def test_python_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result: FitResult = fit(config)
     assert result.metrics["eval/lambada_perplexity"] > 1000
     assert "lambada: lambada.jsonl" not in (result.folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "message"),
+    [
+        ("evaluation", "task_freq", 0, "evaluation.task_freq: 0 is too small"),
+        ("evaluation", "task_limit", 0, "evaluation.task_limit: 0 is too small"),
+        ("evaluation", "tasks", ["lambda"], "did you mean lambada?"),
+        ("checkpoint", "keep_every_n_train_steps", 0, "keep_every_n_train_steps: 0 is too small"),
+        ("checkpoint", "max_to_keep", 2, "max_to_keep: 2 has no effect"),
+    ],
+)
+def test_settings_that_change_in_python_are_checked(
+    tmp_path: Path, group: str, name: str, value: Any, message: str
+) -> None:
+    from gpt_lightning import EvaluationConfig, fit
+
+    config = small_run(tmp_path, max_steps=2)
+    config.evaluation = EvaluationConfig(prompt=None, tasks=write_tasks(tmp_path))
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(config)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_task_that_is_named_later_in_python_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also its file in the cache, and in the form of a list."""
+    from gpt_lightning import fit
+
+    file = Path(write_tasks(tmp_path)["lambada"])
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    folder = task_downloads.task_folder("lambada")
+    folder.mkdir(parents=True)
+    (folder / "lambada_test.jsonl").write_bytes(file.read_bytes())
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    made = replace(task_downloads.TASK_DOWNLOADS["lambada"], sha256=sha256)
+    monkeypatch.setitem(task_downloads.TASK_DOWNLOADS, "lambada", made)
+    config = small_run(tmp_path, max_steps=2)
+    config.evaluation.tasks = ["lambada"]
+    assert fit(config).metrics["eval/lambada_perplexity"] > 1000
+
+
+def test_logits_that_are_not_finite_do_not_end_the_run(fit: Command, tasks: str) -> None:
+    """Its losses are NaN, too."""
+    result = fit(tasks, "--run=diverged", "--trainer.max_steps=1", "--model.lr=1e30", "--model.warmup_steps=0",
+                 "--evaluation.prompt=null")  # fmt: skip
+    rows = task_rows("diverged")
+    assert list(rows) == [1]
+    assert all(map(math.isnan, rows[1]))
+    assert "(Step 000001): hellaswag acc nan, acc_norm nan\n" in result.out
 
 
 @pytest.mark.parametrize(

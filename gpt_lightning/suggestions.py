@@ -40,19 +40,22 @@ _SETTINGS = {
     "length max_length max_tokens n_tokens": ("max_new_tokens",),
     "n samples num_return_sequences": ("num_samples",),
     "to": ("format",),
+    "ftype quantize quantization gguf_type": ("outtype",),
     "threads num_workers jobs": ("workers",),
 }
 # names in other projects → our values, and commands
 _VALUES = {
-    "fp16 half float16 amp": ("16-mixed", "float16"),
-    "bf16 bfloat16": ("bf16-mixed", "bfloat16"),
-    "fp32 float32 float single full": ("32-true", "float32"),
+    "fp16 half float16 amp": ("16-mixed", "float16", "f16"),
+    "bf16 bfloat16": ("bf16-mixed", "bfloat16", "bf16"),
+    "fp32 float32 float single full": ("32-true", "float32", "f32"),
     "fp64 float64 double": ("64-true",),
+    "q8 int8 8bit": ("q8_0",),
     "huggingface transformers safetensors": ("hf",),
     "hf huggingface": ("hub",),
     "tf tensorflow": ("openai-tf", "openai"),
     "pth pt": ("book",),
     "ckpt": ("lightning",),
+    "ggml llama.cpp llamacpp ollama": ("gguf",),
     "ignore continue": ("skip",),
     "nvidia": ("gpu",),
     # commands

@@ -15,15 +15,17 @@ from gpt_lightning.cli.text_options import TextList
 logger = logging.getLogger(__name__)
 
 # a copy of the type in pretrained/convert.py, which imports torch: --help should be fast
-WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
+WeightFormat = Literal["hf", "openai-tf", "lightning", "book", "gguf"]
 InitAdded = Literal["mean", "normal"]  # as in pretrained/add_tokens.py
+OutType = Literal["f32", "f16", "bf16", "q8_0"]  # as in pretrained/gguf.py
 
 
 def run(arguments: list[str]) -> None:
     """Write the weights of SOURCE to DEST in another format.
 
     Formats: 'hf', a folder for Hugging Face's from_pretrained; 'openai-tf', a folder with a TensorFlow
-    checkpoint; 'lightning', a .ckpt file for --init_from; 'book', a .pth file that the book's notebooks load.
+    checkpoint; 'lightning', a .ckpt file for --init_from; 'book', a .pth file that the book's notebooks load;
+    'gguf', a .gguf file for llama.cpp.
 
     With --average there are several SOURCEs, and DEST gets the mean of their weights.
     """
@@ -49,6 +51,7 @@ def run(arguments: list[str]) -> None:
         average_with=sources[1:],
         added_tokens=settings.add_tokens or (),
         init_added=settings.init_added,
+        outtype=settings.outtype,
     )
     logger.info(f"{dest}: written")
 
@@ -59,6 +62,8 @@ def _format_of(dest: Path) -> WeightFormat:
             return "lightning"
         case ".pth":
             return "book"
+        case ".gguf":
+            return "gguf"
     raise ValueError("format: is missing; give --format FORMAT")
 
 
@@ -73,7 +78,12 @@ def _parser() -> ArgumentParser:
     add(
         "--format",
         type=WeightFormat | None,
-        help="The format of DEST; null = lightning for a .ckpt file, book for a .pth file.",
+        help="The format of DEST; null = lightning for a .ckpt file, book for .pth, gguf for .gguf.",
+    )
+    add(
+        "--outtype",
+        type=OutType | None,
+        help="The type of the matrices in a gguf file, as in llama.cpp's convert_hf_to_gguf.py; null = f16.",
     )
     add(
         "--ema",
@@ -91,7 +101,7 @@ def _parser() -> ArgumentParser:
         action=TextList,
         nargs="+",
         metavar="TOKEN",
-        help="New tokens, such as '<|user|>', for hf and lightning; their ids follow those of the vocabulary.",
+        help="New tokens, such as '<|user|>', for hf, lightning and gguf; their ids follow those of the vocabulary.",
     )
     add(
         "--init_added",

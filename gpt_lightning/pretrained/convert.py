@@ -20,6 +20,7 @@ from gpt_lightning.pretrained.add_tokens import InitAdded, add_tokens
 from gpt_lightning.pretrained.average import average_weights
 from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.download import find_downloaded
+from gpt_lightning.pretrained.gguf import OutType, check_library, write_gguf
 from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.load import (
     check_heads,
@@ -45,15 +46,18 @@ from gpt_lightning.suggestions import suggest
 
 logger = logging.getLogger(__name__)
 
-WeightFormat = Literal["hf", "openai-tf", "lightning", "book"]
+WeightFormat = Literal["hf", "openai-tf", "lightning", "book", "gguf"]
 _WRITERS = {
     "hf": write_huggingface,
     "openai-tf": write_openai,
     "lightning": write_lightning,
     "book": write_book,
 }
-_WITH_TOKENIZER = ("hf", "lightning")  # the formats that can hold another tokenizer than GPT-2's
-_SUFFIXES = {"lightning": ".ckpt", "book": ".pth"}  # the formats that are one file
+# the formats that can hold another tokenizer than GPT-2's
+_WITH_TOKENIZER = ("hf", "lightning", "gguf")
+_NO_DROPOUT = ("openai-tf", "gguf")  # the formats that do not hold the dropout rate
+# the formats that are one file
+_SUFFIXES = {"lightning": ".ckpt", "book": ".pth", "gguf": ".gguf"}
 
 
 def convert(
@@ -66,12 +70,13 @@ def convert(
     average_with: Sequence[str] = (),
     added_tokens: Sequence[str] = (),
     init_added: InitAdded = "mean",
+    outtype: OutType | None = None,
 ) -> None:
-    """Write ``dest``: a folder for 'hf' and 'openai-tf', a file for 'lightning' and 'book'.
+    """Write ``dest``: a folder for 'hf' and 'openai-tf', a file for 'lightning', 'book' and 'gguf'.
 
     Either all of ``dest`` is written or nothing. It contains the optimizer's moments if both formats can hold
-    them. 'hf' and 'lightning' hold the tokenizer. A model whose tokenizer cannot be read is converted only if its
-    vocabulary is smaller than GPT-2's, because every format shows that.
+    them. 'hf', 'lightning' and 'gguf' hold the tokenizer. A model whose tokenizer cannot be read is converted only
+    if its vocabulary is smaller than GPT-2's, because every format but 'gguf' shows that.
 
     Args:
         weight_format: The format of ``dest``.
@@ -79,12 +84,14 @@ def convert(
         ema: Whether to write the exponential moving averages of the weights, see :func:`with_ema`.
         average_with: Further sources; ``dest`` gets the mean of all weights, see :func:`average_weights`.
         added_tokens: New tokens, see :func:`add_tokens`, which takes ``init_added`` too.
+        outtype: The type of the matrices in a 'gguf' file; ``None``: 'f16'.
 
     Raises:
         ValueError: ``source`` cannot be read, or cannot be written in this format, or a token cannot be added.
-        OSError: ``dest`` exists, or cannot be written.
+        OSError: ``dest`` exists, or cannot be written, or a package is not installed.
     """
     _check_dest(dest, weight_format)
+    _check_outtype(outtype, weight_format)
     models = {name: read_weights(name, n_heads=n_heads) for name in (source, *average_with)}
     for name, model in models.items():
         check_heads(model, name, n_heads)
@@ -98,22 +105,24 @@ def convert(
             f"{source}: has another tokenizer than GPT-2's: {weights.other_tokenizer}; convert does not write "
             "it, so text would be encoded with GPT-2's; give a model with GPT-2's tokenizer"
         )
+    if weight_format == "gguf":
+        check_tokenizer(weights, source)
     if added_tokens:
         check_tokenizer(weights, source)
         if weight_format not in _WITH_TOKENIZER:
             raise ValueError(
                 f"add_tokens: the format {weight_format} cannot hold tokens; give "
-                f"--format {' or '.join(_WITH_TOKENIZER)}"
+                f"--format {_any_of(_WITH_TOKENIZER)}"
             )
         weights = add_tokens(weights, added_tokens, init_added)
     if weights.tokenizer is not GPT2 and weight_format not in _WITH_TOKENIZER:
         raise ValueError(
             f"format: {weight_format} cannot hold the tokenizer of {source}, {weights.tokenizer}; give "
-            f"{' or '.join(_WITH_TOKENIZER)}"
+            f"{_any_of(_WITH_TOKENIZER)}"
         )
-    _write(weights, dest, weight_format)
+    _write(weights, dest, weight_format, outtype)
     print_warnings(weights)
-    if "drop_rate" in weights.assumed and weight_format != "openai-tf":
+    if "drop_rate" in weights.assumed and weight_format not in _NO_DROPOUT:
         rate = weights.config.drop_rate
         logger.warning(f"{source}: does not contain its dropout rate; writes {rate}")
 
@@ -124,6 +133,7 @@ def save_model(
     format: WeightFormat = "hf",  # noqa: A002 — the name of convert's option
     *,
     tokenizer: Tokenizer = GPT2,
+    outtype: OutType | None = None,
 ) -> None:
     """Write a model to ``path``, which :func:`load_model` and the commands read.
 
@@ -132,19 +142,22 @@ def save_model(
 
     Args:
         model: It may be compiled, and on any device.
-        path: A new folder for 'hf' and 'openai-tf', a new file for 'lightning' (.ckpt) and 'book' (.pth).
-        format: As ``convert --format``. 'hf' is for Hugging Face's ``from_pretrained``.
-        tokenizer: The model's, for 'hf' and 'lightning', see :func:`load_tokenizer`.
+        path: A new folder for 'hf' and 'openai-tf', a new file for 'lightning' (.ckpt), 'book' (.pth) and
+            'gguf' (.gguf).
+        format: As ``convert --format``. 'hf' is for Hugging Face's ``from_pretrained``, 'gguf' for llama.cpp.
+        tokenizer: The model's, for 'hf', 'lightning' and 'gguf', see :func:`load_tokenizer`.
+        outtype: As ``convert --outtype``.
 
     Raises:
         ValueError: The model is not a GPTModel, or has other layers than a GPTModel.
-        OSError: ``path`` exists, or cannot be written.
+        OSError: ``path`` exists, or cannot be written, or a package is not installed.
     """
-    if format not in _WRITERS:
+    if format not in get_args(WeightFormat):
         raise ValueError(f"format: {format} is unknown; {suggest(format, get_args(WeightFormat))}")
     dest = Path(path).expanduser()
     _check_dest(dest, format)
-    _write(replace(_weights_of(model), tokenizer=tokenizer), dest, format)
+    _check_outtype(outtype, format)
+    _write(replace(_weights_of(model), tokenizer=tokenizer), dest, format, outtype)
 
 
 def _weights_of(model: GPTModel) -> ModelWeights:
@@ -174,6 +187,19 @@ def _check_dest(dest: Path, weight_format: WeightFormat) -> None:
         )
 
 
+def _check_outtype(outtype: str | None, weight_format: WeightFormat) -> None:
+    if weight_format == "gguf":
+        check_library()
+    elif outtype is not None:
+        raise ValueError(f"outtype: is for the format gguf, not for {weight_format}; leave it out")
+    if outtype is not None and outtype not in get_args(OutType):
+        raise ValueError(f"outtype: {outtype} is unknown; {suggest(outtype, get_args(OutType))}")
+
+
+def _any_of(formats: Sequence[str]) -> str:
+    return f"{', '.join(formats[:-1])} or {formats[-1]}"
+
+
 def _check_distinct(sources: Sequence[str]) -> None:
     """Raise ``ValueError`` if two sources are one file, which would count twice; last.ckpt and best.ckpt may be."""
     paths = {source: _path_of(source) for source in sources}
@@ -192,13 +218,17 @@ def _path_of(source: str) -> Path:
         return Path(os.path.expanduser(source))
 
 
-def _write(weights: ModelWeights, dest: Path, weight_format: WeightFormat) -> None:
-    weights = to_one_dtype(weights)
+def _write(
+    weights: ModelWeights, dest: Path, weight_format: WeightFormat, outtype: OutType | None
+) -> None:
     with _new_output(dest) as temporary:
+        if weight_format == "gguf":
+            write_gguf(weights, temporary, outtype or "f16", name=dest.stem)
+            return
         is_folder = weight_format not in _SUFFIXES
         if is_folder:
             temporary.mkdir()
-        _WRITERS[weight_format](weights, temporary)
+        _WRITERS[weight_format](to_one_dtype(weights), temporary)
         if is_folder:
             write_manifest(temporary, [path.name for path in temporary.iterdir()])
 

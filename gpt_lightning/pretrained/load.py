@@ -17,6 +17,7 @@ from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.model.precision import has_float64
 from gpt_lightning.pretrained.book import is_book, read_book
 from gpt_lightning.pretrained.download import find_downloaded
+from gpt_lightning.pretrained.gguf import is_gguf
 from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
 from gpt_lightning.pretrained.nanogpt import is_nanogpt, read_nanogpt
 from gpt_lightning.pretrained.openai import is_openai, read_openai
@@ -310,6 +311,11 @@ def _resolve_location(source: str) -> str:
 
 
 def _read_file(path: Path, n_heads: int | None) -> ModelWeights:
+    if is_gguf(path):
+        raise ValueError(
+            f"{path}: is a GGUF file, which is for llama.cpp and cannot be read here; give the model that it "
+            "was made from"
+        )
     verify_zip_checksums(path)
     content = read_torch(path)
     if is_lightning(content):

@@ -168,7 +168,7 @@ def test_bad_tokens_are_refused(command: Command, tmp_path: Path) -> None:
         ([""], "hf", "add_tokens: a token is empty"),
         (["<|x|>", "<|x|>"], "hf", "add_tokens: '<|x|>' is given twice"),
         (["caf\udce9"], "hf", "add_tokens: is not valid UTF-8"),
-        (["<|x|>"], "book", "add_tokens: the format book cannot hold tokens; give --format hf or lightning"),
+        (["<|x|>"], "book", "add_tokens: the format book cannot hold tokens; give --format hf, lightning or gguf"),
         (["<|x|>"], "openai-tf", "add_tokens: the format openai-tf cannot hold tokens"),
     ]:  # fmt: skip
         dest = "dest.pth" if weight_format == "book" else "dest"

@@ -20,6 +20,7 @@ from gpt_lightning.training.checkpoint_io import (
     corruption_reason,
     read_manifest,
 )
+from gpt_lightning.training.optimizer import OptimizerConfig
 from gpt_lightning.training.resume import checkpoint_to_resume, latest_valid_checkpoint
 from helpers import (
     ENVIRONMENT,
@@ -264,7 +265,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
     write_manifest(hf, [path.name for path in hf.iterdir()])
 
     def resumed() -> Any:
-        path, config, _ = checkpoint_to_resume(run, "last", {})
+        path, config, _ = checkpoint_to_resume(run, "last", {}, OptimizerConfig())
         return AtomicCheckpointIO().load_checkpoint(path)["state_dict"], config
 
     def source(path: Path) -> Callable[[], Any]:

@@ -23,8 +23,8 @@ from machine import at_most, description
 
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.hardware import MEMORY, PEAKS
-from gpt_lightning.planning.memory import StepShape
 from gpt_lightning.planning.plan import Plan, RunSpec, Strategy, plan
+from gpt_lightning.planning.step_parts import StepShape
 
 ROOT = Path(__file__).parent.parent
 GPU = "H100"

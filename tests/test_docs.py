@@ -161,7 +161,8 @@ def test_api_page_has_every_public_name() -> None:
     reports = [(module, name) for module, name in listed if module.startswith("reports.")]
     assert sorted(name for _, name in {*listed} - {*reports}) == sorted(gpt_lightning.__all__)
     assert {module for module, _ in reports} == {
-        f"reports.{module}" for module in ("sampling", "sweep", "model_comparison")
+        f"reports.{module}"
+        for module in ("sampling", "sweep", "model_comparison", "comparison_results")
     }
     for module, name in reports:
         assert hasattr(import_module(f"gpt_lightning.{module}"), name)

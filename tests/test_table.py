@@ -9,7 +9,7 @@ import torch
 
 from gpt_lightning.figure import Figure
 from gpt_lightning.generation.sampling import SamplingParams
-from gpt_lightning.reports import model_comparison, sampling, sweep
+from gpt_lightning.reports import comparison_results, sampling, sweep
 from gpt_lightning.table import MAX_ROWS, Table, html_table
 from helpers import tiny_gpt2_vocabulary
 
@@ -82,7 +82,7 @@ def test_reports_return_tables_with_the_columns_of_the_terminal() -> None:
     assert shown[1][-1] == "all 2"
 
 
-MEASURED = model_comparison.ModelMeasurement(
+MEASURED = comparison_results.ModelMeasurement(
     "a/b", 2_000_000, 500_000, None, 5.0, 6.0, 148.4, 403.4, 1.0, 0.02, 50.0, 300_000_000
 )
 
@@ -99,7 +99,7 @@ def test_figures_are_shown_without_pyplot() -> None:
     rows, _ = sampling.frequencies(torch.tensor([1.0, 2.0]), ["a", "b"], sweep.grid([1.0, 2.0]))
     figures = [
         sampling.sampling_figure(rows, 1000),
-        model_comparison.comparison_figure([MEASURED]),
+        comparison_results.comparison_figure([MEASURED]),
     ]
     for figure in figures:
         assert isinstance(figure, Figure)

@@ -20,9 +20,9 @@ from gpt_lightning.kernels.support import kernels_unsupported_reason
 from gpt_lightning.model.config import GPT2_SIZES, GPTConfig
 from gpt_lightning.model.hardware import MEMORY, OLDER_THAN_AMPERE, PEAKS
 from gpt_lightning.model.precision import PRECISIONS, SHARDED_PRECISIONS
-from gpt_lightning.planning.memory import DeviceType, StepShape
 from gpt_lightning.planning.plan import RunSpec, Strategy, plan
-from gpt_lightning.pretrained.load import size_to_download
+from gpt_lightning.planning.step_parts import DeviceType, StepShape
+from gpt_lightning.pretrained.source import size_to_download
 from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.suggestions import suggest
 from gpt_lightning.training.build import build_modules

@@ -45,10 +45,11 @@ def _report(settings: Namespace, out: Path | None) -> None:
     """Measure the models, write the report to ``out`` and print it."""
     from gpt_lightning.cli.generate import resolve_device
     from gpt_lightning.generation.sampling import SamplingParams
-    from gpt_lightning.reports import model_comparison as report
+    from gpt_lightning.reports.comparison_results import as_dict, as_rows, comparison_figure
+    from gpt_lightning.reports.model_comparison import ComparisonTask, measure_all
     from gpt_lightning.reports.sizes_page import sizes_page
 
-    task = report.ComparisonTask(
+    task = ComparisonTask(
         prompt=settings.prompt,
         sampling=SamplingParams(settings.temperature, settings.top_k, settings.top_p),
         num_samples=settings.num_samples,
@@ -66,7 +67,7 @@ def _report(settings: Namespace, out: Path | None) -> None:
         task_limit=settings.task_limit,
     )
     with progress("models", len(settings["from"])) as advance:
-        measurements = report.measure_all(settings["from"], task, advance)
+        measurements = measure_all(settings["from"], task, advance)
     caption = (
         f"{shorten(repr(task.prompt), 80)}, temperature {task.sampling.temperature:g}, top_k {task.sampling.top_k or 'all'}, "
         f"seed {task.seed}, {task.device}, {task.dtype or 'weights as stored'}"
@@ -77,13 +78,13 @@ def _report(settings: Namespace, out: Path | None) -> None:
         limit = f"the first {task.task_limit} examples" if task.task_limit else "all examples"
         caption += f"; {', '.join(task.tasks)} on {limit}"
     caption = printable(caption)
-    answer = {**report.as_dict(measurements), "settings": asdict(task)}
+    answer = {**as_dict(measurements), "settings": asdict(task)}
     if out is not None:
-        write_csv(out / "sizes.csv", report.as_rows(measurements))
+        write_csv(out / "sizes.csv", as_rows(measurements))
         (out / "sizes.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
         figure = None
         if any(model.skipped is None for model in measurements):
-            figure = report.comparison_figure(measurements, caption)
+            figure = comparison_figure(measurements, caption)
             figure.savefig(out / "sizes.png", dpi=150)
         page = sizes_page(measurements, caption, figure)
         (out / "sizes.html").write_text(page, encoding="utf-8")

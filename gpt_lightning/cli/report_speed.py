@@ -41,7 +41,8 @@ def _report(task: "SpeedTask", minutes: float, out: Path | None, *, as_json: boo
     """Measure the rows, write the report to ``out`` and print it."""
     import torch
 
-    from gpt_lightning.reports.speed import as_dict, improvements, measure_all, speed_figure
+    from gpt_lightning.reports.speed import improvements, measure_all
+    from gpt_lightning.reports.speed_results import as_dict, speed_figure
 
     with progress("rows", len(list(improvements(task.device))) + 1) as advance:
         rows = measure_all(task, 60 * minutes, advance)

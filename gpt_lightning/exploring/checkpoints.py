@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
-from gpt_lightning.pretrained.load import weight_files
+from gpt_lightning.pretrained.source import weight_files
 from gpt_lightning.pretrained.weights import read_torch
 
 # the files of a run, as training writes them, in the order in which the page lists them

@@ -7,7 +7,8 @@ from typing import Literal
 from gpt_lightning.data.epochs import EpochShape
 from gpt_lightning.model import flops as cost
 from gpt_lightning.model.precision import PRECISIONS, SHARDED_PRECISIONS
-from gpt_lightning.planning.memory import StepShape, step_memory
+from gpt_lightning.planning.memory import step_memory
+from gpt_lightning.planning.step_parts import StepShape
 
 Strategy = Literal["single", "ddp", "fsdp"]
 

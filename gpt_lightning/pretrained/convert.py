@@ -22,7 +22,8 @@ from gpt_lightning.pretrained.book import write_book
 from gpt_lightning.pretrained.download import find_downloaded
 from gpt_lightning.pretrained.gguf import OutType, check_library, write_gguf
 from gpt_lightning.pretrained.huggingface import write_huggingface
-from gpt_lightning.pretrained.load import (
+from gpt_lightning.pretrained.openai import write_openai
+from gpt_lightning.pretrained.source import (
     check_heads,
     check_shapes,
     check_tokenizer,
@@ -32,7 +33,6 @@ from gpt_lightning.pretrained.load import (
     size_to_download,
     with_ema,
 )
-from gpt_lightning.pretrained.openai import write_openai
 from gpt_lightning.pretrained.weights import (
     POSITION_EMBEDDING,
     ModelWeights,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gpt_lightning.data.unicode import printable
 from gpt_lightning.evals.task_names import METRICS, TaskName
-from gpt_lightning.reports.model_comparison import ModelMeasurement
+from gpt_lightning.reports.comparison_results import ModelMeasurement
 from gpt_lightning.reports.page import html_page, image, legend
 from gpt_lightning.table import html_table
 

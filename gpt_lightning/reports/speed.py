@@ -5,7 +5,7 @@ row up to the rounding of its number format.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -22,20 +22,25 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.cpu_peak import measured_peak
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import PAD_VOCABULARY_TO, chunked_cross_entropy, cross_entropy
-from gpt_lightning.palette import SERIES
 from gpt_lightning.pretrained.book import to_book
 from gpt_lightning.reports.book_model import BookGPT
-from gpt_lightning.reports.plotting import add_caption, format_number
 from gpt_lightning.reports.separate_process import peak_memory, run_in_process
 from gpt_lightning.table import Table
 
 if TYPE_CHECKING:
-    from gpt_lightning.figure import Figure
+    pass
+from gpt_lightning.reports.speed_results import SpeedRow
 
 MAX_STEPS = 20
+
+
 BATCH_FACTOR = 4
+
+
 # largest difference of a loss from the first row's, in nats: rounding, which AdamW's first steps amplify
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+
 _SLOW_BFLOAT16 = 1.5  # so many times slower than float32, a CPU has no instructions for it
 
 
@@ -83,50 +88,6 @@ class Setup:
     padded_vocabulary: bool = False
     chunked: bool = False
     batch_factor: int = 1
-
-
-@dataclass(frozen=True)
-class SpeedRow:
-    """The measurements of one row.
-
-    Attributes:
-        change: What it changes.
-        reason: Why the row was not measured. ``None``: it was.
-        is_kept: Whether the next rows have this change too: it made training faster.
-        speedup: Tokens per second over the first row's.
-        losses: Of the optimizer steps, in nats per token.
-        loss_difference: Largest difference of a loss from the first row's on the same windows.
-        is_equal: Whether it is within the tolerance of the number format.
-        peak_memory_bytes: Of the process; on a GPU what torch allocated there.
-    """
-
-    name: str
-    change: str
-    reason: str | None = None
-    is_kept: bool = False
-    tokens_per_second: float | None = None
-    seconds_per_step: float | None = None
-    speedup: float | None = None
-    peak_memory_bytes: int | None = None
-    losses: tuple[float, ...] = ()
-    loss_difference: float | None = None
-    is_equal: bool | None = None
-
-    def as_text(self) -> dict[str, str]:
-        if self.tokens_per_second is None or self.peak_memory_bytes is None:
-            return {"row": self.name, "tokens/s": "", "x first": "", "memory": "", "loss differs by": "",
-                    "note": f"not measured: {self.reason}"}  # fmt: skip
-        note = self.change if self.is_kept else f"{self.change}; slower here, so left out below"
-        if not self.is_equal:
-            note += "; the loss DIFFERS"
-        return {
-            "row": self.name,
-            "tokens/s": f"{self.tokens_per_second:,.0f}",
-            "x first": f"{self.speedup:.2f}",
-            "memory": f"{self.peak_memory_bytes / 1e9:,.2f} GB",
-            "loss differs by": f"{self.loss_difference:.1e}",
-            "note": note,
-        }
 
 
 @dataclass(frozen=True)
@@ -330,33 +291,3 @@ def _loss(model: nn.Module, windows: Tensor, task: SpeedTask, setup: Setup) -> T
             )
         padded = F.pad(weight, (0, 0, 0, -len(weight) % PAD_VOCABULARY_TO))
         return cross_entropy(F.linear(features, padded)[..., : len(weight)], targets)
-
-
-def as_dict(rows: Sequence[SpeedRow]) -> dict[str, list[dict[str, object]]]:
-    """The rows for JSON."""
-    return {"rows": [asdict(row) for row in rows]}
-
-
-def speed_figure(rows: Sequence[SpeedRow], caption: str = "") -> "Figure":
-    """Bars of the tokens per second of the rows that were measured."""
-    from gpt_lightning.figure import Figure
-
-    measured = [row for row in rows if row.tokens_per_second is not None]
-    figure = Figure(figsize=(9, 0.55 * len(measured) + 1.8), layout="constrained")
-    axes = figure.add_subplot()
-    rates = [row.tokens_per_second or 0.0 for row in measured]
-    colors = [SERIES[0] if row.is_kept else "0.75" for row in measured]
-    bars = axes.barh([row.name for row in measured], rates, color=colors)
-    labels = [
-        f"{format_number(rate)}  ({row.speedup:.2f} x)"
-        for rate, row in zip(rates, measured, strict=True)
-    ]
-    axes.bar_label(bars, labels, padding=4, fontsize=10)
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.set_title(
-        "tokens per second; gray: slower here, so the next rows do without it", fontsize=12
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    add_caption(figure, caption)
-    return figure

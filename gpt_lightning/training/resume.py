@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.load import find_checkpoint, read_weights
+from gpt_lightning.pretrained.source import find_checkpoint, read_weights
 from gpt_lightning.pretrained.weights import EMA_STATE, read_checkpoint
 from gpt_lightning.training.checkpoint_io import (
     BEST,

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from gpt_lightning.data.datamodule import TextDataModule
-from gpt_lightning.pretrained.load import find_checkpoint
+from gpt_lightning.pretrained.source import find_checkpoint
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.table import html_table
 from gpt_lightning.training.build import BuiltRun, build_run, ensure_new_run, writes_files

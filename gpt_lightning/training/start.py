@@ -6,7 +6,7 @@ from pathlib import Path
 from gpt_lightning.data.token_cache import find_tokenizer
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.config import GPTConfig
-from gpt_lightning.pretrained.load import check_tokenizer, print_warnings, read_weights
+from gpt_lightning.pretrained.source import check_tokenizer, print_warnings, read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, with_head
 from gpt_lightning.training.checkpoint_io import LAST, PREVIOUS
 from gpt_lightning.training.config import RunConfig

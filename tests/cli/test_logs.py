@@ -168,7 +168,7 @@ def test_main_leaves_no_handler_behind(command: Command) -> None:
 LIBRARY = """
 import logging, sys, torch
 from gpt_lightning import GPTConfig, GPTModel
-from gpt_lightning.pretrained.load import logger
+from gpt_lightning.pretrained.source import logger
 
 def log():
     logger.info("an info"); logger.warning("a warning")
@@ -188,8 +188,8 @@ def test_python_program_decides_what_it_sees() -> None:
     assert result.returncode == 0
     assert result.stderr.splitlines() == [
         "a warning",  # as Python's logging does for every library
-        "gpt_lightning.pretrained.load an info",
-        "gpt_lightning.pretrained.load a warning",
+        "gpt_lightning.pretrained.source an info",
+        "gpt_lightning.pretrained.source a warning",
     ]
 
 

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model.loss import chunked_cross_entropy, cross_entropy
 from gpt_lightning.model.precision import PRECISIONS
-from gpt_lightning.planning.memory import StepShape, step_memory
+from gpt_lightning.planning.memory import step_memory
 from gpt_lightning.planning.plan import RunSpec, memory
+from gpt_lightning.planning.step_parts import StepShape
 from gpt_lightning.training.optimizer import OptimizerConfig
 
 SMALL_CONFIG = GPTConfig(

@@ -10,8 +10,8 @@ import pytest
 
 from gpt_lightning import GPTConfig
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.planning.memory import StepShape
 from gpt_lightning.planning.plan import RunSpec, plan
+from gpt_lightning.planning.step_parts import StepShape
 from gpt_lightning.pretrained.weights import read_checkpoint
 from helpers import PRETRAIN, QUICKSTART, ROOT, SMALL, SMALL_QUICKSTART, Command, plan_as_json
 

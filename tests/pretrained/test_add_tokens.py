@@ -8,7 +8,7 @@ import torch
 
 from gpt_lightning import load_model, load_tokenizer, save_model
 from gpt_lightning.data.tokenizer import GPT2
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.training.build import build_trainer
 from gpt_lightning.training.config import RunConfig
 from helpers import SMALL_QUICKSTART, Command, assert_refused, json_of, tiny_gpt2_vocabulary

@@ -10,7 +10,7 @@ from torch import nn
 import book
 from gpt_lightning import load_model
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from helpers import (
     SMALL_QUICKSTART,
     Command,

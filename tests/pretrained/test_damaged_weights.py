@@ -23,7 +23,7 @@ def assert_refused_or_same(
     refuse: Any, name: str, intact: Path, tmp_path: Path, original: str | None = None
 ) -> None:
     """The file is refused, unless the damage is in the padding between the records, which has no content."""
-    from gpt_lightning.pretrained.load import read_weights
+    from gpt_lightning.pretrained.source import read_weights
 
     try:
         found = read_weights(str(tmp_path / name), n_heads=12)

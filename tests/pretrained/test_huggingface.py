@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from gpt_lightning import GPTConfig, GPTModel, generate, load_model
 from gpt_lightning.data.tokenizer import gpt2_encoding
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, write_lightning
 from helpers import (
     ROOT,

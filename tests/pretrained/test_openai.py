@@ -14,9 +14,9 @@ from gpt_lightning import load_model
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.pretrained import openai
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.load import read_weights
 from gpt_lightning.pretrained.name_map import gpt2_params
 from gpt_lightning.pretrained.openai import _variable_name
+from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.storage.checksum import MANIFEST
 from helpers import Command, python
 from random_gpt2 import random_gpt2

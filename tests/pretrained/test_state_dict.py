@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt_lightning import GPTConfig, GPTModel, load_model
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from helpers import Command
 from weight_files import random_ids
 

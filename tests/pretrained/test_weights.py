@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from gpt_lightning import GPTConfig, GPTModel, load_model
 from gpt_lightning.pretrained import weights
 from gpt_lightning.pretrained.convert import convert
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.pretrained.weights import ModelWeights, write_lightning
 from helpers import QUICKSTART, ROOT, Command
 from random_gpt2 import random_gpt2

@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from gpt_lightning import palette
-from gpt_lightning.reports import model_comparison, plotting, sampling, sweep
+from gpt_lightning.reports import comparison_results, plotting, sampling, sweep
 from gpt_lightning.training.run_files import loss_figure
 
 
@@ -95,10 +95,12 @@ def test_sampling_figure_has_a_readable_panel_for_each_setting() -> None:
     assert "4.3 %" in [text.get_text() for text in figure.axes[2].texts]
 
 
-def measured(source: str, **values: Any) -> model_comparison.ModelMeasurement:
+def measured(source: str, **values: Any) -> comparison_results.ModelMeasurement:
     known = {"train_loss": 2.08, "val_loss": 5.4, "seconds_to_first_token": 1.0204,
              "tokens_per_second": 13523.2, "peak_memory_bytes": 6_230_000_000}  # fmt: skip
-    return model_comparison.ModelMeasurement(source, 164_000_000, 13_700_000, **{**known, **values})
+    return comparison_results.ModelMeasurement(
+        source, 164_000_000, 13_700_000, **{**known, **values}
+    )
 
 
 def test_sizes_figure_has_plain_numbers_and_nothing_covers_its_bars() -> None:
@@ -106,7 +108,7 @@ def test_sizes_figure_has_plain_numbers_and_nothing_covers_its_bars() -> None:
         measured("checkpoints/a/best.ckpt"),
         measured("checkpoints/b/best.ckpt", tokens_per_second=None),
     ]
-    figure = drawn(model_comparison.comparison_figure(models, "two"))
+    figure = drawn(comparison_results.comparison_figure(models, "two"))
     texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
     assert {"1,020", "13,523", "6.23", "0.164", "–"} <= set(texts)
     assert not any(re.search(r"e[+-]\d", text) for text in texts)
@@ -117,7 +119,7 @@ def test_sizes_figure_has_plain_numbers_and_nothing_covers_its_bars() -> None:
             assert not any(box.overlaps(bar) for bar in boxes(figure, [*axes.patches, *axes.texts]))
         assert not any(a.overlaps(b) for a, b in combinations(boxes(figure, axes.texts), 2))
     drawn(
-        model_comparison.comparison_figure(
+        comparison_results.comparison_figure(
             [measured("a", train_loss=None, val_loss=None)], "without a text"
         )
     )
@@ -145,7 +147,7 @@ def test_a_long_caption_stays_in_the_figure() -> None:
     rows, _ = sampling.frequencies(torch.tensor([1.0, 2.0]), ["a", "b"], settings, 10)
     figures = [
         sampling.sampling_figure(rows, 10, caption),
-        model_comparison.comparison_figure([measured("a")], caption),
+        comparison_results.comparison_figure([measured("a")], caption),
     ]
     for figure in map(drawn, figures):
         (box,) = boxes(figure, [figure._supxlabel])

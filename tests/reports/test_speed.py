@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt_lightning.reports import speed
+from gpt_lightning.reports import speed, speed_results
 from gpt_lightning.reports.speed import Setup, SpeedTask
 from helpers import TINY, TINY_MODEL, Command, assert_refused
 
@@ -155,10 +155,10 @@ def test_bad_input_is_one_line(command: Command, arguments: list[str], cause: st
 
 def test_figure_is_drawn() -> None:
     rows = [
-        speed.SpeedRow("a", "", None, True, 100.0, 0.1, 1.0, 10**9, (1.0,), 0.0, True),
-        speed.SpeedRow("b", "", None, False, 80.0, 0.1, 0.8, 10**9, (1.0,), 0.0, True),
-        speed.SpeedRow("c", "", "no compiler"),
+        speed_results.SpeedRow("a", "", None, True, 100.0, 0.1, 1.0, 10**9, (1.0,), 0.0, True),
+        speed_results.SpeedRow("b", "", None, False, 80.0, 0.1, 0.8, 10**9, (1.0,), 0.0, True),
+        speed_results.SpeedRow("c", "", "no compiler"),
     ]
-    figure = speed.speed_figure(rows, "a caption")
+    figure = speed_results.speed_figure(rows, "a caption")
     figure.canvas.draw()
     assert len(figure.axes[0].patches) == 2

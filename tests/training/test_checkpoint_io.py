@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt_lightning import GPTLightningModule
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.pretrained.weights import read_checkpoint
 from gpt_lightning.storage.checksum import MANIFEST, write_manifest
 from gpt_lightning.training.checkpoint_io import (

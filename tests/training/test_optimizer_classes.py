@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_lightning.pretrained.load import read_weights
+from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.training.optimizer import OptimizerConfig
 from helpers import FSDP, SMALL_QUICKSTART, Command, assert_refused
 

@@ -37,7 +37,8 @@ class Int8Linear(nn.Module):
             self.weight = torch.ops.quantized.linear_prepack(quantized, None)
         finally:
             torch.backends.quantized.engine = before
-        self.bias = None if bias is None else bias.detach()
+        # a copy: the bias may be a view of a mapped file, which may be overwritten
+        self.bias = None if bias is None else bias.detach().clone()
         # without VNNI, products of two full 8-bit numbers may overflow the 16 bits in which a CPU adds pairs
         self.reduce_range = not torch.cpu._is_vnni_supported()
 

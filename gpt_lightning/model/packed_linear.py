@@ -25,7 +25,8 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> None:
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.bias = None if bias is None else bias.detach()
+        # a copy: the bias may be a view of a mapped file, which may be overwritten
+        self.bias = None if bias is None else bias.detach().clone()
         self._activation: tuple[str, list[float], str] = (
             ("gelu", [], "tanh") if gelu else ("none", [], "")
         )

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from gpt_lightning import generate
 from gpt_lightning.model import packed_linear
+from gpt_lightning.model.int8_linear import Int8Linear
 from gpt_lightning.model.packed_linear import PackedLinear, pack_weights
 from helpers import tiny_gpt
 
@@ -47,3 +49,13 @@ def test_float64_weights_are_not_packed() -> None:
     before = model(torch.tensor([[1, 2]]))
     assert not pack_weights(model)
     assert torch.equal(model(torch.tensor([[1, 2]])), before)
+
+
+@pytest.mark.parametrize("layer", [PackedLinear, Int8Linear])
+def test_layer_has_copies_of_its_weights(layer: type[nn.Module]) -> None:
+    """The weights may be views of a mapped file that another program overwrites."""
+    weight, bias, x = torch.randn(16, 8), torch.randn(16), torch.randn(3, 8)
+    made = layer(weight, bias)
+    before = made(x)
+    weight.zero_(), bias.zero_()
+    assert torch.equal(made(x), before)

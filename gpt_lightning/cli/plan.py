@@ -171,6 +171,7 @@ class PlanCLI(TrainingCLI):
             keep_best=saves and config.checkpoint.save_best,
             keep_previous=saves and config.checkpoint.keep_previous,
             async_save=saves and config.checkpoint.async_save,
+            can_shard=self._module.optimizer_config.can_shard,
         )
 
     def note_what_is_not_counted(self) -> None:

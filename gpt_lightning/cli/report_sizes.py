@@ -1,6 +1,7 @@
 """``report sizes``: exercise 5.6, a comparison of models of different sizes."""
 
 import json
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ def run(arguments: list[str]) -> None:
     for name in ("num_samples", "max_new_tokens", "context_length", "batch_size"):
         if settings[name] < 1:
             raise ValueError(f"{name}: {settings[name]} is too small; give 1 or more")
+    if twice := [name for name, count in Counter(settings["from"]).items() if count > 1]:
+        raise ValueError(f"from: {twice[0]} is given more than once; give each model once")
     if settings.task_limit is not None and settings.task_limit < 1:
         raise ValueError(f"task_limit: {settings.task_limit} is too small; give 1 or more")
     named_tasks(settings.tasks, "tasks")

@@ -37,6 +37,7 @@ class RunSpec:
         keep_previous: Whether previous.ckpt is.
         kept_steps: Number of checkpoints that are kept at intervals, as step-000500.ckpt.
         async_save: Whether a copy is written while training continues.
+        can_shard: Whether the optimizer works with FSDP2.
     """
 
     step: StepShape
@@ -51,6 +52,7 @@ class RunSpec:
     keep_previous: bool = True
     kept_steps: int = 0
     async_save: bool = False
+    can_shard: bool = True
 
     @property
     def windows_per_batch(self) -> int:
@@ -276,6 +278,7 @@ def _levers(spec: RunSpec) -> list[str]:
         "checkpointing": not step.activation_checkpointing,
         "fsdp": spec.devices > 1
         and spec.strategy != "fsdp"
+        and spec.can_shard
         and step.precision in SHARDED_PRECISIONS,
         # a GPU that is too old for our kernels has no bfloat16
         "bf16": step.precision == "32-true" and (step.device == "cpu" or step.loss_kernel),

@@ -192,11 +192,16 @@ class OptimizerConfig:
 
     def check_sharding(self) -> None:
         """Refuse a class that does not work with FSDP2, with a ``ValueError``."""
-        if self.name.removeprefix("torch.optim.") in _NOT_SHARDED:
+        if not self.can_shard:
             raise ValueError(
                 f"model.optimizer: {self.name} does not work with FSDP2, whose matrices are sharded; give another "
                 "class, or --config configs/ddp.yaml"
             )
+
+    @property
+    def can_shard(self) -> bool:
+        """Whether it works with FSDP2."""
+        return self.name.removeprefix("torch.optim.") not in _NOT_SHARDED
 
     @property
     def is_fused(self) -> bool:

@@ -169,6 +169,12 @@ def test_page_of_a_skipped_model(gpt2: Any, command: Command, tmp_path: Path) ->
     assert re.search("<td>hellaswag acc</td><td></td><td>0", page)
 
 
+def test_model_that_is_given_twice_is_refused(command: Command) -> None:
+    """It would take two columns of one name."""
+    result = command("report", "sizes", "--prompt=x", "--from", "a", "b", "a")
+    assert_refused(result, "from: a is given more than once")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -1,13 +1,14 @@
 """Classes of ``torch.optim`` as ``model.optimizer``: their state, where they do not work, other formats."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.training.optimizer import OptimizerConfig
-from helpers import FSDP, SMALL_QUICKSTART, Command, assert_refused
+from helpers import FSDP, PRETRAIN, SMALL_QUICKSTART, Command, assert_refused, plan_as_json
 
 LAST = Path("checkpoints/quickstart/last.ckpt")
 
@@ -81,3 +82,17 @@ def test_every_other_class_can_be_chosen() -> None:
     }
     for name in classes - refused:
         assert OptimizerConfig(optimizer=name).name == f"torch.optim.{name}"
+
+
+def test_plan_does_not_propose_shards_to_a_class_that_has_none(command: Command) -> None:
+    """Where only FSDP2 is enough: AdamW gets it, Adafactor gets no proposal."""
+
+    def planned(optimizer: str, gigabytes: float) -> dict[str, Any]:
+        return plan_as_json(
+            command, f"--config={PRETRAIN}", "--gpu=H100", "--devices=8",
+            f"--model.optimizer={optimizer}", f"--device_memory_gb={gigabytes}",
+        )  # fmt: skip
+
+    least = planned("adamw", 0.001)["least"] / 1e9
+    assert "configs/fsdp.yaml" in str(planned("adamw", 1.01 * least)["nearest"])
+    assert planned("Adafactor", 1.01 * least)["nearest"] is None

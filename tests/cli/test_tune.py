@@ -248,13 +248,13 @@ def test_stopped_study_resumes_the_trial_under_way(
     assert alone == pytest.approx(answer["best"]["value"], abs=1e-6)
 
 
-@pytest.mark.slow
-def test_12_trials_in_two_processes_of_which_one_is_killed(
-    command: Command, tmp_path: Path
+@pytest.mark.parametrize("count", [pytest.param(6, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.nightly)])  # fmt: skip
+def test_trials_in_two_processes_of_which_one_is_killed(
+    command: Command, tmp_path: Path, count: int
 ) -> None:
     space = tmp_path / "toy.yaml"
     space.write_text("model.lr: {low: 0.001, high: 0.1, log: true}\ndata.batch_size: [2, 4]\n")
-    arguments = (*TINY, f"--space={space}", "--trials=12", "--trainer.max_steps=40",
+    arguments = (*TINY, f"--space={space}", f"--trials={count}", "--trainer.max_steps=40",
                  "--evaluation.eval_freq=4")  # fmt: skip
     killed, other = start_tune(tmp_path, *arguments), start_tune(tmp_path, *arguments)
     folder = tmp_path / "checkpoints" / "toy"
@@ -265,10 +265,10 @@ def test_12_trials_in_two_processes_of_which_one_is_killed(
     assert other.returncode == 0, errors
     answer = json_of(command("tune", "--show", "--study=toy", "--json"))
     trials = answer["trials"]
-    assert [trial["number"] for trial in trials] == [*range(12)]
+    assert [trial["number"] for trial in trials] == [*range(count)]
     assert {trial["state"] for trial in trials} <= {"COMPLETE", "PRUNED"}
-    assert len({trial["folder"] for trial in trials}) == 12
-    assert len({json.dumps(trial["params"]) for trial in trials}) == 12
+    assert len({trial["folder"] for trial in trials}) == count
+    assert len({json.dumps(trial["params"]) for trial in trials}) == count
     assert sorted(path.name for path in folder.glob("trial-*")) == [
         os.path.basename(trial["folder"]) for trial in trials
     ]

@@ -118,12 +118,12 @@ def test_top_p_and_min_p_outside_their_range_are_refused(name: str, value: float
         SamplingParams(1.0, **{name: value})
 
 
-@pytest.mark.slow
-def test_frequencies_lie_in_binomial_intervals() -> None:
+@pytest.mark.parametrize("distributions", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.nightly)])  # fmt: skip
+def test_frequencies_lie_in_binomial_intervals(distributions: int) -> None:
     """A million draws from random distributions with every filter; 1 interval in 10⁵ fails by chance."""
     generator = make_generator(20)
     checked = failed = 0
-    for i in range(20):
+    for i in range(distributions):
         logits = torch.randn(1, 30, generator=generator) * 2
         for settings in (
             SamplingParams(1.0),
@@ -139,7 +139,7 @@ def test_frequencies_lie_in_binomial_intervals() -> None:
                 low, high = binomial_interval(1_000_000, float(p[token]), share=1 - 1e-5)
                 checked += 1
                 failed += not low <= int(counts[token]) <= high
-    assert checked == 3000
+    assert checked == 150 * distributions
     assert failed <= 1
 
 

@@ -63,9 +63,8 @@ def test_predicted_memory_is_within_a_tenth_of_recorded_gpu_runs(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("run", range(3))
+@pytest.mark.parametrize("run", [pytest.param(0, marks=pytest.mark.nightly), pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.nightly)])  # fmt: skip
 def test_memory_of_a_run_is_the_predicted_one(plan_benchmark: ModuleType, run: int) -> None:
     """Within 20 % of the median peak resident set of three runs of ``fit`` with the same settings."""
     settings = list(plan_benchmark.RUNS.values())[run]

@@ -209,7 +209,7 @@ def test_slurm_job_is_requeued_after_the_save(tmp_path: Path) -> None:
 def test_repeatedly_killed_run_resumes_exactly() -> None:
     """benchmarks/kill.py with few kills."""
     completed = python(
-        str(ROOT / "benchmarks" / "kill.py"), "--kills=4", "--combinations=3", timeout=900
+        str(ROOT / "benchmarks" / "kill.py"), "--kills=3", "--combinations=2", timeout=900
     )
     assert completed.returncode == 0, completed.stderr
     result = json.loads(completed.stdout.splitlines()[-1])

@@ -32,6 +32,7 @@ from gpt_lightning.training.run_files import loss_figure, read_rows
 from gpt_lightning.training.run_length import Progress, run_steps
 from gpt_lightning.training.run_lock import RunLock
 from gpt_lightning.training.run_warnings import device_warnings, run_warnings
+from gpt_lightning.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from gpt_lightning.figure import Figure
@@ -109,13 +110,15 @@ def _train(built: BuiltRun) -> FitResult:
                 steps,
                 has_ema=built.module.ema_decay is not None,
             )
-        _check_schedule(built, steps)
+        schedule = _check_schedule(built, steps)
         _check_compiler(built)
     init_elastic_process_group(trainer)
     on_cpu = trainer.strategy.root_device.type == "cpu"
     keeps = config.keep_freed_memory is not False and on_cpu and keep_freed_memory()
     if is_rank_zero():
-        for warning in run_warnings(config, trainer, built.module.config, keeps_freed_memory=keeps):
+        for warning in run_warnings(
+            config, trainer, built.module.config, schedule, keeps_freed_memory=keeps
+        ):
             logger.warning(warning)
         if writes_files(config):
             logger.info(f"{folder}: {_describe_data(built.datamodule)}")
@@ -235,12 +238,12 @@ def _steps_of_run(built: BuiltRun) -> int | None:
     return run_steps(built.datamodule.epoch_shape(), built.trainer, built.config.max_tokens, done)
 
 
-def _check_schedule(built: BuiltRun, steps: int | None) -> None:
-    """Refuse a schedule that does not fit the length of the run."""
+def _check_schedule(built: BuiltRun, steps: int | None) -> Schedule:
+    """Return the schedule of the run; one that does not fit its length is refused."""
     schedule = built.module.schedule
-    schedule.resolve(steps)
     if not built.config.trainer.get("fast_dev_run"):
         schedule.check_clipping(steps)
+    return schedule.resolve(steps)
 
 
 def _check_position(data: TextDataModule, checkpoint: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.cpu_peak import measured_peak
 from gpt_lightning.model.hardware import MPS_UNTRIED
 from gpt_lightning.training.config import RunConfig
+from gpt_lightning.training.schedule import Schedule
 
 # settings of Lightning's own validation → their default values
 _VALIDATION_DEFAULTS = {
@@ -22,12 +23,14 @@ def run_warnings(
     config: RunConfig,
     trainer: Trainer,
     architecture: GPTConfig,
+    schedule: Schedule,
     *,
     keeps_freed_memory: bool,
 ) -> Iterator[str]:
     """Warnings for a run that is about to start, one line each.
 
     Args:
+        schedule: That of the run, without shares.
         keeps_freed_memory: Whether ``keep_freed_memory`` has an effect in this process.
     """
     if config.keep_freed_memory and not keeps_freed_memory:
@@ -43,8 +46,7 @@ def run_warnings(
             "model.loss_chunk_size: without it the loss of all tokens is computed at once; 8192 (tokens) is faster on a "
             "GPU, with the same result up to rounding"
         )
-    if config.model.get("initial_lr") is not None and not config.model.get("warmup_steps"):
-        yield "model.initial_lr: has no effect without model.warmup_steps"
+    yield from schedule_warnings(schedule)
     if config.model.get("clip_from_step") is not None and not trainer.gradient_clip_val:
         yield "model.clip_from_step: has no effect without trainer.gradient_clip_val, the norm to clip to"
     yield from device_warnings(trainer)
@@ -55,6 +57,22 @@ def run_warnings(
                     f"trainer.{name}: has no effect, because evaluation.eval_freq sets when losses are computed; "
                     "give trainer.limit_val_batches if Lightning shall validate too"
                 )
+
+
+def schedule_warnings(schedule: Schedule) -> Iterator[str]:
+    """Settings of the learning rate that change no step of the run."""
+    if schedule.initial_lr is not None and not schedule.warmup_steps:
+        yield "model.initial_lr: has no effect without model.warmup_steps"
+    if schedule.lr_schedule == "constant" and schedule.min_lr:
+        yield "model.min_lr: has no effect with a constant learning rate; give model.lr_schedule"
+    if schedule.decay_fraction is not None:
+        steps = schedule.decay_steps
+        assert isinstance(steps, int)  # the schedule has no shares
+        if steps - schedule.decay_start < 2:  # the first step of a decay has model.lr
+            yield (
+                f"model.decay_fraction: has no effect: {schedule.decay_fraction:g} of {steps} steps is less than "
+                "2 steps, in which the learning rate could decay"
+            )
 
 
 def device_warnings(trainer: Trainer) -> Iterator[str]:

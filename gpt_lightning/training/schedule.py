@@ -135,7 +135,7 @@ class Schedule:
                     )
             return self
         if run_steps == 0:  # nothing is trained
-            return Schedule(self.lr, self.min_lr, self.initial_lr)
+            return Schedule(self.lr)
         counts = self._counts(run_steps)
         if self.decay_steps is not None and counts["decay_steps"] <= counts["warmup_steps"]:
             raise ValueError(

@@ -91,7 +91,7 @@ class SkipBadSteps(Callback):
         elif trainer.is_global_zero:
             logger.warning(
                 "trainer.precision: with 16-mixed a gradient scaler skips steps that are not finite; "
-                "bad_steps, max_bad_steps and skip_spikes have no effect, AdamW is not fused, and a loss by chunks "
+                "bad_steps, max_bad_steps and skip_spikes have no effect, the optimizer is not fused, and a loss by chunks "
                 "is computed in float32"
             )
 

@@ -8,6 +8,7 @@ import torch
 from gpt_lightning import RunConfig
 from gpt_lightning.model.gpt import TransformerBlock
 from gpt_lightning.training import run, run_warnings
+from gpt_lightning.training.schedule import Schedule
 from helpers import Command
 
 
@@ -23,6 +24,11 @@ from helpers import Command
           "trainer.num_sanity_val_steps"]),
         (["--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"], []),
         (["--trainer.num_sanity_val_steps=0"], []),
+        (["--model.lr=0.1", "--model.min_lr=0.01"], ["model.min_lr"]),
+        (["--model.warmup_steps=0", "--model.lr=0.1", "--model.min_lr=0.01", "--model.decay_steps=1.0"], []),
+        (["--model.warmup_steps=0", "--model.lr_schedule=wsd"], ["model.decay_fraction"]),
+        (["--model.warmup_steps=0", "--model.lr_schedule=wsd", "--model.decay_fraction=1"], ["model.decay_fraction"]),
+        (["--model.warmup_steps=0", "--model.lr_schedule=wsd", "--model.decay_steps=10"], []),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_reported(
@@ -69,7 +75,7 @@ def test_unchunked_loss_on_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) ->
         trainer.strategy.root_device = torch.device(kind)
         config.model = {"loss_chunk_size": chunk}
         found = run_warnings.run_warnings(
-            config, trainer, mock.Mock(drop_rate=0), keeps_freed_memory=False
+            config, trainer, mock.Mock(drop_rate=0), Schedule(1.0), keeps_freed_memory=False
         )
         assert any(line.startswith("model.loss_chunk_size: ") for line in found) == output
 

@@ -31,15 +31,12 @@ from gpt_lightning.storage.checksum import check_manifest
 
 logger = logging.getLogger(__name__)
 
-
 _EXPECTED_FILES = (
     "last.ckpt or best.ckpt (a run), config.json with model.safetensors (Hugging Face), "
     "hparams.json with model.ckpt.index (OpenAI)"
 )
 
-
 _SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
-
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

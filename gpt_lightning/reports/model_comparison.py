@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -30,23 +30,17 @@ from gpt_lightning.pretrained.source import (
     weight_files,
 )
 from gpt_lightning.pretrained.weights import ModelWeights, stored_dtype
+from gpt_lightning.reports.comparison_results import ModelMeasurement
 from gpt_lightning.reports.separate_process import ProcessKilledError, peak_memory, run_in_process
 from gpt_lightning.reports.text_metrics import distinct_n, seq_rep_n
 from gpt_lightning.table import Table
 
-if TYPE_CHECKING:
-    pass
-from gpt_lightning.reports.comparison_results import ModelMeasurement
-
 # the time to the first token is the median of at least so many passes, and of at least so many seconds
 _MIN_FIRST_TOKEN_PASSES = 5
 
-
 _MIN_FIRST_TOKEN_SECONDS = 1.0
 
-
 _TASK_BATCH_SIZE = 16  # texts of a task that are computed together
-
 
 _LOADING_FACTOR = 1.15  # peak memory of loading over the size of the weights
 

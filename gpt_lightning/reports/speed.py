@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,21 +25,15 @@ from gpt_lightning.model.loss import PAD_VOCABULARY_TO, chunked_cross_entropy, c
 from gpt_lightning.pretrained.book import to_book
 from gpt_lightning.reports.book_model import BookGPT
 from gpt_lightning.reports.separate_process import peak_memory, run_in_process
-from gpt_lightning.table import Table
-
-if TYPE_CHECKING:
-    pass
 from gpt_lightning.reports.speed_results import SpeedRow
+from gpt_lightning.table import Table
 
 MAX_STEPS = 20
 
-
 BATCH_FACTOR = 4
-
 
 # largest difference of a loss from the first row's, in nats: rounding, which AdamW's first steps amplify
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
-
 
 _SLOW_BFLOAT16 = 1.5  # so many times slower than float32, a CPU has no instructions for it
 

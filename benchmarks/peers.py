@@ -121,8 +121,8 @@ def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
     if backend == "ctranslate2":
         return ctranslate2_decoding(settings)
     model, _ = MODELS["ours" if backend == "plain" else backend](settings)
-    is_int8 = settings["dtype"] == "int8"
-    model = model.to(torch.float32 if is_int8 else getattr(torch, settings["dtype"])).eval()
+    is_quantized = settings["dtype"] in ("int8", "int4")
+    model = model.to(torch.float32 if is_quantized else getattr(torch, settings["dtype"])).eval()
     length, new, config = settings["prompt"], settings["new"], settings["config"]
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(config["vocab_size"], (settings["batch"], length), generator=generator)
@@ -145,11 +145,11 @@ def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
         return lambda: _plain_decoding(model, prompt, new)
     from gpt_lightning.generation.engine import stream_ids
     from gpt_lightning.generation.sampling import SamplingParams
-    from gpt_lightning.model.int8_linear import quantize_int8
     from gpt_lightning.model.packed_linear import pack_weights
+    from gpt_lightning.model.quantize import quantize_weights
 
-    if is_int8:
-        quantize_int8(model)
+    if is_quantized:
+        quantize_weights(model, getattr(torch, settings["dtype"]))
     else:
         pack_weights(model)  # as the generate command does
     return lambda: list(stream_ids(model, prompt.tolist(), new, SamplingParams()))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DType = Literal["float32", "bfloat16", "float16", "int8"]
+DType = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 # help texts that reports share
 SOURCE_HELP = (
     "SOURCE is a run's folder, a checkpoint, a .pth file, a folder with GPT-2's files, or a downloaded "
@@ -30,7 +30,10 @@ SOURCE_HELP = (
 N_HEADS_HELP = "Number of attention heads, only for a .pth of the book, which does not contain it."
 SEED_HELP = "Seed for sampling: the same seed gives the same samples."
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, …; null = CUDA's GPU if there is one, else the CPU."
-DTYPE_HELP = "Of the weights: float32, bfloat16, float16, or int8 (fast on a CPU, less exact); null = as stored."
+DTYPE_HELP = (
+    "Of the weights: float32, bfloat16, float16, int8 or int4 (fast on a CPU, less exact); "
+    "null = as stored."
+)
 
 # the settings in the output of --json
 _JSON_SETTINGS = (

@@ -1,14 +1,21 @@
 """Models and tokenizers that SOURCE names, ready to use."""
 
+import logging
 from dataclasses import replace
 
 import torch
 
 from gpt_lightning.data.tokenizer import Tokenizer
 from gpt_lightning.model.gpt import GPTModel
-from gpt_lightning.model.int8_linear import int8_unsupported_reason, quantize_int8
+from gpt_lightning.model.int4_linear import has_int4_kernel
 from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.model.precision import has_float64
+from gpt_lightning.model.quantize import (
+    INT4,
+    QUANTIZED_DTYPES,
+    quantize_unsupported_reason,
+    quantize_weights,
+)
 from gpt_lightning.pretrained.source import (
     check_heads,
     check_tokenizer,
@@ -20,6 +27,8 @@ from gpt_lightning.pretrained.weights import (
     ModelWeights,
     pop_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -75,20 +84,25 @@ def build_for_decoding(
     """The model in eval mode with matrices in the layout that a CPU decodes fastest.
 
     Args:
-        dtype: Of the weights; ``None``: as stored. ``torch.int8``: of the matrices, see :func:`quantize_int8`; all else
-            is float32.
+        dtype: Of the weights; ``None``: as stored. ``torch.int8`` or ``torch.int4``: of the matrices, see
+            :func:`quantize_weights`; all else is float32.
 
     Raises:
-        ValueError: The device has no kernel for int8.
+        ValueError: The device has no kernel for the dtype.
     """
-    if dtype != torch.int8:
+    if dtype is not None and dtype in QUANTIZED_DTYPES:
+        if reason := quantize_unsupported_reason(dtype, torch.device(device or "cpu")):
+            raise ValueError(f"dtype: {reason}; give bfloat16")
+        if dtype == INT4 and not has_int4_kernel():
+            logger.warning(
+                "dtype: torch has no fast kernel for int4 on this CPU; the weights are rounded to 4 bits, "
+                "but take the memory and the time of float32"
+            )
+        model = build_model(weights, device=device, dtype=torch.float32)
+        quantize_weights(model, dtype)
+    else:
         model = build_model(weights, device=device, dtype=dtype)
-        pack_weights(model)
-        return model
-    if reason := int8_unsupported_reason(torch.device(device or "cpu")):
-        raise ValueError(f"dtype: {reason}; give bfloat16")
-    model = build_model(weights, device=device, dtype=torch.float32)
-    quantize_int8(model)
+    pack_weights(model)
     return model
 
 

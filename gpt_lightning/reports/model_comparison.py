@@ -22,6 +22,7 @@ from gpt_lightning.generation.sampling import SamplingParams, make_generator
 from gpt_lightning.generation.text import generate_texts
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.loss import cross_entropy
+from gpt_lightning.model.quantize import QUANTIZED_DTYPES
 from gpt_lightning.pretrained.load import build_for_decoding
 from gpt_lightning.pretrained.source import (
     check_tokenizer,
@@ -115,7 +116,7 @@ def measure(source: str, task: ComparisonTask) -> ModelMeasurement:
     print_warnings(weights)
     dtype = dtype or stored_dtype(weights)
     measurement = _not_measured(source, weights, task)
-    itemsize = max(dtype.itemsize, 4 if dtype == torch.int8 else 0)  # int8 is made of float32
+    itemsize = 4 if dtype in QUANTIZED_DTYPES else dtype.itemsize  # they are made of float32
     needed = int(_LOADING_FACTOR * sum(
         t.numel() * itemsize for t in weights.state_dict.values()
     ))  # fmt: skip

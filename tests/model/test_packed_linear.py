@@ -1,11 +1,14 @@
 """Packed weights of linear layers on a CPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from gpt_lightning import generate
 from gpt_lightning.model import packed_linear
+from gpt_lightning.model.int4_linear import Int4Linear, rounded_linear
 from gpt_lightning.model.int8_linear import Int8Linear
 from gpt_lightning.model.packed_linear import PackedLinear, pack_weights
 from helpers import tiny_gpt
@@ -51,8 +54,10 @@ def test_float64_weights_are_not_packed() -> None:
     assert torch.equal(model(torch.tensor([[1, 2]])), before)
 
 
-@pytest.mark.parametrize("layer", [PackedLinear, Int8Linear])
-def test_layer_has_copies_of_its_weights(layer: type[nn.Module]) -> None:
+@pytest.mark.parametrize("layer", [PackedLinear, Int8Linear, Int4Linear, rounded_linear])
+def test_layer_has_copies_of_its_weights(
+    layer: Callable[[torch.Tensor, torch.Tensor], nn.Module],
+) -> None:
     """The weights may be views of a mapped file that another program overwrites."""
     weight, bias, x = torch.randn(16, 8), torch.randn(16), torch.randn(3, 8)
     made = layer(weight, bias)

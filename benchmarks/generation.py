@@ -1,19 +1,23 @@
-"""Greedy decoding compared with transformers, LitGPT and the book's code: python benchmarks/generation.py [--repeats 5] [--tiny]
+"""Greedy decoding compared with other programs: python benchmarks/generation.py [--repeats 5] [--tiny]
 
 A model of the 124M shape with random weights reads a prompt of 64 tokens and generates 64. Each backend runs in a
 separate process, and the processes take turns. --litgpt, --ctranslate2 and --transformers PYTHON are interpreters in which
-the peer is installed (default for transformers: this one); CTranslate2 also needs transformers. The last line is JSON.
+the peer is installed (default for transformers: this one); CTranslate2 also needs transformers. --llama_bench PATH is
+llama.cpp's program, which runs again for each turn; loading is not counted. The last line is JSON.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from llama import TYPES, LlamaBench, write_models
 from machine import at_least, at_most, description, interleaved, ratio
 from worker import Worker
 
@@ -24,6 +28,11 @@ from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.model.packed_linear import can_pack, pack_weights
 
 PROMPT, NEW = 64, 64
+# ours and llama.cpp's type with as many bits, in the round of a dtype
+SAME_BITS = {
+    "float32": (("ours", "F32"), ("ours int8", "Q8_0"), ("ours int4", "Q4_0")),
+    "bfloat16": (("ours", "BF16"),),
+}
 
 
 def backends(
@@ -45,6 +54,7 @@ def backends(
             chosen[f"CTranslate2 int8{more}"] = (ctranslate2, "ctranslate2", batch, "int8")
     if dtype == "float32":
         chosen["ours int8"] = (here, "ours", 1, "int8")
+        chosen["ours int4"] = (here, "ours", 1, "int4")
         chosen["the book"] = (here, "book", 1, dtype)
     return chosen
 
@@ -55,39 +65,55 @@ def measure(
     transformers: str,
     litgpt: str | None,
     ctranslate2: str | None,
+    llama: dict[str, LlamaBench],
     repeats: int,
 ) -> tuple[dict[str, list[float]], dict[str, float], list[dict[str, Any]]]:
-    """Tokens/s (median, minimum, maximum) and peak GB of each backend, and the targets, in one dtype."""
+    """Tokens/s (median, minimum, maximum) and peak GB of each backend, and the targets, in one dtype.
+
+    Args:
+        llama: llama.cpp's benchmark by the type of the weights.
+    """
     settings = {"config": config, "prompt": PROMPT, "new": NEW}
     chosen = backends(dtype, transformers, litgpt, ctranslate2)
     workers = {
         name: Worker("decode", python, backend, {**settings, "batch": batch, "dtype": stored})
         for name, (python, backend, batch, stored) in chosen.items()
     }
-    seconds = interleaved({name: worker.go for name, worker in workers.items()}, repeats)
+    of_llama = {f"llama.cpp {name}": llama[name] for name in TYPES[dtype] if name in llama}
+    runs = {name: peer.go for name, peer in (workers | of_llama).items()}
+    seconds = interleaved(runs, repeats)
     tokens_per_second, memory_gb = {}, {}
     for name, values in seconds.items():
-        memory = workers[name].peak_memory()
-        memory_gb[f"{dtype}, {name}"] = round(memory / 1e9, 2)
-        workers[name].end()
-        rates = sorted(chosen[name][2] * NEW / value for value in values)
+        peak = ""
+        if name in workers:
+            memory = workers[name].peak_memory() / 1e9
+            memory_gb[f"{dtype}, {name}"] = round(memory, 2)
+            peak = f", {memory:.2f} GB"
+            workers[name].end()
+        batch = chosen[name][2] if name in chosen else 1
+        rates = sorted(batch * NEW / value for value in values)
         median = statistics.median(rates)
         tokens_per_second[f"{dtype}, {name}"] = [
             round(rate, 1) for rate in (median, rates[0], rates[-1])
         ]
         print(
-            f"{dtype:9} {name:28} {median:8.1f} tok/s ({rates[0]:.1f} – {rates[-1]:.1f}), "
-            f"{memory / 1e9:.2f} GB",
+            f"{dtype:9} {name:28} {median:8.1f} tok/s ({rates[0]:.1f} – {rates[-1]:.1f}){peak}",
             flush=True,
         )
     speedup = ratio(seconds["transformers"], seconds["ours"])
     batched = 8 * ratio(seconds["ours"], seconds["ours, batch 8"])
+    against_llama = [
+        at_least(f"{name} / llama.cpp {theirs}", ratio(seconds[f"llama.cpp {theirs}"], seconds[name]), 1.0)
+        for name, theirs in SAME_BITS[dtype]
+        if f"llama.cpp {theirs}" in seconds
+    ]  # fmt: skip
     return (
         tokens_per_second,
         memory_gb,
         [
             at_least(f"{dtype}: ours / transformers", speedup, 1.2),
             at_least(f"{dtype}: batch 8 / batch 1", batched, 4.0),
+            *against_llama,
         ],
     )
 
@@ -122,17 +148,35 @@ def main() -> None:
         "--ctranslate2", metavar="PYTHON", help="interpreter in which CTranslate2 is installed"
     )
     parser.add_argument(
+        "--llama_bench",
+        metavar="PATH",
+        type=Path,
+        help="llama.cpp's llama-bench; needs the extra gguf",
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="use a toy model, to test that the benchmark runs"
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     config = {**vars(GPT2_SIZES["gpt2-124M"]), "drop_rate": 0.0}
     if arguments.tiny:
-        config |= {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 500}
+        config |= {"emb_dim": 32, "n_heads": 2, "n_layers": 2}
+        if not arguments.llama_bench:  # a GGUF file holds GPT-2's tokenizer
+            config["vocab_size"] = 500
     tokens_per_second: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     targets: list[dict[str, Any]] = []
     not_measured = []
+    llama: dict[str, LlamaBench] = {}
+    peers: dict[str, str] = {}
+    folder = tempfile.TemporaryDirectory()
+    if arguments.llama_bench:
+        files = write_models(config, arguments.llama_bench, Path(folder.name))
+        llama = {
+            name: LlamaBench(arguments.llama_bench, file, PROMPT, NEW)
+            for name, file in files.items()
+        }
+        peers["llama.cpp"] = llama["F32"].version()
     for dtype in ("float32", "bfloat16"):
         if not (arguments.tiny or can_pack(getattr(torch, dtype))):
             print(f"{dtype} is not measured: this CPU has no instructions for it")
@@ -144,11 +188,13 @@ def main() -> None:
             arguments.transformers,
             arguments.litgpt,
             arguments.ctranslate2,
+            llama,
             arguments.repeats,
         )
         tokens_per_second |= rates
         memory |= own_memory
         targets += own_targets
+    folder.cleanup()
     early, late = zip(
         *(seconds_per_token(config, 930, [64, 900], 40) for _ in range(arguments.repeats)),
         strict=True,
@@ -156,7 +202,7 @@ def main() -> None:
     targets.append(at_most("seconds per token at 900 / at 64", ratio(late, early), 1.15))
     for target in targets:
         print("passed" if target["passed"] else "FAILED", target)
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "generation",
         "machine": description(
             transformers=arguments.transformers,
@@ -164,6 +210,7 @@ def main() -> None:
             ctranslate2=arguments.ctranslate2,
         ),
     }
+    result["machine"]["versions"] |= peers
     print(
         json.dumps(
             {

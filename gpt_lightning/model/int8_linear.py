@@ -1,5 +1,6 @@
 """Linear layers with int8 weights, which make CPU inference faster. For inference only."""
 
+import math
 import warnings
 
 import torch
@@ -42,15 +43,17 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if len(rows) == 1:
+        if len(rows) == 1 and math.isfinite(rows.sum().item()):
             y = torch.ops.quantized.linear_dynamic(rows, self.weight, self.reduce_range)
         else:  # torch has one scale for all tokens: each is scaled to the same maximum before
             scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
-            y = torch.ops.quantized.linear_dynamic(rows / scales, self.weight, self.reduce_range)
+            # the kernel takes NaN for some number; the scale of a token with NaN is NaN, and so is its result
+            scaled = (rows / scales).nan_to_num_()
+            y = torch.ops.quantized.linear_dynamic(scaled, self.weight, self.reduce_range)
             y = y.mul_(scales)
         if self.bias is not None:
             y = y.add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _engine() -> str:

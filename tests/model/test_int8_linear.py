@@ -34,3 +34,23 @@ def test_layer_is_the_product_of_rounded_weights(shape: tuple[int, ...]) -> None
 def test_zeros_are_exact() -> None:
     layer = Int8Linear(torch.zeros(3, 8), torch.ones(3))
     assert torch.equal(layer(torch.zeros(2, 8)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (3, 48)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_result_of_a_token_that_is_not_finite_is_not_finite(
+    shape: tuple[int, int], value: float
+) -> None:
+    """The kernel alone takes NaN for some number, or raises, depending on the place."""
+    layer = Int8Linear(torch.randn(40, 48, generator=make_generator(1)), None)
+    for column in (0, 1, 47):
+        for row in range(shape[0]):
+            x = torch.randn(shape, generator=make_generator(2))
+            x[row, column] = value
+            is_finite = torch.isfinite(layer(x)).all(dim=1)
+            assert is_finite.tolist() == [i != row for i in range(shape[0])]
+
+
+def test_no_tokens() -> None:
+    layer = Int8Linear(torch.randn(40, 48), torch.ones(40))
+    assert layer(torch.empty(2, 0, 48)).shape == (2, 0, 40)

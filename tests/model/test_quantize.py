@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple
+from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple, save_model
 from gpt_lightning.model import int8_linear, quantize
 from gpt_lightning.model.int8_linear import has_int8_kernel
 from gpt_lightning.model.quantize import quantize_unsupported_reason, quantize_weights
@@ -144,3 +144,18 @@ def test_other_devices_and_training_refuse_it(command: Command, dtype: str) -> N
     assert result.code == 2
     assert result.error.startswith("gpt_lightning: error: trainer.precision: ")
     assert result.error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["trf_blocks.1.norm1", "trf_blocks.1.ff.layers.0", "final_norm"])
+def test_damaged_weights_are_noticed(command: Command, name: str) -> None:
+    """As in float32: in a prompt of one token and in a longer one."""
+    model = GPTModel(GPTConfig(**{**vars(CONFIG), "vocab_size": 50257, "n_layers": 2}))
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight")[-1] = torch.nan
+    save_model(model, "damaged.ckpt", "lightning")
+    for prompt in ("!", "!!!"):
+        for dtype in ("float32", "int8", "int4"):
+            result = command(
+                "generate", "--from=damaged.ckpt", f"--prompt={prompt}", f"--dtype={dtype}"
+            )
+            assert_refused(result, "logits: a row has NaN", "the model's weights are damaged")

@@ -298,7 +298,7 @@ class StoreWriter:
         for name, writer in self.splits.items():
             state = progress["splits"][name]
             writer.shards, writer.documents = state["shards"], state["documents"]
-            writer.filled = state["filled"]
+            writer.filled, writer.checksum = state["filled"], hashlib.sha256()
             for shard in writer.shards:
                 _check_shard(self.folder / shard["name"], shard, self.tokenizer.dtype)
             if writer.filled:

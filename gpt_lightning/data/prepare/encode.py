@@ -1,14 +1,17 @@
 """Converts chunks to token ids in a thread of ``prepare``: parses rows of JSON, then tokenizes their texts."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from gpt_lightning.data.prepare.chunk import EOT_BYTES, Split, TextChunk, content_hash, split_of
 from gpt_lightning.data.prepare.clean import Cleaning
+from gpt_lightning.data.prepare.fast_tokenizer import DifferenceError, FastTokenizer
+from gpt_lightning.data.prepare.json_line import parse_line, parse_text
 from gpt_lightning.data.prepare.rows import as_python
 from gpt_lightning.data.tokenizer import GPT2, Ids, Tokenizer
 from gpt_lightning.data.unicode import BOM, clean_text, decoding_problem, line_ends
@@ -18,6 +21,7 @@ _BEFORE_SPACE = re.compile(r"\S(?=\s)")  # where a text may be cut
 STRIPPED = "header_or_footer_removed"
 DECODED_BY_FALLBACK = "decoded_by_fallback"
 TOO_LITTLE_ASCII = "too_little_ascii"
+NOT_THE_TOKENIZERS = "its ids are not those of tiktoken"
 
 
 class TokenRun(NamedTuple):
@@ -37,12 +41,17 @@ class EncodedChunk:
         problems: One line for each document that cannot be read and was left out.
         empty: Number of rows with nothing but white space, which are left out too.
         cleaned: Number of cleaned documents by kind of cleaning.
+        difference: What is wrong with the fast tokenizer's ids, which are not to be used.
+        unsampled_difference: The same, of a comparison of all ids. It counts in the first tokens of a store, so that
+            the store does not depend on how many chunks are in progress.
     """
 
     tokens: list[TokenRun] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     empty: int = 0
     cleaned: Counter[str] = field(default_factory=Counter)
+    difference: str | None = None
+    unsampled_difference: str | None = None
 
 
 class _Text(NamedTuple):
@@ -65,21 +74,62 @@ def encode_chunk(
     skip: bool,
     cleaning: Cleaning,
     tokenizer: Tokenizer = GPT2,
+    fast: FastTokenizer | None = None,
+    compare_all: bool = False,
 ) -> EncodedChunk:
     """Token ids of a chunk by split.
 
     Args:
         name: The JSON field that holds a line's text.
         skip: Whether a document that cannot be read is counted instead of raised.
+        fast: Encodes instead of ``tokenizer``, with checks.
+        compare_all: Whether all its ids are compared with the tokenizer's.
 
     Raises:
         ValueError: A document cannot be read.
     """
+    encoder = _Encoder(tokenizer, fast, compare_all)
+    try:
+        encoded = _encoded(chunk, encoder, name, val_ratio, skip, cleaning)
+    except DifferenceError as error:
+        return EncodedChunk(difference=str(error))
+    encoded.unsampled_difference = encoder.difference
+    return encoded
+
+
+@dataclass
+class _Encoder:
+    """Token ids by the fast tokenizer if there is one, and what :func:`encode_chunk` compares."""
+
+    tokenizer: Tokenizer
+    fast: FastTokenizer | None
+    compare_all: bool
+    difference: str | None = None
+
+    def encode(self, texts: Sequence[str], offsets: Sequence[int]) -> Ids:
+        if self.fast is None:
+            return self.tokenizer.encode_documents(texts)
+        ids = self.fast.encode_documents(texts, offsets)
+        if self.compare_all and not np.array_equal(ids, self.tokenizer.encode_documents(texts)):
+            self.difference = NOT_THE_TOKENIZERS
+        return ids
+
+
+def _encoded(
+    chunk: TextChunk,
+    encoder: _Encoder,
+    name: str,
+    val_ratio: float,
+    skip: bool,
+    cleaning: Cleaning,
+) -> EncodedChunk:
     encoded = EncodedChunk()
     if chunk.part:
         assert chunk.split is not None
         try:
-            ids = tokenizer.encode_documents([_plain(chunk.content, chunk.at.offset)])
+            ids = encoder.encode([_plain(chunk.content, chunk.at.offset)], [chunk.at.offset])
+        except DifferenceError:
+            raise
         except ValueError as error:
             location = f"{chunk.source.path}, from byte {chunk.at.offset}"
             raise ValueError(f"{location}: {error}") from error
@@ -101,7 +151,7 @@ def encode_chunk(
         ):  # two delimiters in a row in a plain text are not an empty row
             encoded.empty += 1
     for split, documents in texts.items():
-        ids, count, refused = _tokenized(documents, tokenizer)
+        ids, count, refused = _tokenized(documents, encoder)
         if refused and not skip:
             raise ValueError(refused[0].message)
         problems += refused
@@ -160,20 +210,23 @@ def _cleaned(
         yield document._replace(text=text[end:], offset=until)
 
 
-def _tokenized(texts: list[_Text], tokenizer: Tokenizer) -> tuple[Ids, int, list[_Problem]]:
+def _tokenized(texts: list[_Text], encoder: _Encoder) -> tuple[Ids, int, list[_Problem]]:
     """Token ids, the number of texts they are of, and a problem for each text that the tokenizer refuses."""
     refused = []
     try:
-        return tokenizer.encode_documents([text.text for text in texts]), len(texts), []
+        offsets = [text.offset for text in texts]
+        return encoder.encode([text.text for text in texts], offsets), len(texts), []
+    except DifferenceError:
+        raise
     except ValueError:
         accepted = []
         for text in texts:
             try:
-                tokenizer.encode_documents([text.text])
+                encoder.tokenizer.encode_documents([text.text])
                 accepted.append(text.text)
             except ValueError as error:
                 refused.append(_Problem(f"{text.location}: {error}"))
-    return tokenizer.encode_documents(accepted), len(accepted), refused
+    return encoder.tokenizer.encode_documents(accepted), len(accepted), refused
 
 
 def _split(chunk: TextChunk, document: _Text, val_ratio: float) -> Split:
@@ -219,13 +272,16 @@ def _documents(chunk: TextChunk, name: str, cleaning: Cleaning) -> Iterator[_Tex
 def _of_line(
     location: str, offset: int, line: bytes, name: str, cleaning: Cleaning
 ) -> _Text | _Problem:
+    content = parse_line(line)
+    if isinstance(content, dict) and isinstance(content.get(name), str):
+        return _of_text(location, offset, content[name], name, cleaning)
     try:
         text, by_fallback = cleaning.decode(line)
     except UnicodeDecodeError as error:
         problem = decoding_problem(error, offset + error.start)
         return _Problem(f"{location}: {problem}; correct it, or --on_error skip")
     try:
-        content = json.loads(text.removeprefix("\ufeff"))
+        content = parse_text(text)
     except (ValueError, RecursionError):
         return _Problem(f"{location}: is not JSON; correct it, or --on_error skip")
     if not isinstance(content, dict):

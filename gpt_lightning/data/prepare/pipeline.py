@@ -4,6 +4,7 @@ Chunks are tokenized in parallel and written in order, so the store is a functio
 settings alone, however often it was interrupted: see ``token_store.py``.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from gpt_lightning.data.prepare.encode import (
     EncodedChunk,
     encode_chunk,
 )
+from gpt_lightning.data.prepare.fast_tokenizer import CHECKED_TOKENS, find_fast_tokenizer
 from gpt_lightning.data.prepare.inputs import InputFile, find_inputs, with_checksums
 from gpt_lightning.data.prepare.readers import read_chunks
 from gpt_lightning.data.prepare.resume import check_same, check_unfinished
@@ -37,9 +39,12 @@ from gpt_lightning.data.token_store import (
     was_written_here,
 )
 from gpt_lightning.data.tokenizer import GPT2, Tokenizer
+from gpt_lightning.data.unicode import printable
 from gpt_lightning.storage.atomic import created_folder, temporary_path
 from gpt_lightning.storage.checksum import MANIFEST
 from gpt_lightning.storage.lock import lock_file
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, int], None]  # bytes read, of how many, tokens
 
@@ -201,6 +206,9 @@ class _PreparePipeline:
         self.skipped = self.empty = 0
         self.cleaned: Counter[str] = Counter()
         self.problems: list[str] = []
+        self._recorded_problems = 0
+        self._fast = find_fast_tokenizer(writer.tokenizer) if _may_be_large(sources) else None
+        self._with_tiktoken = False  # until the shard is complete
 
     def continue_from(self, recorded: dict[str, Any]) -> None:
         self.position = ReadPosition(*recorded["at"])
@@ -212,9 +220,8 @@ class _PreparePipeline:
         before = [(s.path, s.path.stat().st_mtime_ns) for s in self.sources]
         with self._writing():
             self._record()
-        with closing(self._encoded()) as chunks:
-            for chunk, encoded in chunks:
-                self._write(chunk, encoded)
+        while not self._write_chunks():
+            pass
         if changed := [path for path, time in before if path.stat().st_mtime_ns != time]:
             raise ValueError(
                 f"{changed[0]}: was changed while it was read; remove the store and run again"
@@ -225,6 +232,40 @@ class _PreparePipeline:
         return PrepareResult(
             self.writer.folder, manifest, already_prepared=False, problems=self.problems
         )
+
+    @property
+    def _tokens(self) -> int:
+        return sum(split.tokens for split in self.writer.splits.values())
+
+    def _write_chunks(self) -> bool:
+        """Write all chunks from the position on, and return True; or stop where another tokenizer has to go on."""
+        with closing(self._encoded()) as chunks:
+            for chunk, encoded in chunks:
+                difference = encoded.difference
+                if self._tokens < CHECKED_TOKENS:
+                    difference = difference or encoded.unsampled_difference
+                if difference is not None:
+                    self._go_back(chunk, difference)
+                    return False
+                recorded = self._write(chunk, encoded)
+                if recorded and self._with_tiktoken:
+                    self._with_tiktoken = False
+                    return False
+        return True
+
+    def _go_back(self, chunk: TextChunk, difference: str) -> None:
+        """Go back to where a shard was last completed, from where on tiktoken tokenizes until the next one is."""
+        assert self._fast is not None
+        logger.warning(
+            printable(
+                f"{self._fast.name}: {difference} ({chunk.source.path}, from {_place(chunk)} on); tiktoken tokenizes "
+                "this shard again"
+            )
+        )
+        self.writer.close()
+        self.continue_from(self.writer.resume())
+        del self.problems[self._recorded_problems :]
+        self._with_tiktoken = True
 
     def _encoded(self) -> Generator[tuple[TextChunk, EncodedChunk]]:
         """Chunks with their tokens, in order; a few are in progress. A reader's error is raised after its chunks."""
@@ -243,6 +284,7 @@ class _PreparePipeline:
             skip=self.skip,
             tokenizer=self.writer.tokenizer,
             cleaning=self.settings.cleaning,
+            fast=None if self._with_tiktoken else self._fast,
         )
         in_progress: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()
         failure: Exception | None = None
@@ -256,7 +298,8 @@ class _PreparePipeline:
                     break
                 if chunk is None:
                     break
-                in_progress.append((chunk, pool.submit(encode, chunk)))
+                compare_all = self._tokens < CHECKED_TOKENS  # some more than in _write_chunks
+                in_progress.append((chunk, pool.submit(encode, chunk, compare_all=compare_all)))
                 if len(in_progress) > _CHUNKS_PER_WORKER * self.workers:
                     chunk, future = in_progress.popleft()
                     yield chunk, future.result()
@@ -268,7 +311,8 @@ class _PreparePipeline:
         if failure is not None:
             raise failure
 
-    def _write(self, chunk: TextChunk, encoded: EncodedChunk) -> None:
+    def _write(self, chunk: TextChunk, encoded: EncodedChunk) -> bool:
+        """Write a chunk's tokens; returns whether a shard was completed."""
         self.position = chunk.after
         with self._writing():
             for split, ids, documents, begins in encoded.tokens:
@@ -277,10 +321,10 @@ class _PreparePipeline:
             self.empty += encoded.empty
             self.cleaned += encoded.cleaned
             self.problems += encoded.problems[: _MAX_PROBLEMS - len(self.problems)]
-            if self.writer.has_shards_to_record:
+            if is_complete := self.writer.has_shards_to_record:
                 self._record()
-        tokens = sum(split.tokens for split in self.writer.splits.values())
-        self.on_progress(chunk.done, self._bytes, tokens)
+        self.on_progress(chunk.done, self._bytes, self._tokens)
+        return is_complete
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -294,6 +338,7 @@ class _PreparePipeline:
 
     def _record(self) -> None:
         self.writer.record({"at": list(self.position), **self._counts()})
+        self._recorded_problems = len(self.problems)
 
     def _counts(self) -> dict[str, Any]:
         counts: dict[str, Any] = {"skipped": self.skipped, "empty": self.empty}
@@ -318,6 +363,21 @@ class _PreparePipeline:
                 self.writer.close()
                 self.writer.remove()
                 raise ValueError(empty_split_message(name, documents, self.settings.split))
+
+
+def _may_be_large(sources: Sequence[InputFile]) -> bool:
+    """Whether a fast tokenizer may help: tiktoken encodes all of a small store, and a byte has one token at most."""
+    suffixes = {source.path.suffix.lower() for source in sources}
+    is_compressed = bool(suffixes & {".gz", ".zst", ".parquet"})
+    return is_compressed or sum(source.bytes for source in sources) >= CHECKED_TOKENS
+
+
+def _place(chunk: TextChunk) -> str:
+    if chunk.source.kind == "text":
+        return f"byte {chunk.at.offset}"
+    if chunk.source.kind == "lines":
+        return f"line {chunk.at.line + 1}"
+    return f"row {chunk.at.offset + 1}"
 
 
 def _check_out(out: Path) -> None:

@@ -53,10 +53,12 @@ class FastTokenizer:
         tokens = [*GPT2.token_bytes]
         tokens[END_OF_TEXT_ID] = b""  # no text has it
         self._lengths = np.array([len(token) for token in tokens], dtype=np.int64)
+        # the bytes of each token in words of 8, and which bits of a word are the token's
         width = -(-self._lengths.max() // _WORD) * _WORD
         table = b"".join(token.ljust(width, b"\0") for token in tokens)
-        self._words = np.frombuffer(table, dtype="<u8").reshape(len(tokens), -1)
-        self._masks = np.array([(1 << 8 * n) - 1 for n in range(_WORD + 1)], dtype=np.uint64)
+        used = b"".join((b"\xff" * len(token)).ljust(width, b"\0") for token in tokens)
+        self._words = np.frombuffer(table, dtype="<u8").reshape(len(tokens), -1).T.copy()
+        self._masks = np.frombuffer(used, dtype="<u8").reshape(len(tokens), -1).T.copy()
 
     def encode_documents(self, texts: Sequence[str], offsets: Sequence[int]) -> Ids:
         """Token ids of documents with one delimiter between them, as :meth:`Tokenizer.encode_documents` gives them.
@@ -104,21 +106,25 @@ class FastTokenizer:
         """0, and the offset where each token ends, if the tokens spell ``content``."""
         if ids.size and ids.max() >= END_OF_TEXT_ID:
             raise DifferenceError("an id is not one of text")
-        lengths = self._lengths[ids]
-        ends = np.concatenate([[0], np.cumsum(lengths)])
+        index = ids.astype(np.intp)
+        lengths = self._lengths.take(index)
+        ends = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=ends[1:])
         if ends[-1] != len(content):
             raise DifferenceError("its ids do not spell the text")
         starts = ends[:-1]
         # the 8 bytes from every offset on
-        words = np.ndarray(len(content) + 1, "<u8", content + bytes(_WORD), strides=(1,))
-        for column in range(self._words.shape[1]):
-            masks = self._masks[np.minimum(lengths, _WORD)]
-            if ((words[starts] & masks) != self._words[ids, column]).any():
+        windows = np.ndarray(len(content) + 1, "<u8", content + bytes(_WORD), strides=(1,))
+        for words, masks in zip(self._words, self._masks, strict=True):
+            different = windows[starts]
+            different ^= words.take(index)
+            different &= masks.take(index)
+            if different.any():
                 raise DifferenceError("its ids do not spell the text")
-            rest = np.flatnonzero(lengths > _WORD)
-            if not rest.size:
+            longer = np.flatnonzero(lengths > _WORD)
+            if not longer.size:
                 break
-            ids, lengths, starts = ids[rest], lengths[rest] - _WORD, starts[rest] + _WORD
+            index, lengths, starts = index[longer], lengths[longer] - _WORD, starts[longer] + _WORD
         return ends
 
     @staticmethod

@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +171,11 @@ def test_broken_package_falls_back_and_is_said(
 
 
 @pytest.fixture(scope="module")
-def fast() -> Iterator[FastTokenizer]:
+def fast() -> FastTokenizer:
     pytest.importorskip("fastokens")
     found = fast_tokenizer.find_fast_tokenizer(GPT2)
     assert found is not None
-    yield found
+    return found
 
 
 def _assert_same(fast: FastTokenizer, texts: list[str]) -> None:

@@ -139,8 +139,9 @@ sys.exit(main(sys.argv[1:]))
     out = tmp_path / "out"
     result = python("-c", interrupted, "prepare", *megabytes, f"--out={out}", "--workers=1")
     assert result.returncode == 130
-    assert result.stderr.count("\n") == 1
-    assert "the same command resumes" in result.stderr
+    *others, last = result.stderr.splitlines()  # without the extra fast, a line says so
+    assert "the same command resumes" in last
+    assert all(line.startswith("tiktoken tokenizes") for line in others)
     assert len(list(out.glob("*.bin"))) < 10
     with pytest.raises(ValueError, match="is an unfinished token store; run the prepare"):
         token_cache.read_splits(str(out), 0.9)

@@ -106,10 +106,10 @@ class _Encoder:
     compare_all: bool
     difference: str | None = None
 
-    def encode(self, texts: Sequence[str], offsets: Sequence[int]) -> Ids:
+    def encode(self, texts: Sequence[str]) -> Ids:
         if self.fast is None:
             return self.tokenizer.encode_documents(texts)
-        ids = self.fast.encode_documents(texts, offsets)
+        ids = self.fast.encode_documents(texts)
         if self.compare_all and not np.array_equal(ids, self.tokenizer.encode_documents(texts)):
             self.difference = NOT_THE_TOKENIZERS
         return ids
@@ -127,9 +127,7 @@ def _encoded(
     if chunk.part:
         assert chunk.split is not None
         try:
-            ids = encoder.encode([_plain(chunk.content, chunk.at.offset)], [chunk.at.offset])
-        except DifferenceError:
-            raise
+            ids = encoder.encode([_plain(chunk.content, chunk.at.offset)])
         except ValueError as error:
             location = f"{chunk.source.path}, from byte {chunk.at.offset}"
             raise ValueError(f"{location}: {error}") from error
@@ -214,10 +212,7 @@ def _tokenized(texts: list[_Text], encoder: _Encoder) -> tuple[Ids, int, list[_P
     """Token ids, the number of texts they are of, and a problem for each text that the tokenizer refuses."""
     refused = []
     try:
-        offsets = [text.offset for text in texts]
-        return encoder.encode([text.text for text in texts], offsets), len(texts), []
-    except DifferenceError:
-        raise
+        return encoder.encode([text.text for text in texts]), len(texts), []
     except ValueError:
         accepted = []
         for text in texts:
@@ -273,8 +268,8 @@ def _of_line(
     location: str, offset: int, line: bytes, name: str, cleaning: Cleaning
 ) -> _Text | _Problem:
     content = parse_line(line)
-    if isinstance(content, dict) and isinstance(content.get(name), str):
-        return _of_text(location, offset, content[name], name, cleaning)
+    if isinstance(content, dict) and isinstance(document := content.get(name), str):
+        return _Text(location, offset, document.removeprefix(BOM), False)
     try:
         text, by_fallback = cleaning.decode(line)
     except UnicodeDecodeError as error:

@@ -5,6 +5,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 _MAX_DEPTH = 500  # json refuses deeper values than about 990, orjson than 1,024
 _MAX_DIGITS = 4300  # of a whole number that json reads; orjson makes a float of a longer one
 
@@ -43,7 +45,10 @@ def _orjson_loads() -> Any:
 
 def _is_unusual(line: bytes) -> bool:
     """Whether a line may hold a deep value, or a number of more than ``_MAX_DIGITS`` digits."""
-    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH:
+    if len(line) <= _MAX_DEPTH:
+        return False
+    brackets = np.frombuffer(line, np.uint8) | 0x20  # makes { of [ and no other character
+    if np.count_nonzero(brackets == ord("{")) > _MAX_DEPTH:
         return True
     step = _MAX_DIGITS // 2  # so many digits hold a complete block of this size
     return any(line[at : at + step].isdigit() for at in range(0, len(line) - step + 1, step))

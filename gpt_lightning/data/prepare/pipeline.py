@@ -300,7 +300,8 @@ class _PreparePipeline:
                     break
                 compare_all = self._tokens < CHECKED_TOKENS  # some more than in _write_chunks
                 in_progress.append((chunk, pool.submit(encode, chunk, compare_all=compare_all)))
-                if len(in_progress) > _CHUNKS_PER_WORKER * self.workers:
+                ahead = 1 if compare_all else _CHUNKS_PER_WORKER
+                if len(in_progress) > ahead * self.workers:
                     chunk, future = in_progress.popleft()
                     yield chunk, future.result()
             while in_progress:

@@ -179,7 +179,7 @@ def fast() -> FastTokenizer:
 
 
 def _assert_same(fast: FastTokenizer, texts: list[str]) -> None:
-    ids = fast.encode_documents(texts, [0] * len(texts))
+    ids = fast.encode_documents(texts)
     np.testing.assert_array_equal(ids, GPT2.encode_documents(texts))
 
 
@@ -204,7 +204,7 @@ def test_ids_of_awkward_text(fast: FastTokenizer) -> None:
 
 def test_too_many_blanks_are_refused_as_without_it(fast: FastTokenizer) -> None:
     with pytest.raises(ValueError, match="blanks in a row"):
-        fast.encode_documents(["a", "b" + " " * 3_000_000 + "c"], [0, 1])
+        fast.encode_documents(["a", "b" + " " * 3_000_000 + "c"])
 
 
 # --- lines of JSON --------------------------------------------------------------------------------

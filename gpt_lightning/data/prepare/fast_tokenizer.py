@@ -6,6 +6,7 @@ first million tokens of a store. The pipeline encodes a shard again where one id
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -22,6 +23,7 @@ from gpt_lightning.data.tokenizer_json import gpt2_content
 logger = logging.getLogger(__name__)
 
 PACKAGE = "fastokens"
+MAX_WORKERS = 4  # fastokens keeps up to about 130 MB of encoded words for each thread
 CHECKED_TOKENS = 1_000_000  # the first ones of a store, of which tiktoken encodes all
 _BATCH_CHARACTERS = 1 << 16  # encoded and checked together, in the processor's cache
 # tiktoken encodes the first bytes of each block, 1.2 %. The size is odd, so that blocks do not begin where a tokenizer
@@ -99,7 +101,6 @@ class FastTokenizer:
     def _encode(self, texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """All ids, and the index of each text's first one with the number of all at the end."""
         try:
-            # one by one: for several texts it wakes threads, and the pipeline has its own
             parts = [self._backend.encode_batch_flat([text])[0] for text in texts]
             ids = np.frombuffer(b"".join(parts), dtype="<u4")
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -193,6 +194,7 @@ def find_fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer | None:
 @cache
 def _gpt2() -> FastTokenizer | None:
     try:
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # prepare has its own threads
         package = import_module(PACKAGE)
         content = {**gpt2_content(), "added_tokens": []}
         backend = package.Tokenizer.from_json_str(json.dumps(content))

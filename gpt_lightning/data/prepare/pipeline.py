@@ -25,7 +25,11 @@ from gpt_lightning.data.prepare.encode import (
     EncodedChunk,
     encode_chunk,
 )
-from gpt_lightning.data.prepare.fast_tokenizer import CHECKED_TOKENS, find_fast_tokenizer
+from gpt_lightning.data.prepare.fast_tokenizer import (
+    CHECKED_TOKENS,
+    MAX_WORKERS,
+    find_fast_tokenizer,
+)
 from gpt_lightning.data.prepare.inputs import InputFile, find_inputs, with_checksums
 from gpt_lightning.data.prepare.readers import read_chunks
 from gpt_lightning.data.prepare.resume import check_same, check_unfinished
@@ -277,6 +281,8 @@ class _PreparePipeline:
             val_ratio=val_ratio,
             complete_documents=self.settings.cleaning.is_on,
         )
+        fast = None if self._with_tiktoken else self._fast
+        workers = self.workers if fast is None else min(self.workers, MAX_WORKERS)
         encode = partial(
             encode_chunk,
             name=self.settings.field,
@@ -284,11 +290,11 @@ class _PreparePipeline:
             skip=self.skip,
             tokenizer=self.writer.tokenizer,
             cleaning=self.settings.cleaning,
-            fast=None if self._with_tiktoken else self._fast,
+            fast=fast,
         )
         in_progress: deque[tuple[TextChunk, Future[EncodedChunk]]] = deque()
         failure: Exception | None = None
-        pool = ThreadPoolExecutor(self.workers)
+        pool = ThreadPoolExecutor(workers)
         try:
             while failure is None:
                 try:
@@ -301,7 +307,7 @@ class _PreparePipeline:
                 compare_all = self._tokens < CHECKED_TOKENS  # some more than in _write_chunks
                 in_progress.append((chunk, pool.submit(encode, chunk, compare_all=compare_all)))
                 ahead = 1 if compare_all else _CHUNKS_PER_WORKER
-                if len(in_progress) > ahead * self.workers:
+                if len(in_progress) > ahead * workers:
                     chunk, future = in_progress.popleft()
                     yield chunk, future.result()
             while in_progress:

@@ -131,6 +131,39 @@ def test_wrong_ids_beyond_the_first_million_are_found_in_the_sample(
     assert read_files(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("first_is_fast", [True, False])
+def test_resumes_with_and_without_the_extra(
+    use: Any, expected: dict[str, bytes], lines: str, tmp_path: Path, first_is_fast: bool
+) -> None:
+    backends = [_StandIn(), None] if first_is_fast else [None, _StandIn()]
+
+    def interrupt(done: int, total: int, tokens: int) -> None:
+        if tokens > 3 * SHARDS.shard_tokens:
+            raise KeyboardInterrupt
+
+    use(backends[0])
+    with pytest.raises(KeyboardInterrupt):
+        prepare([lines], tmp_path / "out", SHARDS, on_progress=interrupt)
+    assert len(list((tmp_path / "out").glob("*.bin"))) > 1
+    use(backends[1])
+    prepare([lines], tmp_path / "out", SHARDS)
+    assert read_files(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_other_tokens_once_in_100_000_are_noticed(
+    use: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [SAMPLE] * 60)
+    use(_StandIn(100_000))
+    with caplog.at_level(logging.WARNING):
+        prepare([str(path)], tmp_path / "out", SHARDS)
+    use(None)
+    prepare([str(path)], tmp_path / "expected", SHARDS)
+    assert caplog.records
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "expected")
+
+
 def test_sample_is_more_than_one_percent() -> None:
     for content in (SAMPLE.encode() * 100, "語".encode() * 100_000):
         size = sum(end - start for start, end in fast_tokenizer._sample(content, 12_345))
@@ -200,6 +233,22 @@ def test_ids_of_awkward_text(fast: FastTokenizer) -> None:
     rng = random.Random(1)
     _assert_same(fast, [awkward_text(rng, 300) for _ in range(500)])
     _assert_same(fast, ["a<|endoftext|>b", "\U00032c88\u8af2", " " * 60_000, "x" * 100_000])
+
+
+@pytest.mark.slow
+def test_ids_of_20_000_random_strings_and_62_awkward_corpora(fast: FastTokenizer) -> None:
+    rng = random.Random(2)
+    scripts = [
+        range(32, 127),
+        range(0x250),
+        range(0x3000, 0xA000),
+        [*range(0xD800), *range(0xE000, 0x110000)],
+    ]
+    for _ in range(200):
+        _assert_same(fast, ["".join(map(chr, rng.choices(rng.choice(scripts), k=rng.randint(1, 80))))
+                            for _ in range(100)])  # fmt: skip
+    for seed in range(62):
+        _assert_same(fast, [awkward_text(random.Random(seed), 2_000)])
 
 
 def test_too_many_blanks_are_refused_as_without_it(fast: FastTokenizer) -> None:

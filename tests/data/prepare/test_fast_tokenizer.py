@@ -154,7 +154,7 @@ def test_resumes_with_and_without_the_extra(
 def test_other_tokens_once_in_100_000_are_noticed(
     use: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [SAMPLE] * 60)
+    path = write_lines(tmp_path / "a.jsonl", [f"{i} {SAMPLE}" for i in range(60)])
     use(_StandIn(100_000))
     with caplog.at_level(logging.WARNING):
         prepare([str(path)], tmp_path / "out", SHARDS)

@@ -452,6 +452,22 @@ def test_generation_stops(visit: Visit, expect: Any) -> None:
     assert page.locator(".shaded [role=option]").count() == count
 
 
+@pytest.mark.parametrize(
+    ("view", "button"),
+    [("text", "Generate"), ("text&mode=score", "Score"), ("compare", "Generate texts")],
+)
+def test_buttons_wait_for_the_models(visit: Visit, expect: Any, view: str, button: str) -> None:
+    held: list[Any] = []
+    visit.page.route("**/api/state", lambda route: held.append(route), times=1)
+    page = visit.open(f"#view={view}&text=Nobody+came.")
+    expect(page.get_by_role("button", name=button, exact=True)).to_be_disabled()
+    while not held:
+        page.wait_for_timeout(10)
+    held[0].continue_()
+    page.get_by_role("button", name=button, exact=True).click()
+    expect(page.locator(".shaded [role=option]").nth(2)).to_be_attached()
+
+
 def test_given_text_is_scored(visit: Visit, address: str, expect: Any) -> None:
     page = visit.open("#view=text")
     page.get_by_label("Score a text of yours").check()

@@ -40,7 +40,7 @@ export function startCompare(panel) {
 
   const generateButton = element(
     "button",
-    { type: "button", class: "primary", onclick: generate },
+    { type: "button", class: "primary", disabled: true, onclick: generate },
     "Generate texts",
   );
   const stopButton = element(
@@ -79,6 +79,7 @@ export function startCompare(panel) {
   onChange((changed) => {
     if (changed.has("model list")) chooseDefault();
     if (changed.has("model list") || changed.has("models")) showChoice();
+    generateButton.disabled = chosenModels().length === 0;
     ask();
   });
 

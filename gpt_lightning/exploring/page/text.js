@@ -2,7 +2,7 @@
 
 import { post, stream } from "./api.js";
 import { element, facts, formatCount, formatNumber, plural } from "./elements.js";
-import { modelName, poll } from "./models.js";
+import { modelName, modelOf, poll } from "./models.js";
 import { caption, paintTexts } from "./picture.js";
 import { saveButtons } from "./save.js";
 import { COLUMNS, shadeLegend, ShadedText, TokenDetail } from "./shaded_text.js";
@@ -23,12 +23,12 @@ export function startText(panel) {
 
   const generateButton = element(
     "button",
-    { type: "button", class: "primary", onclick: generate },
+    { type: "button", class: "primary", disabled: true, onclick: generate },
     "Generate",
   );
   const scoreButton = element(
     "button",
-    { type: "button", class: "primary", onclick: score },
+    { type: "button", class: "primary", disabled: true, onclick: score },
     "Score",
   );
   const stopButton = element("button", { type: "button", disabled: true, onclick: stop }, "Stop");
@@ -68,7 +68,10 @@ export function startText(panel) {
   );
   panel.append(controls, content);
 
-  onChange((changed) => changed.has("mode") && showMode());
+  onChange((changed) => {
+    if (changed.has("mode")) showMode();
+    for (const button of [generateButton, scoreButton]) button.disabled = !modelOf(state.model);
+  });
   showMode();
 
   function showMode() {

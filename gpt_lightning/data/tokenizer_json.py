@@ -20,6 +20,7 @@ from gpt_lightning.data.tokenizer import (
     END_OF_TEXT_ID,
     GPT2,
     Tokenizer,
+    byte_characters,
     merge_pairs,
     merges,
     token_ids,
@@ -182,7 +183,7 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> bytes:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(_byte_characters()),
+        initial_alphabet=sorted(byte_characters()),
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
@@ -190,13 +191,6 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> bytes:
 
 
 # --- the content of a file --------------------------------------------------------------------------
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte: itself if it is visible, else one from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _token_bytes(content: dict[str, Any]) -> list[bytes]:
@@ -213,7 +207,7 @@ def _token_bytes(content: dict[str, Any]) -> list[bytes]:
         if not _is_byte_level(content.get(key)):
             raise ValueError(f"is not byte-level BPE: its {key} is not ByteLevel")
     vocabulary: dict[str, int] = model["vocab"]
-    byte_of = _byte_characters()
+    byte_of = byte_characters()
     if missing := byte_of.keys() - vocabulary.keys():
         raise ValueError(
             f"is not byte-level BPE: it lacks tokens of {len(missing)} of the 256 bytes"

@@ -19,7 +19,7 @@ from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.add_tokens import InitAdded, add_tokens
 from gpt_lightning.pretrained.average import average_weights
 from gpt_lightning.pretrained.book import write_book
-from gpt_lightning.pretrained.download import find_downloaded
+from gpt_lightning.pretrained.downloaded import find_downloaded
 from gpt_lightning.pretrained.gguf import OutType, check_library, write_gguf
 from gpt_lightning.pretrained.huggingface import write_huggingface
 from gpt_lightning.pretrained.openai import write_openai

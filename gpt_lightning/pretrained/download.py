@@ -8,14 +8,22 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 
+from gpt_lightning.pretrained.downloaded import (
+    HUB_FILES,
+    OPENAI_DATA,
+    OPENAI_FILES,
+    OPENAI_INDEX,
+    OPENAI_META,
+    DownloadHost,
+    download_folder,
+)
 from gpt_lightning.storage.atomic import created_folder, move_into_place
-from gpt_lightning.storage.cache import cache_folder
 from gpt_lightning.storage.checksum import MANIFEST, damaged_files, write_manifest
 from gpt_lightning.storage.http_download import (
     ATTEMPTS,
@@ -30,7 +38,6 @@ from gpt_lightning.storage.http_download import (
 )
 from gpt_lightning.storage.lock import lock_file
 
-DownloadHost = Literal["hub", "openai"]
 _HUB = {  # repository, revision, size and checksum of model.safetensors
     "gpt2-124M": (
         "openai-community/gpt2",
@@ -57,13 +64,11 @@ _HUB = {  # repository, revision, size and checksum of model.safetensors
         ),
     ),
 }
-HUB_FILES = ("config.json", "model.safetensors")
 
 _OPENAI = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
 )
-_DATA, _INDEX, _META = "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta"
 _EXPECTED = {  # the same for each size of model
     "encoder.json": ExpectedFile(
         1042301, "sha256:196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -73,46 +78,20 @@ _EXPECTED = {  # the same for each size of model
     ),
     "checkpoint": ExpectedFile(77),
 }
-OPENAI_FILES = ("checkpoint", "encoder.json", "hparams.json", _DATA, _INDEX, _META, "vocab.bpe")
 _EXPECTED_BY_SIZE = {
     "gpt2-124M": {
         "hparams.json": ExpectedFile(90),
-        _DATA: ExpectedFile(497759232, "md5:f48b9cf1a525a603be52258f69bf9162"),
-        _INDEX: ExpectedFile(5215),
-        _META: ExpectedFile(471155),
+        OPENAI_DATA: ExpectedFile(497759232, "md5:f48b9cf1a525a603be52258f69bf9162"),
+        OPENAI_INDEX: ExpectedFile(5215),
+        OPENAI_META: ExpectedFile(471155),
     },
     "gpt2-355M": {
         "hparams.json": ExpectedFile(91),
-        _DATA: ExpectedFile(1419292672),
-        _INDEX: ExpectedFile(10399),
-        _META: ExpectedFile(926519),
+        OPENAI_DATA: ExpectedFile(1419292672),
+        OPENAI_INDEX: ExpectedFile(10399),
+        OPENAI_META: ExpectedFile(926519),
     },
 }
-
-
-def download_folder(name: str, host: DownloadHost) -> Path:
-    """The cache folder for the files of a size. A user may also put the files there."""
-    return cache_folder() / name / host
-
-
-def find_downloaded(name: str) -> Path:
-    """The folder with the complete files of a size, from either host.
-
-    Raises:
-        FileNotFoundError: There is no such folder.
-    """
-    required: dict[DownloadHost, tuple[str, ...]] = {
-        "hub": HUB_FILES,
-        "openai": ("hparams.json", _DATA, _INDEX),
-    }
-    for host, files in required.items():
-        folder = download_folder(name, host)
-        if all((folder / file).is_file() for file in files):
-            return folder
-    raise FileNotFoundError(
-        f"{name}: is not downloaded; run python -m gpt_lightning download {name}, or put "
-        f"{' and '.join(HUB_FILES)} into {download_folder(name, 'hub')}"
-    )
 
 
 def download(

@@ -13,7 +13,7 @@ from gpt_lightning.data.tokenizer import GPT2
 from gpt_lightning.model.config import GPT2_NAMES, GPT2_SIZES, gpt2_size
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.pretrained.book import is_book, read_book
-from gpt_lightning.pretrained.download import find_downloaded
+from gpt_lightning.pretrained.downloaded import find_downloaded
 from gpt_lightning.pretrained.gguf import is_gguf
 from gpt_lightning.pretrained.huggingface import is_huggingface, read_huggingface
 from gpt_lightning.pretrained.nanogpt import is_nanogpt, read_nanogpt

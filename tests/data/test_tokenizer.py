@@ -3,8 +3,10 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gpt_lightning.data import tokenizer
 from gpt_lightning.data.tokenizer import (
@@ -75,24 +77,30 @@ def test_documents_encoded_together_equal_documents_encoded_alone() -> None:
         ]
 
 
-def test_damaged_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = tokenizer.gpt2_encoding().encode("Every effort moves you")
+def test_ranks_are_those_of_tiktoken() -> None:
+    files = {name: tokenizer.vocabulary_file(name) for name in ("vocab.bpe", "encoder.json")}
+    assert tokenizer.token_ranks() == data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=files["vocab.bpe"], encoder_json_file=files["encoder.json"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("encoder.json", tokenizer.token_ids), ("vocab.bpe", tokenizer.merges)]
+)
+def test_damaged_vocabulary_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Any
+) -> None:
+    expected = read()
     rng = random.Random("vocabulary")
-    real = tokenizer.vocabulary_file
-    for name in ("encoder.json", "vocab.bpe"):
-        original = Path(tokenizer.vocabulary_file(name)).read_bytes()
-        for i in range(20):
-            damaged = tmp_path / f"{i}{name}"
-            damaged.write_bytes(mutate(original, rng))
-            paths = {"encoder.json": real("encoder.json"), "vocab.bpe": real("vocab.bpe")}
-            paths[name] = str(damaged)
-            monkeypatch.setattr(tokenizer, "vocabulary_file", paths.__getitem__)
-            tokenizer.token_ranks.cache_clear()
-            with pytest.raises((ValueError, OSError)) as caught:
-                tokenizer.token_ranks()
-            assert "\n" not in str(caught.value)
-        monkeypatch.undo()
-        tokenizer.token_ranks.cache_clear()
-    with ThreadPoolExecutor(1) as pool:  # a thread that has no encoding yet
-        found = pool.submit(lambda: tokenizer.gpt2_encoding().encode("Every effort moves you"))
-    assert found.result() == expected
+    original = Path(tokenizer.vocabulary_file(name)).read_bytes()
+    for i in range(20):
+        damaged = tmp_path / f"{i}{name}"
+        damaged.write_bytes(mutate(original, rng))
+        monkeypatch.setattr(tokenizer, "vocabulary_file", {name: str(damaged)}.__getitem__)
+        read.cache_clear()
+        with pytest.raises(ValueError, match="is damaged; reinstall") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    read.cache_clear()
+    assert read() == expected

@@ -13,7 +13,7 @@ import pytest
 from gpt_lightning.data import token_cache, tokenizer_json
 from gpt_lightning.data.prepare import chunk
 from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
-from gpt_lightning.data.tokenizer import GPT2
+from gpt_lightning.data.tokenizer import GPT2, byte_characters
 from gpt_lightning.data.tokenizer_json import (
     added_token,
     file_of,
@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "suffix": ({"model": {"end_of_word_suffix": "</w>"}}, "has end_of_word_suffix '</w>'"),
     "bytes": ({"model": {"vocab": {"a": 0, "<|endoftext|>": 1}}}, "is not byte-level BPE: it lacks tokens of 255 of the 256"),
     "no delimiter": (
-        {"added_tokens": [], "model": {"vocab": {c: i for i, c in enumerate(tokenizer_json._byte_characters())},
+        {"added_tokens": [], "model": {"vocab": {c: i for i, c in enumerate(byte_characters())},
                                        "merges": []}},
         "has no token that ends a document",
     ),

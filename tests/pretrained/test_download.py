@@ -15,11 +15,10 @@ from faulty_host import FaultyHost, noise, visible
 from gpt_lightning.data.tokenizer import vocabulary_file
 from gpt_lightning.model.config import GPT2_SIZES
 from gpt_lightning.pretrained import download as module
-from gpt_lightning.pretrained.download import (
+from gpt_lightning.pretrained.download import ExpectedFile, download
+from gpt_lightning.pretrained.downloaded import (
     HUB_FILES,
     OPENAI_FILES,
-    ExpectedFile,
-    download,
     download_folder,
     find_downloaded,
 )

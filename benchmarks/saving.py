@@ -1,4 +1,4 @@
-"""Time and memory to save a checkpoint, compared with torch.save and an fsync: python benchmarks/saving.py [--repeats 5] [--tiny]
+"""Time and memory to save a checkpoint, compared with torch.save and an fsync: python benchmarks/saving.py [--repeats 20] [--tiny]
 
 The checkpoint has 536 MB: weights and two moments. The two functions take turns. Memory is measured in a separate
 process for each. The last line is JSON.
@@ -71,7 +71,7 @@ SAVERS = {"ours": ours, "plain": plain}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
         "--tiny", action="store_true", help="use a small file, to test that the benchmark runs"
     )
@@ -99,9 +99,15 @@ def main() -> None:
         median = statistics.median(values)
         print(f"{name:6} {median:6.2f} s ({min(values):.2f} – {max(values):.2f}), "
               f"{size / median / 1e6:,.0f} MB/s, peak memory {peaks[name]:.3f} of its size")  # fmt: skip
+    plain_median = statistics.median(seconds["plain"])
     targets = [
         at_most(
-            "seconds: ours / torch.save + fsync", ratio(seconds["ours"], seconds["plain"]), 1.2
+            "seconds: ours / torch.save + fsync", ratio(seconds["ours"], seconds["plain"]), 1.15
+        ),
+        at_most(
+            "the slowest of ours / the median of the other",
+            max(seconds["ours"]) / plain_median,
+            1.5,
         ),
         at_most("peak memory / file size", peaks["ours"], 0.05),
     ]

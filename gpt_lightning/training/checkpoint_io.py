@@ -13,14 +13,13 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +41,7 @@ from gpt_lightning.storage.checksum import (
     sha256_of,
     write_self_checksummed,
 )
+from gpt_lightning.storage.direct_file import DirectFile
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class _HashingFile:
             they are small (headers), or waited for (copies from a GPU).
     """
 
-    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor, kept: frozenset[int]) -> None:
+    def __init__(self, file: DirectFile, hasher: ThreadPoolExecutor, kept: frozenset[int]) -> None:
         self._file = file
         self._hasher = hasher
         self._kept = kept
@@ -281,14 +281,10 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
         for leaf in tree_leaves(checkpoint)
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu"
     )
-    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as hasher:
+    with DirectFile(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
         hashing = _HashingFile(file, hasher, kept)
         torch.save(checkpoint, hashing)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-        # nobody reads the file soon: free its pages for the next save
-        if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.sync()
         return hashing.hexdigest()
 
 

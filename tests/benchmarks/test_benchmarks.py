@@ -19,7 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
     [
         pytest.param("generation", ["--repeats=1"], marks=pytest.mark.slow),
         pytest.param("saving", ["--repeats=1"], marks=pytest.mark.slow),
-        pytest.param("startup", ["--repeats=1"], marks=pytest.mark.slow),
+        pytest.param("startup", ["--tiny", "--repeats=1"], marks=pytest.mark.slow),
         pytest.param("serving", [], marks=pytest.mark.slow),
         pytest.param(
             "exploring",

@@ -8,6 +8,7 @@ Usage: python peers.py train BACKEND SETTINGS    (SETTINGS: JSON with config, ba
 """
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+if sys.argv[1:3] == ["decode", "ours"]:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
 import torch
 import torch.nn.functional as F

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import QUICKSTART, Command, assert_refused, json_of
+from helpers import ENVIRONMENT, QUICKSTART, Command, assert_refused, json_of, python
 
 
 def test_generate_is_deterministic(fit: Command, command: Command) -> None:
@@ -26,6 +26,27 @@ def test_generate_is_deterministic(fit: Command, command: Command) -> None:
     assert len(answer["token_ids"]) == 2 + 8
     assert answer["settings"]["temperature"] == 2.0
     assert command(*base, "--temperature=2", "--seed=5", "--json").out == result.out
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="this system gives no huge pages",
+)
+def test_large_tensors_are_in_huge_pages_unless_the_user_says_no() -> None:
+    code = """
+import re, sys
+from pathlib import Path
+from gpt_lightning.cli.main import main
+assert main(["generate", "--help"]) == 0
+import torch
+kept = torch.ones(1 << 24)
+print(re.search(r"AnonHugePages: +(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+    own, refused = ENVIRONMENT.copy(), ENVIRONMENT | {"THP_MEM_ALLOC_ENABLE": "0"}
+    own.pop("THP_MEM_ALLOC_ENABLE", None)
+    huge, ordinary = (int(python("-c", code, env=env).stdout.split()[-1]) for env in (own, refused))
+    assert huge - ordinary > 50_000  # kB, of 67,000
 
 
 def test_long_prompt_is_cropped_and_reported(fit: Command, command: Command) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,24 @@ def litgpt(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     return model, loss_of_logits(model)
 
 
+def nanogpt(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
+    """The model of a checkout of nanoGPT, which computes its loss itself."""
+    sys.path.insert(0, settings["folder"])
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    config = settings["config"]
+    with redirect_stdout(sys.stderr):  # it prints its size
+        model = GPT(
+            GPTConfig(
+                block_size=config["context_length"], vocab_size=config["vocab_size"], n_layer=config["n_layers"],
+                n_head=config["n_heads"], n_embd=config["emb_dim"], dropout=0.0, bias=True,
+            )
+        )  # fmt: skip
+    if settings.get("compile"):
+        model.compile()
+    return model, lambda inputs, targets: model(inputs, targets.contiguous())[1]
+
+
 def book(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     """The book's model, as in tests/book.py; its head is not tied."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -86,7 +104,13 @@ def book(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
     return model, loss_of_logits(model)
 
 
-MODELS = {"ours": ours, "transformers": transformers, "litgpt": litgpt, "book": book}
+MODELS = {
+    "ours": ours,
+    "transformers": transformers,
+    "litgpt": litgpt,
+    "nanogpt": nanogpt,
+    "book": book,
+}
 
 
 def train_step(backend: str, settings: dict[str, Any]) -> Callable[[], None]:

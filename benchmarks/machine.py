@@ -23,13 +23,7 @@ def description(*packages: str, **peers: str | None) -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    commit = commit_of(Path(__file__).parent)
     versions = {}
     for package in ("torch", *packages):
         with suppress(PackageNotFoundError):
@@ -48,6 +42,17 @@ def description(*packages: str, **peers: str | None) -> dict[str, Any]:
         "commit": commit,
     }
     return machine | {"gpu": gpu()} if torch.cuda.is_available() else machine
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit of a git checkout; empty if it is none."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=checkout,
+    ).stdout.strip()
 
 
 def gpu() -> dict[str, Any]:

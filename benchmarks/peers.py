@@ -90,8 +90,7 @@ def nanogpt(settings: dict[str, Any]) -> tuple[torch.nn.Module, Loss]:
                 n_head=config["n_heads"], n_embd=config["emb_dim"], dropout=0.0, bias=True,
             )
         )  # fmt: skip
-    if settings.get("compile"):
-        model.compile()
+    model.compile()  # as its train.py does
     return model, lambda inputs, targets: model(inputs, targets.contiguous())[1]
 
 

@@ -96,9 +96,7 @@ def main() -> None:
     for name in [name for name in commands if name in seconds]:
         pairs = zip(seconds[name], seconds[LIGHTNING], strict=True)
         after = statistics.median(a - b for a, b in pairs)
-        targets.append(
-            at_most(f"{name}, first step, - {LIGHTNING}", after, SECONDS_AFTER_LIGHTNING)
-        )
+        targets.append(at_most(f"seconds: {name} - {LIGHTNING}", after, SECONDS_AFTER_LIGHTNING))
     for target in targets:
         print("passed" if target["passed"] else "FAILED", target)
     print(

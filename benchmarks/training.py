@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from machine import at_least, at_most, description, ratio
+from machine import at_least, at_most, commit_of, description, ratio
 from worker import Worker
 
 from gpt_lightning import GPTConfig, GPTModel
@@ -40,9 +40,8 @@ from gpt_lightning.training.hardware import measured_peak
 from gpt_lightning.training.optimizer import build_adamw
 
 HERE = Path(__file__).resolve().parent
-Peers = dict[
-    str, tuple[str, str, dict[str, Any]]
-]  # interpreter, backend of peers.py and its settings by name
+# name → interpreter, backend of peers.py, its settings
+Peers = dict[str, tuple[str, str, dict[str, Any]]]
 WARM_UP_ROUNDS = 2  # compiled backends compile in the first
 # variant of our model → its settings in peers.py
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -328,8 +327,8 @@ def main() -> None:
     if arguments.nanogpt:
         if not (arguments.nanogpt / "model.py").is_file():
             parser.error(f"{arguments.nanogpt}: is not a checkout of nanoGPT; it has no model.py")
-        settings = {"folder": str(arguments.nanogpt.resolve()), "compile": True}
-        peers["nanoGPT, compiled"] = (sys.executable, "nanogpt", settings)
+        folder = str(arguments.nanogpt.resolve())
+        peers["nanoGPT, compiled"] = (sys.executable, "nanogpt", {"folder": folder})
     precision = "bf16" if has_bf16 or arguments.tiny else "float32"
     comparisons = {} if arguments.cost else {"B2 T256": short_windows}
     if arguments.long:
@@ -362,6 +361,8 @@ def main() -> None:
     for target in targets:
         print("passed" if target["passed"] else "FAILED", target)
     machine = description("lightning", transformers=arguments.transformers, litgpt=arguments.litgpt)
+    if arguments.nanogpt:
+        machine["versions"]["nanoGPT"] = commit_of(arguments.nanogpt)
     print(
         json.dumps(
             {

@@ -29,13 +29,13 @@ def page(text: str) -> str:
 
 
 def training_bf16() -> str:
-    rates = result("2-core-amd-epyc-training.json")["tokens_per_second"]
+    rates = result("2-core-amd-epyc-avx512-training.json")["tokens_per_second"]
     rows = [
         ("gpt_lightning, bf16", "ours, bf16"),
-        ("gpt_lightning, bf16, compiled blocks", "ours, bf16, compiled"),
-        ("gpt_lightning, bf16, loss in chunks", "ours, bf16, chunked"),
+        ("gpt_lightning, bf16, compiled blocks", "ours, compiled, bf16"),
+        ("gpt_lightning, bf16, loss in chunks", "ours, chunked, bf16"),
         ("transformers, bf16", "transformers, bf16"),
-        ("LitGPT, bf16", "LitGPT, bf16"),
+        ("nanoGPT, bf16, compiled", "nanoGPT, compiled, bf16"),
         ("the book, float32", "the book, float32"),
     ]
     return table(
@@ -149,7 +149,7 @@ def loading() -> str:
 
 
 def startup() -> str:
-    seconds = result("2-core-amd-epyc-avx2-startup.json")["seconds"]
+    seconds = result("2-core-amd-epyc-avx512-startup.json")["seconds"]
     return table(["", "seconds"], [[f"`{what}`", f"{took:.2f}"] for what, took in seconds.items()])
 
 

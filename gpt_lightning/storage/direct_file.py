@@ -1,6 +1,5 @@
 """A large file that is written without the page cache, where the system can."""
 
-import errno
 import mmap
 import os
 import sys
@@ -21,14 +20,20 @@ BUFFER_SIZE = 8 << 20  # bytes; a multiple of the blocks of all disks
 
 @final
 class DirectFile:
-    """A new file for data that nobody reads soon, such as a checkpoint.
+    """A new file for data that nobody reads soon, such as a checkpoint. Only :meth:`sync` completes it.
 
-    Linux writes it from buffers here straight to the disk. Otherwise each file needs new memory in the page cache; in
-    a virtual machine, which may have to get that memory from its host, this can take longer than the disk. File systems
-    and systems without direct writes get ordinary ones.
+    Linux writes it directly to the disk (``O_DIRECT``). The page cache would need new memory for each file, and a
+    virtual machine may have to get that memory from its host, which can take longer than the disk. Where a file system
+    or a system has no direct writes, they are ordinary ones.
     """
 
     def __init__(self, path: Path) -> None:
+        # One is filled while a thread writes the other. Both begin at a page, as direct writes need it. Their memory is
+        # shared: after a fork, a direct write of private memory may write something else (open(2)).
+        self._buffer, self._other = (
+            np.frombuffer(mmap.mmap(-1, BUFFER_SIZE), np.uint8) for _ in range(2)
+        )
+        self._buffered = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._is_direct = False
         if sys.platform == "linux":
@@ -37,11 +42,6 @@ class DirectFile:
                 self._is_direct = True
         if not self._is_direct:
             self._descriptor = os.open(path, flags, 0o666)
-        # one is filled while a thread writes the other; both begin at a page, as direct writes must
-        self._buffer, self._other = (
-            np.frombuffer(mmap.mmap(-1, BUFFER_SIZE), np.uint8) for _ in range(2)
-        )
-        self._buffered = 0
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
 
@@ -63,7 +63,8 @@ class DirectFile:
         size = len(rest)
         while len(rest):
             n = min(len(rest), BUFFER_SIZE - self._buffered)
-            self._buffer[self._buffered : self._buffered + n] = rest[:n]  # without Python's lock
+            # NumPy copies without the GIL, for which the other thread would wait
+            self._buffer[self._buffered : self._buffered + n] = rest[:n]
             self._buffered += n
             rest = rest[n:]
             if self._buffered == BUFFER_SIZE:
@@ -76,11 +77,13 @@ class DirectFile:
         """Nothing: :meth:`sync` writes what is in the buffer."""
 
     def sync(self) -> None:
-        """Write the rest, and wait until the file is on the disk. This is the end of the file."""
+        """Write the rest, and wait until the file is on the disk. Nothing can be written after it."""
         self._wait()
-        self._leave_direct()  # the rest is no multiple of a block
+        self._leave_direct()  # the rest is not a multiple of a block
         self._write_now(self._buffer[: self._buffered])
         os.fsync(self._descriptor)
+        if sys.platform == "linux":  # what went through the page cache leaves it
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -91,9 +94,9 @@ class DirectFile:
         while len(rest):
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except OSError as error:
-                # the file system takes the flag but no direct write, or has larger blocks
-                if error.errno != errno.EINVAL or not self._is_direct:
+            except OSError:
+                # the file system may take the flag but no direct write, or have larger blocks
+                if not self._is_direct:
                     raise
                 self._leave_direct()
 

@@ -283,7 +283,13 @@ def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
     )
     with DirectFile(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
         hashing = _HashingFile(file, hasher, kept)
-        torch.save(checkpoint, hashing)  # type: ignore[arg-type]
+        try:
+            torch.save(checkpoint, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # torch ends its file after an interruption too, which fails
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
         file.sync()
         return hashing.hexdigest()
 

@@ -46,8 +46,9 @@ def test_many_small_parts(tmp_path: Path) -> None:
 
 @linux
 @pytest.mark.parametrize("fails", ["open", "write"])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
 def test_file_system_without_direct_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, number: int
 ) -> None:
     import fcntl
 
@@ -57,7 +58,7 @@ def test_file_system_without_direct_writes(
     def refuse(is_direct: int) -> None:
         if is_direct & os.O_DIRECT:
             refused.append(is_direct)
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(number, os.strerror(number))
 
     def refusing_open(path: Path, flags: int, mode: int = 0o777) -> int:
         refuse(flags)
@@ -96,6 +97,11 @@ def test_errors_are_those_of_the_system(tmp_path: Path) -> None:
 
 
 @linux
-def test_full_disk() -> None:
-    with pytest.raises(OSError, match="No space left"), DirectFile(Path("/dev/full")) as file:
-        file.write(bytes(2 * BUFFER_SIZE))
+@pytest.mark.parametrize("buffers", [0, 1, 2])
+def test_full_disk(buffers: int) -> None:
+    """The error of a write in the background is raised by the next one, or by ``sync``."""
+    with DirectFile(Path("/dev/full")) as file:
+        if buffers < 2:
+            file.write(bytes(buffers * BUFFER_SIZE + 1))
+        with pytest.raises(OSError, match="No space left"):
+            file.write(bytes(buffers * BUFFER_SIZE)) if buffers == 2 else file.sync()

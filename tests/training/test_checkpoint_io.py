@@ -1,5 +1,6 @@
 """One checkpoint file: a crash, a full disk or damage leaves the previous one."""
 
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,9 @@ import torch
 from gpt_lightning import GPTLightningModule
 from gpt_lightning.pretrained.source import read_weights
 from gpt_lightning.pretrained.weights import read_checkpoint
+from gpt_lightning.storage import direct_file
 from gpt_lightning.storage.checksum import MANIFEST, write_manifest
+from gpt_lightning.storage.direct_file import DirectFile
 from gpt_lightning.training.checkpoint_io import (
     AtomicCheckpointIO,
     corruption_reason,
@@ -170,9 +173,12 @@ def test_save_writes_syncs_records_renames_and_syncs(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("buffer_size", [direct_file.BUFFER_SIZE, 4096])
 def test_disk_full_at_any_point_of_a_save_leaves_the_previous_checkpoint(
-    tmp_path: Path, asynchronous: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, buffer_size: int
 ) -> None:
+    """A small buffer is full during ``torch.save``, a large one at the end of it."""
+    monkeypatch.setattr(direct_file, "BUFFER_SIZE", buffer_size)
     io, last = AtomicCheckpointIO(async_save=asynchronous), tmp_path / "last.ckpt"
     old, new = small_checkpoint(1), small_checkpoint(2)
     io.save_checkpoint(old, last)
@@ -190,6 +196,27 @@ def test_disk_full_at_any_point_of_a_save_leaves_the_previous_checkpoint(
     io.finish()
     assert not io.failures
     assert same_bits(read_checkpoint(latest_valid_checkpoint(tmp_path)), new)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_ctrl_c_during_a_save_is_no_failure_of_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    io, last = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(small_checkpoint(1), last)
+    calls, real = itertools.count(1), DirectFile.write
+
+    def interrupted(file: DirectFile, data: Any) -> int:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(file, data)
+
+    monkeypatch.setattr(DirectFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        io.save_checkpoint(small_checkpoint(2), last)
+    assert not io.failures
+    assert same_bits(read_checkpoint(latest_valid_checkpoint(tmp_path)), small_checkpoint(1))
+    assert {p.name for p in tmp_path.iterdir()} == {"last.ckpt", "manifest.json"}
 
 
 def test_failed_first_save_is_reported(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ class DirectFile:
         self._leave_direct()  # the rest is not a multiple of a block
         self._write_now(self._buffer[: self._buffered])
         os.fsync(self._descriptor)
-        if sys.platform == "linux":  # what went through the page cache leaves it
+        # what went through the page cache leaves it
+        if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _wait(self) -> None:

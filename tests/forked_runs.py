@@ -166,7 +166,7 @@ def _stop_at(stop: Stop) -> None:
     around(evaluation.SampleTextCallback, "_sample",
            lambda _, trainer, *__: reached("sample", trainer.global_step))  # fmt: skip
     around(
-        checkpoint_io, "_write_hashed", remember, lambda *_: reached("save:written", saving_step[0])
+        checkpoint_io, "write_hashed", remember, lambda *_: reached("save:written", saving_step[0])
     )
     around(
         checkpoint_io, "_write_manifest", None, lambda *_: reached("save:manifest", saving_step[0])

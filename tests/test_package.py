@@ -101,6 +101,7 @@ PRIVATE_NAMES = {
     "model/packed_linear.py": "_linear_pointwise _reorder_linear_weight",
     "pretrained/book.py": "_metadata",
     "training/checkpoint_io.py": "_pytree",
+    "training/hashed_save.py": "_pytree",
     "training/distributed.py": "_pytree",
 }
 

@@ -21,11 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from gpt_lightning.pretrained.weights import read_checkpoint, verify_zip_checksums
 from gpt_lightning.storage.atomic import (
@@ -41,7 +39,7 @@ from gpt_lightning.storage.checksum import (
     sha256_of,
     write_self_checksummed,
 )
-from gpt_lightning.storage.direct_file import DirectFile
+from gpt_lightning.training.hashed_save import write_hashed
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +145,7 @@ class AtomicCheckpointIO(CheckpointIO):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
         try:
-            sha256 = _write_hashed(checkpoint, temporary)
+            sha256 = write_hashed(checkpoint, temporary)
             entry = _entry(path.name, temporary.stat().st_size, sha256, checkpoint)
             entries = read_manifest(folder)
             if entries is None:
@@ -236,62 +234,6 @@ def _on_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
         Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint
     )
     return copied
-
-
-_SMALL = 1 << 20  # bytes
-
-
-class _HashingFile:
-    """File for ``torch.save`` whose SHA-256 is computed by a second thread meanwhile.
-
-    Args:
-        kept: Addresses of storages that do not change until the checksum is complete. Other data are copied if
-            they are small (headers), or waited for (copies from a GPU).
-    """
-
-    def __init__(self, file: DirectFile, hasher: ThreadPoolExecutor, kept: frozenset[int]) -> None:
-        self._file = file
-        self._hasher = hasher
-        self._kept = kept
-        self._sum = hashlib.sha256()
-        self._last_hash: Future[None] | None = None
-
-    def write(self, data: Any) -> int:
-        written = self._file.write(data)
-        is_kept = np.frombuffer(data, np.uint8).ctypes.data in self._kept
-        if not is_kept and written < _SMALL:
-            data, is_kept = bytes(data), True
-        self._last_hash = self._hasher.submit(self._sum.update, data)  # one thread: in this order
-        if not is_kept:
-            self._last_hash.result()
-        return written
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def hexdigest(self) -> str:
-        if self._last_hash is not None:
-            self._last_hash.result()
-        return self._sum.hexdigest()
-
-
-def _write_hashed(checkpoint: dict[str, Any], path: Path) -> str:
-    kept = frozenset(
-        leaf.untyped_storage().data_ptr()
-        for leaf in tree_leaves(checkpoint)
-        if isinstance(leaf, Tensor) and leaf.device.type == "cpu"
-    )
-    with DirectFile(path) as file, ThreadPoolExecutor(max_workers=1) as hasher:
-        hashing = _HashingFile(file, hasher, kept)
-        try:
-            torch.save(checkpoint, hashing)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            # torch ends its file after an interruption too, which fails
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None
-            raise
-        file.sync()
-        return hashing.hexdigest()
 
 
 def _rotate_previous(folder: Path) -> None:

@@ -3,7 +3,8 @@
 A model of the 124M shape with random weights reads a prompt of 64 tokens and generates 64. Each backend runs in a
 separate process, and the processes take turns. --litgpt, --ctranslate2 and --transformers PYTHON are interpreters in which
 the peer is installed (default for transformers: this one); CTranslate2 also needs transformers. --llama_bench PATH is
-llama.cpp's program, which runs again for each turn; loading is not counted. The last line is JSON.
+llama.cpp's program, which runs again for each turn; loading is not counted. Beside llama.cpp ours also generates after a
+prompt of one token, for the speed of decoding alone. The last line is JSON.
 """
 
 import argparse
@@ -25,9 +26,11 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.generation.engine import stream_ids
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.packed_linear import can_pack, pack_weights
+from gpt_lightning.model.decoding_layout import prepare_for_decoding
+from gpt_lightning.model.packed_linear import can_pack
 
 PROMPT, NEW = 64, 64
+AFTER_ONE = ", after one token"  # of backends whose prompt is one token
 # ours and llama.cpp's type with as many bits, in the round of a dtype
 SAME_BITS = {
     "float32": (("ours", "F32"), ("ours int8", "Q8_0"), ("ours int4", "Q4_0")),
@@ -73,13 +76,22 @@ def measure(
     Args:
         llama: llama.cpp's benchmark by the type of the weights.
     """
-    settings = {"config": config, "prompt": PROMPT, "new": NEW}
+    settings = {"config": config, "new": NEW}
     chosen = backends(dtype, transformers, litgpt, ctranslate2)
-    workers = {
-        name: Worker("decode", python, backend, {**settings, "batch": batch, "dtype": stored})
-        for name, (python, backend, batch, stored) in chosen.items()
+    of_llama = {
+        f"llama.cpp {name}{after}": llama[name + after]
+        for name in TYPES[dtype]
+        for after in ("", AFTER_ONE)
+        if name + after in llama
     }
-    of_llama = {f"llama.cpp {name}": llama[name] for name in TYPES[dtype] if name in llama}
+    if of_llama:
+        chosen |= {name + AFTER_ONE: chosen[name] for name, _ in SAME_BITS[dtype]}
+    workers = {
+        name: Worker("decode", python, backend, {
+            **settings, "batch": batch, "dtype": stored, "prompt": 1 if name.endswith(AFTER_ONE) else PROMPT,
+        })
+        for name, (python, backend, batch, stored) in chosen.items()
+    }  # fmt: skip
     runs = {name: peer.go for name, peer in (workers | of_llama).items()}
     seconds = interleaved(runs, repeats)
     tokens_per_second, memory_gb = {}, {}
@@ -103,9 +115,13 @@ def measure(
     speedup = ratio(seconds["transformers"], seconds["ours"])
     batched = 8 * ratio(seconds["ours"], seconds["ours, batch 8"])
     against_llama = [
-        at_least(f"{name} / llama.cpp {theirs}", ratio(seconds[f"llama.cpp {theirs}"], seconds[name]), 1.0)
+        at_least(
+            f"{name} / llama.cpp {theirs}{after}",
+            ratio(seconds[f"llama.cpp {theirs}{after}"], seconds[name + after]), 1.0,
+        )
         for name, theirs in SAME_BITS[dtype]
-        if f"llama.cpp {theirs}" in seconds
+        for after in ("", AFTER_ONE)
+        if f"llama.cpp {theirs}{after}" in seconds
     ]  # fmt: skip
     return (
         tokens_per_second,
@@ -122,7 +138,7 @@ def seconds_per_token(config: dict[str, Any], new: int, at: list[int], width: in
     """Median seconds per token around each of the positions ``at``, in one run of ``new`` tokens."""
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(**config)).eval()
-    pack_weights(model)  # as the generate command does
+    prepare_for_decoding(model, rows=1)  # as the generate command does
     times = []
     last = time.perf_counter()
     for _ in stream_ids(model, [[1] * 16], new, SamplingParams()):
@@ -173,8 +189,9 @@ def main() -> None:
     if arguments.llama_bench:
         files = write_models(config, arguments.llama_bench, Path(folder.name))
         llama = {
-            name: LlamaBench(arguments.llama_bench, file, PROMPT, NEW)
+            name + after: LlamaBench(arguments.llama_bench, file, prompt, NEW)
             for name, file in files.items()
+            for prompt, after in ((PROMPT, ""), (1, AFTER_ONE))
         }
         peers["llama.cpp"] = llama["F32"].version()
     for dtype in ("float32", "bfloat16"):

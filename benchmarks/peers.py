@@ -172,13 +172,10 @@ def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
         return lambda: _plain_decoding(model, prompt, new)
     from gpt_lightning.generation.engine import stream_ids
     from gpt_lightning.generation.sampling import SamplingParams
-    from gpt_lightning.model.packed_linear import pack_weights
-    from gpt_lightning.model.quantize import quantize_weights
+    from gpt_lightning.model.decoding_layout import prepare_for_decoding
 
-    if is_quantized:
-        quantize_weights(model, getattr(torch, settings["dtype"]))
-    else:
-        pack_weights(model)  # as the generate command does
+    # as the generate command does
+    prepare_for_decoding(model, getattr(torch, settings["dtype"]), rows=settings["batch"])
     return lambda: list(stream_ids(model, prompt.tolist(), new, SamplingParams()))
 
 

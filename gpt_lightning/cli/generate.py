@@ -76,7 +76,11 @@ def run(arguments: list[str]) -> None:
     )
     device = resolve_device(settings.device)
     model, tokenizer = load_for_inference(
-        settings["from"], device, settings.dtype, settings.n_heads
+        settings["from"],
+        device,
+        settings.dtype,
+        settings.n_heads,
+        rows=None if settings.speculate else len(prompts) * settings.num_samples,
     )
     _warn_if_cropped(prompts, model, tokenizer, special=settings.allow_special_tokens)
     if settings.eos_id == "end_of_text":
@@ -129,15 +133,28 @@ class _StreamedText:
 
 
 def load_for_inference(
-    source: str, device: str, dtype: str | None, n_heads: int | None = None
+    source: str,
+    device: str,
+    dtype: str | None,
+    n_heads: int | None = None,
+    *,
+    rows: int | None = None,
 ) -> tuple["GPTModel", "Tokenizer"]:
-    """The model of ``source`` on a device, with packed weights in ``dtype`` ('float32', …), and its tokenizer."""
+    """The model of ``source`` on a device, with weights in ``dtype`` ('float32', …), and its tokenizer.
+
+    Args:
+        rows: Number of texts that are decoded at once, ``None`` if it varies.
+    """
     import torch
 
     from gpt_lightning.pretrained.load import load_for_text
 
     return load_for_text(
-        source, device=device, dtype=getattr(torch, dtype) if dtype else None, n_heads=n_heads
+        source,
+        device=device,
+        dtype=getattr(torch, dtype) if dtype else None,
+        n_heads=n_heads,
+        rows=rows,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_lightning.kernels.support import kernels_unsupported_reason, log_unsupported_once
-from gpt_lightning.model.gpt import GPTModel, TransformerBlock
+from gpt_lightning.model.gpt import GPTModel, TransformerBlock, has_hooks
 from gpt_lightning.model.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def cuda_graph_unsupported_reason(model: GPTModel) -> str | None:
     device_type = model.tok_emb.weight.device.type
     if device_type != "cuda":
         return f"the model is on {device_type}"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if has_hooks(model):
         return "it has hooks"
     return "autocast is on" if torch.is_autocast_enabled("cuda") else None
 

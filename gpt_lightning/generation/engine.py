@@ -14,10 +14,11 @@ from gpt_lightning.generation.cuda_graph import (
 )
 from gpt_lightning.generation.sampling import SamplingParams, check_finite, sample_unchecked
 from gpt_lightning.model.async_copy import AsyncHostCopy
+from gpt_lightning.model.cpu_decode import CpuDecodeStep, cpu_decode_unsupported_reason
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
-DecodeBackend = Literal["eager", "cuda_graph", "fused"]
+DecodeBackend = Literal["eager", "cpu_kernel", "cuda_graph", "fused"]
 NO_TOKEN = -1  # id of a row that has ended, and of padding
 FUSED_MIN_NEW_TOKENS = (
     128  # for fewer new tokens, loading the Triton kernels costs more than it saves
@@ -82,10 +83,10 @@ def stream_ids(
         is_over: Called after each token with the row index and the row's new ids; True ends the row.
         generator: Random number generator on the model's device; ``None``: a new one with a random seed. Torch's
             global generator is not used.
-        backend: How a decoding step runs: ``"eager"``, as a CUDA graph (``"cuda_graph"``), or as a CUDA graph of our
-            Triton kernels (``"fused"``); see :mod:`gpt_lightning.generation.cuda_graph`. ``None``: the fastest,
-            which on a CPU is eager. Backends round differently, so in 16 bits they may choose differently
-            between tokens of nearly equal probability.
+        backend: How a decoding step runs: ``"eager"``, in our C code (``"cpu_kernel"``, see
+            :mod:`gpt_lightning.model.cpu_decode`), as a CUDA graph (``"cuda_graph"``), or as a CUDA graph of our Triton
+            kernels (``"fused"``), see :mod:`gpt_lightning.generation.cuda_graph`. ``None``: the fastest. Backends
+            round differently, so they may choose differently between tokens of nearly equal probability.
 
     Raises:
         ValueError: A setting or a prompt is invalid, or the logits are not finite.
@@ -136,7 +137,8 @@ def fastest_backend(model: GPTModel, rows: int, length: int, max_new_tokens: int
     loading the kernels.
     """
     if cuda_graph_unsupported_reason(model):
-        return "eager"
+        in_c = rows == 1 and cpu_decode_unsupported_reason(model) is None
+        return "cpu_kernel" if in_c else "eager"
     steps = min(max_new_tokens, model.config.context_length - length)
     if steps < FUSED_MIN_NEW_TOKENS or fused_decode_unsupported_reason(model, rows):
         return "cuda_graph"
@@ -178,6 +180,7 @@ def _stream(
     new_ids: list[list[int]] = [[] for _ in range(rows)]  # of each row, for ``is_over``
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     decode_step: GraphedDecodeStep | None = None
+    cpu_step: CpuDecodeStep | None = None
     is_argmax = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
     pending: list[Tensor] = []  # newest ids that are not yet written to ``ids``
     may_end = eos_id is not None or is_over is not None
@@ -194,7 +197,7 @@ def _stream(
                 cache = KVCache.allocate(
                     model.config,
                     len(prompts),
-                    length if backend == "eager" else padded_length(length),
+                    padded_length(length) if backend in ("cuda_graph", "fused") else length,
                     device,
                     weight.dtype,
                 )
@@ -209,7 +212,9 @@ def _stream(
                         if window_padding is None
                         else window_padding.repeat_interleave(num_samples)
                     )
-                if backend != "eager":
+                if backend == "cpu_kernel":
+                    cpu_step = CpuDecodeStep(model, cache)
+                elif backend != "eager":
                     decode_step = GraphedDecodeStep(
                         model, cache, window_padding, fused=backend == "fused"
                     )
@@ -219,6 +224,8 @@ def _stream(
                     # the step has the pending ids as its own argmax ids
                     logits = decode_step(None if pending else last)
                     max_logits, argmax_ids = decode_step.max_logits, decode_step.argmax_ids
+                elif cpu_step is not None:
+                    logits = cpu_step(last)
                 else:
                     last = last.clamp(min=0)[:, None]
                     logits = model.head(model.features(last, cache, window_padding)[:, -1])

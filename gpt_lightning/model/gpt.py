@@ -256,3 +256,8 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """Token ids ``(B, T)`` → logits ``(B, T, V)`` of the next token at each position."""
         return self.head(self.features(idx, cache, documents=documents))
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a module runs Python functions before or after its forward pass, as sharded weights need."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUP = 64  # neighbouring weights of a row with a scale and an offset of their own
+# neighbouring weights of a row with a scale and an offset of their own
+from gpt_lightning.kernels.cpu_decode import GROUP
+
 _ROWS_MULTIPLE = 16  # of the kernel
 _REFITS = 4
 _GROUPS_AT_ONCE = 2048  # rounded at once: they stay in the CPU's cache
@@ -20,17 +22,33 @@ class Int4Linear(nn.Module):
     Args:
         weight: ``(N, K)``, float32.
         bias: ``(N,)``.
+        keep_codes: Whether to keep a copy of the weights for our C code, too.
+
+    Attributes:
+        shape: (N, K).
+        codes: ``(N, K' / 2)``, uint8: 128 weights in 64 bytes, the first 64 in the low halves. K' is K, filled up to a
+            multiple of two groups.
+        lines: ``(N, 2, K' / GROUP)``, bfloat16, the scales and then the offsets of the groups.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_codes: bool = False) -> None:
         super().__init__()
-        self.rows, columns = weight.shape
+        self.rows, columns = self.shape = (weight.shape[0], weight.shape[1])
         self.padding = -columns % GROUP
         padded = F.pad(weight.detach(), (0, self.padding, 0, -self.rows % _ROWS_MULTIPLE))
         codes, scales, offsets = round_to_int4(padded)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.view_as(padded), 1)
         pairs = torch.stack((scales, offsets), dim=-1).view(len(padded), -1, 2)
         self.scales_and_offsets = pairs.transpose(0, 1).bfloat16().contiguous()  # (K / GROUP, N, 2)
+        self.lines, self.codes = pairs, None
+        if keep_codes:
+            groups = pairs.shape[1]
+            pair = F.pad(
+                codes.view(-1, groups, GROUP)[: self.rows].to(torch.uint8), (0, 0, 0, groups % 2)
+            ).view(self.rows, -1, 2, GROUP)
+            self.codes = (pair[:, :, 0] | pair[:, :, 1] << 4).flatten(1)
+            lines = pairs[: self.rows].transpose(1, 2).bfloat16()
+            self.lines = F.pad(lines, (0, groups % 2)).contiguous()
         # a copy: the bias may be a view of a mapped file, which may be overwritten
         self.bias = None if bias is None else bias.detach().clone()
 

@@ -4,7 +4,10 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gpt_lightning.kernels.cpu_decode import GROUP
 
 # engines of torch's quantized operators whose activations are quantized while the product runs
 _ENGINES = ("x86", "fbgemm")
@@ -18,10 +21,17 @@ class Int8Linear(nn.Module):
     Args:
         weight: ``(N, K)``, float32.
         bias: ``(N,)``.
+        keep_codes: Whether to keep a copy of the weights for our C code, too.
+
+    Attributes:
+        shape: (N, K).
+        codes: ``(N, K')``, uint8, with weight = (code - 128) * scale; K' is K, filled up to a multiple of two groups.
+        scales: ``(N,)``.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_codes: bool = False) -> None:
         super().__init__()
+        self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         weight = weight.detach()
         scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
         zeros = torch.zeros(len(weight), dtype=torch.long)
@@ -30,6 +40,10 @@ class Int8Linear(nn.Module):
                 "ignore", message="torch.quantize_per_tensor", category=UserWarning
             )
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        self.scales, self.codes = scales.float(), None
+        if keep_codes:
+            codes = (quantized.int_repr().view(torch.uint8) ^ 128).contiguous()
+            self.codes = F.pad(codes, (0, -weight.shape[1] % (2 * GROUP)), value=128)
         before = torch.backends.quantized.engine
         torch.backends.quantized.engine = _engine()
         try:

@@ -1,6 +1,7 @@
 """Matrices of a model in 8 or 4 bits, which make CPU inference faster. For inference only."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def quantize_unsupported_reason(dtype: torch.dtype, device: torch.device) -> str
 
 
 @torch.no_grad()
-def quantize_weights(model: GPTModel, dtype: torch.dtype) -> None:
+def quantize_weights(model: GPTModel, dtype: torch.dtype, *, keep_codes: bool = False) -> None:
     """Replace all matrices but the embeddings with quantized ones, in place. The model can no longer be trained.
 
     The gains and biases of the norms become part of the matrices after them. Otherwise channels with a large gain
@@ -33,10 +34,13 @@ def quantize_weights(model: GPTModel, dtype: torch.dtype) -> None:
     Args:
         model: In float32, on a CPU.
         dtype: ``torch.int8``, or ``torch.int4``, with which the head still has 8 bits: logits in bfloat16 would often be equal.
+        keep_codes: Whether to keep a copy of the weights for our C code, too.
     """
-    linear: Callable[[Tensor, Tensor | None], nn.Module] = Int8Linear
+    linear: Callable[[Tensor, Tensor | None], nn.Module]
+    head: Callable[[Tensor, Tensor | None], nn.Module]
+    head = linear = partial(Int8Linear, keep_codes=keep_codes)
     if dtype == INT4:
-        linear = Int4Linear if has_int4_kernel() else rounded_linear
+        linear = partial(Int4Linear, keep_codes=keep_codes) if has_int4_kernel() else rounded_linear
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)
         qkv, out_proj = block.att.qkv, block.att.out_proj
@@ -51,7 +55,8 @@ def quantize_weights(model: GPTModel, dtype: torch.dtype) -> None:
         ):
             setattr(parent, name, layer)
         block.norm1, block.norm2 = _without_gain(block.norm1), _without_gain(block.norm2)
-    head = Int8Linear if has_int8_kernel() else linear
+    if not has_int8_kernel():
+        head = linear
     model.out_head = head(*_with_norm(model.final_norm, model.head_weight, None))
     model.final_norm = _without_gain(model.final_norm)
 

@@ -6,15 +6,14 @@ from dataclasses import replace
 import torch
 
 from gpt_lightning.data.tokenizer import Tokenizer
+from gpt_lightning.model.decoding_layout import prepare_for_decoding
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.int4_linear import has_int4_kernel
-from gpt_lightning.model.packed_linear import pack_weights
 from gpt_lightning.model.precision import has_float64
 from gpt_lightning.model.quantize import (
     INT4,
     QUANTIZED_DTYPES,
     quantize_unsupported_reason,
-    quantize_weights,
 )
 from gpt_lightning.pretrained.source import (
     check_heads,
@@ -65,32 +64,41 @@ def load_for_text(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     n_heads: int | None = None,
+    rows: int | None = None,
 ) -> tuple[GPTModel, Tokenizer]:
     """Load a model as :func:`load_model` does, and its tokenizer; a model without one is refused.
 
-    The model is prepared for decoding, see :func:`build_for_decoding`, which takes ``dtype`` too.
+    The model is prepared for decoding, see :func:`build_for_decoding`, which takes ``dtype`` and ``rows`` too.
     """
     weights = read_weights(source, n_heads=n_heads)
     check_heads(weights, source, n_heads)
     check_tokenizer(weights, source)
     print_warnings(weights)
-    model = build_for_decoding(replace(weights, optimizer_state=None), device=device, dtype=dtype)
+    model = build_for_decoding(
+        replace(weights, optimizer_state=None), device=device, dtype=dtype, rows=rows
+    )
     return model, weights.tokenizer
 
 
 def build_for_decoding(
-    weights: ModelWeights, *, device: torch.device | str | None, dtype: torch.dtype | None
+    weights: ModelWeights,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    rows: int | None = None,
 ) -> GPTModel:
-    """The model in eval mode with matrices in the layout that a CPU decodes fastest.
+    """The model in eval mode with matrices in the layout that its device decodes fastest: :func:`prepare_for_decoding`.
 
     Args:
         dtype: Of the weights; ``None``: as stored. ``torch.int8`` or ``torch.int4``: of the matrices, see
             :func:`quantize_weights`; all else is float32.
+        rows: Number of texts that are decoded at once, ``None`` if it varies.
 
     Raises:
         ValueError: The device has no kernel for the dtype.
     """
-    if dtype is not None and dtype in QUANTIZED_DTYPES:
+    is_quantized = dtype is not None and dtype in QUANTIZED_DTYPES
+    if dtype is not None and is_quantized:
         if reason := quantize_unsupported_reason(dtype, torch.device(device or "cpu")):
             raise ValueError(f"dtype: {reason}; give bfloat16")
         if dtype == INT4 and not has_int4_kernel():
@@ -98,11 +106,8 @@ def build_for_decoding(
                 "dtype: torch has no fast kernel for int4 on this CPU; the weights are rounded to 4 bits, "
                 "but take the memory and the time of float32"
             )
-        model = build_model(weights, device=device, dtype=torch.float32)
-        quantize_weights(model, dtype)
-    else:
-        model = build_model(weights, device=device, dtype=dtype)
-    pack_weights(model)
+    model = build_model(weights, device=device, dtype=torch.float32 if is_quantized else dtype)
+    prepare_for_decoding(model, dtype, rows=rows)
     return model
 
 

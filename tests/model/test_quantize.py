@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt_lightning import GPTConfig, GPTModel, generate, generate_simple, save_model
-from gpt_lightning.model import int8_linear, quantize
+from gpt_lightning.kernels.c_compiler import compiler_unsupported_reason
+from gpt_lightning.model import cpu_decode, int8_linear, quantize
+from gpt_lightning.model.cpu_decode import CpuDecodeStep
 from gpt_lightning.model.int8_linear import has_int8_kernel
+from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.quantize import quantize_unsupported_reason, quantize_weights
 from gpt_lightning.pretrained import load
 from helpers import SMALL_QUICKSTART, Command, assert_refused, json_of, make_generator
@@ -69,6 +72,28 @@ def test_loss_stays_that_of_the_float_model(
         assert losses(changed, ids) == pytest.approx(before, abs=1e-4)
         quantize_weights(changed, dtype)
         assert losses(changed, ids) == pytest.approx(before, abs=TOLERANCES[dtype])
+
+
+@pytest.mark.skipif(compiler_unsupported_reason() is not None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_loss_of_the_step_in_c_stays_that_of_the_float_model(
+    trained: tuple[GPTModel, torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, token by token, with and without outlier channels."""
+    monkeypatch.setattr(cpu_decode, "MIN_WEIGHTS", 0)
+    model, ids = copy.deepcopy(trained[0]).requires_grad_(False), trained[1][:12]
+    before = losses(model, ids)
+    for factor in (1.0, 20.0):
+        changed = with_outliers(model, factor)
+        quantize_weights(changed, dtype, keep_codes=True)
+        steps = []
+        for row in ids:
+            cache = KVCache.allocate(CONFIG, 1, 32)
+            step = CpuDecodeStep(changed, cache)
+            logits = torch.cat([step(token).clone() for token in row[:-1]])
+            steps.append(F.cross_entropy(logits, row[1:]))
+        assert float(torch.stack(steps).mean()) == pytest.approx(before, abs=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.int8, 0.02), (torch.int4, 0.15)])

@@ -1,0 +1,67 @@
+"""The C code of a decoding step on a CPU (cpu_decode.c): its structures and functions."""
+
+import ctypes
+import functools
+import logging
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+from gpt_lightning.kernels.c_compiler import compiler_unsupported_reason, load_library
+
+logger = logging.getLogger(__name__)
+
+GROUP = 64  # neighbouring numbers with a scale of their own
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+
+
+class Linear(Structure):
+    """Linear layer: addresses of its tensors, the type of its weight, and its shape."""
+
+    _fields_ = (
+        ("weight", c_void_p), ("scales", c_void_p), ("lines", c_void_p), ("bias", c_void_p),
+        ("type", c_int32), ("rows", c_int32), ("columns", c_int32),
+    )  # fmt: skip
+
+
+class Norm(Structure):
+    """LayerNorm; without weight and bias it only normalizes."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
+
+
+class Block(Structure):
+    """Transformer block with its part of the KV cache."""
+
+    _fields_ = (
+        ("norm1", Norm), ("norm2", Norm),
+        ("qkv", Linear), ("out_proj", Linear), ("up", Linear), ("down", Linear),
+        ("keys", c_void_p), ("values", c_void_p),
+    )  # fmt: skip
+
+
+class Model(Structure):
+    """GPT model; ``type`` is that of the embeddings and of the KV cache."""
+
+    _fields_ = (
+        ("tok_emb", c_void_p), ("pos_emb", c_void_p),
+        ("type", c_int32), ("n_layers", c_int32), ("emb_dim", c_int32), ("n_heads", c_int32), ("max_length", c_int32),
+        ("blocks", POINTER(Block)), ("final_norm", Norm), ("head", Linear),
+    )  # fmt: skip
+
+
+@functools.cache
+def find_library(folder: Path) -> ctypes.CDLL | None:
+    """The compiled code, which ``folder`` keeps. ``None`` if it cannot be compiled here; the log says why, once."""
+    if reason := compiler_unsupported_reason():
+        logger.debug(f"cpu_decode.c: {reason}, so torch's kernels decode")
+        return None
+    try:
+        library = load_library(Path(__file__).with_suffix(".c"), folder)
+    except OSError as error:
+        logger.warning(f"cpu_decode.c: {error}; torch's kernels decode, more slowly")
+        return None
+    library.decode_room.argtypes = (POINTER(Model), c_int32)
+    library.decode_room.restype = c_size_t
+    library.decode_step.argtypes = (POINTER(Model), c_int64, c_int32, c_int32, c_void_p, c_void_p)
+    library.decode_step.restype = None
+    return library

@@ -1,0 +1,162 @@
+"""Decoding step of one row on a CPU in our C code (:mod:`gpt_lightning.kernels.cpu_decode`).
+
+Shapes: C ``emb_dim``, H heads, D = C / H, V ``vocab_size``; a weight is (N, K).
+"""
+
+from ctypes import CDLL
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from gpt_lightning.kernels import cpu_decode as kernel
+from gpt_lightning.model.gpt import GPTModel, TransformerBlock, has_hooks
+from gpt_lightning.model.int4_linear import Int4Linear
+from gpt_lightning.model.int8_linear import Int8Linear
+from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.storage.cache import cache_folder
+
+# a smaller model decodes fast enough without a compiler: torch reads its weights in a millisecond
+MIN_WEIGHTS = 1 << 24
+_TYPES = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16}
+
+
+class CpuDecodeStep:
+    """Decoding step of a model over a cache of one row that contains the prompt.
+
+    A call takes the newest ids ``(1,)`` and returns the logits of the next token ``(1, V)``, float32, which the next
+    call overwrites. Sums and the residual stream are float32. Vectors are rounded to 8 bits for weights in int8 and
+    int4, with a scale for each 64 numbers.
+
+    Args:
+        model: One that :func:`cpu_decode_unsupported_reason` accepts. Its weights may not move while the step is used.
+        cache: Its first ``length`` positions are filled. Each step adds one.
+
+    Raises:
+        ValueError: Our C code cannot decode with the model, or not so many rows.
+    """
+
+    def __init__(self, model: GPTModel, cache: KVCache) -> None:
+        reason, library = cpu_decode_unsupported_reason(model), _library()
+        if (rows := len(cache.keys[0])) > 1:
+            reason = f"it decodes one row, not {rows}"
+        if reason is not None or library is None:
+            raise ValueError(f"backend: cpu_kernel cannot be used ({reason}); give eager")
+        self._decode_step = library.decode_step
+        self._cache = cache
+        self._tensors: list[Tensor] = []  # whose addresses the structures have
+        self._blocks = (kernel.Block * len(model.trf_blocks))(
+            *(
+                self._block(cast(TransformerBlock, block), keys, values)
+                for block, keys, values in zip(
+                    model.trf_blocks, cache.keys, cache.values, strict=True
+                )
+            )
+        )
+        config, embedding = model.config, model.tok_emb.weight
+        head = model.out_head if model.out_head is not None else embedding
+        self._model = kernel.Model(
+            self._address(embedding), self._address(model.pos_emb.weight),
+            _TYPES[embedding.dtype], config.n_layers, config.emb_dim, config.n_heads, cache.max_length,
+            self._blocks, self._norm(model.final_norm), self._linear(head),
+        )  # fmt: skip
+        self._threads = torch.get_num_threads()
+        self._room = torch.empty(library.decode_room(self._model, self._threads))
+        self._logits = torch.empty(1, config.vocab_size)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        token, position = max(0, int(ids.item())), self._cache.length
+        self._decode_step(
+            self._model,
+            token,
+            position,
+            self._threads,
+            self._room.data_ptr(),
+            self._logits.data_ptr(),
+        )
+        self._cache.length += 1
+        return self._logits
+
+    def _address(self, tensor: Tensor) -> int:
+        self._tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def _float_address(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._address(tensor.detach().float().contiguous())
+
+    def _norm(self, norm: nn.LayerNorm) -> kernel.Norm:
+        return kernel.Norm(
+            self._float_address(norm.weight), self._float_address(norm.bias), norm.eps
+        )
+
+    def _linear(self, layer: nn.Module | Tensor) -> kernel.Linear:
+        """The structure of a linear layer, or of a weight without a bias."""
+        if isinstance(layer, Tensor):
+            weight, bias = layer, None
+        else:
+            bias = self._float_address(cast(Tensor | None, layer.bias))
+            if isinstance(layer, Int8Linear):
+                assert layer.codes is not None
+                codes, scales = self._address(layer.codes), self._address(layer.scales)
+                return kernel.Linear(codes, scales, None, bias, kernel.INT8, *layer.shape)
+            if isinstance(layer, Int4Linear):
+                assert layer.codes is not None
+                codes, lines = self._address(layer.codes), self._address(layer.lines)
+                return kernel.Linear(codes, None, lines, bias, kernel.INT4, *layer.shape)
+            weight = cast(nn.Linear, layer).weight
+        number_type = _TYPES[weight.dtype]
+        return kernel.Linear(self._address(weight), None, None, bias, number_type, *weight.shape)
+
+    def _block(self, block: TransformerBlock, keys: Tensor, values: Tensor) -> kernel.Block:
+        return kernel.Block(
+            self._norm(block.norm1), self._norm(block.norm2),
+            *(self._linear(layer) for layer in _linear_layers(block)), self._address(keys), self._address(values),
+        )  # fmt: skip
+
+
+def cpu_decode_unsupported_reason(model: GPTModel) -> str | None:
+    """Why our C code cannot decode with this model; ``None`` if it can.
+
+    A model whose weights require gradients is decoded by torch: so samples during training do not depend on a compiler.
+    """
+    embedding = model.tok_emb.weight
+    if embedding.device.type != "cpu":
+        return f"the model is on {embedding.device.type}"
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return "its weights require gradients"
+    if sum(parameter.numel() for parameter in model.parameters()) < MIN_WEIGHTS:
+        return "it is small"
+    if has_hooks(model):
+        return "it has hooks"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    layers = [model.out_head] if model.out_head is not None else []
+    for block in model.trf_blocks:
+        if not isinstance(block, TransformerBlock):
+            return "it has layers of other types than GPTModel"
+        layers += _linear_layers(block)
+    if not all(_is_supported(layer) for layer in layers):
+        return "its linear layers are in a layout for many rows"
+    if not all(p.is_contiguous() and p.dtype in _TYPES for p in model.parameters()):
+        return "its weights are not float32 or bfloat16, or not contiguous"
+    if _library() is None:
+        return "there is no C code for this CPU"
+    return None
+
+
+def _library() -> CDLL | None:
+    try:
+        return kernel.find_library(cache_folder() / "kernels")
+    except ValueError:  # the user has no home folder
+        return None
+
+
+def _is_supported(layer: nn.Module) -> bool:
+    if isinstance(layer, Int8Linear | Int4Linear):
+        return layer.codes is not None
+    return isinstance(layer, nn.Linear)
+
+
+def _linear_layers(block: TransformerBlock) -> tuple[nn.Module, ...]:
+    """The linear layers of a block in their order: qkv, out_proj, up, down (feed-forward)."""
+    return block.att.qkv, block.att.out_proj, block.ff.layers[0], block.ff.layers[2]

@@ -1,0 +1,358 @@
+"""The decoding step in C: its logits are those of the model, and without a compiler torch decodes."""
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt_lightning import GPTConfig, GPTModel, save_model
+from gpt_lightning.generation.engine import fastest_backend, stream_ids
+from gpt_lightning.generation.sampling import SamplingParams
+from gpt_lightning.kernels import c_compiler
+from gpt_lightning.kernels import cpu_decode as kernel
+from gpt_lightning.kernels.c_compiler import compiler_unsupported_reason
+from gpt_lightning.model import cpu_decode
+from gpt_lightning.model.cpu_decode import CpuDecodeStep, cpu_decode_unsupported_reason
+from gpt_lightning.model.int4_linear import Int4Linear, round_to_int4
+from gpt_lightning.model.int8_linear import Int8Linear, has_int8_kernel
+from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.model.packed_linear import pack_weights
+from gpt_lightning.model.quantize import INT4, quantize_weights
+from helpers import Command, assert_refused, json_of, make_generator, python
+
+REASON = compiler_unsupported_reason()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C code: {REASON}")
+needs_int8 = pytest.mark.skipif(not has_int8_kernel(), reason="no int8 kernel for this CPU")
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small models are decoded in C, too."""
+    monkeypatch.setattr(cpu_decode, "MIN_WEIGHTS", 0)
+    kernel.find_library.cache_clear()
+    yield
+    kernel.find_library.cache_clear()
+
+
+def model_of(
+    emb_dim: int = 128, n_heads: int = 4, *, tied: bool = True, dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    """Model whose norms and biases differ from their initial values, frozen."""
+    torch.manual_seed(1)
+    model = GPTModel(
+        GPTConfig(vocab_size=211, context_length=40, emb_dim=emb_dim, n_heads=n_heads, n_layers=3,
+                  qkv_bias=tied, tied_embeddings=tied)
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def logits_of_steps(model: GPTModel, prompt: int = 3, *, in_c: bool) -> Tensor:
+    """Logits ``(steps, V)`` after each of the tokens that follow a prompt, up to the last position."""
+    ids = torch.randint(211, (1, 40), generator=make_generator(7))
+    cache = KVCache.allocate(model.config, 1, 40, dtype=model.tok_emb.weight.dtype)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(torch.nan)  # uninitialized memory may contain NaN
+    model.features(ids[:, :prompt], cache)
+    step = CpuDecodeStep(model, cache) if in_c else None
+    rows = []
+    for at in range(prompt, 40):
+        if step is not None:
+            rows.append(step(ids[:, at]).clone())
+        else:
+            rows.append(model.head(model.features(ids[:, at : at + 1], cache)[:, -1]))
+        assert cache.length == at + 1
+    return torch.cat(rows).float()
+
+
+SHAPES = [(128, 4), (48, 3), (200, 5), (36, 1), (7, 7)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("emb_dim", "n_heads"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_the_models(emb_dim: int, n_heads: int, tied: bool, dtype: torch.dtype) -> None:
+    """In bfloat16 they are closer to those of the same weights in float32 than torch's are."""
+    model = model_of(emb_dim, n_heads, tied=tied, dtype=dtype)
+    found, by_torch = (logits_of_steps(model, in_c=in_c) for in_c in (True, False))
+    exact = logits_of_steps(copy.deepcopy(model).double(), in_c=False)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, exact, atol=2e-5, rtol=2e-5)
+    else:
+        assert (found - exact).norm() < 0.7 * (by_torch - exact).norm()
+        assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+def dequantized(model: GPTModel, dtype: torch.dtype) -> GPTModel:
+    """The model with the weights that its quantized form stands for, in float64."""
+    exact, rounded = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_weights(rounded, dtype, keep_codes=True)
+    for name, layer in rounded.named_modules():
+        if not isinstance(layer, Int8Linear | Int4Linear):
+            continue
+        N, K = layer.shape
+        assert layer.codes is not None
+        if isinstance(layer, Int8Linear):
+            weight = (layer.codes[:, :K].double() - 128) * layer.scales[:, None]
+        else:
+            pairs = layer.codes.view(N, -1, 64)
+            codes = torch.stack((pairs & 15, pairs >> 4), dim=2).view(N, -1, 64).double()
+            slopes, offsets = layer.lines.double().unbind(dim=1)
+            weight = ((codes - 8) * slopes[..., None] + offsets[..., None]).view(N, -1)[:, :K]
+        linear = nn.Linear(K, N, bias=layer.bias is not None, dtype=torch.float64)
+        linear.weight.data = weight
+        if layer.bias is not None:
+            linear.bias.data = layer.bias.double()
+        parent, _, child = name.rpartition(".")
+        setattr(exact.get_submodule(parent), child, linear)
+    for name, norm in rounded.named_modules():
+        if isinstance(norm, nn.LayerNorm):
+            parent, _, child = name.rpartition(".")
+            setattr(exact.get_submodule(parent), child, norm)
+    return exact.double().requires_grad_(False)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.int8, INT4])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("emb_dim", "n_heads"), SHAPES)
+def test_quantized_logits_are_close_to_those_of_the_same_weights(
+    emb_dim: int, n_heads: int, tied: bool, dtype: torch.dtype
+) -> None:
+    """The reference is the weights that the codes stand for, in float64; what is left is the rounding of vectors."""
+    model = model_of(emb_dim, n_heads, tied=tied)
+    exact = logits_of_steps(dequantized(model, dtype), in_c=False)
+    quantize_weights(model, dtype, keep_codes=True)
+    found = logits_of_steps(model, in_c=True)
+    assert (found - exact).norm() < 0.025 * exact.norm()  # torch's int8: 0.021
+
+
+@needs_int8
+def test_codes_are_the_weights_that_torch_multiplies() -> None:
+    weight = torch.randn(32, 200, generator=make_generator(3))
+    eye = torch.eye(200)
+    int8, int4 = Int8Linear(weight, None, keep_codes=True), Int4Linear(weight, None, keep_codes=True)  # fmt: skip
+    assert int8.codes is not None
+    codes = (int8.codes[:, :200].float() - 128) * int8.scales[:, None]
+    torch.testing.assert_close(int8(eye).T, codes, atol=0.02, rtol=0)  # torch's activations: 8 bits
+    assert (int8.codes[:, 200:] == 128).all()
+    rounded, scales, offsets = round_to_int4(F.pad(weight, (0, 56)))
+    expected = ((rounded - 8) * scales + offsets).view(32, -1)[:, :200]
+    assert int4.codes is not None
+    pairs = int4.codes.view(32, -1, 64)
+    codes4 = torch.stack((pairs & 15, pairs >> 4), dim=2).view(32, -1, 64)
+    slopes, offsets4 = int4.lines.float().unbind(dim=1)
+    found = ((codes4.float() - 8) * slopes[..., None] + offsets4[..., None]).view(32, -1)
+    assert torch.equal(found[:, :200], expected)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, INT4])
+def test_number_of_threads_does_not_change_a_bit(dtype: torch.dtype) -> None:
+    model = model_of(dtype=dtype if dtype.is_floating_point else torch.float32)
+    if not dtype.is_floating_point:
+        quantize_weights(model, dtype, keep_codes=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            cache_of_prompt = logits_of_steps(model, prompt=1, in_c=True)
+            results.append(cache_of_prompt)
+    finally:
+        torch.set_num_threads(before)
+    # the prompt is read by torch, whose sums may depend on the threads
+    assert all(torch.allclose(result, results[0], atol=2e-5) for result in results)
+    if dtype == torch.float32:
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+def tokens(model: GPTModel, count: int, **settings: object) -> list[int]:
+    sampling = settings.pop("sampling", SamplingParams())
+    steps = stream_ids(model, [[3, 1, 4]], count, sampling, **settings)  # type: ignore[arg-type]
+    return [int(step) for step in steps]
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, top_k=20, repetition_penalty=1.2)])  # fmt: skip
+def test_tokens_are_those_of_the_eager_backend(sampling: SamplingParams) -> None:
+    """Also beyond the context of 40, and when the model's training mode was on."""
+    model = model_of().train()
+    assert fastest_backend(model, 1, 3, 60) == "cpu_kernel"
+    found = tokens(model, 60, sampling=sampling, generator=make_generator(5))
+    assert model.training
+    settings = {"sampling": sampling, "backend": "eager", "generator": make_generator(5)}
+    assert found == tokens(model, 60, **settings)
+    assert len(set(found)) > 5
+
+
+def test_torch_decodes_what_the_code_cannot() -> None:
+    model = model_of()
+    assert fastest_backend(model, 2, 3, 60) == "eager"
+    model.tok_emb.weight.requires_grad_(True)
+    assert cpu_decode_unsupported_reason(model) == "its weights require gradients"
+    model.requires_grad_(False)
+    handle = model.trf_blocks[0].register_forward_hook(lambda *_: None)
+    assert cpu_decode_unsupported_reason(model) == "it has hooks"
+    handle.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu_decode_unsupported_reason(model) == "autocast is on"
+    assert cpu_decode_unsupported_reason(model.half()) is not None
+    assert cpu_decode_unsupported_reason(model.float()) is None
+    with pytest.raises(
+        ValueError, match=r"backend: cpu_kernel cannot be used \(it decodes one row"
+    ):
+        list(stream_ids(model, [[1], [2]], 3, SamplingParams(), backend="cpu_kernel"))
+    pack_weights(large := model_of(768, 12))
+    assert cpu_decode_unsupported_reason(large) == "its linear layers are in a layout for many rows"
+    if has_int8_kernel():
+        quantize_weights(model, torch.int8)
+        assert fastest_backend(model, 1, 3, 60) == "eager"
+
+
+def test_small_models_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert cpu_decode_unsupported_reason(model_of()) == "it is small"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, INT4])
+@pytest.mark.parametrize("at", [0, 3, 30])
+def test_logits_that_are_not_finite_are_refused(bad: float, dtype: torch.dtype, at: int) -> None:
+    model = model_of(dtype=dtype if dtype.is_floating_point else torch.float32)
+    if not dtype.is_floating_point:
+        if not has_int8_kernel():
+            pytest.skip("no int8 kernel for this CPU")
+        quantize_weights(model, dtype, keep_codes=True)
+    model.pos_emb.weight[2 + at, 5] = bad
+    with pytest.raises(ValueError, match=rf"logits: .*\(new token {at}\)"):
+        tokens(model, 35)
+
+
+SOURCE = Path(kernel.__file__).with_suffix(".c")
+
+
+def test_code_without_avx512_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = " ".join(c_compiler.find_compiler() or [])
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this CPU has no AVX-512")
+    expected = {}
+    for name in ("native", "avx2"):
+        if name == "avx2":
+            monkeypatch.setenv("CC", f"{compiler} -mno-avx512f")
+            monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
+            kernel.find_library.cache_clear()
+        for dtype in (torch.float32, torch.bfloat16, torch.int8, INT4):
+            model = model_of(200, 5, dtype=dtype if dtype.is_floating_point else torch.float32)
+            if not dtype.is_floating_point:
+                quantize_weights(model, dtype, keep_codes=True)
+            logits = logits_of_steps(model, in_c=True)
+            before = expected.setdefault(dtype, logits)
+            assert (logits - before)[0].norm() < 1e-5 * before[0].norm()
+            # sums in another order may round a number to the next one of 8 bits, and later steps read its key
+            rounding = 1e-5 if dtype.is_floating_point else 0.03
+            assert (logits - before).norm() < rounding * before.norm()
+    assert len(list((tmp_path / "kernels").glob("cpu_decode-*.so"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "cause"),
+    [
+        ("false", "false failed: no message"),
+        ("sh -c 'echo x.c:1: error: no such thing >&2; exit 1'", "sh failed: x.c:1: error: no such thing"),
+        ("true", "No such file or directory"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("messages")
+def test_compiler_that_fails_is_reported_once(
+    compiler: str,
+    cause: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
+    for _ in range(2):
+        assert cpu_decode_unsupported_reason(model_of()) == "there is no C code for this CPU"
+    error = capsys.readouterr().err
+    assert error.startswith("gpt_lightning: cpu_decode.c: ")
+    assert cause in error
+    assert error.endswith("; torch's kernels decode, more slowly\n")
+    assert error.count("\n") == 1
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.mark.usefixtures("messages")
+def test_missing_compiler_is_not_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert cpu_decode_unsupported_reason(model_of()) == "there is no C code for this CPU"
+    monkeypatch.setattr(sys, "platform", "win32")
+    kernel.find_library.cache_clear()
+    assert cpu_decode_unsupported_reason(model_of()) == "there is no C code for this CPU"
+    assert capsys.readouterr().err == ""
+
+
+def test_library_that_others_may_write_is_not_loaded(tmp_path: Path) -> None:
+    library = c_compiler.load_library(SOURCE, tmp_path)
+    path = Path(library._name)
+    path.chmod(0o777)
+    with pytest.raises(OSError, match="can be written by other users"):
+        c_compiler.load_library(SOURCE, tmp_path)
+
+
+def test_processes_that_compile_at_once(tmp_path: Path) -> None:
+    """Each finds a complete library, and one file is left."""
+    code = (
+        "from pathlib import Path; from gpt_lightning.kernels.c_compiler import load_library; "
+        f"print(load_library(Path({str(SOURCE)!r}), Path({str(tmp_path)!r})).decode_step is not None)"
+    )
+    results: list[subprocess.CompletedProcess[str]] = []
+    threads = [threading.Thread(target=lambda: results.append(python("-c", code))) for _ in range(3)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.stdout for result in results] == ["True\n"] * 3, results
+    assert len(os.listdir(tmp_path)) == 1
+
+
+@needs_int8
+def test_generate_command_decodes_in_c(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text: in C, the same as torch's in float32. Several texts, or speculation: torch."""
+    torch.manual_seed(3)
+    config = GPTConfig(vocab_size=50257, context_length=64, emb_dim=64, n_heads=4, n_layers=2)
+    save_model(GPTModel(config), "model.ckpt", "lightning")
+    steps = []
+    call = CpuDecodeStep.__call__
+    monkeypatch.setattr(CpuDecodeStep, "__call__", lambda self, ids: (steps.append(1), call(self, ids))[1])  # fmt: skip
+    generate = ("generate", "--from=model.ckpt", "--prompt=the", "--json", "--max_new_tokens=9")
+    found = json_of(command(*generate))
+    assert len(steps) == 8
+    for dtype in ("bfloat16", "int8", "int4"):
+        steps.clear()
+        json_of(command(*generate, f"--dtype={dtype}"))
+        assert len(steps) == 8
+    steps.clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    kernel.find_library.cache_clear()
+    assert json_of(command(*generate))["token_ids"] == found["token_ids"]
+    monkeypatch.delenv("CC")
+    kernel.find_library.cache_clear()
+    for more in ("--num_samples=2", "--speculate=ngram", "--dtype=float16"):
+        assert json_of(command(*generate, more))
+    assert steps == []
+    assert_refused(command(*generate, "--dtype=int5"), "dtype")

@@ -137,8 +137,7 @@ def fastest_backend(model: GPTModel, rows: int, length: int, max_new_tokens: int
     loading the kernels.
     """
     if cuda_graph_unsupported_reason(model):
-        in_c = rows == 1 and cpu_decode_unsupported_reason(model) is None
-        return "cpu_kernel" if in_c else "eager"
+        return "eager" if cpu_decode_unsupported_reason(model, rows) else "cpu_kernel"
     steps = min(max_new_tokens, model.config.context_length - length)
     if steps < FUSED_MIN_NEW_TOKENS or fused_decode_unsupported_reason(model, rows):
         return "cuda_graph"
@@ -213,7 +212,7 @@ def _stream(
                         else window_padding.repeat_interleave(num_samples)
                     )
                 if backend == "cpu_kernel":
-                    cpu_step = CpuDecodeStep(model, cache)
+                    cpu_step = CpuDecodeStep(model, cache, window_padding)
                 elif backend != "eager":
                     decode_step = GraphedDecodeStep(
                         model, cache, window_padding, fused=backend == "fused"

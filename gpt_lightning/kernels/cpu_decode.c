@@ -1,4 +1,4 @@
-/* One decoding step of a GPT model for one row on a CPU, as gpt_lightning/generation/cpu_decode.py calls it.
+/* Decoding step of a GPT model for a few rows on a CPU, as gpt_lightning/model/cpu_decode.py calls it.
 
 With one row, a product of a matrix and a vector does two operations per weight that it reads, so a step takes at least
 the time to read all weights once. Torch needs longer: its products are made for many rows, and each of the two
@@ -7,7 +7,7 @@ rows of every matrix and waits for the others where it needs their results.
 
 All sums are float32, and each result is computed by one thread in a fixed order, so the number of threads does not change it.
 
-Shapes: C emb_dim, H heads, D = C / H, V vocabulary size; a weight is (N, K). The compiler may be GCC or Clang. */
+Shapes: R rows, C emb_dim, H heads, D = C / H, V vocabulary size; a weight is (N, K). The compiler may be GCC or Clang. */
 
 #include <math.h>
 #include <omp.h>
@@ -26,12 +26,15 @@ Shapes: C emb_dim, H heads, D = C / H, V vocabulary size; a weight is (N, K). Th
 #define LANES 8
 #endif
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(GROUP)));
 /* where they lie in memory, at any address */
+typedef floats stored_floats __attribute__((aligned(4), may_alias));
+typedef uint16_t stored_bfloat16s __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef bytes stored_bytes __attribute__((aligned(1), may_alias));
 typedef uint8_t stored_codes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int8_t stored_numbers __attribute__((vector_size(LANES), aligned(1), may_alias));
@@ -57,7 +60,7 @@ typedef struct {
     float eps;
 } norm;
 
-/* keys and values: (H, max_length, D), in the type of the embeddings */
+/* keys and values: (B, H, max_length, D), in the type of the embeddings */
 typedef struct {
     norm norm1, norm2;
     linear qkv, out_proj, up, down;
@@ -72,7 +75,14 @@ typedef struct {
     linear head;
 } model;
 
-/* The vector that a matrix is multiplied with. For INT8 and INT4 also in 8 bits: x = numbers * scales, for each group. */
+/* A row: its token, which position the token has in its text, and where its key and value are stored in the cache. It
+   attends to the columns from ``first`` to its own. */
+typedef struct {
+    int64_t token;
+    int32_t position, cache_row, column, first;
+} row;
+
+/* A vector that a matrix is multiplied with. For INT8 and INT4 also in 8 bits: x = numbers * scales, for each group. */
 typedef struct {
     const float *x;
     int8_t *numbers;
@@ -151,8 +161,9 @@ static inline int groups_of(int columns) { /* an even number */
 
 /* Round each group of the vector to 8 bits. Where it has NaN or infinity, its scale is NaN, and so are the results. */
 static void quantize(input *in, int columns) {
+    int groups = groups_of(columns);
     in->sum = 0;
-    for (int g = 0; g < groups_of(columns); g++) {
+    for (int g = 0; g < groups; g++) {
         const float *x = in->x + g * GROUP;
         int count = columns - g * GROUP < GROUP ? columns - g * GROUP : GROUP;
         float max = 0, nan = 0;
@@ -177,57 +188,108 @@ static void quantize(input *in, int columns) {
     }
 }
 
-static float row_product_int8(const linear *layer, const input *in, int64_t row) {
-    int groups = groups_of(layer->columns);
-    const uint8_t *codes = (const uint8_t *)layer->weight + row * groups * GROUP;
-    floats y = {0};
-    for (int g = 0; g < groups; g++) {
-        ints sums = group_product(*(const stored_bytes *)(codes + g * GROUP), in->numbers + g * GROUP);
-        y += __builtin_convertvector(sums, floats) * in->scales[g];
+/* The products of a weight's row ``n`` with R <= MAX_TILE vectors: y (R,), without the bias. R is a constant where it is
+   inlined, so that the sums stay in registers. */
+#define MAX_TILE 4
+#define TILE static inline __attribute__((always_inline)) void
+
+TILE tile_float32(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+    int K = layer->columns, k = 0;
+    const float *weight = (const float *)layer->weight + n * K;
+    floats sums[MAX_TILE] = {0};
+    for (; k + LANES <= K; k += LANES) {
+        floats numbers = *(const stored_floats *)(weight + k);
+        for (int r = 0; r < R; r++) sums[r] += numbers * *(const stored_floats *)(in[r].x + k);
     }
-    return (sum_of(y) - 128 * in->sum) * layer->scales[row];
+    for (int r = 0; r < R; r++) {
+        y[r] = sum_of(sums[r]);
+        for (int i = k; i < K; i++) y[r] += weight[i] * in[r].x[i];
+    }
 }
 
-static float row_product_int4(const linear *layer, const input *in, int64_t row) {
+TILE tile_bfloat16(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+    int K = layer->columns, k = 0;
+    const uint16_t *weight = (const uint16_t *)layer->weight + n * K;
+    floats sums[MAX_TILE] = {0};
+    for (; k + LANES <= K; k += LANES) {
+        words bits = __builtin_convertvector(*(const stored_bfloat16s *)(weight + k), words);
+        floats numbers = (floats)(bits << 16);
+        for (int r = 0; r < R; r++) sums[r] += numbers * *(const stored_floats *)(in[r].x + k);
+    }
+    for (int r = 0; r < R; r++) {
+        y[r] = sum_of(sums[r]);
+        for (int i = k; i < K; i++) y[r] += from_bfloat16(weight[i]) * in[r].x[i];
+    }
+}
+
+TILE tile_int8(const linear *layer, const input *in, int64_t n, const int R, float *y) {
     int groups = groups_of(layer->columns);
-    const uint8_t *codes = (const uint8_t *)layer->weight + row * groups * (GROUP / 2);
-    const uint16_t *slopes = layer->lines + row * groups * 2, *offsets = slopes + groups;
-    const int8_t *numbers = in->numbers;
-    const float *scales = in->scales, *group_sums = in->sums;
-    floats low = {0}, high = {0};
-    float offset = 0;
+    const uint8_t *codes = (const uint8_t *)layer->weight + n * groups * GROUP;
+    floats sums[MAX_TILE] = {0};
+    for (int g = 0; g < groups; g++) {
+        bytes group = *(const stored_bytes *)(codes + g * GROUP);
+        for (int r = 0; r < R; r++) {
+            ints products = group_product(group, in[r].numbers + g * GROUP);
+            sums[r] += __builtin_convertvector(products, floats) * in[r].scales[g];
+        }
+    }
+    for (int r = 0; r < R; r++) y[r] = (sum_of(sums[r]) - 128 * in[r].sum) * layer->scales[n];
+}
+
+TILE tile_int4(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+    int groups = groups_of(layer->columns);
+    const uint8_t *codes = (const uint8_t *)layer->weight + n * groups * (GROUP / 2);
+    const uint16_t *slopes = layer->lines + n * groups * 2, *offsets = slopes + groups;
+    floats sums[MAX_TILE] = {0};
+    float of_offsets[MAX_TILE] = {0};
     for (int g = 0; g < groups; g += 2) {
         bytes both = *(const stored_bytes *)(codes + g * (GROUP / 2));
-        ints low_sums = group_product(both & 15, numbers + g * GROUP);
-        ints high_sums = group_product(both >> 4, numbers + (g + 1) * GROUP);
+        bytes low = both & 15, high = both >> 4;
         float low_slope = from_bfloat16(slopes[g]), high_slope = from_bfloat16(slopes[g + 1]);
-        low += __builtin_convertvector(low_sums, floats) * (scales[g] * low_slope);
-        high += __builtin_convertvector(high_sums, floats) * (scales[g + 1] * high_slope);
-        offset += group_sums[g] * (from_bfloat16(offsets[g]) - 8 * low_slope);
-        offset += group_sums[g + 1] * (from_bfloat16(offsets[g + 1]) - 8 * high_slope);
+        float low_offset = from_bfloat16(offsets[g]) - 8 * low_slope; /* for codes that begin at 0 */
+        float high_offset = from_bfloat16(offsets[g + 1]) - 8 * high_slope;
+        for (int r = 0; r < R; r++) {
+            ints of_low = group_product(low, in[r].numbers + g * GROUP);
+            ints of_high = group_product(high, in[r].numbers + (g + 1) * GROUP);
+            sums[r] += __builtin_convertvector(of_low, floats) * (in[r].scales[g] * low_slope);
+            sums[r] += __builtin_convertvector(of_high, floats) * (in[r].scales[g + 1] * high_slope);
+            of_offsets[r] += in[r].sums[g] * low_offset + in[r].sums[g + 1] * high_offset;
+        }
     }
-    return sum_of(low + high) + offset;
+    for (int r = 0; r < R; r++) y[r] = sum_of(sums[r]) + of_offsets[r];
 }
 
-/* One number of the layer's result: row ``row`` of the weight times the vector, plus the bias. */
-static inline float row_product(const linear *layer, const input *in, int64_t row) {
-    int K = layer->columns;
-    const float *x = in->x;
-    float y = 0;
-    if (layer->type == INT8) {
-        y = row_product_int8(layer, in, row);
-    } else if (layer->type == INT4) {
-        y = row_product_int4(layer, in, row);
-    } else if (layer->type == BFLOAT16) {
-        const uint16_t *weight = (const uint16_t *)layer->weight + row * K;
-        #pragma omp simd reduction(+ : y)
-        for (int k = 0; k < K; k++) y += from_bfloat16(weight[k]) * x[k];
-    } else {
-        const float *weight = (const float *)layer->weight + row * K;
-        #pragma omp simd reduction(+ : y)
-        for (int k = 0; k < K; k++) y += weight[k] * x[k];
+TILE tile(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+    switch (layer->type) {
+        case INT8: tile_int8(layer, in, n, R, y); break;
+        case INT4: tile_int4(layer, in, n, R, y); break;
+        case BFLOAT16: tile_bfloat16(layer, in, n, R, y); break;
+        default: tile_float32(layer, in, n, R, y);
     }
-    return layer->bias ? y + layer->bias[row] : y;
+}
+
+enum result { SET, GELU, ADD };
+
+/* The numbers from ``first`` to ``end`` of the layer's results for all vectors, into out (R, N); ADD adds them to it. */
+static void multiply(
+    const linear *layer, const input *in, int R, int64_t first, int64_t end, enum result result, float *out
+) {
+    for (int64_t n = first; n < end; n++) {
+        float bias = layer->bias ? layer->bias[n] : 0, y[MAX_TILE];
+        for (int r = 0; r < R; r += MAX_TILE) {
+            int count = R - r < MAX_TILE ? R - r : MAX_TILE;
+            switch (count) {
+                case 1: tile(layer, in + r, n, 1, y); break;
+                case 2: tile(layer, in + r, n, 2, y); break;
+                case 3: tile(layer, in + r, n, 3, y); break;
+                default: tile(layer, in + r, n, MAX_TILE, y);
+            }
+            for (int i = 0; i < count; i++) {
+                float number = y[i] + bias, *place = out + (int64_t)(r + i) * layer->rows + n;
+                *place = result == ADD ? *place + number : result == GELU ? gelu(number) : number;
+            }
+        }
+    }
 }
 
 static void normalize(const norm *norm, const float *x, float *y, int C) {
@@ -276,93 +338,119 @@ static void add_cached(const void *cache, int type, int64_t at, float weight, fl
     }
 }
 
-/* Attention of one head: of its query in qkv (3C,) over the cache, to which its key and value are appended; into y (C,).
-   weights: room for max_length numbers */
+/* Attention of one head over the cache, to which the keys and values of all rows are appended first: qkv (R, 3C) into
+   out (R, C). weights: room for max_length numbers */
 static void attend(
-    const model *m, const block *b, const float *qkv, float *y, float *weights, int head, int position
+    const model *m, const block *b, const row *rows, int R, const float *qkv, float *out, float *weights, int head
 ) {
-    int C = m->emb_dim, D = C / m->n_heads, length = position + 1;
-    int64_t first = (int64_t)head * m->max_length * D;
-    const float *query = qkv + head * D;
-    float scale = 1 / sqrtf((float)D), max = -INFINITY, sum = 0;
-    append(b->keys, m->type, first + (int64_t)position * D, query + C, D);
-    append(b->values, m->type, first + (int64_t)position * D, query + 2 * C, D);
-    for (int t = 0; t < length; t++)
-        weights[t] = dot_cached(b->keys, m->type, first + (int64_t)t * D, query, D) * scale;
-    #pragma omp simd reduction(max : max)
-    for (int t = 0; t < length; t++) max = weights[t] > max ? weights[t] : max;
-    #pragma omp simd reduction(+ : sum)
-    for (int t = 0; t < length; t++) {
-        weights[t] = fast_exp(weights[t] - max);
-        sum += weights[t];
+    int C = m->emb_dim, D = C / m->n_heads;
+    float scale = 1 / sqrtf((float)D);
+    for (int r = 0; r < R; r++) {
+        int64_t at = ((int64_t)(rows[r].cache_row * m->n_heads + head) * m->max_length + rows[r].column) * D;
+        append(b->keys, m->type, at, qkv + (int64_t)r * 3 * C + C + head * D, D);
+        append(b->values, m->type, at, qkv + (int64_t)r * 3 * C + 2 * C + head * D, D);
     }
-    y += head * D;
-    for (int d = 0; d < D; d++) y[d] = 0;
-    for (int t = 0; t < length; t++)
-        add_cached(b->values, m->type, first + (int64_t)t * D, weights[t], y, D);
-    for (int d = 0; d < D; d++) y[d] /= sum;
+    for (int r = 0; r < R; r++) {
+        int length = rows[r].column + 1 - rows[r].first;
+        int64_t at = ((int64_t)(rows[r].cache_row * m->n_heads + head) * m->max_length + rows[r].first) * D;
+        const float *query = qkv + (int64_t)r * 3 * C + head * D;
+        float *y = out + (int64_t)r * C + head * D, max = -INFINITY, sum = 0;
+        for (int t = 0; t < length; t++)
+            weights[t] = dot_cached(b->keys, m->type, at + (int64_t)t * D, query, D) * scale;
+        #pragma omp simd reduction(max : max)
+        for (int t = 0; t < length; t++) max = weights[t] > max ? weights[t] : max;
+        #pragma omp simd reduction(+ : sum)
+        for (int t = 0; t < length; t++) {
+            weights[t] = fast_exp(weights[t] - max);
+            sum += weights[t];
+        }
+        for (int d = 0; d < D; d++) y[d] = 0;
+        for (int t = 0; t < length; t++)
+            add_cached(b->values, m->type, at + (int64_t)t * D, weights[t], y, D);
+        for (int d = 0; d < D; d++) y[d] /= sum;
+    }
 }
 
-/* Numbers of float32 in the room of each thread: a normalized vector, attention weights and an input in 8 bits. */
-static size_t own_size(const model *m) {
-    size_t groups = groups_of(4 * m->emb_dim);
-    return (m->emb_dim + m->max_length + groups * (2 + GROUP / 4) + 15) / 16 * 16;
+static void embed(const model *m, const row *row, float *x) {
+    int64_t token = row->token * m->emb_dim, position = (int64_t)row->position * m->emb_dim;
+    for (int c = 0; c < m->emb_dim; c++)
+        x[c] = m->type == BFLOAT16 ? from_bfloat16(((const uint16_t *)m->tok_emb)[token + c]) +
+                                         from_bfloat16(((const uint16_t *)m->pos_emb)[position + c])
+                                   : ((const float *)m->tok_emb)[token + c] + ((const float *)m->pos_emb)[position + c];
+}
+
+/* The inputs of a product with vectors (R, K). */
+static void set_inputs(const linear *layer, const float *vectors, int R, input *inputs) {
+    for (int r = 0; r < R; r++) {
+        inputs[r].x = vectors + (int64_t)r * layer->columns;
+        if (layer->type == INT8 || layer->type == INT4) quantize(inputs + r, layer->columns);
+    }
+}
+
+static size_t whole_lines(size_t numbers) { /* of the CPU's cache */
+    return (numbers + 15) / 16 * 16;
+}
+
+/* Sizes in numbers of float32: of what the threads share, of what each has of a row in 8 bits, and of all that each has. */
+static size_t shared_size(const model *m, int R) {
+    return whole_lines((size_t)R * 9 * m->emb_dim);
+}
+
+static size_t input_size(const model *m) {
+    return whole_lines(groups_of(4 * m->emb_dim) * (2 + GROUP / 4));
+}
+
+static size_t own_size(const model *m, int R) {
+    return whole_lines(m->max_length) + whole_lines(R * (size_t)m->emb_dim) + R * input_size(m);
 }
 
 /* Numbers of float32 that decode_step needs as its room. */
-size_t decode_room(const model *m, int32_t threads) {
-    return (size_t)9 * m->emb_dim + 16 + threads * own_size(m);
+size_t decode_room(const model *m, int32_t R, int32_t threads) {
+    return shared_size(m, R) + threads * own_size(m, R);
 }
 
-/* Of the token at this position, compute the logits (V,) of the next one. Its keys and values are appended to the cache.
+/* Compute the logits (R, V) of the next tokens. The rows' keys and values are stored in the cache.
    room: aligned to 64 bytes */
-void decode_step(
-    const model *m, int64_t token, int32_t position, int32_t threads, float *room, float *logits
-) {
-    int C = m->emb_dim;
-    float *x = room, *qkv = x + C, *y = qkv + 3 * C, *hidden = y + C; /* shared by the threads */
-    float *own_rooms = room + (9 * (size_t)C + 15) / 16 * 16;
-    for (int c = 0; c < C; c++) {
-        int64_t of_token = token * C + c, of_position = (int64_t)position * C + c;
-        x[c] = m->type == BFLOAT16 ? from_bfloat16(((const uint16_t *)m->tok_emb)[of_token]) +
-                                         from_bfloat16(((const uint16_t *)m->pos_emb)[of_position])
-                                   : ((const float *)m->tok_emb)[of_token] + ((const float *)m->pos_emb)[of_position];
-    }
+void decode_step(const model *m, const row *rows, int32_t R, int32_t threads, float *room, float *logits) {
+    size_t C = m->emb_dim;
+    float *x = room, *qkv = x + R * C, *y = qkv + R * 3 * C, *hidden = y + R * C; /* shared by the threads */
+    for (int r = 0; r < R; r++) embed(m, rows + r, x + r * C);
     #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), count = omp_get_num_threads();
-        int groups = groups_of(4 * C);
-        float *normed = own_rooms + thread * own_size(m), *weights = normed + C, *scales = weights + m->max_length;
-        input in = {normed, (int8_t *)(scales + 2 * groups), scales, scales + groups, 0};
+        float *weights = room + shared_size(m, R) + thread * own_size(m, R);
+        float *normed = weights + whole_lines(m->max_length), *rounded = normed + whole_lines(R * C);
+        input inputs[R];
+        for (int r = 0; r < R; r++) {
+            int8_t *numbers = (int8_t *)(rounded + r * input_size(m));
+            float *scales = (float *)(numbers + groups_of(4 * C) * GROUP);
+            inputs[r] = (input){NULL, numbers, scales, scales + groups_of(4 * C), 0};
+        }
 
-/* This thread's rows of a layer's result; STORE uses each number ``r`` and its row ``i``. */
-#define EACH_ROW(layer, vector, STORE)                                                       \
-    do {                                                                                     \
-        in.x = (vector);                                                                     \
-        if ((layer)->type == INT8 || (layer)->type == INT4) quantize(&in, (layer)->columns); \
-        int64_t end = (int64_t)(layer)->rows * (thread + 1) / count;                         \
-        for (int64_t i = (int64_t)(layer)->rows * thread / count; i < end; i++) {            \
-            float r = row_product((layer), &in, i);                                          \
-            STORE;                                                                           \
-        }                                                                                    \
+/* This thread's part of a layer's results. */
+#define MULTIPLY(layer, vectors, result, out)                                                  \
+    do {                                                                                       \
+        set_inputs(layer, vectors, R, inputs);                                                 \
+        int64_t N = (layer)->rows;                                                             \
+        multiply(layer, inputs, R, N * thread / count, N * (thread + 1) / count, result, out); \
     } while (0)
 
         for (const block *b = m->blocks; b < m->blocks + m->n_layers; b++) {
-            normalize(&b->norm1, x, normed, C);
-            EACH_ROW(&b->qkv, normed, qkv[i] = r);
+            for (int r = 0; r < R; r++) normalize(&b->norm1, x + r * C, normed + r * C, C);
+            MULTIPLY(&b->qkv, normed, SET, qkv);
             #pragma omp barrier
-            for (int h = m->n_heads * thread / count; h < m->n_heads * (thread + 1) / count; h++)
-                attend(m, b, qkv, y, weights, h, position);
+            for (int head = m->n_heads * thread / count; head < m->n_heads * (thread + 1) / count; head++)
+                attend(m, b, rows, R, qkv, y, weights, head);
             #pragma omp barrier
-            EACH_ROW(&b->out_proj, y, x[i] += r);
+            MULTIPLY(&b->out_proj, y, ADD, x);
             #pragma omp barrier
-            normalize(&b->norm2, x, normed, C);
-            EACH_ROW(&b->up, normed, hidden[i] = gelu(r));
+            for (int r = 0; r < R; r++) normalize(&b->norm2, x + r * C, normed + r * C, C);
+            MULTIPLY(&b->up, normed, GELU, hidden);
             #pragma omp barrier
-            EACH_ROW(&b->down, hidden, x[i] += r);
+            MULTIPLY(&b->down, hidden, ADD, x);
             #pragma omp barrier
         }
-        normalize(&m->final_norm, x, normed, C);
-        EACH_ROW(&m->head, normed, logits[i] = r);
+        for (int r = 0; r < R; r++) normalize(&m->final_norm, x + r * C, normed + r * C, C);
+        MULTIPLY(&m->head, normed, SET, logits);
     }
 }

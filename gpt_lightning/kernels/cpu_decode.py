@@ -49,6 +49,15 @@ class Model(Structure):
     )  # fmt: skip
 
 
+class Row(Structure):
+    """Token of a step, with its position, where the cache stores its key and value, and the first column it attends to."""
+
+    _fields_ = (
+        ("token", c_int64),
+        ("position", c_int32), ("cache_row", c_int32), ("column", c_int32), ("first", c_int32),
+    )  # fmt: skip
+
+
 @functools.cache
 def find_library(folder: Path) -> ctypes.CDLL | None:
     """The compiled code, which ``folder`` keeps. ``None`` if it cannot be compiled here; the log says why, once."""
@@ -60,8 +69,8 @@ def find_library(folder: Path) -> ctypes.CDLL | None:
     except OSError as error:
         logger.warning(f"cpu_decode.c: {error}; torch's kernels decode, more slowly")
         return None
-    library.decode_room.argtypes = (POINTER(Model), c_int32)
+    library.decode_room.argtypes = (POINTER(Model), c_int32, c_int32)
     library.decode_room.restype = c_size_t
-    library.decode_step.argtypes = (POINTER(Model), c_int64, c_int32, c_int32, c_void_p, c_void_p)
+    library.decode_step.argtypes = (POINTER(Model), POINTER(Row), c_int32, c_int32, c_void_p, c_void_p)  # fmt: skip
     library.decode_step.restype = None
     return library

@@ -1,6 +1,6 @@
-"""Decoding step of one row on a CPU in our C code (:mod:`gpt_lightning.kernels.cpu_decode`).
+"""Decoding step of a few rows on a CPU in our C code (:mod:`gpt_lightning.kernels.cpu_decode`).
 
-Shapes: C ``emb_dim``, H heads, D = C / H, V ``vocab_size``; a weight is (N, K).
+Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``; a weight is (N, K).
 """
 
 from ctypes import CDLL
@@ -18,28 +18,29 @@ from gpt_lightning.storage.cache import cache_folder
 
 # a smaller model decodes fast enough without a compiler: torch reads its weights in a millisecond
 MIN_WEIGHTS = 1 << 24
+MAX_ROWS = 4  # for more, torch's products of packed matrices are as fast
 _TYPES = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16}
 
 
 class CpuDecodeStep:
-    """Decoding step of a model over a cache of one row that contains the prompt.
+    """Decoding step of a model over a cache that contains the prompts.
 
-    A call takes the newest ids ``(1,)`` and returns the logits of the next token ``(1, V)``, float32, which the next
-    call overwrites. Sums and the residual stream are float32. Vectors are rounded to 8 bits for weights in int8 and
-    int4, with a scale for each 64 numbers.
+    A call takes the newest ids ``(R,)`` and returns the logits of the next tokens ``(R, V)``, float32, which the next
+    call overwrites. A row that has ended has a negative id; its logits have no meaning. Sums and the residual stream are
+    float32. Vectors are rounded to 8 bits for weights in int8 and int4, with a scale for each 64 numbers.
 
     Args:
         model: One that :func:`cpu_decode_unsupported_reason` accepts. Its weights may not move while the step is used.
         cache: Its first ``length`` positions are filled. Each step adds one.
+        padding: ``(R,)``, see :meth:`GPTModel.features`.
 
     Raises:
         ValueError: Our C code cannot decode with the model, or not so many rows.
     """
 
-    def __init__(self, model: GPTModel, cache: KVCache) -> None:
-        reason, library = cpu_decode_unsupported_reason(model), _library()
-        if (rows := len(cache.keys[0])) > 1:
-            reason = f"it decodes one row, not {rows}"
+    def __init__(self, model: GPTModel, cache: KVCache, padding: Tensor | None = None) -> None:
+        rows = len(cache.keys[0])
+        reason, library = cpu_decode_unsupported_reason(model, rows), _library()
         if reason is not None or library is None:
             raise ValueError(f"backend: cpu_kernel cannot be used ({reason}); give eager")
         self._decode_step = library.decode_step
@@ -60,20 +61,21 @@ class CpuDecodeStep:
             _TYPES[embedding.dtype], config.n_layers, config.emb_dim, config.n_heads, cache.max_length,
             self._blocks, self._norm(model.final_norm), self._linear(head),
         )  # fmt: skip
+        first = [0] * rows if padding is None else padding.tolist()
+        self._rows = (kernel.Row * rows)(
+            *(kernel.Row(0, 0, row, 0, column) for row, column in enumerate(first))
+        )
         self._threads = torch.get_num_threads()
-        self._room = torch.empty(library.decode_room(self._model, self._threads))
-        self._logits = torch.empty(1, config.vocab_size)
+        self._room = torch.empty(library.decode_room(self._model, rows, self._threads))
+        self._logits = torch.empty(rows, config.vocab_size)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        token, position = max(0, int(ids.item())), self._cache.length
+        column = self._cache.length
+        for row, token in zip(self._rows, ids.tolist(), strict=True):
+            row.token, row.column, row.position = max(0, token), column, column - row.first
         self._decode_step(
-            self._model,
-            token,
-            position,
-            self._threads,
-            self._room.data_ptr(),
-            self._logits.data_ptr(),
-        )
+            self._model, self._rows, len(self._rows), self._threads, self._room.data_ptr(), self._logits.data_ptr()
+        )  # fmt: skip
         self._cache.length += 1
         return self._logits
 
@@ -114,14 +116,16 @@ class CpuDecodeStep:
         )  # fmt: skip
 
 
-def cpu_decode_unsupported_reason(model: GPTModel) -> str | None:
-    """Why our C code cannot decode with this model; ``None`` if it can.
+def cpu_decode_unsupported_reason(model: GPTModel, rows: int) -> str | None:
+    """Why our C code cannot decode ``rows`` rows with this model; ``None`` if it can.
 
     A model whose weights require gradients is decoded by torch: so samples during training do not depend on a compiler.
     """
     embedding = model.tok_emb.weight
     if embedding.device.type != "cpu":
         return f"the model is on {embedding.device.type}"
+    if rows > MAX_ROWS:
+        return f"{rows} rows are more than {MAX_ROWS}"
     if any(parameter.requires_grad for parameter in model.parameters()):
         return "its weights require gradients"
     if sum(parameter.numel() for parameter in model.parameters()) < MIN_WEIGHTS:

@@ -16,11 +16,11 @@ def prepare_for_decoding(
     Args:
         dtype: ``torch.int8`` or ``torch.int4`` for quantized matrices of a float32 model, see :func:`quantize_weights`.
             Another dtype, or ``None``, changes nothing.
-        rows: Number of texts that are decoded at once, ``None`` if it varies. One is decoded in C if it can be, see
-            :mod:`gpt_lightning.model.cpu_decode`, and for more a CPU has packed matrices.
+        rows: Number of texts that are decoded at once, ``None`` if it varies. A few are decoded in C if they can be, see
+            :mod:`gpt_lightning.model.cpu_decode`. Otherwise a CPU has packed matrices.
     """
     model.requires_grad_(False)
-    in_c = rows == 1 and cpu_decode_unsupported_reason(model) is None
+    in_c = rows is not None and cpu_decode_unsupported_reason(model, rows) is None
     if dtype is not None and dtype in QUANTIZED_DTYPES:
         quantize_weights(model, dtype, keep_codes=in_c)
     if not in_c:

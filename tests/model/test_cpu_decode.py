@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -58,22 +58,24 @@ def model_of(
 
 
 @torch.inference_mode()
-def logits_of_steps(model: GPTModel, prompt: int = 3, *, in_c: bool) -> Tensor:
-    """Logits ``(steps, V)`` after each of the tokens that follow a prompt, up to the last position."""
-    ids = torch.randint(211, (1, 40), generator=make_generator(7))
-    cache = KVCache.allocate(model.config, 1, 40, dtype=model.tok_emb.weight.dtype)
+def logits_of_steps(model: GPTModel, lengths: Sequence[int] = (3,), *, in_c: bool) -> Tensor:
+    """Logits ``(steps, R, V)`` after each of the tokens that follow prompts, up to the last position."""
+    rows, width = len(lengths), max(lengths)
+    ids = torch.randint(211, (rows, 40), generator=make_generator(7))
+    padding = torch.tensor([width - length for length in lengths]) if len(set(lengths)) > 1 else None  # fmt: skip
+    cache = KVCache.allocate(model.config, rows, 40, dtype=model.tok_emb.weight.dtype)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # uninitialized memory may contain NaN
-    model.features(ids[:, :prompt], cache)
-    step = CpuDecodeStep(model, cache) if in_c else None
-    rows = []
-    for at in range(prompt, 40):
+    model.features(ids[:, :width], cache, padding)
+    step = CpuDecodeStep(model, cache, padding) if in_c else None
+    steps = []
+    for at in range(width, 40):
         if step is not None:
-            rows.append(step(ids[:, at]).clone())
+            steps.append(step(ids[:, at]).clone())
         else:
-            rows.append(model.head(model.features(ids[:, at : at + 1], cache)[:, -1]))
+            steps.append(model.head(model.features(ids[:, at : at + 1], cache, padding)[:, -1]))
         assert cache.length == at + 1
-    return torch.cat(rows).float()
+    return torch.stack(steps).float()
 
 
 SHAPES = [(128, 4), (48, 3), (200, 5), (36, 1), (7, 7)]
@@ -126,15 +128,16 @@ def dequantized(model: GPTModel, dtype: torch.dtype) -> GPTModel:
 @needs_int8
 @pytest.mark.parametrize("dtype", [torch.int8, INT4])
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lengths", [(3,), (1, 5, 2)])
 @pytest.mark.parametrize(("emb_dim", "n_heads"), SHAPES)
 def test_quantized_logits_are_close_to_those_of_the_same_weights(
-    emb_dim: int, n_heads: int, tied: bool, dtype: torch.dtype
+    emb_dim: int, n_heads: int, lengths: tuple[int, ...], tied: bool, dtype: torch.dtype
 ) -> None:
     """The reference is the weights that the codes stand for, in float64; what is left is the rounding of vectors."""
     model = model_of(emb_dim, n_heads, tied=tied)
-    exact = logits_of_steps(dequantized(model, dtype), in_c=False)
+    exact = logits_of_steps(dequantized(model, dtype), lengths, in_c=False)
     quantize_weights(model, dtype, keep_codes=True)
-    found = logits_of_steps(model, in_c=True)
+    found = logits_of_steps(model, lengths, in_c=True)
     assert (found - exact).norm() < 0.025 * exact.norm()  # torch's int8: 0.021
 
 
@@ -167,53 +170,63 @@ def test_number_of_threads_does_not_change_a_bit(dtype: torch.dtype) -> None:
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            cache_of_prompt = logits_of_steps(model, prompt=1, in_c=True)
-            results.append(cache_of_prompt)
+            results.append(logits_of_steps(model, (1, 1, 1), in_c=True))
     finally:
         torch.set_num_threads(before)
-    # the prompt is read by torch, whose sums may depend on the threads
-    assert all(torch.allclose(result, results[0], atol=2e-5) for result in results)
-    if dtype == torch.float32:
-        assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
-def tokens(model: GPTModel, count: int, **settings: object) -> list[int]:
+def tokens(model: GPTModel, count: int, **settings: object) -> list[list[int]]:
+    prompts = settings.pop("prompts", [[3, 1, 4]])
     sampling = settings.pop("sampling", SamplingParams())
-    steps = stream_ids(model, [[3, 1, 4]], count, sampling, **settings)  # type: ignore[arg-type]
-    return [int(step) for step in steps]
+    steps = list(stream_ids(model, prompts, count, sampling, **settings))  # type: ignore[arg-type]
+    return torch.stack(steps, dim=1).tolist()
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, top_k=20, repetition_penalty=1.2)])  # fmt: skip
-def test_tokens_are_those_of_the_eager_backend(sampling: SamplingParams) -> None:
+SETTINGS: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "drawn": {"sampling": SamplingParams(1.0, top_k=20, repetition_penalty=1.2)},
+    "several prompts": {"prompts": [[5], [7, 8, 9, 10, 11], list(range(40, 53))]},
+    "samples": {"sampling": SamplingParams(0.8), "num_samples": 4, "eos_id": 17},
+    "ended": {
+        "sampling": SamplingParams(1.0),
+        "num_samples": 2,
+        "is_over": lambda row, ids: len(ids) >= 10 * (row + 1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_are_those_of_the_eager_backend(name: str) -> None:
     """Also beyond the context of 40, and when the model's training mode was on."""
-    model = model_of().train()
-    assert fastest_backend(model, 1, 3, 60) == "cpu_kernel"
-    found = tokens(model, 60, sampling=sampling, generator=make_generator(5))
+    model, settings = model_of().train(), SETTINGS[name]
+    assert fastest_backend(model, 4, 3, 60) == "cpu_kernel"
+    found = tokens(model, 60, generator=make_generator(5), **settings)
     assert model.training
-    settings = {"sampling": sampling, "backend": "eager", "generator": make_generator(5)}
-    assert found == tokens(model, 60, **settings)
-    assert len(set(found)) > 5
+    assert found == tokens(model, 60, generator=make_generator(5), backend="eager", **settings)
+    assert len({token for row in found for token in row}) > 5
 
 
 def test_torch_decodes_what_the_code_cannot() -> None:
     model = model_of()
-    assert fastest_backend(model, 2, 3, 60) == "eager"
+    assert fastest_backend(model, 5, 3, 60) == "eager"
     model.tok_emb.weight.requires_grad_(True)
-    assert cpu_decode_unsupported_reason(model) == "its weights require gradients"
+    assert cpu_decode_unsupported_reason(model, 1) == "its weights require gradients"
     model.requires_grad_(False)
     handle = model.trf_blocks[0].register_forward_hook(lambda *_: None)
-    assert cpu_decode_unsupported_reason(model) == "it has hooks"
+    assert cpu_decode_unsupported_reason(model, 1) == "it has hooks"
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
-        assert cpu_decode_unsupported_reason(model) == "autocast is on"
-    assert cpu_decode_unsupported_reason(model.half()) is not None
-    assert cpu_decode_unsupported_reason(model.float()) is None
-    with pytest.raises(
-        ValueError, match=r"backend: cpu_kernel cannot be used \(it decodes one row"
-    ):
-        list(stream_ids(model, [[1], [2]], 3, SamplingParams(), backend="cpu_kernel"))
+        assert cpu_decode_unsupported_reason(model, 1) == "autocast is on"
+    assert cpu_decode_unsupported_reason(model.half(), 1) is not None
+    assert cpu_decode_unsupported_reason(model.float(), 1) is None
+    refusal = r"backend: cpu_kernel cannot be used \(5 rows are more than 4\); give eager"
+    with pytest.raises(ValueError, match=refusal):
+        tokens(model, 3, num_samples=5, backend="cpu_kernel")
     pack_weights(large := model_of(768, 12))
-    assert cpu_decode_unsupported_reason(large) == "its linear layers are in a layout for many rows"
+    assert (
+        cpu_decode_unsupported_reason(large, 1) == "its linear layers are in a layout for many rows"
+    )
     if has_int8_kernel():
         quantize_weights(model, torch.int8)
         assert fastest_backend(model, 1, 3, 60) == "eager"
@@ -221,7 +234,7 @@ def test_torch_decodes_what_the_code_cannot() -> None:
 
 def test_small_models_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert cpu_decode_unsupported_reason(model_of()) == "it is small"
+    assert cpu_decode_unsupported_reason(model_of(), 1) == "it is small"
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -260,8 +273,8 @@ def test_code_without_avx512_computes_the_same(
             logits = logits_of_steps(model, in_c=True)
             before = expected.setdefault(dtype, logits)
             assert (logits - before)[0].norm() < 1e-5 * before[0].norm()
-            # sums in another order may round a number to the next one of 8 bits, and later steps read its key
-            rounding = 1e-5 if dtype.is_floating_point else 0.03
+            # after sums in another order, a key may be rounded to the next bfloat16, and a vector to the next 8 bits
+            rounding = 1e-4 if dtype.is_floating_point else 0.03
             assert (logits - before).norm() < rounding * before.norm()
     assert len(list((tmp_path / "kernels").glob("cpu_decode-*.so"))) == 1
 
@@ -285,7 +298,7 @@ def test_compiler_that_fails_is_reported_once(
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
     for _ in range(2):
-        assert cpu_decode_unsupported_reason(model_of()) == "there is no C code for this CPU"
+        assert cpu_decode_unsupported_reason(model_of(), 1) == "there is no C code for this CPU"
     error = capsys.readouterr().err
     assert error.startswith("gpt_lightning: cpu_decode.c: ")
     assert cause in error
@@ -299,10 +312,10 @@ def test_missing_compiler_is_not_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert cpu_decode_unsupported_reason(model_of()) == "there is no C code for this CPU"
+    assert cpu_decode_unsupported_reason(model_of(), 1) == "there is no C code for this CPU"
     monkeypatch.setattr(sys, "platform", "win32")
     kernel.find_library.cache_clear()
-    assert cpu_decode_unsupported_reason(model_of()) == "there is no C code for this CPU"
+    assert cpu_decode_unsupported_reason(model_of(), 1) == "there is no C code for this CPU"
     assert capsys.readouterr().err == ""
 
 
@@ -332,7 +345,7 @@ def test_processes_that_compile_at_once(tmp_path: Path) -> None:
 
 @needs_int8
 def test_generate_command_decodes_in_c(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One text: in C, the same as torch's in float32. Several texts, or speculation: torch."""
+    """Up to four texts in C, the same as torch's in float32. More texts, or speculation: torch."""
     torch.manual_seed(3)
     config = GPTConfig(vocab_size=50257, context_length=64, emb_dim=64, n_heads=4, n_layers=2)
     save_model(GPTModel(config), "model.ckpt", "lightning")
@@ -352,7 +365,10 @@ def test_generate_command_decodes_in_c(command: Command, monkeypatch: pytest.Mon
     assert json_of(command(*generate))["token_ids"] == found["token_ids"]
     monkeypatch.delenv("CC")
     kernel.find_library.cache_clear()
-    for more in ("--num_samples=2", "--speculate=ngram", "--dtype=float16"):
+    json_of(command(*generate, "--num_samples=4"))
+    assert len(steps) == 8
+    steps.clear()
+    for more in ("--num_samples=5", "--speculate=ngram", "--dtype=float16"):
         assert json_of(command(*generate, more))
     assert steps == []
     assert_refused(command(*generate, "--dtype=int5"), "dtype")

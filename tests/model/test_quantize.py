@@ -91,7 +91,7 @@ def test_loss_of_the_step_in_c_stays_that_of_the_float_model(
         for row in ids:
             cache = KVCache.allocate(CONFIG, 1, 32)
             step = CpuDecodeStep(changed, cache)
-            logits = torch.cat([step(token).clone() for token in row[:-1]])
+            logits = torch.cat([step(token[None]).clone() for token in row[:-1]])
             steps.append(F.cross_entropy(logits, row[1:]))
         assert float(torch.stack(steps).mean()) == pytest.approx(before, abs=TOLERANCES[dtype])
 

@@ -94,7 +94,8 @@ PRIVATE_NAMES = {
     "cli/main.py": "_version",
     "cli/plan.py": "_ddp_kwargs",
     # torch: nested containers of tensors, fake tensors, hooks, instructions of the CPU, oneDNN's linear layer, a state
-    # dict's metadata, products with int4 weights
+    # dict's metadata, products with int4 weights, softmax's gradient
+    "model/cpu_attention.py": "_softmax_backward_data",
     "model/gpt.py": "_forward_hooks _forward_pre_hooks",
     "model/int4_linear.py": "_convert_weight_to_int4pack_for_cpu _weight_int4pack_mm_for_cpu",
     "model/int8_linear.py": "_is_vnni_supported",

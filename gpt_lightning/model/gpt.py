@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.cpu_attention import causal_attention_by_products, products_are_faster
 from gpt_lightning.model.kv_cache import KVCache
+
+ATTENTION_BLOCK = 256  # queries that explicit_causal_attention computes at once
+MAX_KEPT_ATTENTION_LENGTH = (
+    512  # in longer windows, weights of attention would take too much memory
+)
 
 
 class QKVProjection(nn.Linear):
@@ -65,39 +71,13 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         drop_rate = self.drop_rate if self.training else 0.0
-        if mask is None and self.training and _explicit_attention_is_faster(q):
-            y = explicit_causal_attention(q, k, v, drop_rate)
+        if mask is None and self.training and products_are_faster(q, drop_rate):
+            y = causal_attention_by_products(q, k, v, drop_rate)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=drop_rate, is_causal=mask is None and T > 1
             )
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-def _explicit_attention_is_faster(q: Tensor) -> bool:
-    """Whether :func:`explicit_causal_attention` is faster than torch's fused kernel in training.
-
-    It is on CPUs in bfloat16. The limit on T keeps the memory of the ``(B, H, T, T)`` weights small.
-    """
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512
-
-
-def explicit_causal_attention(q: Tensor, k: Tensor, v: Tensor, drop_rate: float) -> Tensor:
-    """Causal attention as two matrix products and a softmax. Inputs and output are ``(B, H, T, D)``.
-
-    On a CPU with bfloat16 instructions it takes a third to half the time of torch's fused kernel, which
-    converts each block to float32. It keeps the attention weights, ``(B, H, T, T)``, in memory.
-    """
-    B, H, T, D = q.shape
-    causal_mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(
-        causal_mask.expand(B * H, T, T),
-        q.reshape(B * H, T, D),
-        k.reshape(B * H, T, D).transpose(1, 2),
-        alpha=D**-0.5,
-    )
-    weights = F.dropout(scores.softmax(dim=-1), drop_rate)
-    return (weights @ v.reshape(B * H, T, D)).view(B, H, T, D)
 
 
 class FeedForward(nn.Module):

@@ -14,7 +14,7 @@ from math import ceil
 
 from gpt_lightning.planning.step_parts import (
     StepShape,
-    attention_matrix_bytes,
+    attention_gradient_bytes,
     autocast_copies,
     bytes_per_logit,
     cast_features,
@@ -178,7 +178,7 @@ def _backward_of_block(shape: StepShape, done: int) -> Iterator[MemoryBreakdown]
     # widest are the gradients by the feed-forward's 4C hidden values, beside those by its output (autocast:
     # cast) and by its matrix of 4C²
     feed_forward = N * C * (w + a * mixed + 4 * a) + 4 * C * C * a
-    attention = N * (C * (w + a) + 2 * attention_matrix_bytes(shape))
+    attention = N * (C * (w + a) + attention_gradient_bytes(shape))
     moment = replace(
         _weights_and_moments(shape),
         gradients=_gradients_at_backward(shape) if shape.accumulate else gradients,

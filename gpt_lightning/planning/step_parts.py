@@ -12,6 +12,11 @@ import torch
 
 from gpt_lightning.model import flops as cost
 from gpt_lightning.model.config import GPTConfig
+from gpt_lightning.model.cpu_attention import (
+    ATTENTION_BLOCK,
+    MAX_KEPT_LENGTH,
+    attention_weights_per_head,
+)
 from gpt_lightning.model.loss import PAD_VOCABULARY_TO
 from gpt_lightning.model.precision import PRECISIONS
 
@@ -194,23 +199,31 @@ def mask_bytes(shape: StepShape, itemsize: int) -> int:
 
 
 def attention_matrix_bytes(shape: StepShape) -> int:
-    """Bytes per token of a (T, T) matrix of all heads; 0: the device's fused kernel keeps none.
+    """Bytes per token of the attention weights of all heads; 0: the device's fused kernel keeps none.
 
-    A CPU keeps it with dropout (then in float32), and where two products are faster than the fused kernel.
+    A CPU keeps them with dropout (then in float32), and where products by blocks are faster than the fused kernel.
     """
     if shape.device == "cuda":
         return 0
     a = _itemsizes(shape.precision)[1]
     if _attends_by_products(shape):
-        return shape.config.n_heads * shape.length * a
+        return shape.config.n_heads * attention_weights_per_head(shape.length) * a // shape.length
     has_dropout = shape.config.attention_drop_rate > 0
     return shape.config.n_heads * shape.length * max(a, 4) * has_dropout
 
 
+def attention_gradient_bytes(shape: StepShape) -> int:
+    """Bytes per token of the gradients by the attention weights and by their scores, at once for all heads."""
+    if not _attends_by_products(shape):
+        return 2 * attention_matrix_bytes(shape)
+    return 2 * shape.config.n_heads * min(ATTENTION_BLOCK, shape.length) * _itemsizes(shape.precision)[1]  # fmt: skip
+
+
 def _attends_by_products(shape: StepShape) -> bool:
-    """Whether ``explicit_causal_attention`` runs: on a CPU, for short windows in bfloat16."""
+    """Whether ``kept_causal_attention`` runs: on a CPU in bfloat16, for short windows."""
     dtype, low = PRECISIONS[shape.precision]
-    return shape.device == "cpu" and (low or dtype) == torch.bfloat16 and shape.length <= 512
+    is_bfloat16_on_cpu = shape.device == "cpu" and (low or dtype) == torch.bfloat16
+    return is_bfloat16_on_cpu and shape.length <= MAX_KEPT_LENGTH
 
 
 def _block_bytes_per_token(shape: StepShape) -> int:

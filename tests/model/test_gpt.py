@@ -6,13 +6,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 import book
 from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.data.tokenizer import END_OF_TEXT_ID
 from gpt_lightning.model.config import GPT2_SIZES
-from gpt_lightning.model.gpt import explicit_causal_attention
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.model.loss import cross_entropy
 from helpers import (
@@ -151,33 +149,6 @@ def test_no_gradient_crosses_a_document_boundary() -> None:
     moved = model.tok_emb.weight.grad.abs().sum(dim=1)
     assert torch.all(moved[100:110] == 0)
     assert torch.all(moved[111:124] > 0)
-
-
-@pytest.mark.parametrize("length", [2, 33, 512])
-def test_explicit_attention_equals_torch_attention(length: int) -> None:
-    """Values and gradients agree to 1e-5 in float32, and the same tokens are masked."""
-    generator = torch.Generator().manual_seed(3)
-    found = []
-    parts = [torch.randn(2, 3, length, 8, generator=generator) for _ in range(3)]
-    for attention in (
-        lambda q, k, v: explicit_causal_attention(q, k, v, 0.0),
-        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
-    ):
-        q, k, v = (part.clone().requires_grad_() for part in parts)
-        y = attention(q, k, v)
-        y.square().sum().backward()
-        found.append([y, q.grad, k.grad, v.grad])
-    for ours, torchs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-5)
-
-
-def test_explicit_attention_drops_attention_weights() -> None:
-    q = torch.zeros(4, 4, 64, 8)  # all weights of a row alike
-    v = torch.ones(4, 4, 64, 8)
-    torch.manual_seed(0)
-    y = explicit_causal_attention(q, q, v, 0.25)
-    assert y.mean() == pytest.approx(1.0, abs=0.02)
-    assert y[:, :, 0, 0].unique().tolist() == [0.0, pytest.approx(4 / 3)]
 
 
 def test_attention_dropout_has_a_rate_of_its_own(fit: Command) -> None:

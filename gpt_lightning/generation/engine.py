@@ -225,6 +225,7 @@ def _stream(
                     max_logits, argmax_ids = decode_step.max_logits, decode_step.argmax_ids
                 elif cpu_step is not None:
                     logits = cpu_step(last)
+                    max_logits, argmax_ids = cpu_step.max_logits, cpu_step.argmax_ids
                 else:
                     last = last.clamp(min=0)[:, None]
                     logits = model.head(model.features(last, cache, window_padding)[:, -1])
@@ -252,7 +253,7 @@ def _stream(
                 tokens = next_ids.tolist()  # the host waits for the GPU here, once per token
                 if all(token == NO_TOKEN for token in tokens):
                     break
-            if argmax_ids is not None and is_argmax and not may_end:
+            if decode_step is not None and argmax_ids is not None and is_argmax and not may_end:
                 pending.append(next_ids)  # saves a copy: the next step reads its own argmax ids
             else:
                 ids[:, width] = next_ids
@@ -289,8 +290,11 @@ class _FiniteLogitsCheck:
 
     def add(self, max_logits: Tensor, step: int) -> None:
         """Add the maximum logit of each row in this step. May raise as :meth:`check` does."""
+        if self._interval == 1:
+            _check_step(max_logits, step)
+            return
         self._max_logits.append(max_logits)
-        if step == 0 or self._interval == 1:
+        if step == 0:
             self.check()
         elif len(self._max_logits) == self._interval:
             self._finish()
@@ -317,10 +321,14 @@ class _FiniteLogitsCheck:
         if is_finite.read():
             return
         for step, max_logits in enumerate(steps, first_step):
-            try:
-                check_finite(max_logits)
-            except ValueError as error:
-                raise ValueError(f"{error} (new token {step})") from error
+            _check_step(max_logits, step)
+
+
+def _check_step(max_logits: Tensor, step: int) -> None:
+    try:
+        check_finite(max_logits)
+    except ValueError as error:
+        raise ValueError(f"{error} (new token {step})") from error
 
 
 def _window(

@@ -6,6 +6,7 @@ Each filter gets the result of the one before. Transformers uses the same order.
 Shapes: B rows, T tokens, V ``vocab_size``.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class NonFiniteLogitsError(ValueError):
 
 def check_finite(max_logits: Tensor) -> None:
     """Raise :class:`NonFiniteLogitsError` if the maximum logit of a row is not finite. The maximum of a row with NaN is NaN."""
-    if not torch.isfinite(max_logits).all():
+    if not all(map(math.isfinite, max_logits.flatten().tolist())):
         raise NonFiniteLogitsError
 
 

@@ -409,11 +409,34 @@ size_t decode_room(const model *m, int32_t R, int32_t threads) {
     return shared_size(m, R) + threads * own_size(m, R);
 }
 
-/* Compute the logits (R, V) of the next tokens. The rows' keys and values are stored in the cache.
-   room: aligned to 64 bytes */
-void decode_step(const model *m, const row *rows, int32_t R, int32_t threads, float *room, float *logits) {
+typedef struct {
+    float logit; /* NaN if any is */
+    int64_t id;
+} maximum;
+
+/* The largest of the logits from ``first`` to ``end``, with the lowest id that has it. */
+static maximum find_maximum(const float *logits, int64_t first, int64_t end) {
+    float max = -INFINITY, nan = 0;
+    #pragma omp simd reduction(max : max) reduction(+ : nan)
+    for (int64_t n = first; n < end; n++) {
+        max = logits[n] > max ? logits[n] : max;
+        nan += logits[n] == logits[n] ? 0 : NAN;
+    }
+    int64_t id = first;
+    while (id < end - 1 && logits[id] != max) id++;
+    return (maximum){max + nan, id};
+}
+
+/* Compute the logits (R, V) of the next tokens and the maximum of each row. The rows' keys and values are stored in the
+   cache. room: aligned to 64 bytes */
+void decode_step(
+    const model *m, const row *rows, int32_t R, int32_t threads, float *room, float *logits, float *max_logits,
+    int64_t *argmax_ids
+) {
     size_t C = m->emb_dim;
     float *x = room, *qkv = x + R * C, *y = qkv + R * 3 * C, *hidden = y + R * C; /* shared by the threads */
+    maximum maxima[threads][R];
+    int used_threads = 1;
     for (int r = 0; r < R; r++) embed(m, rows + r, x + r * C);
     #pragma omp parallel num_threads(threads)
     {
@@ -452,5 +475,16 @@ void decode_step(const model *m, const row *rows, int32_t R, int32_t threads, fl
         }
         for (int r = 0; r < R; r++) normalize(&m->final_norm, x + r * C, normed + r * C, C);
         MULTIPLY(&m->head, normed, SET, logits);
+        int64_t V = m->head.rows;
+        for (int r = 0; r < R; r++)
+            maxima[thread][r] = find_maximum(logits + r * V, V * thread / count, V * (thread + 1) / count);
+        if (thread == 0) used_threads = count;
+    }
+    for (int r = 0; r < R; r++) {
+        maximum best = maxima[0][r];
+        for (int thread = 1; thread < used_threads; thread++) /* NaN is not less than any number, and stays */
+            if (!(maxima[thread][r].logit <= best.logit) && best.logit == best.logit) best = maxima[thread][r];
+        max_logits[r] = best.logit;
+        argmax_ids[r] = best.id;
     }
 }

@@ -71,6 +71,8 @@ def find_library(folder: Path) -> ctypes.CDLL | None:
         return None
     library.decode_room.argtypes = (POINTER(Model), c_int32, c_int32)
     library.decode_room.restype = c_size_t
-    library.decode_step.argtypes = (POINTER(Model), POINTER(Row), c_int32, c_int32, c_void_p, c_void_p)  # fmt: skip
+    library.decode_step.argtypes = (
+        POINTER(Model), POINTER(Row), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p,
+    )  # fmt: skip
     library.decode_step.restype = None
     return library

@@ -34,6 +34,10 @@ class CpuDecodeStep:
         cache: Its first ``length`` positions are filled. Each step adds one.
         padding: ``(R,)``, see :meth:`GPTModel.features`.
 
+    Attributes:
+        max_logits: ``(R,)``, maximum logit of each row in the last step; NaN if any is.
+        argmax_ids: ``(R,)``, the ids of these maxima; of equal logits the lowest id.
+
     Raises:
         ValueError: Our C code cannot decode with the model, or not so many rows.
     """
@@ -68,13 +72,18 @@ class CpuDecodeStep:
         self._threads = torch.get_num_threads()
         self._room = torch.empty(library.decode_room(self._model, rows, self._threads))
         self._logits = torch.empty(rows, config.vocab_size)
+        self.max_logits, self.argmax_ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
 
     def __call__(self, ids: Tensor) -> Tensor:
         column = self._cache.length
         for row, token in zip(self._rows, ids.tolist(), strict=True):
             row.token, row.column, row.position = max(0, token), column, column - row.first
+        results = self.max_logits, self.argmax_ids = (
+            torch.empty_like(self.max_logits), torch.empty_like(self.argmax_ids),
+        )  # fmt: skip
         self._decode_step(
-            self._model, self._rows, len(self._rows), self._threads, self._room.data_ptr(), self._logits.data_ptr()
+            self._model, self._rows, len(self._rows), self._threads,
+            *(tensor.data_ptr() for tensor in (self._room, self._logits, *results)),
         )  # fmt: skip
         self._cache.length += 1
         return self._logits

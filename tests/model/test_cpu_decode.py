@@ -72,6 +72,8 @@ def logits_of_steps(model: GPTModel, lengths: Sequence[int] = (3,), *, in_c: boo
     for at in range(width, 40):
         if step is not None:
             steps.append(step(ids[:, at]).clone())
+            assert torch.equal(step.max_logits, steps[-1].amax(dim=-1))
+            assert torch.equal(step.argmax_ids, steps[-1].argmax(dim=-1))
         else:
             steps.append(model.head(model.features(ids[:, at : at + 1], cache, padding)[:, -1]))
         assert cache.length == at + 1

@@ -68,20 +68,30 @@ def training_float32() -> str:
 
 
 def decoding_cpu() -> str:
-    avx512 = result("2-core-amd-epyc-generation.json")["tokens_per_second"]
+    avx512 = result("2-core-amd-epyc-avx512-generation.json")["tokens_per_second"]
     avx2 = result("2-core-amd-epyc-avx2-generation.json")["tokens_per_second"]
     rows = [
-        ("gpt_lightning, batch 1", "ours"),
-        ("transformers, batch 1", "transformers"),
-        ("LitGPT, batch 1", "LitGPT"),
-        ("the book, batch 1, no KV cache", "the book"),
+        ("gpt_lightning", "ours"),
+        ("transformers", "transformers"),
+        ("LitGPT", "LitGPT"),
+        ("CTranslate2", "CTranslate2"),
+        ("llama.cpp", None),
+        ("the book, no KV cache", "the book"),
         ("gpt_lightning, batch 8", "ours, batch 8"),
+        ("CTranslate2, batch 8", "CTranslate2, batch 8"),
     ]
+    of_llama = {"float32": "llama.cpp F32", "bfloat16": "llama.cpp BF16"}
     columns = [(avx512, "float32"), (avx512, "bfloat16"), (avx2, "float32")]
     return table(
-        ["", "AVX-512, float32", "AVX-512, bfloat16", "AVX2, float32"],
+        ["", "AVX-512, float32", "AVX-512, bfloat16", "AVX2, float32, before the C code"],
         [
-            [label, *(rate(rates.get(f"{dtype}, {key}"), 1) for rates, dtype in columns)]
+            [
+                label,
+                *(
+                    rate(rates.get(f"{dtype}, {key or of_llama[dtype]}"), 1)
+                    for rates, dtype in columns
+                ),
+            ]
             for label, key in rows
         ],
     )

@@ -1,1 +1,1 @@
-"""Triton kernels for the loss and for decoding. Optional: they need Triton and an NVIDIA GPU."""
+"""Triton kernels for the loss and for decoding, and C code for decoding on a CPU. Optional: torch's kernels run where they cannot."""

@@ -94,6 +94,9 @@ def stream_ids(
     check_request(model, prompts, max_new_tokens, sampling)
     if num_samples < 1:
         raise ValueError(f"num_samples: {num_samples} is too small; give 1 or more")
+    rows = len(prompts) * num_samples
+    if backend == "cpu_kernel" and (reason := cpu_decode_unsupported_reason(model, rows)):
+        raise ValueError(f"backend: cpu_kernel cannot be used ({reason}); give eager")
     return _stream(
         model,
         prompts,
@@ -103,10 +106,7 @@ def stream_ids(
         eos_id,
         is_over,
         generator,
-        backend
-        or fastest_backend(
-            model, len(prompts) * num_samples, max(map(len, prompts)), max_new_tokens
-        ),
+        backend or fastest_backend(model, rows, max(map(len, prompts)), max_new_tokens),
     )
 
 

@@ -66,13 +66,13 @@ def find_library(folder: Path) -> ctypes.CDLL | None:
         return None
     try:
         library = load_library(Path(__file__).with_suffix(".c"), folder)
-    except OSError as error:
+        library.decode_room.argtypes = (POINTER(Model), c_int32, c_int32)
+        library.decode_room.restype = c_size_t
+        library.decode_step.argtypes = (
+            POINTER(Model), POINTER(Row), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p,
+        )  # fmt: skip
+        library.decode_step.restype = None
+    except (OSError, AttributeError) as error:  # the second: the compiler is not one of C
         logger.warning(f"cpu_decode.c: {error}; torch's kernels decode, more slowly")
         return None
-    library.decode_room.argtypes = (POINTER(Model), c_int32, c_int32)
-    library.decode_room.restype = c_size_t
-    library.decode_step.argtypes = (
-        POINTER(Model), POINTER(Row), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p,
-    )  # fmt: skip
-    library.decode_step.restype = None
     return library

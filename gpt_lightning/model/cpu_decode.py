@@ -3,6 +3,7 @@
 Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``; a weight is (N, K).
 """
 
+import math
 from ctypes import CDLL
 from typing import cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_lightning.kernels import cpu_decode as kernel
-from gpt_lightning.model.gpt import GPTModel, TransformerBlock, has_hooks
+from gpt_lightning.model.gpt import GPTModel, QKVProjection, TransformerBlock, has_hooks
 from gpt_lightning.model.int4_linear import Int4Linear
 from gpt_lightning.model.int8_linear import Int8Linear
 from gpt_lightning.model.kv_cache import KVCache
@@ -30,7 +31,7 @@ class CpuDecodeStep:
     float32. Vectors are rounded to 8 bits for weights in int8 and int4, with a scale for each 64 numbers.
 
     Args:
-        model: One that :func:`cpu_decode_unsupported_reason` accepts. Its weights may not move while the step is used.
+        model: One that :func:`cpu_decode_unsupported_reason` accepts, with so many rows.
         cache: Its first ``length`` positions are filled. Each step adds one.
         padding: ``(R,)``, see :meth:`GPTModel.features`.
 
@@ -38,15 +39,12 @@ class CpuDecodeStep:
         max_logits: ``(R,)``, maximum logit of each row in the last step; NaN if any is.
         argmax_ids: ``(R,)``, the ids of these maxima; of equal logits the lowest id.
 
-    Raises:
-        ValueError: Our C code cannot decode with the model, or not so many rows.
     """
 
     def __init__(self, model: GPTModel, cache: KVCache, padding: Tensor | None = None) -> None:
         rows = len(cache.keys[0])
-        reason, library = cpu_decode_unsupported_reason(model, rows), _library()
-        if reason is not None or library is None:
-            raise ValueError(f"backend: cpu_kernel cannot be used ({reason}); give eager")
+        library = _library()
+        assert library is not None
         self._decode_step = library.decode_step
         self._cache = cache
         self._tensors: list[Tensor] = []  # whose addresses the structures have
@@ -75,8 +73,10 @@ class CpuDecodeStep:
         self.max_logits, self.argmax_ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        column = self._cache.length
-        for row, token in zip(self._rows, ids.tolist(), strict=True):
+        column, tokens = self._cache.length, ids.tolist()
+        assert column < self._cache.max_length
+        assert max(tokens) < self._logits.shape[1]
+        for row, token in zip(self._rows, tokens, strict=True):
             row.token, row.column, row.position = max(0, token), column, column - row.first
         results = self.max_logits, self.argmax_ids = (
             torch.empty_like(self.max_logits), torch.empty_like(self.argmax_ids),
@@ -89,7 +89,7 @@ class CpuDecodeStep:
         return self._logits
 
     def _address(self, tensor: Tensor) -> int:
-        self._tensors.append(tensor)
+        self._tensors.append(tensor.detach())  # a parameter may get other memory meanwhile
         return tensor.data_ptr()
 
     def _float_address(self, tensor: Tensor | None) -> int | None:
@@ -112,6 +112,7 @@ class CpuDecodeStep:
                 return kernel.Linear(codes, scales, None, bias, kernel.INT8, *layer.shape)
             if isinstance(layer, Int4Linear):
                 assert layer.codes is not None
+                assert layer.lines is not None
                 codes, lines = self._address(layer.codes), self._address(layer.lines)
                 return kernel.Linear(codes, None, lines, bias, kernel.INT4, *layer.shape)
             weight = cast(nn.Linear, layer).weight
@@ -137,37 +138,60 @@ def cpu_decode_unsupported_reason(model: GPTModel, rows: int) -> str | None:
         return f"{rows} rows are more than {MAX_ROWS}"
     if any(parameter.requires_grad for parameter in model.parameters()):
         return "its weights require gradients"
-    if sum(parameter.numel() for parameter in model.parameters()) < MIN_WEIGHTS:
+    if _num_weights(model) < MIN_WEIGHTS:
         return "it is small"
     if has_hooks(model):
         return "it has hooks"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    layers = [model.out_head] if model.out_head is not None else []
-    for block in model.trf_blocks:
-        if not isinstance(block, TransformerBlock):
-            return "it has layers of other types than GPTModel"
-        layers += _linear_layers(block)
-    if not all(_is_supported(layer) for layer in layers):
+    if not all(type(block) is TransformerBlock for block in model.trf_blocks):
+        return "it has layers of other types than GPTModel"
+    blocks = [cast(TransformerBlock, block) for block in model.trf_blocks]
+    layers = [layer for block in blocks for layer in _linear_layers(block)]
+    if model.out_head is not None:
+        layers.append(model.out_head)
+    if not all(_has_rows(layer) for layer in layers):
         return "its linear layers are in a layout for many rows"
-    if not all(p.is_contiguous() and p.dtype in _TYPES for p in model.parameters()):
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+    if not all(map(_is_gelu, blocks)) or not all(map(_is_layer_norm, (*norms, model.final_norm))):
+        return "it has layers of other types than GPTModel"
+    parameters = list(model.parameters())
+    if not all(p.is_contiguous() and p.dtype in _TYPES for p in parameters):
         return "its weights are not float32 or bfloat16, or not contiguous"
+    if model.pos_emb.weight.dtype != embedding.dtype:
+        return "its embeddings differ in dtype"
     if _library() is None:
         return "there is no C code for this CPU"
     return None
 
 
+def _num_weights(model: GPTModel) -> int:
+    quantized = (m for m in model.modules() if isinstance(m, Int8Linear | Int4Linear))
+    return sum(p.numel() for p in model.parameters()) + sum(math.prod(m.shape) for m in quantized)
+
+
 def _library() -> CDLL | None:
     try:
-        return kernel.find_library(cache_folder() / "kernels")
+        folder = cache_folder()
     except ValueError:  # the user has no home folder
         return None
+    return kernel.find_library(folder / "kernels")
 
 
-def _is_supported(layer: nn.Module) -> bool:
+def _has_rows(layer: nn.Module) -> bool:
+    """Whether our C code reads the layer's weights. A subclass may compute something else."""
     if isinstance(layer, Int8Linear | Int4Linear):
         return layer.codes is not None
-    return isinstance(layer, nn.Linear)
+    return type(layer) in (nn.Linear, QKVProjection)
+
+
+def _is_gelu(block: TransformerBlock) -> bool:
+    activation = block.ff.layers[1]
+    return isinstance(activation, nn.GELU) and activation.approximate == "tanh"
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm and (norm.weight is None) == (norm.bias is None)
 
 
 def _linear_layers(block: TransformerBlock) -> tuple[nn.Module, ...]:

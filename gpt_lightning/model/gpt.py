@@ -18,11 +18,6 @@ from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.cpu_attention import causal_attention_by_products, products_are_faster
 from gpt_lightning.model.kv_cache import KVCache
 
-ATTENTION_BLOCK = 256  # queries that explicit_causal_attention computes at once
-MAX_KEPT_ATTENTION_LENGTH = (
-    512  # in longer windows, weights of attention would take too much memory
-)
-
 
 class QKVProjection(nn.Linear):
     """Query, key and value projections in one matrix: ``(B, T, C)`` → ``(B, T, 3C)``.

@@ -27,7 +27,7 @@ class Int4Linear(nn.Module):
     Attributes:
         shape: (N, K).
         codes: ``(N, K' / 2)``, uint8: 128 weights in 64 bytes, the first 64 in the low halves. K' is K, filled up to a
-            multiple of two groups.
+            multiple of two groups. ``None`` without ``keep_codes``.
         lines: ``(N, 2, K' / GROUP)``, bfloat16, the scales and then the offsets of the groups.
     """
 
@@ -40,7 +40,7 @@ class Int4Linear(nn.Module):
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.view_as(padded), 1)
         pairs = torch.stack((scales, offsets), dim=-1).view(len(padded), -1, 2)
         self.scales_and_offsets = pairs.transpose(0, 1).bfloat16().contiguous()  # (K / GROUP, N, 2)
-        self.lines, self.codes = pairs, None
+        self.lines = self.codes = None
         if keep_codes:
             groups = pairs.shape[1]
             pair = F.pad(

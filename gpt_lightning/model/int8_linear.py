@@ -26,6 +26,7 @@ class Int8Linear(nn.Module):
     Attributes:
         shape: (N, K).
         codes: ``(N, K')``, uint8, with weight = (code - 128) * scale; K' is K, filled up to a multiple of two groups.
+            ``None`` without ``keep_codes``.
         scales: ``(N,)``.
     """
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from gpt_lightning.kernels import cpu_decode as kernel
 from gpt_lightning.kernels.c_compiler import compiler_unsupported_reason
 from gpt_lightning.model import cpu_decode
 from gpt_lightning.model.cpu_decode import CpuDecodeStep, cpu_decode_unsupported_reason
+from gpt_lightning.model.decoding_layout import prepare_for_decoding
 from gpt_lightning.model.int4_linear import Int4Linear, round_to_int4
 from gpt_lightning.model.int8_linear import Int8Linear, has_int8_kernel
 from gpt_lightning.model.kv_cache import KVCache
@@ -234,9 +236,41 @@ def test_torch_decodes_what_the_code_cannot() -> None:
         assert fastest_backend(model, 1, 3, 60) == "eager"
 
 
-def test_small_models_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+class OtherLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_layers_that_the_code_does_not_know_are_left_to_torch() -> None:
+    other = "it has layers of other types than GPTModel"
+    for change, reason in (
+        (lambda m: setattr(m, "final_norm", nn.LayerNorm(128, bias=False)), other),
+        (lambda m: setattr(m.trf_blocks[1], "norm1", nn.RMSNorm(128)), other),
+        (lambda m: setattr(m.trf_blocks[1].ff.layers, "1", nn.GELU()), other),
+        (lambda m: setattr(m.trf_blocks[1].ff.layers, "2", OtherLinear(512, 128)), "its linear layers"),
+        (lambda m: m.pos_emb.bfloat16(), "its embeddings differ in dtype"),
+    ):  # fmt: skip
+        model = model_of()
+        change(model)
+        model.requires_grad_(False)
+        assert (cpu_decode_unsupported_reason(model, 1) or "").startswith(reason)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [None, torch.int8, INT4])
+def test_small_models_need_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+) -> None:
+    """The weights of quantized matrices count, too."""
     monkeypatch.undo()
     assert cpu_decode_unsupported_reason(model_of(), 1) == "it is small"
+    with torch.device("meta"):
+        model = GPTModel(GPTConfig(vocab_size=65, context_length=8, emb_dim=512, n_heads=8, n_layers=6))  # fmt: skip
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    prepare_for_decoding(model, dtype, rows=1)
+    assert cpu_decode_unsupported_reason(model, 1) is None
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -287,6 +321,7 @@ def test_code_without_avx512_computes_the_same(
         ("false", "false failed: no message"),
         ("sh -c 'echo x.c:1: error: no such thing >&2; exit 1'", "sh failed: x.c:1: error: no such thing"),
         ("true", "No such file or directory"),
+        ("gcc '", "CC: cannot be read"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("messages")
@@ -306,7 +341,7 @@ def test_compiler_that_fails_is_reported_once(
     assert cause in error
     assert error.endswith("; torch's kernels decode, more slowly\n")
     assert error.count("\n") == 1
-    assert list((tmp_path / "kernels").iterdir()) == []
+    assert list(tmp_path.rglob("*.so")) == []
 
 
 @pytest.mark.usefixtures("messages")
@@ -329,14 +364,37 @@ def test_library_that_others_may_write_is_not_loaded(tmp_path: Path) -> None:
         c_compiler.load_library(SOURCE, tmp_path)
 
 
+LOAD = (
+    "import sys; from pathlib import Path; from gpt_lightning.kernels.c_compiler import load_library; "
+    "print(load_library(*map(Path, sys.argv[1:])).decode_step is not None)"
+)
+
+
+def test_damaged_library_is_compiled_again(tmp_path: Path) -> None:
+    """Its rights are the user's, whatever the umask is."""
+    before = os.umask(0)
+    try:
+        assert python("-c", LOAD, str(SOURCE), str(tmp_path)).stdout == "True\n"
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(b"")
+        assert python("-c", LOAD, str(SOURCE), str(tmp_path)).stdout == "True\n"
+    finally:
+        os.umask(before)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o700
+
+
+def test_compiler_of_cpp_compiles_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.setenv("CC", "g++")
+    assert c_compiler.load_library(SOURCE, tmp_path).decode_step is not None
+
+
 def test_processes_that_compile_at_once(tmp_path: Path) -> None:
     """Each finds a complete library, and one file is left."""
-    code = (
-        "from pathlib import Path; from gpt_lightning.kernels.c_compiler import load_library; "
-        f"print(load_library(Path({str(SOURCE)!r}), Path({str(tmp_path)!r})).decode_step is not None)"
-    )
     results: list[subprocess.CompletedProcess[str]] = []
-    threads = [threading.Thread(target=lambda: results.append(python("-c", code))) for _ in range(3)]  # fmt: skip
+    threads = [threading.Thread(target=lambda: results.append(python("-c", LOAD, str(SOURCE), str(tmp_path)))) for _ in range(3)]  # fmt: skip
     for thread in threads:
         thread.start()
     for thread in threads:

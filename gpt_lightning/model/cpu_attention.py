@@ -68,6 +68,7 @@ class RecomputedCausalAttention(torch.autograd.Function):
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_q[:, start:end] = grad_scores @ k[:, :end]
             grad_k[:, :end] += grad_scores.transpose(1, 2) @ q[:, start:end]
+            del weights, grad_weights, grad_scores  # before those of the next block
         scale = D**-0.5
         return (
             grad_q.mul_(scale).view(B, H, T, D),

@@ -206,24 +206,41 @@ def attention_matrix_bytes(shape: StepShape) -> int:
     if shape.device == "cuda":
         return 0
     a = _itemsizes(shape.precision)[1]
-    if _attends_by_products(shape):
+    if _keeps_attention_of_blocks(shape):
         return shape.config.n_heads * attention_weights_per_head(shape.length) * a // shape.length
     has_dropout = shape.config.attention_drop_rate > 0
     return shape.config.n_heads * shape.length * max(a, 4) * has_dropout
 
 
 def attention_gradient_bytes(shape: StepShape) -> int:
-    """Bytes per token of the gradients by the attention weights and by their scores, at once for all heads."""
-    if not _attends_by_products(shape):
-        return 2 * attention_matrix_bytes(shape)
-    return 2 * shape.config.n_heads * min(ATTENTION_BLOCK, shape.length) * _itemsizes(shape.precision)[1]  # fmt: skip
+    """Bytes per token that attention's backward pass takes for all heads.
+
+    Of the attention weights and their gradients those that exist at once: all, or of a block of queries. Where the
+    weights are computed again, also copies of q, k, v and the output's gradient, and the first three's gradients.
+    """
+    a = _itemsizes(shape.precision)[1]
+    block = shape.config.n_heads * min(ATTENTION_BLOCK, shape.length) * a
+    if _recomputes_attention(shape):
+        return 3 * block + 7 * shape.config.emb_dim * a
+    if _keeps_attention_of_blocks(shape):
+        return 2 * block
+    return 2 * attention_matrix_bytes(shape)
 
 
-def _attends_by_products(shape: StepShape) -> bool:
+def _keeps_attention_of_blocks(shape: StepShape) -> bool:
     """Whether ``kept_causal_attention`` runs: on a CPU in bfloat16, for short windows."""
+    return _is_bfloat16_on_cpu(shape) and shape.length <= MAX_KEPT_LENGTH
+
+
+def _recomputes_attention(shape: StepShape) -> bool:
+    """Whether ``RecomputedCausalAttention`` runs: on a CPU in bfloat16, for longer windows without dropout."""
+    has_dropout = shape.config.attention_drop_rate > 0
+    return _is_bfloat16_on_cpu(shape) and shape.length > MAX_KEPT_LENGTH and not has_dropout
+
+
+def _is_bfloat16_on_cpu(shape: StepShape) -> bool:
     dtype, low = PRECISIONS[shape.precision]
-    is_bfloat16_on_cpu = shape.device == "cpu" and (low or dtype) == torch.bfloat16
-    return is_bfloat16_on_cpu and shape.length <= MAX_KEPT_LENGTH
+    return shape.device == "cpu" and (low or dtype) == torch.bfloat16
 
 
 def _block_bytes_per_token(shape: StepShape) -> int:
@@ -241,7 +258,7 @@ def _block_bytes_per_token(shape: StepShape) -> int:
     attention = 3 * C * a + H * max(4, w)
     if matrix := attention_matrix_bytes(shape):
         has_dropout = config.attention_drop_rate > 0
-        itemsize = a if _attends_by_products(shape) else max(a, 4)
+        itemsize = a if _keeps_attention_of_blocks(shape) else max(a, 4)
         attention = 3 * C * itemsize + matrix * (3 if has_dropout else 1)
     masks = 2 * C * mask_bytes(shape, a) * (config.drop_rate > 0)
     return norms + products + attention + masks

@@ -128,6 +128,20 @@ def test_tensors_of_a_step_take_the_predicted_memory(
     assert step_memory(shape).total == pytest.approx(allocated_at_peak(shape, tmp_path), rel=0.01)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("length", "n_heads"), [(512, 8), (600, 2), (1024, 8)])
+def test_attention_by_blocks_takes_the_predicted_memory(
+    length: int, n_heads: int, checkpointing: bool, tmp_path: Path
+) -> None:
+    """In bfloat16 on a CPU: kept in short windows, computed again in long ones. Within 7 %."""
+    architecture = replace(
+        SMALL_CONFIG, context_length=length, emb_dim=64, n_heads=n_heads, vocab_size=100
+    )
+    shape = StepShape(architecture, 2, length, precision="bf16-mixed", activation_checkpointing=checkpointing)  # fmt: skip
+    shape = replace(shape, state_values=optimizer_config(shape).state_values(architecture))
+    assert step_memory(shape).total == pytest.approx(allocated_at_peak(shape, tmp_path), rel=0.07)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_memory_of_a_step_is_linear_in_windows(accumulate: bool, shards: int) -> None:

@@ -3,8 +3,8 @@
 A model of the 124M shape with random weights reads a prompt of 64 tokens and generates 64. Each backend runs in a
 separate process, and the processes take turns. --litgpt, --ctranslate2 and --transformers PYTHON are interpreters in which
 the peer is installed (default for transformers: this one); CTranslate2 also needs transformers. --llama_bench PATH is
-llama.cpp's program, which runs again for each turn; loading is not counted. Beside llama.cpp ours also generates after a
-prompt of one token, for the speed of decoding alone. The last line is JSON.
+llama.cpp's program, which runs again for each turn; loading is not counted. Ours also generates after a prompt of one
+token, for the speed of decoding alone, which is compared with llama.cpp's and with a loop that reads as many bytes as the weights have. The last line is JSON.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from gpt_lightning.model.packed_linear import can_pack
 
 PROMPT, NEW = 64, 64
 AFTER_ONE = ", after one token"  # of backends whose prompt is one token
+MEMORY = "what memory allows"  # a loop that reads as many bytes as the weights have
+MIN_FRACTION_OF_MEMORY = {"float32": 0.75, "bfloat16": 0.65}
 # ours and llama.cpp's type with as many bits, in the round of a dtype
 SAME_BITS = {
     "float32": (("ours", "F32"), ("ours int8", "Q8_0"), ("ours int4", "Q4_0")),
@@ -48,6 +50,7 @@ def backends(
         "a plain loop over our model": (here, "plain", 1, dtype),
         "transformers": (transformers, "transformers", 1, dtype),
         "ours, batch 8": (here, "ours", 8, dtype),
+        MEMORY: (here, "memory", 1, dtype),
     }
     if litgpt:
         chosen["LitGPT"] = (litgpt, "litgpt", 1, dtype)
@@ -84,8 +87,11 @@ def measure(
         for after in ("", AFTER_ONE)
         if name + after in llama
     }
-    if of_llama:
-        chosen |= {name + AFTER_ONE: chosen[name] for name, _ in SAME_BITS[dtype]}
+    chosen |= {
+        name + AFTER_ONE: chosen[name]
+        for name, theirs in SAME_BITS[dtype]
+        if name == "ours" or f"llama.cpp {theirs}" in of_llama
+    }
     workers = {
         name: Worker("decode", python, backend, {
             **settings, "batch": batch, "dtype": stored, "prompt": 1 if name.endswith(AFTER_ONE) else PROMPT,
@@ -99,7 +105,11 @@ def measure(
     }
     runs = {}
     for name, worker in workers.items():
+        if name == MEMORY:
+            continue
         runs[name] = worker.go
+        if name == "ours" + AFTER_ONE:
+            runs[MEMORY] = workers[MEMORY].go
         if (
             theirs := same_bits.get(name)
         ) in of_llama:  # next to each other: the machine's speed drifts
@@ -126,6 +136,7 @@ def measure(
         )
     speedup = ratio(seconds["transformers"], seconds["ours"])
     batched = 8 * ratio(seconds["ours"], seconds["ours, batch 8"])
+    of_memory = ratio(seconds[MEMORY], seconds["ours" + AFTER_ONE])
     against_llama = [
         at_least(f"{name} / {theirs}", ratio(seconds[theirs], seconds[name]), 1.0)
         for name, theirs in same_bits.items()
@@ -137,6 +148,7 @@ def measure(
         [
             at_least(f"{dtype}: ours / transformers", speedup, 1.2),
             at_least(f"{dtype}: batch 8 / batch 1", batched, 4.0),
+            at_least(f"{dtype}: ours / {MEMORY}", of_memory, MIN_FRACTION_OF_MEMORY[dtype]),
             *against_llama,
         ],
     )

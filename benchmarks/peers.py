@@ -143,10 +143,12 @@ def train_step(backend: str, settings: dict[str, Any]) -> Callable[[], None]:
 
 
 def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
-    """Greedy decoding of ``new`` tokens after prompts of ``prompt`` tokens. "plain" is a loop over our model and cache."""
+    """Greedy decoding of ``new`` tokens after prompts of ``prompt`` tokens. "plain" is a loop over our model and cache, "memory" one that reads memory."""
     torch.manual_seed(0)
     if backend == "ctranslate2":
         return ctranslate2_decoding(settings)
+    if backend == "memory":
+        return memory_reading(settings)
     model, _ = MODELS["ours" if backend == "plain" else backend](settings)
     is_quantized = settings["dtype"] in ("int8", "int4")
     model = model.to(torch.float32 if is_quantized else getattr(torch, settings["dtype"])).eval()
@@ -177,6 +179,14 @@ def decode(backend: str, settings: dict[str, Any]) -> Callable[[], object]:
     # as the generate command does
     prepare_for_decoding(model, getattr(torch, settings["dtype"]), rows=settings["batch"])
     return lambda: list(stream_ids(model, prompt.tolist(), new, SamplingParams()))
+
+
+def memory_reading(settings: dict[str, Any]) -> Callable[[], Any]:
+    """Read as many bytes as the weights have, once for each new token: the fastest that decoding can be."""
+    config = settings["config"]
+    weights = (12 * config["n_layers"] * config["emb_dim"] + config["vocab_size"]) * config["emb_dim"]  # fmt: skip
+    numbers = torch.ones(weights * getattr(torch, settings["dtype"]).itemsize // 4)
+    return lambda: [numbers.sum() for _ in range(settings["new"])]
 
 
 def ctranslate2_decoding(settings: dict[str, Any]) -> Callable[[], Any]:

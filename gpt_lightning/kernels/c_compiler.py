@@ -103,7 +103,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
             lines = result.stderr.splitlines()
             causes = [line for word in ("cannot find", "error") for line in lines if word in line]
             raise OSError(f"{command[0]} failed: {(causes or ['no message'])[0].strip()}")
-        with output.open("rb+") as file:
+        with output.open("r+b") as file:
             os.fsync(file.fileno())
         output.chmod(0o700)
         os.replace(output, library)  # other processes see the complete file or none

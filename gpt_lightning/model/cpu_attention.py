@@ -37,7 +37,7 @@ def _keeps_weights(q: Tensor) -> bool:
 
 
 def kept_causal_attention(q: Tensor, k: Tensor, v: Tensor, drop_rate: float) -> Tensor:
-    """Attention that keeps its weights, :func:`attention_weights_per_head` numbers for each head."""
+    """Attention that keeps its weights, those of :func:`attention_weights_of_blocks` for each head."""
     B, H, T, D = q.shape
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     outputs = []
@@ -77,9 +77,9 @@ class RecomputedCausalAttention(torch.autograd.Function):
         )
 
 
-def attention_weights_per_head(length: int) -> int:
-    """Attention weights that :func:`kept_causal_attention` computes for a head of a window."""
-    return sum((end - start) * end for start, end in _attention_blocks(length))
+def attention_weights_of_blocks(length: int) -> list[int]:
+    """Attention weights that each block of a window has for a head."""
+    return [(end - start) * end for start, end in _attention_blocks(length)]
 
 
 def _attention_blocks(length: int) -> list[tuple[int, int]]:

@@ -13,9 +13,8 @@ import torch
 from gpt_lightning.model import flops as cost
 from gpt_lightning.model.config import GPTConfig
 from gpt_lightning.model.cpu_attention import (
-    ATTENTION_BLOCK,
     MAX_KEPT_LENGTH,
-    attention_weights_per_head,
+    attention_weights_of_blocks,
 )
 from gpt_lightning.model.loss import PAD_VOCABULARY_TO
 from gpt_lightning.model.precision import PRECISIONS
@@ -207,7 +206,12 @@ def attention_matrix_bytes(shape: StepShape) -> int:
         return 0
     a = _itemsizes(shape.precision)[1]
     if _keeps_attention_of_blocks(shape):
-        return shape.config.n_heads * attention_weights_per_head(shape.length) * a // shape.length
+        return (
+            shape.config.n_heads
+            * sum(attention_weights_of_blocks(shape.length))
+            * a
+            // shape.length
+        )
     has_dropout = shape.config.attention_drop_rate > 0
     return shape.config.n_heads * shape.length * max(a, 4) * has_dropout
 
@@ -219,7 +223,8 @@ def attention_gradient_bytes(shape: StepShape) -> int:
     weights are computed again, also copies of q, k, v and the output's gradient, and the first three's gradients.
     """
     a = _itemsizes(shape.precision)[1]
-    block = shape.config.n_heads * min(ATTENTION_BLOCK, shape.length) * a
+    largest = max(attention_weights_of_blocks(shape.length))
+    block = shape.config.n_heads * largest * a // shape.length
     if _recomputes_attention(shape):
         return 3 * block + 7 * shape.config.emb_dim * a
     if _keeps_attention_of_blocks(shape):

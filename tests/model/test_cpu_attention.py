@@ -8,7 +8,7 @@ from gpt_lightning import GPTConfig, GPTModel
 from gpt_lightning.model import cpu_attention
 from gpt_lightning.model.cpu_attention import (
     RecomputedCausalAttention,
-    attention_weights_per_head,
+    attention_weights_of_blocks,
     kept_causal_attention,
 )
 
@@ -53,7 +53,7 @@ def test_number_of_attention_weights_is_what_is_computed(
     )
     q = torch.zeros(1, 2, length, 4)
     kept_causal_attention(q, q, q, 0.0)
-    assert sum(counted) == 2 * attention_weights_per_head(length)
+    assert sum(counted) == 2 * sum(attention_weights_of_blocks(length))
 
 
 @pytest.mark.parametrize("tied", [True, False])

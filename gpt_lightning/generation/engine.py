@@ -12,8 +12,8 @@ from gpt_lightning.generation.cuda_graph import (
     fused_decode_unsupported_reason,
     padded_length,
 )
-from gpt_lightning.generation.sampling import SamplingParams, check_finite, sample_unchecked
-from gpt_lightning.model.async_copy import AsyncHostCopy
+from gpt_lightning.generation.finite_check import FiniteLogitsCheck
+from gpt_lightning.generation.sampling import SamplingParams, sample_unchecked
 from gpt_lightning.model.cpu_decode import CpuDecodeStep, cpu_decode_unsupported_reason
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
@@ -183,7 +183,7 @@ def _stream(
     is_argmax = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
     pending: list[Tensor] = []  # newest ids that are not yet written to ``ids``
     may_end = eos_id is not None or is_over is not None
-    finite_check = _FiniteLogitsCheck(interval=1 if device.type == "cpu" else FINITE_CHECK_INTERVAL)
+    finite_check = FiniteLogitsCheck(interval=1 if device.type == "cpu" else FINITE_CHECK_INTERVAL)
 
     was_training = model.training
     model.eval()
@@ -273,62 +273,6 @@ def _stream(
         if decode_step is not None:
             decode_step.close()
         model.train(was_training)
-
-
-class _FiniteLogitsCheck:
-    """Check that the logits are finite, every ``interval`` steps at once.
-
-    The result of a check is copied to the host while the GPU computes the next ``interval`` steps, so the GPU
-    does not wait for the host.
-    """
-
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._first_step = 0
-        self._max_logits: list[Tensor] = []  # one tensor per step that is not yet checked
-        self._started: tuple[int, list[Tensor], AsyncHostCopy] | None = None
-
-    def add(self, max_logits: Tensor, step: int) -> None:
-        """Add the maximum logit of each row in this step. May raise as :meth:`check` does."""
-        if self._interval == 1:
-            _check_step(max_logits, step)
-            return
-        self._max_logits.append(max_logits)
-        if step == 0:
-            self.check()
-        elif len(self._max_logits) == self._interval:
-            self._finish()
-            self._start()
-
-    def check(self) -> None:
-        """Check all steps so far; raises ``ValueError`` with the first step whose logits are not finite."""
-        self._finish()
-        if self._max_logits:
-            self._start()
-            self._finish()
-
-    def _start(self) -> None:
-        is_finite = torch.isfinite(torch.stack(self._max_logits)).all()
-        self._started = self._first_step, self._max_logits, AsyncHostCopy(is_finite)
-        self._first_step += len(self._max_logits)
-        self._max_logits = []
-
-    def _finish(self) -> None:
-        started, self._started = self._started, None
-        if started is None:
-            return
-        first_step, steps, is_finite = started
-        if is_finite.read():
-            return
-        for step, max_logits in enumerate(steps, first_step):
-            _check_step(max_logits, step)
-
-
-def _check_step(max_logits: Tensor, step: int) -> None:
-    try:
-        check_finite(max_logits)
-    except ValueError as error:
-        raise ValueError(f"{error} (new token {step})") from error
 
 
 def _window(

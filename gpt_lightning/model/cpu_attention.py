@@ -1,7 +1,7 @@
 """Causal attention of a training step on a CPU, as matrix products and a softmax, by blocks of queries.
 
 A block attends to the keys up to its last query, which saves nearly half of the products. On a CPU with bfloat16
-instructions this takes 0.4 to 0.8 of the time of torch's fused kernel, which converts each block to float32
+instructions this takes 0.4 to 1.0 of the time of torch's fused kernel, which converts each block to float32
 (benchmarks/README.md).
 
 Shapes: B batch, H heads, T tokens, D numbers of a head.
@@ -21,7 +21,7 @@ def products_are_faster(q: Tensor, drop_rate: float) -> bool:
     """Whether :func:`causal_attention_by_products` is faster than torch's fused kernel. It is on CPUs in bfloat16."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return False
-    # torch's compiler makes nothing better of the second form
+    # the second form was not tried with torch's compiler
     return _keeps_weights(q) or (drop_rate == 0.0 and not torch.compiler.is_compiling())
 
 

@@ -17,7 +17,7 @@ from gpt_lightning.model.int8_linear import Int8Linear
 from gpt_lightning.model.kv_cache import KVCache
 from gpt_lightning.storage.cache import cache_folder
 
-# a smaller model decodes fast enough without a compiler: torch reads its weights in a millisecond
+# a smaller model decodes fast enough without a compiler: torch reads its weights in a few milliseconds
 MIN_WEIGHTS = 1 << 24
 MAX_ROWS = 4  # for more, torch's products of packed matrices are as fast
 _TYPES = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16}
@@ -38,7 +38,6 @@ class CpuDecodeStep:
     Attributes:
         max_logits: ``(R,)``, maximum logit of each row in the last step; NaN if any is.
         argmax_ids: ``(R,)``, the ids of these maxima; of equal logits the lowest id.
-
     """
 
     def __init__(self, model: GPTModel, cache: KVCache, padding: Tensor | None = None) -> None:

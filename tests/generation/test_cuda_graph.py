@@ -106,8 +106,8 @@ def test_error_of_nan_logits_names_the_first_step(
     monkeypatch: pytest.MonkeyPatch, model: GPTModel, at: int, interval: int
 ) -> None:
     """Also when many steps are checked at once, as on a GPU."""
-    check = engine._FiniteLogitsCheck
-    monkeypatch.setattr(engine, "_FiniteLogitsCheck", lambda **_: check(interval))
+    check = engine.FiniteLogitsCheck
+    monkeypatch.setattr(engine, "FiniteLogitsCheck", lambda **_: check(interval))
     broken_model = GPTModel(CONFIG).eval()
     broken_model.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -273,14 +273,13 @@ def test_small_models_need_no_compiler(
     assert cpu_decode_unsupported_reason(model, 1) is None
 
 
+@needs_int8
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, INT4])
 @pytest.mark.parametrize("at", [0, 3, 30])
 def test_logits_that_are_not_finite_are_refused(bad: float, dtype: torch.dtype, at: int) -> None:
     model = model_of(dtype=dtype if dtype.is_floating_point else torch.float32)
     if not dtype.is_floating_point:
-        if not has_int8_kernel():
-            pytest.skip("no int8 kernel for this CPU")
         quantize_weights(model, dtype, keep_codes=True)
     model.pos_emb.weight[2 + at, 5] = bad
     with pytest.raises(ValueError, match=rf"logits: .*\(new token {at}\)"):

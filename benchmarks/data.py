@@ -1,8 +1,9 @@
-"""Time and memory to prepare a corpus: python benchmarks/data.py [--megabytes 1000] [--repeats 3] [--tiny]
+"""Time and memory to prepare a corpus: python benchmarks/data.py [--megabytes 1000] [--corpus FILE] [--repeats 3] [--tiny]
 
 The benchmark generates a varied text, half plain text and half JSON lines. It prepares the text with one, two and four
-workers, and with two workers and five SIGKILLs; all stores must be the same. It also opens a store of 10⁹ tokens (a
-sparse file) and measures time and memory. The last line is JSON.
+workers, and with two workers and five SIGKILLs; all stores must be the same. With two workers it also prepares
+``--corpus``, or a twentieth of the text, with and without the extra ``fast`` in turn. Last it opens a store of 10⁹
+tokens (a sparse file) and measures time and memory. The last line is JSON.
 """
 
 import argparse
@@ -40,6 +41,8 @@ with open("/proc/self/status") as file:
     print(next(line.split()[1] for line in file if line.startswith("VmHWM:")))
 sys.exit(code)
 """
+
+WITHOUT_FAST = "import sys; sys.modules.update(fastokens=None, orjson=None)\n" + PREPARE
 
 # prints the seconds to open a store, and the growth of the process in MB
 OPEN = """
@@ -105,11 +108,13 @@ class Run(NamedTuple):
     others: float
 
 
-def prepare(inputs: list[str], out: Path, workers: int, shard_tokens: int) -> Run:
+def prepare(
+    inputs: list[str], out: Path, workers: int, shard_tokens: int, program: str = PREPARE
+) -> Run:
     machine_before, usage_before = cpu_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", PREPARE, *prepare_arguments(inputs, out, workers, shard_tokens)],
+        [sys.executable, "-c", program, *prepare_arguments(inputs, out, workers, shard_tokens)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     elapsed = time.perf_counter() - start
@@ -146,6 +151,15 @@ def quiet_pair(inputs: list[str], folder: Path, shard_tokens: int, attempts: int
             if run.others < 0.05:
                 break
     return best
+
+
+def fast_pair(inputs: list[str], folder: Path, shard_tokens: int) -> dict[str, Run]:
+    """Runs of two workers with and without the extra ``fast``, whose stores must be the same."""
+    programs = {"fast": PREPARE, "without": WITHOUT_FAST}
+    pair = {name: prepare(inputs, folder / name, 2, shard_tokens, program) for name, program in programs.items()}  # fmt: skip
+    if len({folder_checksum(folder / name) for name in programs}) != 1:
+        raise SystemExit("data.py: the extra fast makes another store")
+    return pair
 
 
 def prepare_and_kill(inputs: list[str], out: Path, shard_tokens: int, wait: float) -> int:
@@ -203,6 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=1000, help="size of the text")
     parser.add_argument(
+        "--corpus", metavar="FILE", help="your own text, to prepare with and without the extra fast"
+    )
+    parser.add_argument(
         "--repeats", type=int, default=3, help="pairs of runs on a twentieth of the text"
     )
     parser.add_argument(
@@ -243,6 +260,15 @@ def main() -> None:
             folder.mkdir()
             pairs.append(quiet_pair(short_text, folder, shard_tokens, attempts=3))
         seconds = {workers: [pair[workers].seconds for pair in pairs] for workers in ("1", "2")}
+        fast_pairs = []
+        for repeat in range(arguments.repeats):
+            folder = scratch / f"fast-{repeat}"
+            folder.mkdir()
+            corpus = [arguments.corpus] if arguments.corpus else short_text
+            fast_pairs.append(fast_pair(corpus, folder, shard_tokens))
+            print("with the extra fast {fast.seconds:.2f} s, without {without.seconds:.2f} s".format(
+                **fast_pairs[-1]), flush=True)  # fmt: skip
+            shutil.rmtree(folder)
         opened = open_twice(scratch / "sparse", 10**7 if arguments.tiny else 10**9)
     for name, opening in zip(("first", "second"), opened, strict=True):
         print(f"{name} opening: {opening['seconds']:.3f} s, {opening['mb']:.1f} MB")
@@ -253,13 +279,16 @@ def main() -> None:
         at_most("MB of memory per GB of text", slope, 10.0),
         at_least("speed: two workers / one", ratio(seconds["1"], seconds["2"]), 1.6),
         at_least("speed: two workers / one, all of the text", runs["1"].seconds / runs["2"].seconds, 1.6),
+        at_least("speed: with the extra fast / without", ratio(
+            *([pair[name].seconds for pair in fast_pairs] for name in ("without", "fast"))), 3.0),
         at_most("different stores from 1, 2, 4 workers and after kills", len(set(checksums.values())) - 1, 0),
         at_least("kills", kills, KILLS),
         at_most("opening 10⁹ tokens: MB of memory", max(opening["mb"] for opening in opened), 50),
     ]  # fmt: skip
-    print(json.dumps({"benchmark": "data", "machine": description("tiktoken", "numpy"), "megabytes": size,
+    print(json.dumps({"benchmark": "data", "machine": description("tiktoken", "numpy", "fastokens", "orjson", "pyarrow"), "megabytes": size,
                       "tokens": tokens, "runs": {name: run._asdict() for name, run in runs.items()},
                       "pairs": [{name: run._asdict() for name, run in pair.items()} for pair in pairs],
+                      "fast_pairs": [{name: run._asdict() for name, run in pair.items()} for pair in fast_pairs],
                       "opening": opened, "targets": targets}))  # fmt: skip
 
 

@@ -28,6 +28,8 @@ def run(arguments: list[str]) -> None:
     same command resumes after the last complete shard.
     """
     settings = parse(_parser(), arguments)
+    # numpy's library of linear algebra is not used here, and its threads would spin for a while
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from gpt_lightning.data.prepare.pipeline import PrepareConfig, prepare
     from gpt_lightning.data.token_cache import find_tokenizer
 

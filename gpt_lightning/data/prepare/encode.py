@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def encode_chunk(
     skip: bool,
     cleaning: Cleaning,
     tokenizer: Tokenizer = GPT2,
-    fast: FastTokenizer | None = None,
+    fast: Future[FastTokenizer | None] | None = None,
     compare_all: bool = False,
 ) -> EncodedChunk:
     """Token ids of a chunk by split.
@@ -102,15 +103,21 @@ class _Encoder:
     """Token ids by the fast tokenizer if there is one, and what :func:`encode_chunk` compares."""
 
     tokenizer: Tokenizer
-    fast: FastTokenizer | None
+    fast: Future[FastTokenizer | None] | None
     compare_all: bool
     difference: str | None = None
 
-    def encode(self, texts: Sequence[str]) -> Ids:
+    def encode(self, texts: Sequence[str], contents: Sequence[bytes]) -> Ids:
+        """Token ids of documents, whose UTF-8 is ``contents``, with one delimiter between them."""
         if self.fast is None:
             return self.tokenizer.encode_documents(texts)
-        ids = self.fast.encode_documents(texts)
-        if self.compare_all and not np.array_equal(ids, self.tokenizer.encode_documents(texts)):
+        # first, because the fast tokenizer may still be loading
+        expected = self.tokenizer.encode_documents(texts) if self.compare_all else None
+        fast = self.fast.result()
+        if fast is None:
+            return self.tokenizer.encode_documents(texts) if expected is None else expected
+        ids = fast.encode_documents(texts, contents)
+        if expected is not None and not np.array_equal(ids, expected):
             self.difference = NOT_THE_TOKENIZERS
         return ids
 
@@ -127,13 +134,15 @@ def _encoded(
     if chunk.part:
         assert chunk.split is not None
         try:
-            ids = encoder.encode([_plain(chunk.content, chunk.at.offset)])
+            text = _plain(chunk.content, chunk.at.offset)
+            ids = encoder.encode([text], [text.encode()])
         except ValueError as error:
             location = f"{chunk.source.path}, from byte {chunk.at.offset}"
             raise ValueError(f"{location}: {error}") from error
         encoded.tokens.append(TokenRun(chunk.split, ids, int(chunk.begins), chunk.begins))
         return encoded
     texts: dict[Split, list[_Text]] = {"train": [], "val": []}
+    contents: dict[Split, list[bytes]] = {"train": [], "val": []}
     problems: list[_Problem] = []
     documents_of_chunk = _documents(chunk, name, cleaning)
     until = chunk.source.train_until if chunk.source.kind == "text" else None
@@ -143,13 +152,16 @@ def _encoded(
                 raise ValueError(document.message)
             problems.append(document)
         elif document.text.strip():
-            texts[_split(chunk, document, val_ratio)].append(document)
+            content = document.text.encode()
+            split = _split(chunk, document, content, val_ratio)
+            texts[split].append(document)
+            contents[split].append(content)
         elif (
             chunk.source.kind != "text"
         ):  # two delimiters in a row in a plain text are not an empty row
             encoded.empty += 1
     for split, documents in texts.items():
-        ids, count, refused = _tokenized(documents, encoder)
+        ids, count, refused = _tokenized(documents, contents[split], encoder)
         if refused and not skip:
             raise ValueError(refused[0].message)
         problems += refused
@@ -208,11 +220,13 @@ def _cleaned(
         yield document._replace(text=text[end:], offset=until)
 
 
-def _tokenized(texts: list[_Text], encoder: _Encoder) -> tuple[Ids, int, list[_Problem]]:
+def _tokenized(
+    texts: list[_Text], contents: list[bytes], encoder: _Encoder
+) -> tuple[Ids, int, list[_Problem]]:
     """Token ids, the number of texts they are of, and a problem for each text that the tokenizer refuses."""
     refused = []
     try:
-        return encoder.encode([text.text for text in texts]), len(texts), []
+        return encoder.encode([text.text for text in texts], contents), len(texts), []
     except ValueError:
         accepted = []
         for text in texts:
@@ -224,13 +238,13 @@ def _tokenized(texts: list[_Text], encoder: _Encoder) -> tuple[Ids, int, list[_P
     return encoder.tokenizer.encode_documents(accepted), len(accepted), refused
 
 
-def _split(chunk: TextChunk, document: _Text, val_ratio: float) -> Split:
+def _split(chunk: TextChunk, document: _Text, content: bytes, val_ratio: float) -> Split:
     if chunk.split is not None:
         return chunk.split
     until = chunk.source.train_until
     if until is not None:
         return "train" if document.offset < until else "val"
-    return split_of(content_hash(document.text.encode()), val_ratio)
+    return split_of(content_hash(content), val_ratio)
 
 
 def _plain(content: bytes | str, offset: int) -> str:

@@ -9,15 +9,17 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, GPT2, Ids, Tokenizer
+from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, GPT2, Ids, Tokenizer, merges
 from gpt_lightning.data.tokenizer_json import gpt2_content
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,6 @@ logger = logging.getLogger(__name__)
 PACKAGE = "fastokens"
 MAX_WORKERS = 4  # fastokens keeps up to about 130 MB of encoded words for each thread
 CHECKED_TOKENS = 1_000_000  # the first ones of a store, of which tiktoken encodes all
-_BATCH_CHARACTERS = 1 << 16  # encoded and checked together, in the processor's cache
 # tiktoken encodes the first bytes of each block, 1.2 %. The size is odd, so that blocks do not begin where a tokenizer
 # may divide a long text.
 _BLOCK_BYTES = 80_009
@@ -35,7 +36,7 @@ _MANY_BLANKS = 50_000
 # Where pieces that are encoded apart have the tokens of the whole: before white space, after another character. A
 # byte of 0x80 or more stands here if no white space of Unicode ends with it.
 _CUT = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \n])")
-_WORD = 8  # bytes that are compared at once
+_OTHER_TEXT = "its ids do not spell the text"
 
 
 class DifferenceError(Exception):
@@ -52,20 +53,19 @@ class FastTokenizer:
     """
 
     def __init__(self, backend: Any, name: str) -> None:
+        import pyarrow
+
         self.name = name
         self._backend = backend
         tokens = [*GPT2.token_bytes]
         tokens[END_OF_TEXT_ID] = b""  # no text has it
-        self._lengths = np.array([len(token) for token in tokens], dtype=np.uint8)
-        # the bytes of each token in words of 8, and which bits of a word are the token's
-        width = -(-max(map(len, tokens)) // _WORD) * _WORD
-        table = b"".join(token.ljust(width, b"\0") for token in tokens)
-        used = b"".join((b"\xff" * len(token)).ljust(width, b"\0") for token in tokens)
-        self._words = np.frombuffer(table, dtype="<u8").reshape(len(tokens), -1).T.copy()
-        self._masks = np.frombuffer(used, dtype="<u8").reshape(len(tokens), -1).T.copy()
+        self._tokens = pyarrow.array(tokens, pyarrow.large_binary())
 
-    def encode_documents(self, texts: Sequence[str]) -> Ids:
+    def encode_documents(self, texts: Sequence[str], contents: Sequence[bytes]) -> Ids:
         """Token ids of documents with one delimiter between them, as :meth:`Tokenizer.encode_documents` gives them.
+
+        Args:
+            contents: The texts in UTF-8.
 
         Raises:
             DifferenceError: A check failed.
@@ -73,87 +73,51 @@ class FastTokenizer:
         """
         if not texts or any(map(_may_be_refused, texts)):
             return GPT2.encode_documents(texts)
-        parts, offset = [], 0
-        for batch in _batches(texts):
-            ids, size = self._encode_batch(batch, offset)
-            parts.append(ids)
-            offset += size
-        return np.concatenate(parts)[:-1]
-
-    def _encode_batch(self, texts: list[str], offset: int) -> tuple[Ids, int]:
-        """Token ids of documents with a delimiter after each, and the size of the documents in bytes.
-
-        Args:
-            offset: Bytes before them, which decide where the samples are.
-        """
-        contents = [text.encode() for text in texts]
-        ids, bounds = self._encode(texts)
+        ids = self._encode(texts)
         ends = self._ends(ids, b"".join(contents))
         begins = np.cumsum([0, *map(len, contents)])
+        bounds = np.searchsorted(ends, begins)
         if not np.array_equal(ends[bounds], begins):
             raise DifferenceError("a token reaches into the next document")
-        for begin, content in zip(begins.tolist(), contents, strict=False):
-            for start, end in _sample(content, offset + begin):
-                self._check_sample(ids, ends, begin + start, content[start:end])
-        ids = np.insert(ids.astype(GPT2.dtype), bounds[1:], END_OF_TEXT_ID)
-        return ids, int(begins[-1])
+        for begin, document in zip(begins.tolist(), contents, strict=False):
+            for start, end in _sample(document, begin):
+                self._check_sample(ids, ends, begin + start, document[start:end])
+        return np.insert(ids.astype(GPT2.dtype), bounds[1:-1], END_OF_TEXT_ID)
 
-    def _encode(self, texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """All ids, and the index of each text's first one with the number of all at the end."""
+    def _encode(self, texts: Sequence[str]) -> NDArray[np.int32]:
+        """All ids of successive documents."""
         try:
-            parts = [self._backend.encode_batch_flat([text])[0] for text in texts]
-            ids = np.frombuffer(b"".join(parts), dtype="<u4")
+            ids, _ = self._backend.encode_batch_flat(texts)
+            return np.frombuffer(ids, "<i4")
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a panic of Rust is not an Exception
             raise DifferenceError(f"it fails ({type(error).__name__})") from error
-        return ids, np.cumsum([0, *map(len, parts)]) // ids.itemsize
 
-    def _ends(self, ids: NDArray[np.uint32], content: bytes) -> NDArray[np.int64]:
+    def _ends(self, ids: NDArray[np.int32], content: bytes) -> NDArray[np.int64]:
         """0, and the offset where each token ends, if the tokens spell ``content``."""
-        if ids.size and ids.max() >= END_OF_TEXT_ID:
+        import pyarrow
+
+        if not ids.size:
+            if content:
+                raise DifferenceError(_OTHER_TEXT)
+            return np.zeros(1, dtype=np.int64)
+        if ids.min() < 0 or ids.max() >= END_OF_TEXT_ID:
             raise DifferenceError("an id is not one of text")
-        index = ids.astype(np.intp)
-        lengths = self._lengths.take(index)
-        ends = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(lengths, dtype=np.int64, out=ends[1:])
-        if ends[-1] != len(content):
-            raise DifferenceError("its ids do not spell the text")
-        starts = ends[:-1]
-        # the 8 bytes from every offset on
-        windows = np.ndarray(len(content) + 1, "<u8", content + bytes(_WORD), strides=(1,))
-        for words, masks in zip(self._words, self._masks, strict=True):
-            different = windows[starts]
-            different ^= words.take(index)
-            different &= masks.take(index)
-            if different.any():
-                raise DifferenceError("its ids do not spell the text")
-            longer = np.flatnonzero(lengths > _WORD)
-            if not longer.size:
-                break
-            index, lengths, starts = index[longer], lengths[longer] - _WORD, starts[longer] + _WORD
+        _, offsets, text = self._tokens.take(pyarrow.array(ids)).buffers()
+        ends = np.frombuffer(offsets, np.int64, len(ids) + 1)
+        if not text.slice(0, int(ends[-1])).equals(pyarrow.py_buffer(content)):
+            raise DifferenceError(_OTHER_TEXT)
         return ends
 
     @staticmethod
     def _check_sample(
-        ids: NDArray[np.uint32], ends: NDArray[np.int64], start: int, content: bytes
+        ids: NDArray[np.int32], ends: NDArray[np.int64], start: int, content: bytes
     ) -> None:
         first, last = np.searchsorted(ends, [start, start + len(content)])
         expected = GPT2.encode_documents([content.decode()])
         if not np.array_equal(ids[first:last], expected):
             raise DifferenceError("its ids are not those of tiktoken")
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _sample(content: bytes, offset: int) -> Iterator[tuple[int, int]]:
@@ -186,9 +150,37 @@ def _may_be_refused(text: str) -> bool:
     return any(text[at : at + _MANY_BLANKS].isspace() for at in starts)
 
 
-def find_fast_tokenizer(tokenizer: Tokenizer) -> FastTokenizer | None:
-    """The fast tokenizer, if it is installed and ``tokenizer`` is GPT-2's; one line of the log says if it is not."""
-    return _gpt2() if tokenizer is GPT2 else None
+def load_in_background(tokenizer: Tokenizer) -> Future[FastTokenizer | None] | None:
+    """The fast tokenizer, whose loading takes half a second and has begun; ``None`` if there is none.
+
+    The log says why there is none for GPT-2's vocabulary: ``fast`` is not installed, or later that it cannot be used.
+    """
+    if tokenizer is not GPT2:
+        return None
+    if any(find_spec(package) is None for package in (PACKAGE, "pyarrow")):
+        _say_missing()
+        return None
+    loader = ThreadPoolExecutor(1)
+    try:
+        return loader.submit(_gpt2)
+    finally:
+        loader.shutdown(wait=False)
+
+
+@cache
+def _say_missing() -> None:
+    logger.info("tiktoken tokenizes; the extra fast is faster: pip install 'gpt-lightning[fast]'")
+
+
+def _gpt2_json() -> str:
+    """GPT-2's ``tokenizer.json`` without a special token.
+
+    Each merge is one string, as older versions of the file have it: fastokens reads that in half the time.
+    """
+    content = gpt2_content()
+    content["added_tokens"] = []
+    content["model"]["merges"] = [" ".join(pair) for pair in merges()]
+    return json.dumps(content)
 
 
 @cache
@@ -196,26 +188,14 @@ def _gpt2() -> FastTokenizer | None:
     try:
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # prepare has its own threads
         package = import_module(PACKAGE)
-        content = {**gpt2_content(), "added_tokens": []}
-        backend = package.Tokenizer.from_json_str(json.dumps(content))
-        fast = FastTokenizer(backend, f"{PACKAGE} {version(PACKAGE)}")
-        fast.encode_documents(["Hello, world!"])
-    except ModuleNotFoundError as error:
-        if error.name == PACKAGE:
-            logger.info(
-                "tiktoken tokenizes; the extra fast is faster: pip install 'gpt-lightning[fast]'"
-            )
-            return None
-        _say_unusable(error)
-        return None
+        fast = FastTokenizer(
+            package.Tokenizer.from_json_str(_gpt2_json()), f"{PACKAGE} {version(PACKAGE)}"
+        )
+        fast.encode_documents(["Hello, world!"], [b"Hello, world!"])
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of Rust is not an Exception
-        _say_unusable(error)
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        logger.warning(f"{PACKAGE}: cannot be used ({cause}); tiktoken tokenizes instead")
         return None
     return fast
-
-
-def _say_unusable(error: BaseException) -> None:
-    cause = (str(error) or type(error).__name__).splitlines()[0]
-    logger.warning(f"{PACKAGE}: cannot be used ({cause}); tiktoken tokenizes instead")

@@ -28,7 +28,7 @@ from gpt_lightning.data.prepare.encode import (
 from gpt_lightning.data.prepare.fast_tokenizer import (
     CHECKED_TOKENS,
     MAX_WORKERS,
-    find_fast_tokenizer,
+    load_in_background,
 )
 from gpt_lightning.data.prepare.inputs import InputFile, find_inputs, with_checksums
 from gpt_lightning.data.prepare.readers import read_chunks
@@ -211,7 +211,7 @@ class _PreparePipeline:
         self.cleaned: Counter[str] = Counter()
         self.problems: list[str] = []
         self._recorded_problems = 0
-        self._fast = find_fast_tokenizer(writer.tokenizer) if _may_be_large(sources) else None
+        self._fast = load_in_background(writer.tokenizer) if _may_be_large(sources) else None
         self._with_tiktoken = False  # until the shard is complete
 
     def continue_from(self, recorded: dict[str, Any]) -> None:
@@ -260,9 +260,11 @@ class _PreparePipeline:
     def _go_back(self, chunk: TextChunk, difference: str) -> None:
         """Go back to where a shard was last completed, from where on tiktoken tokenizes until the next one is."""
         assert self._fast is not None
+        fast = self._fast.result()
+        assert fast is not None
         logger.warning(
             printable(
-                f"{self._fast.name}: {difference} ({chunk.source.path}, from {_place(chunk)} on); tiktoken tokenizes "
+                f"{fast.name}: {difference} ({chunk.source.path}, from {_place(chunk)} on); tiktoken tokenizes "
                 "this shard again"
             )
         )
@@ -306,8 +308,7 @@ class _PreparePipeline:
                     break
                 compare_all = self._tokens < CHECKED_TOKENS  # some more than in _write_chunks
                 in_progress.append((chunk, pool.submit(encode, chunk, compare_all=compare_all)))
-                ahead = 1 if compare_all else _CHUNKS_PER_WORKER
-                if len(in_progress) > ahead * workers:
+                if len(in_progress) >= (1 if compare_all else _CHUNKS_PER_WORKER) * workers:
                     chunk, future = in_progress.popleft()
                     yield chunk, future.result()
             while in_progress:

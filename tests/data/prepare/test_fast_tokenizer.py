@@ -5,6 +5,7 @@ import logging
 import random
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,34 @@ class _WrongIds:
         return bytes(len(ids)), bounds
 
 
+class _WrongBytes:
+    """As many bytes, but others."""
+
+    def encode_batch_flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        return _StandIn().encode_batch_flat([text.swapcase() for text in texts])
+
+
+class _OutOfRange:
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+
+    def encode_batch_flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        ids, bounds = _StandIn().encode_batch_flat(texts)
+        return ids[:-4] + self.token_id.to_bytes(4, "little"), bounds
+
+
+class _Joined:
+    """A token reaches from one document into the next."""
+
+    def encode_batch_flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        return _StandIn().encode_batch_flat(["".join(texts)])
+
+
+class _Empty:
+    def encode_batch_flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        return b"", b""
+
+
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> str:
     rng = random.Random(0)
@@ -76,8 +105,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(pipeline, "_may_be_large", lambda _: True)
 
     def use(backend: Any) -> None:
-        fast = None if backend is None else FastTokenizer(backend, "stand-in 1")
-        monkeypatch.setattr(pipeline, "find_fast_tokenizer", lambda _: fast)
+        loading: Future[FastTokenizer | None] = Future()
+        loading.set_result(None if backend is None else FastTokenizer(backend, "stand-in 1"))
+        monkeypatch.setattr(pipeline, "load_in_background", lambda _: loading)
 
     return use
 
@@ -91,8 +121,13 @@ def expected(use: Any, lines: str, tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(
-    "backend", [_StandIn(), _StandIn(30_000), _Panic(), _Truncated(), _WrongIds()]
-)
+    "backend",
+    [
+        _StandIn(), _StandIn(30_000), _Panic(), _Truncated(), _WrongIds(), _WrongBytes(), _OutOfRange(50257),
+        _OutOfRange(50256), _OutOfRange(2**32 - 1), _Joined(), _Empty(),
+    ],
+    ids=lambda backend: type(backend).__name__,
+)  # fmt: skip
 def test_store_is_that_of_tiktoken(
     use: Any,
     expected: dict[str, bytes],
@@ -174,13 +209,13 @@ def test_missing_package_falls_back_and_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fast_tokenizer, "PACKAGE", "no_such_package")
-    fast_tokenizer._gpt2.cache_clear()
+    fast_tokenizer._say_missing.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
-            assert fast_tokenizer.find_fast_tokenizer(GPT2) is None
-            assert fast_tokenizer.find_fast_tokenizer(GPT2) is None
+            assert fast_tokenizer.load_in_background(GPT2) is None
+            assert fast_tokenizer.load_in_background(GPT2) is None
     finally:
-        fast_tokenizer._gpt2.cache_clear()
+        fast_tokenizer._say_missing.cache_clear()
     (record,) = caplog.records
     assert "gpt-lightning[fast]" in record.getMessage()
 
@@ -193,7 +228,9 @@ def test_broken_package_falls_back_and_is_said(
     monkeypatch.setattr(fast_tokenizer, "PACKAGE", "broken_package")
     fast_tokenizer._gpt2.cache_clear()
     try:
-        assert fast_tokenizer.find_fast_tokenizer(GPT2) is None
+        loading = fast_tokenizer.load_in_background(GPT2)
+        assert loading is not None
+        assert loading.result() is None
     finally:
         fast_tokenizer._gpt2.cache_clear()
     (record,) = caplog.records
@@ -206,13 +243,19 @@ def test_broken_package_falls_back_and_is_said(
 @pytest.fixture(scope="module")
 def fast() -> FastTokenizer:
     pytest.importorskip("fastokens")
-    found = fast_tokenizer.find_fast_tokenizer(GPT2)
+    loading = fast_tokenizer.load_in_background(GPT2)
+    assert loading is not None
+    found = loading.result()
     assert found is not None
     return found
 
 
+def _ids(fast: FastTokenizer, texts: list[str]) -> np.ndarray:
+    return fast.encode_documents(texts, [text.encode() for text in texts])
+
+
 def _assert_same(fast: FastTokenizer, texts: list[str]) -> None:
-    ids = fast.encode_documents(texts)
+    ids = _ids(fast, texts)
     np.testing.assert_array_equal(ids, GPT2.encode_documents(texts))
 
 
@@ -253,7 +296,7 @@ def test_ids_of_20_000_random_strings_and_62_awkward_corpora(fast: FastTokenizer
 
 def test_too_many_blanks_are_refused_as_without_it(fast: FastTokenizer) -> None:
     with pytest.raises(ValueError, match="blanks in a row"):
-        fast.encode_documents(["a", "b" + " " * 3_000_000 + "c"])
+        _ids(fast, ["a", "b" + " " * 3_000_000 + "c"])
 
 
 # --- lines of JSON --------------------------------------------------------------------------------

@@ -75,4 +75,4 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 4
-    assert peaks[1] < 200
+    assert peaks[1] < 250  # 40 of them are pyarrow, which the extra fast needs

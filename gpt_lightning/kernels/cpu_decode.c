@@ -31,7 +31,8 @@ typedef float float8 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(GROUP)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+#define PARTS (GROUP / (4 * LANES)) /* vectors of bytes in a group */
 /* where they lie in memory, at any address */
 typedef floats stored_floats __attribute__((aligned(4), may_alias));
 typedef uint16_t stored_bfloat16s __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -132,27 +133,62 @@ static inline float sum_of(floats v) {
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-/* Products of 64 codes (0 to 255) and 64 numbers (-127 to 127), in LANES sums. */
-static inline ints group_product(bytes codes, const int8_t *numbers) {
-#ifdef __AVX512VNNI__
-    return (ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)codes, _mm512_loadu_si512(numbers));
-#elif defined(__AVX2__)
-    __m256i sums = _mm256_setzero_si256();
-    for (int i = 0; i < 4; i++) {
-        __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)&codes + i));
-        __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)numbers + i));
-        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
-    }
-    return (ints)sums;
-#else
+#ifndef __AVX2__
+/* Products of codes, less ``zero``, and numbers (-127 to 127), in LANES sums. */
+static inline ints any_product(bytes codes, const int8_t *numbers, int16_t zero) {
     ints sums = {0};
-    for (int i = 0; i < GROUP; i += LANES) { /* a product fits into 16 bits */
-        shorts products = __builtin_convertvector(*(const stored_codes *)((uint8_t *)&codes + i), shorts) *
-                          __builtin_convertvector(*(const stored_numbers *)(numbers + i), shorts);
+    for (int i = 0; i < 4 * LANES; i += LANES) { /* a product fits into 16 bits */
+        shorts weights = __builtin_convertvector(*(const stored_codes *)((uint8_t *)&codes + i), shorts) - zero;
+        shorts products = weights * __builtin_convertvector(*(const stored_numbers *)(numbers + i), shorts);
         sums += __builtin_convertvector(products, ints);
     }
     return sums;
+}
 #endif
+
+/* Products of a group's codes of INT4 (0 to 15) and 64 numbers (-127 to 127), in LANES sums. */
+static inline ints int4_product(const bytes *codes, const int8_t *numbers) {
+#ifdef __AVX512VNNI__
+    return (ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)*codes, _mm512_loadu_si512(numbers));
+#elif defined(__AVX2__)
+    const __m256i *number = (const __m256i *)numbers;
+    /* four products fit into 16 bits: 4 * 15 * 127 */
+    __m256i sums = _mm256_add_epi16(
+        _mm256_maddubs_epi16((__m256i)codes[0], _mm256_loadu_si256(number)),
+        _mm256_maddubs_epi16((__m256i)codes[1], _mm256_loadu_si256(number + 1)));
+    return (ints)_mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#else
+    return any_product(codes[0], numbers, 0) + any_product(codes[1], numbers + 4 * LANES, 0);
+#endif
+}
+
+/* Products of a group's codes of INT8 (1 to 255), less INT8_ZERO, and 64 numbers (-127 to 127), in LANES sums. */
+#ifdef __AVX512VNNI__
+#define INT8_ZERO 0 /* its instruction takes codes without a sign */
+#else
+#define INT8_ZERO 128
+#endif
+static inline ints int8_product(const bytes *codes, const int8_t *numbers) {
+#ifdef __AVX512VNNI__
+    return (ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)*codes, _mm512_loadu_si512(numbers));
+#elif defined(__AVX2__)
+    __m256i sums = _mm256_setzero_si256();
+    for (int i = 0; i < PARTS; i++) {
+        __m256i a = _mm256_xor_si256((__m256i)codes[i], _mm256_set1_epi8(-128)); /* code - 128 */
+        __m256i b = _mm256_loadu_si256((const __m256i *)numbers + i);
+        /* the first factor of this instruction has no sign; two products fit into 16 bits: 2 * 127 * 127 */
+        __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+    }
+    return (ints)sums;
+#else
+    return any_product(codes[0], numbers, INT8_ZERO) + any_product(codes[1], numbers + 4 * LANES, INT8_ZERO);
+#endif
+}
+
+/* A group of 64 bytes. */
+static inline void load_group(const uint8_t *at, bytes *group) {
+    for (int i = 0; i < PARTS; i++) group[i] = *(const stored_bytes *)(at + i * 4 * LANES);
 }
 
 static inline int groups_of(int columns) { /* an even number */
@@ -193,31 +229,41 @@ static void quantize(input *in, int columns) {
 #define MAX_TILE 4
 #define TILE static inline __attribute__((always_inline)) void
 
+/* Two sums for each vector, so that an addition need not wait for the one before. */
 TILE tile_float32(const linear *layer, const input *in, int64_t n, const int R, float *y) {
     int K = layer->columns, k = 0;
     const float *weight = (const float *)layer->weight + n * K;
-    floats sums[MAX_TILE] = {0};
-    for (; k + LANES <= K; k += LANES) {
-        floats numbers = *(const stored_floats *)(weight + k);
-        for (int r = 0; r < R; r++) sums[r] += numbers * *(const stored_floats *)(in[r].x + k);
+    floats sums[MAX_TILE] = {0}, more[MAX_TILE] = {0};
+    for (; k + 2 * LANES <= K; k += 2 * LANES) {
+        floats first = *(const stored_floats *)(weight + k), second = *(const stored_floats *)(weight + k + LANES);
+        for (int r = 0; r < R; r++) {
+            sums[r] += first * *(const stored_floats *)(in[r].x + k);
+            more[r] += second * *(const stored_floats *)(in[r].x + k + LANES);
+        }
     }
     for (int r = 0; r < R; r++) {
-        y[r] = sum_of(sums[r]);
+        y[r] = sum_of(sums[r] + more[r]);
         for (int i = k; i < K; i++) y[r] += weight[i] * in[r].x[i];
     }
+}
+
+static inline floats load_bfloat16s(const uint16_t *at) {
+    return (floats)(__builtin_convertvector(*(const stored_bfloat16s *)at, words) << 16);
 }
 
 TILE tile_bfloat16(const linear *layer, const input *in, int64_t n, const int R, float *y) {
     int K = layer->columns, k = 0;
     const uint16_t *weight = (const uint16_t *)layer->weight + n * K;
-    floats sums[MAX_TILE] = {0};
-    for (; k + LANES <= K; k += LANES) {
-        words bits = __builtin_convertvector(*(const stored_bfloat16s *)(weight + k), words);
-        floats numbers = (floats)(bits << 16);
-        for (int r = 0; r < R; r++) sums[r] += numbers * *(const stored_floats *)(in[r].x + k);
+    floats sums[MAX_TILE] = {0}, more[MAX_TILE] = {0};
+    for (; k + 2 * LANES <= K; k += 2 * LANES) {
+        floats first = load_bfloat16s(weight + k), second = load_bfloat16s(weight + k + LANES);
+        for (int r = 0; r < R; r++) {
+            sums[r] += first * *(const stored_floats *)(in[r].x + k);
+            more[r] += second * *(const stored_floats *)(in[r].x + k + LANES);
+        }
     }
     for (int r = 0; r < R; r++) {
-        y[r] = sum_of(sums[r]);
+        y[r] = sum_of(sums[r] + more[r]);
         for (int i = k; i < K; i++) y[r] += from_bfloat16(weight[i]) * in[r].x[i];
     }
 }
@@ -227,13 +273,14 @@ TILE tile_int8(const linear *layer, const input *in, int64_t n, const int R, flo
     const uint8_t *codes = (const uint8_t *)layer->weight + n * groups * GROUP;
     floats sums[MAX_TILE] = {0};
     for (int g = 0; g < groups; g++) {
-        bytes group = *(const stored_bytes *)(codes + g * GROUP);
+        bytes group[PARTS];
+        load_group(codes + g * GROUP, group);
         for (int r = 0; r < R; r++) {
-            ints products = group_product(group, in[r].numbers + g * GROUP);
+            ints products = int8_product(group, in[r].numbers + g * GROUP);
             sums[r] += __builtin_convertvector(products, floats) * in[r].scales[g];
         }
     }
-    for (int r = 0; r < R; r++) y[r] = (sum_of(sums[r]) - 128 * in[r].sum) * layer->scales[n];
+    for (int r = 0; r < R; r++) y[r] = (sum_of(sums[r]) - (128 - INT8_ZERO) * in[r].sum) * layer->scales[n];
 }
 
 TILE tile_int4(const linear *layer, const input *in, int64_t n, const int R, float *y) {
@@ -243,14 +290,15 @@ TILE tile_int4(const linear *layer, const input *in, int64_t n, const int R, flo
     floats sums[MAX_TILE] = {0};
     float of_offsets[MAX_TILE] = {0};
     for (int g = 0; g < groups; g += 2) {
-        bytes both = *(const stored_bytes *)(codes + g * (GROUP / 2));
-        bytes low = both & 15, high = both >> 4;
+        bytes both[PARTS], low[PARTS], high[PARTS];
+        load_group(codes + g * (GROUP / 2), both);
+        for (int i = 0; i < PARTS; i++) low[i] = both[i] & 15, high[i] = both[i] >> 4;
         float low_slope = from_bfloat16(slopes[g]), high_slope = from_bfloat16(slopes[g + 1]);
         float low_offset = from_bfloat16(offsets[g]) - 8 * low_slope; /* for codes that begin at 0 */
         float high_offset = from_bfloat16(offsets[g + 1]) - 8 * high_slope;
         for (int r = 0; r < R; r++) {
-            ints of_low = group_product(low, in[r].numbers + g * GROUP);
-            ints of_high = group_product(high, in[r].numbers + (g + 1) * GROUP);
+            ints of_low = int4_product(low, in[r].numbers + g * GROUP);
+            ints of_high = int4_product(high, in[r].numbers + (g + 1) * GROUP);
             sums[r] += __builtin_convertvector(of_low, floats) * (in[r].scales[g] * low_slope);
             sums[r] += __builtin_convertvector(of_high, floats) * (in[r].scales[g + 1] * high_slope);
             of_offsets[r] += in[r].sums[g] * low_offset + in[r].sums[g + 1] * high_offset;

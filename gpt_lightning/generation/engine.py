@@ -14,7 +14,11 @@ from gpt_lightning.generation.cuda_graph import (
 )
 from gpt_lightning.generation.finite_check import FiniteLogitsCheck
 from gpt_lightning.generation.sampling import SamplingParams, sample_unchecked
-from gpt_lightning.model.cpu_decode import CpuDecodeStep, cpu_decode_unsupported_reason
+from gpt_lightning.model.cpu_decode import (
+    CpuDecodeStep,
+    cpu_decode_unsupported_reason,
+    reads_prompts_faster,
+)
 from gpt_lightning.model.gpt import GPTModel
 from gpt_lightning.model.kv_cache import KVCache
 
@@ -180,6 +184,7 @@ def _stream(
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     decode_step: GraphedDecodeStep | None = None
     cpu_step: CpuDecodeStep | None = None
+    in_c = backend == "cpu_kernel" and reads_prompts_faster(model)  # prompts, and full windows
     is_argmax = sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
     pending: list[Tensor] = []  # newest ids that are not yet written to ``ids``
     may_end = eos_id is not None or is_over is not None
@@ -200,7 +205,10 @@ def _stream(
                     device,
                     weight.dtype,
                 )
-                logits = model.head(model.features(window, cache, window_padding)[:, -1])
+                if in_c:
+                    logits = CpuDecodeStep(model, cache).read(window, window_padding)
+                else:
+                    logits = model.head(model.features(window, cache, window_padding)[:, -1])
                 logits = logits.repeat_interleave(num_samples, dim=0)
                 ids = ids.repeat_interleave(num_samples, dim=0)
                 padding = padding.repeat_interleave(num_samples)
@@ -236,7 +244,10 @@ def _stream(
                 window, window_padding = _window(
                     ids[:, :width], padding, shortest + step, context_length
                 )
-                logits = model.head(model.features(window, padding=window_padding)[:, -1])
+                if cpu_step is not None and in_c:
+                    logits = cpu_step.read(window, window_padding)
+                else:
+                    logits = model.head(model.features(window, padding=window_padding)[:, -1])
 
             finite_check.add(logits.amax(dim=-1) if max_logits is None else max_logits, step)
             if argmax_ids is not None and is_argmax:

@@ -224,63 +224,70 @@ static void quantize(input *in, int columns) {
     }
 }
 
-/* The products of a weight's row ``n`` with R <= MAX_TILE vectors: y (R,), without the bias. R is a constant where it is
-   inlined, so that the sums stay in registers. */
+/* The products of N <= 2 of a weight's rows, from ``n`` on, with R <= MAX_TILE vectors: y (N, MAX_TILE), without the
+   bias. N and R are constants where it is inlined, so that the sums stay in registers. Of one row the sums are computed in
+   two halves, so that an addition need not wait for the one before. */
 #define MAX_TILE 4
 #define TILE static inline __attribute__((always_inline)) void
 
-/* Two sums for each vector, so that an addition need not wait for the one before. */
-TILE tile_float32(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+TILE tile_float32(const linear *layer, const input *in, int64_t n, const int N, const int R, float *y) {
     int K = layer->columns, k = 0;
+    const int step = N == 1 ? 2 * LANES : LANES, next = N == 1 ? LANES : K; /* from one sum's weights to the other's */
     const float *weight = (const float *)layer->weight + n * K;
-    floats sums[MAX_TILE] = {0}, more[MAX_TILE] = {0};
-    for (; k + 2 * LANES <= K; k += 2 * LANES) {
-        floats first = *(const stored_floats *)(weight + k), second = *(const stored_floats *)(weight + k + LANES);
-        for (int r = 0; r < R; r++) {
-            sums[r] += first * *(const stored_floats *)(in[r].x + k);
-            more[r] += second * *(const stored_floats *)(in[r].x + k + LANES);
+    floats sums[2][MAX_TILE] = {0};
+    for (; k + step <= K; k += step)
+        for (int i = 0; i < 2; i++) {
+            floats numbers = *(const stored_floats *)(weight + k + i * next);
+            for (int r = 0; r < R; r++)
+                sums[i][r] += numbers * *(const stored_floats *)(in[r].x + k + (N == 1 ? i * LANES : 0));
         }
-    }
-    for (int r = 0; r < R; r++) {
-        y[r] = sum_of(sums[r] + more[r]);
-        for (int i = k; i < K; i++) y[r] += weight[i] * in[r].x[i];
-    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) {
+            float *place = y + i * MAX_TILE + r;
+            *place = sum_of(N == 1 ? sums[0][r] + sums[1][r] : sums[i][r]);
+            for (int j = k; j < K; j++) *place += weight[i * K + j] * in[r].x[j];
+        }
 }
 
 static inline floats load_bfloat16s(const uint16_t *at) {
     return (floats)(__builtin_convertvector(*(const stored_bfloat16s *)at, words) << 16);
 }
 
-TILE tile_bfloat16(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+TILE tile_bfloat16(const linear *layer, const input *in, int64_t n, const int N, const int R, float *y) {
     int K = layer->columns, k = 0;
+    const int step = N == 1 ? 2 * LANES : LANES, next = N == 1 ? LANES : K;
     const uint16_t *weight = (const uint16_t *)layer->weight + n * K;
-    floats sums[MAX_TILE] = {0}, more[MAX_TILE] = {0};
-    for (; k + 2 * LANES <= K; k += 2 * LANES) {
-        floats first = load_bfloat16s(weight + k), second = load_bfloat16s(weight + k + LANES);
-        for (int r = 0; r < R; r++) {
-            sums[r] += first * *(const stored_floats *)(in[r].x + k);
-            more[r] += second * *(const stored_floats *)(in[r].x + k + LANES);
+    floats sums[2][MAX_TILE] = {0};
+    for (; k + step <= K; k += step)
+        for (int i = 0; i < 2; i++) {
+            floats numbers = load_bfloat16s(weight + k + i * next);
+            for (int r = 0; r < R; r++)
+                sums[i][r] += numbers * *(const stored_floats *)(in[r].x + k + (N == 1 ? i * LANES : 0));
         }
-    }
-    for (int r = 0; r < R; r++) {
-        y[r] = sum_of(sums[r] + more[r]);
-        for (int i = k; i < K; i++) y[r] += from_bfloat16(weight[i]) * in[r].x[i];
-    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) {
+            float *place = y + i * MAX_TILE + r;
+            *place = sum_of(N == 1 ? sums[0][r] + sums[1][r] : sums[i][r]);
+            for (int j = k; j < K; j++) *place += from_bfloat16(weight[i * K + j]) * in[r].x[j];
+        }
 }
 
-TILE tile_int8(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+TILE tile_int8(const linear *layer, const input *in, int64_t n, const int N, const int R, float *y) {
     int groups = groups_of(layer->columns);
     const uint8_t *codes = (const uint8_t *)layer->weight + n * groups * GROUP;
-    floats sums[MAX_TILE] = {0};
-    for (int g = 0; g < groups; g++) {
-        bytes group[PARTS];
-        load_group(codes + g * GROUP, group);
-        for (int r = 0; r < R; r++) {
-            ints products = int8_product(group, in[r].numbers + g * GROUP);
-            sums[r] += __builtin_convertvector(products, floats) * in[r].scales[g];
+    floats sums[2][MAX_TILE] = {0};
+    for (int g = 0; g < groups; g++)
+        for (int i = 0; i < N; i++) {
+            bytes group[PARTS];
+            load_group(codes + ((int64_t)i * groups + g) * GROUP, group);
+            for (int r = 0; r < R; r++) {
+                ints products = int8_product(group, in[r].numbers + g * GROUP);
+                sums[i][r] += __builtin_convertvector(products, floats) * in[r].scales[g];
+            }
         }
-    }
-    for (int r = 0; r < R; r++) y[r] = (sum_of(sums[r]) - (128 - INT8_ZERO) * in[r].sum) * layer->scales[n];
+    for (int i = 0; i < N; i++)
+        for (int r = 0; r < R; r++)
+            y[i * MAX_TILE + r] = (sum_of(sums[i][r]) - (128 - INT8_ZERO) * in[r].sum) * layer->scales[n + i];
 }
 
 TILE tile_int4(const linear *layer, const input *in, int64_t n, const int R, float *y) {
@@ -307,13 +314,30 @@ TILE tile_int4(const linear *layer, const input *in, int64_t n, const int R, flo
     for (int r = 0; r < R; r++) y[r] = sum_of(sums[r]) + of_offsets[r];
 }
 
-TILE tile(const linear *layer, const input *in, int64_t n, const int R, float *y) {
+TILE tile(const linear *layer, const input *in, int64_t n, const int N, const int R, float *y) {
     switch (layer->type) {
-        case INT8: tile_int8(layer, in, n, R, y); break;
-        case INT4: tile_int4(layer, in, n, R, y); break;
-        case BFLOAT16: tile_bfloat16(layer, in, n, R, y); break;
-        default: tile_float32(layer, in, n, R, y);
+        case INT8: tile_int8(layer, in, n, N, R, y); break;
+        case INT4: /* two rows would need more registers than there are */
+            for (int i = 0; i < N; i++) tile_int4(layer, in, n + i, R, y + i * MAX_TILE);
+            break;
+        case BFLOAT16: tile_bfloat16(layer, in, n, N, R, y); break;
+        default: tile_float32(layer, in, n, N, R, y);
     }
+}
+
+#define NOT_INLINED static __attribute__((noinline)) void /* or the compiler makes many copies */
+
+NOT_INLINED tile_of_one(const linear *layer, const input *in, int64_t n, int R, float *y) {
+    switch (R) {
+        case 1: tile(layer, in, n, 1, 1, y); break;
+        case 2: tile(layer, in, n, 1, 2, y); break;
+        case 3: tile(layer, in, n, 1, 3, y); break;
+        default: tile(layer, in, n, 1, MAX_TILE, y);
+    }
+}
+
+NOT_INLINED tile_of_two(const linear *layer, const input *in, int64_t n, float *y) {
+    tile(layer, in, n, 2, MAX_TILE, y);
 }
 
 enum result { SET, GELU, ADD };
@@ -322,22 +346,30 @@ enum result { SET, GELU, ADD };
 static void multiply(
     const linear *layer, const input *in, int R, int64_t first, int64_t end, enum result result, float *out
 ) {
-    for (int64_t n = first; n < end; n++) {
-        float bias = layer->bias ? layer->bias[n] : 0, y[MAX_TILE];
+    for (int64_t n = first, N; n < end; n += N) {
+        N = R > MAX_TILE && end - n >= 2 ? 2 : 1; /* one for a few vectors: memory is read faster in one stream */
         for (int r = 0; r < R; r += MAX_TILE) {
             int count = R - r < MAX_TILE ? R - r : MAX_TILE;
-            switch (count) {
-                case 1: tile(layer, in + r, n, 1, y); break;
-                case 2: tile(layer, in + r, n, 2, y); break;
-                case 3: tile(layer, in + r, n, 3, y); break;
-                default: tile(layer, in + r, n, MAX_TILE, y);
-            }
-            for (int i = 0; i < count; i++) {
-                float number = y[i] + bias, *place = out + (int64_t)(r + i) * layer->rows + n;
-                *place = result == ADD ? *place + number : result == GELU ? gelu(number) : number;
-            }
+            float y[2 * MAX_TILE];
+            if (N == 2 && count == MAX_TILE)
+                tile_of_two(layer, in + r, n, y);
+            else
+                for (int i = 0; i < N; i++) tile_of_one(layer, in + r, n + i, count, y + i * MAX_TILE);
+            for (int i = 0; i < N; i++)
+                for (int j = 0; j < count; j++) {
+                    float number = y[i * MAX_TILE + j] + (layer->bias ? layer->bias[n + i] : 0);
+                    float *place = out + (int64_t)(r + j) * layer->rows + n + i;
+                    *place = result == ADD ? *place + number : result == GELU ? gelu(number) : number;
+                }
         }
     }
+}
+
+/* The first row of a thread's part of N rows: an even one, so that the rows that are computed in pairs do not depend on the
+   number of threads. */
+static inline int64_t row_of(int thread, int count, int64_t N) {
+    int64_t row = (N + 1) / 2 * thread / count * 2;
+    return row < N ? row : N;
 }
 
 static void normalize(const norm *norm, const float *x, float *y, int C) {
@@ -427,34 +459,39 @@ static void embed(const model *m, const row *row, float *x) {
                                    : ((const float *)m->tok_emb)[token + c] + ((const float *)m->pos_emb)[position + c];
 }
 
-/* The inputs of a product with vectors (R, K). */
-static void set_inputs(const linear *layer, const float *vectors, int R, input *inputs) {
-    for (int r = 0; r < R; r++) {
-        inputs[r].x = vectors + (int64_t)r * layer->columns;
-        if (layer->type == INT8 || layer->type == INT4) quantize(inputs + r, layer->columns);
-    }
+/* The input of a product with a vector (K,). */
+static void set_input(const linear *layer, const float *vector, input *in) {
+    in->x = vector;
+    if (layer->type == INT8 || layer->type == INT4) quantize(in, layer->columns);
 }
 
 static size_t whole_lines(size_t numbers) { /* of the CPU's cache */
     return (numbers + 15) / 16 * 16;
 }
 
-/* Sizes in numbers of float32: of what the threads share, of what each has of a row in 8 bits, and of all that each has. */
-static size_t shared_size(const model *m, int R) {
+/* Every thread computes the inputs of a few rows itself. Those of many rows are divided among the threads, which then
+   wait for each other. */
+static int are_divided(int R) {
+    return R > MAX_TILE;
+}
+
+/* Sizes in numbers of float32: of results that all threads see, of a row in 8 bits, and of the inputs of all rows. */
+static size_t results_size(const model *m, int R) {
     return whole_lines((size_t)R * 9 * m->emb_dim);
 }
 
-static size_t input_size(const model *m) {
+static size_t rounded_size(const model *m) {
     return whole_lines(groups_of(4 * m->emb_dim) * (2 + GROUP / 4));
 }
 
-static size_t own_size(const model *m, int R) {
-    return whole_lines(m->max_length) + whole_lines(R * (size_t)m->emb_dim) + R * input_size(m);
+static size_t inputs_size(const model *m, int R) {
+    return whole_lines(R * (size_t)m->emb_dim) + R * rounded_size(m);
 }
 
-/* Numbers of float32 that decode_step needs as its room. */
+/* Numbers of float32 that decode_step needs as its room for up to R rows. */
 size_t decode_room(const model *m, int32_t R, int32_t threads) {
-    return shared_size(m, R) + threads * own_size(m, R);
+    size_t own = threads * inputs_size(m, R < MAX_TILE ? R : MAX_TILE), divided = are_divided(R) ? inputs_size(m, R) : 0;
+    return results_size(m, R) + (own > divided ? own : divided) + threads * whole_lines(m->max_length);
 }
 
 typedef struct {
@@ -475,64 +512,75 @@ static maximum find_maximum(const float *logits, int64_t first, int64_t end) {
     return (maximum){max + nan, id};
 }
 
-/* Compute the logits (R, V) of the next tokens and the maximum of each row. The rows' keys and values are stored in the
-   cache. room: aligned to 64 bytes */
+/* Compute the logits (L, V) of the next tokens after the last L rows, and the maximum of each. The keys and values of all
+   R rows are stored in the cache. The rows are successive tokens of one text, or the newest tokens of several texts.
+   room: aligned to 64 bytes */
 void decode_step(
-    const model *m, const row *rows, int32_t R, int32_t threads, float *room, float *logits, float *max_logits,
-    int64_t *argmax_ids
+    const model *m, const row *rows, int32_t R, int32_t L, int32_t threads, float *room, float *logits,
+    float *max_logits, int64_t *argmax_ids
 ) {
     size_t C = m->emb_dim;
+    int divided = are_divided(R), used_threads = 1;
     float *x = room, *qkv = x + R * C, *y = qkv + R * 3 * C, *hidden = y + R * C; /* shared by the threads */
-    maximum maxima[threads][R];
-    int used_threads = 1;
+    float *areas = room + results_size(m, R), *of_threads = areas + (divided ? 1 : threads) * inputs_size(m, R);
+    input shared_inputs[R];
+    maximum maxima[threads][L + 1];
     for (int r = 0; r < R; r++) embed(m, rows + r, x + r * C);
     #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), count = omp_get_num_threads();
-        float *weights = room + shared_size(m, R) + thread * own_size(m, R);
-        float *normed = weights + whole_lines(m->max_length), *rounded = normed + whole_lines(R * C);
-        input inputs[R];
-        for (int r = 0; r < R; r++) {
-            int8_t *numbers = (int8_t *)(rounded + r * input_size(m));
+        float *weights = of_threads + thread * whole_lines(m->max_length);
+        float *normed = areas + (divided ? 0 : thread) * inputs_size(m, R), *rounded = normed + whole_lines(R * C);
+        input own_inputs[R], *inputs = divided ? shared_inputs : own_inputs;
+
+/* The rows, from ``first`` on, whose inputs this thread computes. */
+#define FOR_ROWS(r, first) for (int r = (first) + (divided ? thread : 0); r < R; r += divided ? count : 1)
+
+/* This thread's part of a layer's results for the rows from ``first`` on. */
+#define MULTIPLY(layer, vectors, first, result, out)                                                        \
+    do {                                                                                                    \
+        FOR_ROWS(r, first) set_input(layer, (vectors) + (int64_t)r * (layer)->columns, inputs + r);         \
+        if (divided) {                                                                                      \
+            _Pragma("omp barrier")                                                                          \
+        }                                                                                                   \
+        multiply(layer, inputs + (first), R - (first), row_of(thread, count, (layer)->rows),                \
+                 row_of(thread + 1, count, (layer)->rows), result, out);                                    \
+    } while (0)
+
+        FOR_ROWS(r, 0) {
+            int8_t *numbers = (int8_t *)(rounded + r * rounded_size(m));
             float *scales = (float *)(numbers + groups_of(4 * C) * GROUP);
             inputs[r] = (input){NULL, numbers, scales, scales + groups_of(4 * C), 0};
         }
-
-/* This thread's part of a layer's results. */
-#define MULTIPLY(layer, vectors, result, out)                                                  \
-    do {                                                                                       \
-        set_inputs(layer, vectors, R, inputs);                                                 \
-        int64_t N = (layer)->rows;                                                             \
-        multiply(layer, inputs, R, N * thread / count, N * (thread + 1) / count, result, out); \
-    } while (0)
-
         for (const block *b = m->blocks; b < m->blocks + m->n_layers; b++) {
-            for (int r = 0; r < R; r++) normalize(&b->norm1, x + r * C, normed + r * C, C);
-            MULTIPLY(&b->qkv, normed, SET, qkv);
+            FOR_ROWS(r, 0) normalize(&b->norm1, x + r * C, normed + r * C, C);
+            MULTIPLY(&b->qkv, normed, 0, SET, qkv);
             #pragma omp barrier
             for (int head = m->n_heads * thread / count; head < m->n_heads * (thread + 1) / count; head++)
                 attend(m, b, rows, R, qkv, y, weights, head);
             #pragma omp barrier
-            MULTIPLY(&b->out_proj, y, ADD, x);
+            MULTIPLY(&b->out_proj, y, 0, ADD, x);
             #pragma omp barrier
-            for (int r = 0; r < R; r++) normalize(&b->norm2, x + r * C, normed + r * C, C);
-            MULTIPLY(&b->up, normed, GELU, hidden);
+            FOR_ROWS(r, 0) normalize(&b->norm2, x + r * C, normed + r * C, C);
+            MULTIPLY(&b->up, normed, 0, GELU, hidden);
             #pragma omp barrier
-            MULTIPLY(&b->down, hidden, ADD, x);
+            MULTIPLY(&b->down, hidden, 0, ADD, x);
             #pragma omp barrier
         }
-        for (int r = 0; r < R; r++) normalize(&m->final_norm, x + r * C, normed + r * C, C);
-        MULTIPLY(&m->head, normed, SET, logits);
+        if (L > 0) {
+            FOR_ROWS(r, R - L) normalize(&m->final_norm, x + r * C, normed + r * C, C);
+            MULTIPLY(&m->head, normed, R - L, SET, logits);
+        }
         int64_t V = m->head.rows;
-        for (int r = 0; r < R; r++)
-            maxima[thread][r] = find_maximum(logits + r * V, V * thread / count, V * (thread + 1) / count);
+        for (int l = 0; l < L; l++)
+            maxima[thread][l] = find_maximum(logits + l * V, row_of(thread, count, V), row_of(thread + 1, count, V));
         if (thread == 0) used_threads = count;
     }
-    for (int r = 0; r < R; r++) {
-        maximum best = maxima[0][r];
+    for (int l = 0; l < L; l++) {
+        maximum best = maxima[0][l];
         for (int thread = 1; thread < used_threads; thread++) /* NaN is not less than any number, and stays */
-            if (!(maxima[thread][r].logit <= best.logit) && best.logit == best.logit) best = maxima[thread][r];
-        max_logits[r] = best.logit;
-        argmax_ids[r] = best.id;
+            if (!(maxima[thread][l].logit <= best.logit) && best.logit == best.logit) best = maxima[thread][l];
+        max_logits[l] = best.logit;
+        argmax_ids[l] = best.id;
     }
 }

@@ -69,7 +69,7 @@ def find_library(folder: Path) -> ctypes.CDLL | None:
         library.decode_room.argtypes = (POINTER(Model), c_int32, c_int32)
         library.decode_room.restype = c_size_t
         library.decode_step.argtypes = (
-            POINTER(Model), POINTER(Row), c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p,
+            POINTER(Model), POINTER(Row), c_int32, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p,
         )  # fmt: skip
         library.decode_step.restype = None
     except (OSError, AttributeError) as error:  # the second: the compiler is not one of C

@@ -1,4 +1,4 @@
-"""Decoding step of a few rows on a CPU in our C code (:mod:`gpt_lightning.kernels.cpu_decode`).
+"""Decoding step of a few rows on a CPU, and prompts, in our C code (:mod:`gpt_lightning.kernels.cpu_decode`).
 
 Shapes: R rows, C ``emb_dim``, H heads, D = C / H, V ``vocab_size``; a weight is (N, K).
 """
@@ -15,11 +15,13 @@ from gpt_lightning.model.gpt import GPTModel, QKVProjection, TransformerBlock, h
 from gpt_lightning.model.int4_linear import Int4Linear
 from gpt_lightning.model.int8_linear import Int8Linear
 from gpt_lightning.model.kv_cache import KVCache
+from gpt_lightning.model.packed_linear import can_pack
 from gpt_lightning.storage.cache import cache_folder
 
 # a smaller model decodes fast enough without a compiler: torch reads its weights in a few milliseconds
 MIN_WEIGHTS = 1 << 24
 MAX_ROWS = 4  # for more, torch's products of packed matrices are as fast
+_PROMPT_TOKENS = 64  # of a prompt that are computed together: weights are read once for all of them
 _TYPES = {torch.float32: kernel.FLOAT32, torch.bfloat16: kernel.BFLOAT16}
 
 
@@ -62,30 +64,61 @@ class CpuDecodeStep:
             _TYPES[embedding.dtype], config.n_layers, config.emb_dim, config.n_heads, cache.max_length,
             self._blocks, self._norm(model.final_norm), self._linear(head),
         )  # fmt: skip
-        first = [0] * rows if padding is None else padding.tolist()
-        self._rows = (kernel.Row * rows)(
-            *(kernel.Row(0, 0, row, 0, column) for row, column in enumerate(first))
-        )
+        self._first = [0] * rows if padding is None else padding.tolist()
         self._threads = torch.get_num_threads()
-        self._room = torch.empty(library.decode_room(self._model, rows, self._threads))
+        self._decode_room = library.decode_room
+        self._room = self._new_room(rows)
         self._logits = torch.empty(rows, config.vocab_size)
-        self.max_logits, self.argmax_ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        self._renew_maxima()
 
     def __call__(self, ids: Tensor) -> Tensor:
         column, tokens = self._cache.length, ids.tolist()
         assert column < self._cache.max_length
-        assert max(tokens) < self._logits.shape[1]
-        for row, token in zip(self._rows, tokens, strict=True):
-            row.token, row.column, row.position = max(0, token), column, column - row.first
-        results = self.max_logits, self.argmax_ids = (
-            torch.empty_like(self.max_logits), torch.empty_like(self.argmax_ids),
-        )  # fmt: skip
-        self._decode_step(
-            self._model, self._rows, len(self._rows), self._threads,
-            *(tensor.data_ptr() for tensor in (self._room, self._logits, *results)),
-        )  # fmt: skip
+        rows = [self._row(row, column, max(0, token)) for row, token in enumerate(tokens)]
+        self._renew_maxima()
+        self._compute(rows, self._room, 0, len(rows))
         self._cache.length += 1
         return self._logits
+
+    def read(self, ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Fill the cache with prompts ``(R, T)``; returns the logits of the next tokens ``(R, V)``, as a call does.
+
+        Args:
+            padding: ``(R,)``, that of these prompts.
+        """
+        length = ids.shape[1]
+        assert length <= self._cache.max_length
+        self._first = [0] * len(ids) if padding is None else padding.tolist()
+        room = self._new_room(_PROMPT_TOKENS)
+        self._renew_maxima()
+        for text, tokens in enumerate(ids.tolist()):
+            for begin in range(self._first[text], length, _PROMPT_TOKENS):
+                columns = range(begin, min(begin + _PROMPT_TOKENS, length))
+                rows = [self._row(text, column, tokens[column]) for column in columns]
+                self._compute(rows, room, text, int(columns.stop == length))
+        self._cache.length = length
+        return self._logits
+
+    def _row(self, text: int, column: int, token: int) -> kernel.Row:
+        first = self._first[text]
+        return kernel.Row(token, column - first, text, column, first)
+
+    def _compute(self, rows: list[kernel.Row], room: Tensor, first: int, count: int) -> None:
+        """Compute tokens, and the logits after the last ``count`` of them, which are rows of the results from ``first`` on."""
+        assert all(0 <= row.token < self._logits.shape[1] for row in rows)
+        results = (self._logits, self.max_logits, self.argmax_ids)
+        self._decode_step(
+            self._model, (kernel.Row * len(rows))(*rows), len(rows), count, self._threads, room.data_ptr(),
+            *(tensor[first:].data_ptr() for tensor in results),
+        )  # fmt: skip
+
+    def _renew_maxima(self) -> None:
+        """New tensors, because a caller may keep those of the last step."""
+        rows = len(self._first)
+        self.max_logits, self.argmax_ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+
+    def _new_room(self, rows: int) -> Tensor:
+        return torch.empty(self._decode_room(self._model, rows, self._threads))
 
     def _address(self, tensor: Tensor) -> int:
         self._tensors.append(tensor.detach())  # a parameter may get other memory meanwhile
@@ -162,6 +195,17 @@ def cpu_decode_unsupported_reason(model: GPTModel, rows: int) -> str | None:
     if _library() is None:
         return "there is no C code for this CPU"
     return None
+
+
+def reads_prompts_faster(model: GPTModel) -> bool:
+    """Whether our C code reads prompts faster than torch, for a model that it can decode.
+
+    Torch's int4 product is made for a few rows, and a CPU without instructions for bfloat16 imitates them.
+    """
+    layer = cast(TransformerBlock, model.trf_blocks[0]).att.qkv
+    if isinstance(layer, Int4Linear):
+        return True
+    return model.tok_emb.weight.dtype == torch.bfloat16 and not can_pack(torch.bfloat16)
 
 
 def _num_weights(model: GPTModel) -> int:

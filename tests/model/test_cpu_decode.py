@@ -15,13 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_lightning import GPTConfig, GPTModel, save_model
+from gpt_lightning.generation import engine
 from gpt_lightning.generation.engine import fastest_backend, stream_ids
 from gpt_lightning.generation.sampling import SamplingParams
 from gpt_lightning.kernels import c_compiler
 from gpt_lightning.kernels import cpu_decode as kernel
 from gpt_lightning.kernels.c_compiler import compiler_unsupported_reason
 from gpt_lightning.model import cpu_decode
-from gpt_lightning.model.cpu_decode import CpuDecodeStep, cpu_decode_unsupported_reason
+from gpt_lightning.model.cpu_decode import (
+    CpuDecodeStep,
+    cpu_decode_unsupported_reason,
+    reads_prompts_faster,
+)
 from gpt_lightning.model.decoding_layout import prepare_for_decoding
 from gpt_lightning.model.int4_linear import Int4Linear, round_to_int4
 from gpt_lightning.model.int8_linear import Int8Linear, has_int8_kernel
@@ -80,6 +85,25 @@ def logits_of_steps(model: GPTModel, lengths: Sequence[int] = (3,), *, in_c: boo
             steps.append(model.head(model.features(ids[:, at : at + 1], cache, padding)[:, -1]))
         assert cache.length == at + 1
     return torch.stack(steps).float()
+
+
+@torch.inference_mode()
+def logits_after_prompt(
+    model: GPTModel, lengths: Sequence[int], *, in_c: bool = True, filled: KVCache | None = None
+) -> Tensor:
+    """Logits ``(R, V)`` after prompts of random tokens, which fill the cache."""
+    rows, width = len(lengths), max(lengths)
+    ids = torch.randint(211, (rows, width), generator=make_generator(7))
+    padding = torch.tensor([width - length for length in lengths])
+    cache = filled or KVCache.allocate(model.config, rows, 40, dtype=model.tok_emb.weight.dtype)
+    if not in_c:
+        return model.head(model.features(ids, cache, padding)[:, -1]).float()
+    step = CpuDecodeStep(model, cache)
+    logits = step.read(ids, padding)
+    assert cache.length == width
+    assert torch.equal(step.max_logits, logits.amax(dim=-1))
+    assert torch.equal(step.argmax_ids, logits.argmax(dim=-1))
+    return logits
 
 
 SHAPES = [(128, 4), (48, 3), (200, 5), (36, 1), (7, 7)]
@@ -146,6 +170,37 @@ def test_quantized_logits_are_close_to_those_of_the_same_weights(
 
 
 @needs_int8
+@pytest.mark.parametrize("tokens_at_once", [1, 3, 7, 64])
+@pytest.mark.parametrize("lengths", [(40,), (1,), (9, 31, 17, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, INT4])
+def test_prompts_are_read_as_the_model_reads_them(
+    dtype: torch.dtype, lengths: tuple[int, ...], tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Also the cache: the tokens that follow have the same logits."""
+    monkeypatch.setattr(cpu_decode, "_PROMPT_TOKENS", tokens_at_once)
+    is_float = dtype.is_floating_point
+    model = model_of(200, 5, dtype=dtype if is_float else torch.float32)
+    exact = copy.deepcopy(model).double() if is_float else dequantized(model, dtype)
+    if not is_float:
+        quantize_weights(model, dtype, keep_codes=True)
+    caches = [
+        KVCache.allocate(model.config, len(lengths), 40, dtype=each.tok_emb.weight.dtype)
+        for each in (model, exact)
+    ]
+    found = logits_after_prompt(model, lengths, filled=caches[0])
+    expected = logits_after_prompt(exact, lengths, in_c=False, filled=caches[1])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.01}.get(dtype, 0.025)
+    assert (found - expected).norm() < tolerance * expected.norm()
+    for mine, theirs in zip(
+        (*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True
+    ):
+        for row, length in enumerate(lengths):
+            columns = slice(max(lengths) - length, max(lengths))
+            difference = mine[row, :, columns].double() - theirs[row, :, columns]
+            assert difference.norm() < 2 * tolerance * theirs[row, :, columns].norm()
+
+
+@needs_int8
 def test_codes_are_the_weights_that_torch_multiplies() -> None:
     weight = torch.randn(32, 200, generator=make_generator(3))
     eye = torch.eye(200)
@@ -174,10 +229,41 @@ def test_number_of_threads_does_not_change_a_bit(dtype: torch.dtype) -> None:
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(logits_of_steps(model, (1, 1, 1), in_c=True))
+            steps = logits_of_steps(model, (1, 1, 1), in_c=True)
+            results.append(
+                torch.cat((steps.flatten(), logits_after_prompt(model, (33, 40)).flatten()))
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, INT4])
+@pytest.mark.parametrize("tokens_at_once", [5, 64])
+def test_room_is_enough_for_many_threads(
+    dtype: torch.dtype, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread has its own copy of the inputs of a few rows, and there may be more of these than of many rows."""
+    rooms = []
+
+    def new_room(step: CpuDecodeStep, rows: int) -> Tensor:
+        size = step._decode_room(step._model, rows, step._threads)
+        rooms.append((room := torch.full((size + 10_000,), 7.0), size))
+        return room[:size]
+
+    monkeypatch.setattr(CpuDecodeStep, "_new_room", new_room)
+    monkeypatch.setattr(cpu_decode, "_PROMPT_TOKENS", tokens_at_once)
+    model = model_of()
+    if dtype == INT4:
+        quantize_weights(model, INT4, keep_codes=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(24)
+        logits_after_prompt(model, (9, 31, 17, 4))
+    finally:
+        torch.set_num_threads(before)
+    assert all((room[size:] == 7.0).all() for room, size in rooms)
 
 
 def tokens(model: GPTModel, count: int, **settings: object) -> list[list[int]]:
@@ -200,9 +286,13 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.parametrize("prompts_in_c", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_tokens_are_those_of_the_eager_backend(name: str) -> None:
+def test_tokens_are_those_of_the_eager_backend(
+    name: str, prompts_in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also beyond the context of 40, and when the model's training mode was on."""
+    monkeypatch.setattr(engine, "reads_prompts_faster", lambda model: prompts_in_c)
     model, settings = model_of().train(), SETTINGS[name]
     assert fastest_backend(model, 4, 3, 60) == "cpu_kernel"
     found = tokens(model, 60, generator=make_generator(5), **settings)
@@ -234,6 +324,17 @@ def test_torch_decodes_what_the_code_cannot() -> None:
     if has_int8_kernel():
         quantize_weights(model, torch.int8)
         assert fastest_backend(model, 1, 3, 60) == "eager"
+
+
+@needs_int8
+def test_prompts_are_read_in_c_where_torch_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not reads_prompts_faster(model_of())
+    for has_instructions in (True, False):
+        monkeypatch.setattr(cpu_decode, "can_pack", lambda dtype, has=has_instructions: has)
+        assert reads_prompts_faster(model_of(dtype=torch.bfloat16)) is not has_instructions
+    for dtype in (torch.int8, INT4):
+        quantize_weights(model := model_of(), dtype, keep_codes=True)
+        assert reads_prompts_faster(model) is (dtype == INT4)
 
 
 class OtherLinear(nn.Linear):
@@ -289,16 +390,18 @@ def test_logits_that_are_not_finite_are_refused(bad: float, dtype: torch.dtype, 
 SOURCE = Path(kernel.__file__).with_suffix(".c")
 
 
-def test_code_without_avx512_computes_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@needs_int8
+@pytest.mark.parametrize("without", ["avx512f", "avx2"])
+def test_code_for_other_cpus_computes_the_same(
+    without: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    compiler = " ".join(c_compiler.find_compiler() or [])
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if without == "avx512f" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU has no AVX-512")
+    compiler = " ".join(c_compiler.find_compiler() or [])
     expected = {}
-    for name in ("native", "avx2"):
-        if name == "avx2":
-            monkeypatch.setenv("CC", f"{compiler} -mno-avx512f")
+    for name in ("native", "other"):
+        if name == "other":
+            monkeypatch.setenv("CC", f"{compiler} -mno-avx512f -mno-{without}")
             monkeypatch.setenv("GPT_LIGHTNING_CACHE", str(tmp_path))
             kernel.find_library.cache_clear()
         for dtype in (torch.float32, torch.bfloat16, torch.int8, INT4):
@@ -306,11 +409,13 @@ def test_code_without_avx512_computes_the_same(
             if not dtype.is_floating_point:
                 quantize_weights(model, dtype, keep_codes=True)
             logits = logits_of_steps(model, in_c=True)
-            before = expected.setdefault(dtype, logits)
+            prompt = logits_after_prompt(model, (40,))
+            before, of_prompt = expected.setdefault(dtype, (logits, prompt))
             assert (logits - before)[0].norm() < 1e-5 * before[0].norm()
             # after sums in another order, a key may be rounded to the next bfloat16, and a vector to the next 8 bits
             rounding = 1e-4 if dtype.is_floating_point else 0.03
             assert (logits - before).norm() < rounding * before.norm()
+            assert (prompt - of_prompt).norm() < rounding * of_prompt.norm()
     assert len(list((tmp_path / "kernels").glob("cpu_decode-*.so"))) == 1
 
 

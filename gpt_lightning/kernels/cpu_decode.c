@@ -18,6 +18,7 @@ Shapes: R rows, C emb_dim, H heads, D = C / H, V vocabulary size; a weight is (N
 #endif
 
 #define GROUP 64 /* neighbouring numbers with a scale of their own */
+#define AHEAD 4096 /* bytes: weights of fewer than 32 bits are fetched so far ahead; the CPU itself fetches them too late */
 
 /* vectors that the CPU has: a compiler splits larger ones badly */
 #ifdef __AVX512VNNI__
@@ -261,6 +262,7 @@ TILE tile_bfloat16(const linear *layer, const input *in, int64_t n, const int N,
     for (; k + step <= K; k += step)
         for (int i = 0; i < 2; i++) {
             floats numbers = load_bfloat16s(weight + k + i * next);
+            if (N == 1) __builtin_prefetch(weight + k + i * next + AHEAD / 2);
             for (int r = 0; r < R; r++)
                 sums[i][r] += numbers * *(const stored_floats *)(in[r].x + k + (N == 1 ? i * LANES : 0));
         }
@@ -280,6 +282,7 @@ TILE tile_int8(const linear *layer, const input *in, int64_t n, const int N, con
         for (int i = 0; i < N; i++) {
             bytes group[PARTS];
             load_group(codes + ((int64_t)i * groups + g) * GROUP, group);
+            if (N == 1) __builtin_prefetch(codes + g * GROUP + AHEAD);
             for (int r = 0; r < R; r++) {
                 ints products = int8_product(group, in[r].numbers + g * GROUP);
                 sums[i][r] += __builtin_convertvector(products, floats) * in[r].scales[g];
@@ -299,6 +302,7 @@ TILE tile_int4(const linear *layer, const input *in, int64_t n, const int R, flo
     for (int g = 0; g < groups; g += 2) {
         bytes both[PARTS], low[PARTS], high[PARTS];
         load_group(codes + g * (GROUP / 2), both);
+        __builtin_prefetch(codes + g * (GROUP / 2) + AHEAD);
         for (int i = 0; i < PARTS; i++) low[i] = both[i] & 15, high[i] = both[i] >> 4;
         float low_slope = from_bfloat16(slopes[g]), high_slope = from_bfloat16(slopes[g + 1]);
         float low_offset = from_bfloat16(offsets[g]) - 8 * low_slope; /* for codes that begin at 0 */

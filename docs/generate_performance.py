@@ -73,7 +73,6 @@ def decoding_cpu() -> str:
     rows = [
         ("gpt_lightning", "ours"),
         ("transformers", "transformers"),
-        ("LitGPT", "LitGPT"),
         ("CTranslate2", "CTranslate2"),
         ("llama.cpp", None),
         ("the book, no KV cache", "the book"),
@@ -83,7 +82,7 @@ def decoding_cpu() -> str:
     of_llama = {"float32": "llama.cpp F32", "bfloat16": "llama.cpp BF16"}
     columns = [(avx512, "float32"), (avx512, "bfloat16"), (avx2, "float32")]
     return table(
-        ["", "AVX-512, float32", "AVX-512, bfloat16", "AVX2, float32, before the C code"],
+        ["", "AVX-512, float32", "AVX-512, bfloat16", "AVX2, float32"],
         [
             [
                 label,

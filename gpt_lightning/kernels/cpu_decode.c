@@ -5,7 +5,7 @@ the time to read all weights once. Torch needs longer: its products are made for
 hundred operators of a step starts and stops the threads. Here the threads start once a step. Each one computes its own
 rows of every matrix and waits for the others where it needs their results.
 
-All sums are float32, and each result is computed by one thread in a fixed order, so the number of threads does not change it.
+All sums are float32. One thread computes each result, in a fixed order, so the number of threads does not change it.
 
 Shapes: R rows, C emb_dim, H heads, D = C / H, V vocabulary size; a weight is (N, K). The compiler may be GCC or Clang. */
 

@@ -108,7 +108,7 @@ class _Encoder:
     difference: str | None = None
 
     def encode(self, texts: Sequence[str], contents: Sequence[bytes]) -> Ids:
-        """Token ids of documents, whose UTF-8 is ``contents``, with one delimiter between them."""
+        """Token ids of documents with one delimiter between them; ``contents`` is their UTF-8 for the fast tokenizer."""
         if self.fast is None:
             return self.tokenizer.encode_documents(texts)
         # first, because the fast tokenizer may still be loading
@@ -155,7 +155,8 @@ def _encoded(
             content = document.text.encode()
             split = _split(chunk, document, content, val_ratio)
             texts[split].append(document)
-            contents[split].append(content)
+            if encoder.fast is not None:
+                contents[split].append(content)
         elif (
             chunk.source.kind != "text"
         ):  # two delimiters in a row in a plain text are not an empty row

@@ -123,12 +123,12 @@ class FastTokenizer:
 def _sample(content: bytes, offset: int) -> Iterator[tuple[int, int]]:
     """Where the pieces of a document begin and end of which tiktoken's ids are compared.
 
-    A text that cannot be cut is one piece.
+    A text that cannot be cut is one piece, and so is what follows the last place where it can be.
 
     Args:
         offset: Where the document begins in the text of which blocks are counted.
     """
-    pieces = 0
+    end = 0  # of the last piece
     for block in range(-(offset % _BLOCK_BYTES), len(content), _BLOCK_BYTES):
         start = 0
         if block + _SAMPLE_BYTES <= 0:
@@ -136,13 +136,13 @@ def _sample(content: bytes, offset: int) -> Iterator[tuple[int, int]]:
         if block > 0:
             first = _CUT.search(content, block)
             if first is None:
-                if not pieces:
-                    yield 0, len(content)
+                if end == 0 or len(content) - end > _BLOCK_BYTES:
+                    yield end, len(content)
                 return
             start = first.end()
         last = _CUT.search(content, start + _SAMPLE_BYTES if block > 0 else block + _SAMPLE_BYTES)
-        yield start, last.end() if last else len(content)
-        pieces += 1
+        end = last.end() if last else len(content)
+        yield start, end
 
 
 def _may_be_refused(text: str) -> bool:
@@ -153,12 +153,10 @@ def _may_be_refused(text: str) -> bool:
 def load_in_background(tokenizer: Tokenizer) -> Future[FastTokenizer | None] | None:
     """The fast tokenizer, whose loading takes half a second and has begun; ``None`` if there is none.
 
-    The log says why there is none for GPT-2's vocabulary: ``fast`` is not installed, or later that it cannot be used.
+    The log says why there is none for GPT-2's vocabulary: ``fast`` is not installed or cannot be imported. If loading
+    fails, which is rare, the future gives ``None``, and the log says it then.
     """
-    if tokenizer is not GPT2:
-        return None
-    if any(find_spec(package) is None for package in (PACKAGE, "pyarrow")):
-        _say_missing()
+    if tokenizer is not GPT2 or _package() is None:
         return None
     loader = ThreadPoolExecutor(1)
     try:
@@ -168,8 +166,24 @@ def load_in_background(tokenizer: Tokenizer) -> Future[FastTokenizer | None] | N
 
 
 @cache
-def _say_missing() -> None:
-    logger.info("tiktoken tokenizes; the extra fast is faster: pip install 'gpt-lightning[fast]'")
+def _package() -> Any:
+    """The package; ``None`` if it, or pyarrow, is missing or cannot be imported."""
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # prepare has its own threads
+    name = PACKAGE
+    try:
+        for name in ("pyarrow", PACKAGE):
+            if find_spec(name) is None:
+                logger.info(
+                    "tiktoken tokenizes; the extra fast is faster: pip install 'gpt-lightning[fast]'"
+                )
+                return None
+            package = import_module(name)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of Rust is not an Exception
+        _say_unusable(name, error)
+        return None
+    return package
 
 
 def _gpt2_json() -> str:
@@ -186,16 +200,17 @@ def _gpt2_json() -> str:
 @cache
 def _gpt2() -> FastTokenizer | None:
     try:
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # prepare has its own threads
-        package = import_module(PACKAGE)
-        fast = FastTokenizer(
-            package.Tokenizer.from_json_str(_gpt2_json()), f"{PACKAGE} {version(PACKAGE)}"
-        )
+        backend = _package().Tokenizer.from_json_str(_gpt2_json())
+        fast = FastTokenizer(backend, f"{PACKAGE} {version(PACKAGE)}")
         fast.encode_documents(["Hello, world!"], [b"Hello, world!"])
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of Rust is not an Exception
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        logger.warning(f"{PACKAGE}: cannot be used ({cause}); tiktoken tokenizes instead")
+        _say_unusable(PACKAGE, error)
         return None
     return fast
+
+
+def _say_unusable(package: str, error: BaseException) -> None:
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    logger.warning(f"{package}: cannot be used ({cause}); tiktoken tokenizes instead")

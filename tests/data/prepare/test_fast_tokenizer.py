@@ -1,5 +1,6 @@
 """prepare with the extra fast: the same store, whatever the other tokenizer does."""
 
+import itertools
 import json
 import logging
 import random
@@ -200,22 +201,31 @@ def test_other_tokens_once_in_100_000_are_noticed(
 
 
 def test_sample_is_more_than_one_percent() -> None:
-    for content in (SAMPLE.encode() * 100, "語".encode() * 100_000):
-        size = sum(end - start for start, end in fast_tokenizer._sample(content, 12_345))
-        assert size > 0.01 * len(content)
+    contents = [
+        SAMPLE * 100,
+        "語" * 100_000,
+        "a " * 2_000 + "x" * 900_000,
+        SAMPLE * 20 + "語" * 100_000,
+    ]
+    for content in map(str.encode, contents):
+        for offset in (0, 500, 12_345, 79_999):
+            pieces = list(fast_tokenizer._sample(content, offset))
+            assert sum(end - start for start, end in pieces) > 0.01 * len(content)
+            assert pieces == sorted(pieces)
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(pieces))
 
 
 def test_missing_package_falls_back_and_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fast_tokenizer, "PACKAGE", "no_such_package")
-    fast_tokenizer._say_missing.cache_clear()
+    fast_tokenizer._package.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
             assert fast_tokenizer.load_in_background(GPT2) is None
             assert fast_tokenizer.load_in_background(GPT2) is None
     finally:
-        fast_tokenizer._say_missing.cache_clear()
+        fast_tokenizer._package.cache_clear()
     (record,) = caplog.records
     assert "gpt-lightning[fast]" in record.getMessage()
 
@@ -226,15 +236,57 @@ def test_broken_package_falls_back_and_is_said(
     (tmp_path / "broken_package.py").write_text("raise RuntimeError('bad binary')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(fast_tokenizer, "PACKAGE", "broken_package")
-    fast_tokenizer._gpt2.cache_clear()
+    fast_tokenizer._package.cache_clear()
     try:
-        loading = fast_tokenizer.load_in_background(GPT2)
-        assert loading is not None
-        assert loading.result() is None
+        assert fast_tokenizer.load_in_background(GPT2) is None
     finally:
-        fast_tokenizer._gpt2.cache_clear()
+        fast_tokenizer._package.cache_clear()
     (record,) = caplog.records
     assert "cannot be used (bad binary)" in record.getMessage()
+
+
+def test_package_that_fails_later_falls_back_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lines: str, tmp_path: Path
+) -> None:
+    (tmp_path / "other_package.py").write_text("class Tokenizer: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(fast_tokenizer, "PACKAGE", "other_package")
+    monkeypatch.setattr(pipeline, "_may_be_large", lambda _: True)
+    for cached in (fast_tokenizer._package, fast_tokenizer._gpt2):
+        cached.cache_clear()
+    try:
+        prepare([lines], tmp_path / "out", SHARDS, workers=2)
+    finally:
+        for cached in (fast_tokenizer._package, fast_tokenizer._gpt2):
+            cached.cache_clear()
+    (record,) = caplog.records
+    assert "other_package: cannot be used (" in record.getMessage()
+
+
+class _OneOtherLetter:
+    def encode_batch_flat(self, texts: Sequence[str]) -> tuple[bytes, bytes]:
+        return _StandIn().encode_batch_flat(
+            [text[:-9] + text[-9].swapcase() + text[-8:] for text in texts]
+        )
+
+
+@pytest.mark.parametrize(
+    ("backend", "cause"),
+    [
+        (_OneOtherLetter(), "do not spell the text"), (_Truncated(), "do not spell the text"),
+        (_Empty(), "do not spell the text"), (_Joined(), "reaches into the next document"),
+        (_OutOfRange(50256), "an id is not one of text"), (_OutOfRange(50257), "an id is not one of text"),
+        (_OutOfRange(2**32 - 1), "an id is not one of text"), (_Panic(), "it fails"), (_StandIn(50), "not those of tiktoken"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_checks_find_what_the_sample_does_not_see(backend: Any, cause: str) -> None:
+    """tiktoken encodes the first thousand bytes of these texts; what is wrong comes later, but for the last backend."""
+    texts = [SAMPLE[:20_000] + " th", "e end. " + SAMPLE[:20_000] + " letters"]
+    with pytest.raises(fast_tokenizer.DifferenceError, match=cause):
+        _ids(FastTokenizer(backend, "stand-in 1"), texts)
+    found = _ids(FastTokenizer(_StandIn(), "stand-in 1"), texts)
+    assert np.array_equal(found, GPT2.encode_documents(texts))
 
 
 # --- the package itself ---------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-/* Decoding step of a GPT model for a few rows on a CPU, as gpt_lightning/model/cpu_decode.py calls it.
+/* Decoding step of a GPT model for a few rows on a CPU, or the tokens of a prompt, as gpt_lightning/model/cpu_decode.py
+   calls it.
 
 With one row, a product of a matrix and a vector does two operations per weight that it reads, so a step takes at least
 the time to read all weights once. Torch needs longer: its products are made for many rows, and each of the two
@@ -47,7 +48,7 @@ enum number_type { FLOAT32, BFLOAT16, INT8, INT4 };
    INT8: codes (N, K) from 1 to 255; weight = (code - 128) * scale, with scales (N,).
    INT4: codes from 0 to 15, those of a group in the low and those of the next one in the high half of 64 bytes;
    weight = (code - 8) * slope + offset, where lines (N, 2, K / GROUP) are the slopes and then the offsets, in bfloat16.
-   K is filled up to whole groups, and to an even number of them for INT4. */
+   K is filled up to an even number of whole groups in both. */
 typedef struct {
     const void *weight;
     const float *scales;

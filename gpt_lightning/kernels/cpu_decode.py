@@ -1,4 +1,4 @@
-"""The C code of a decoding step on a CPU (cpu_decode.c): its structures and functions."""
+"""The C code of decoding steps and prompts on a CPU (cpu_decode.c): its structures and functions."""
 
 import ctypes
 import functools

@@ -62,17 +62,20 @@ def test_prepare_imports_neither_lightning_nor_torch(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """Peak RSS for one long document and many short ones: 4 times the text takes at most 4 MB more."""
+    """Peak RSS for one long document and many short ones: 50 MB of text more take less than 12 MB more.
+
+    With the extra ``fast`` the peak itself varies by 5 MB, because a thread loads it meanwhile.
+    """
     code = ("import sys; from gpt_lightning.cli.main import main; from gpt_lightning.data.prepare import chunk; "
             "chunk.CHUNK_BYTES = 1 << 16; assert main(sys.argv[1:]) == 0; "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")  # fmt: skip
     peaks = []
-    for times in (80, 320):
+    for times in (80, 1280):
         rows = str(write_lines(tmp_path / "a.jsonl", [SAMPLE] * times))
         (tmp_path / "a.txt").write_text(SAMPLE * times)
         out = f"--out={tmp_path}/{times}"
         result = python("-c", code, "prepare", rows, f"{tmp_path}/a.txt", out, "--val_ratio=0")
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 4
+    assert peaks[1] - peaks[0] < 12
     assert peaks[1] < 250  # 40 of them are pyarrow, which the extra fast needs

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,9 @@ from helpers import Command, assert_refused, json_of, make_generator, python
 
 REASON = compiler_unsupported_reason()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C code: {REASON}")
+needs_avx512 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no AVX-512"
+)
 needs_int8 = pytest.mark.skipif(not has_int8_kernel(), reason="no int8 kernel for this CPU")
 
 
@@ -391,12 +395,11 @@ SOURCE = Path(kernel.__file__).with_suffix(".c")
 
 
 @needs_int8
-@pytest.mark.parametrize("without", ["avx512f", "avx2"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the compiler's flags are those of x86")
+@pytest.mark.parametrize("without", [pytest.param("avx512f", marks=needs_avx512), "avx2"])
 def test_code_for_other_cpus_computes_the_same(
     without: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if without == "avx512f" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this CPU has no AVX-512")
     compiler = " ".join(c_compiler.find_compiler() or [])
     expected = {}
     for name in ("native", "other"):
@@ -488,9 +491,8 @@ def test_damaged_library_is_compiled_again(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_compiler_of_cpp_compiles_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
     monkeypatch.setenv("CC", "g++")
     assert c_compiler.load_library(SOURCE, tmp_path).decode_step is not None
 

@@ -8,13 +8,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from gpt_lightning.data.tokenizer import END_OF_TEXT_ID, GPT2, Ids, Tokenizer, m
 from gpt_lightning.data.tokenizer_json import gpt2_content
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 PACKAGE = "fastokens"
 MAX_WORKERS = 4  # fastokens keeps up to about 130 MB of encoded words for each thread
@@ -169,21 +171,14 @@ def load_in_background(tokenizer: Tokenizer) -> Future[FastTokenizer | None] | N
 def _package() -> Any:
     """The package; ``None`` if it, or pyarrow, is missing or cannot be imported."""
     os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # prepare has its own threads
-    name = PACKAGE
-    try:
-        for name in ("pyarrow", PACKAGE):
-            if find_spec(name) is None:
-                logger.info(
-                    "tiktoken tokenizes; the extra fast is faster: pip install 'gpt-lightning[fast]'"
-                )
-                return None
-            package = import_module(name)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of Rust is not an Exception
-        _say_unusable(name, error)
+    packages = ("pyarrow", PACKAGE)
+    if any(find_spec(package) is None for package in packages):
+        logger.info(
+            "tiktoken tokenizes; the extra fast is faster: pip install 'gpt-lightning[fast]'"
+        )
         return None
-    return package
+    imported = [_unless_broken(package, partial(import_module, package)) for package in packages]
+    return None if None in imported else imported[-1]
 
 
 def _gpt2_json() -> str:
@@ -199,18 +194,23 @@ def _gpt2_json() -> str:
 
 @cache
 def _gpt2() -> FastTokenizer | None:
-    try:
-        backend = _package().Tokenizer.from_json_str(_gpt2_json())
-        fast = FastTokenizer(backend, f"{PACKAGE} {version(PACKAGE)}")
-        fast.encode_documents(["Hello, world!"], [b"Hello, world!"])
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of Rust is not an Exception
-        _say_unusable(PACKAGE, error)
-        return None
+    return _unless_broken(PACKAGE, _load_gpt2)
+
+
+def _load_gpt2() -> FastTokenizer:
+    backend = _package().Tokenizer.from_json_str(_gpt2_json())
+    fast = FastTokenizer(backend, f"{PACKAGE} {version(PACKAGE)}")
+    fast.encode_documents(["Hello, world!"], [b"Hello, world!"])
     return fast
 
 
-def _say_unusable(package: str, error: BaseException) -> None:
-    cause = (str(error) or type(error).__name__).splitlines()[0]
-    logger.warning(f"{package}: cannot be used ({cause}); tiktoken tokenizes instead")
+def _unless_broken(package: str, load: Callable[[], _T]) -> _T | None:
+    """What ``load`` returns; ``None`` if it fails, and the log says why."""
+    try:
+        return load()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of Rust is not an Exception
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        logger.warning(f"{package}: cannot be used ({cause}); tiktoken tokenizes instead")
+        return None
